@@ -1,0 +1,140 @@
+"The commands. Each method of `Commands` is one: its docstring is the help, its parameters the arguments."
+import argparse
+import inspect
+import os
+import sys
+from dataclasses import MISSING, fields
+
+from aptos_fastai.files import AptosError
+
+
+class Commands:
+    def __init__(self, recipe: str, data: str, runs: str, sets: list[str]): self.recipe, self.data, self.runs, self.sets = recipe, data, runs, sets
+
+    def open(self, **kw):
+        from aptos_fastai.pipeline import open_run
+        return open_run(self.recipe, self.data, self.runs, self.sets, **kw)
+
+    def all(self):
+        """Train the recipe's whole graph and write submission.csv; what is finished is not done again.
+
+        python run.py all
+        python run.py all --data ~/kaggle --runs ~/aptos-runs
+        """
+        from aptos_fastai.pipeline import run_all
+        run_all(self.open())
+
+    def plan(self):
+        """Show what `all` would do: stages, tables, pictures, time and disk. Trains nothing and writes nothing but the demo's pictures.
+
+        python run.py plan --recipe recipes/one_table.ini --data ~/idrid
+        """
+        from aptos_fastai.plan import show_plan
+        show_plan(self.open(write=False))
+
+    def train(self, stage: 'the stage'):   # noqa: F722 (a help text, not a type)
+        """Train one stage and whatever it builds on that is not finished.
+
+        python run.py train finetune_256
+        """
+        from aptos_fastai.pipeline import train_stage
+        train_stage(self.open(), stage)
+
+    def label(self, stage: 'the stage or ensemble that labels', table: 'the ungraded table; left out: the submission\'s' = ''):  # noqa: F722
+        """Write soft_pseudo_label.csv and hard_pseudo_label.csv for an ungraded table, training what is needed first.
+
+        python run.py label finetune_256
+        """
+        from aptos_fastai.pipeline import label_table
+        label_table(self.open(), stage, table)
+
+    def predict(self):
+        """Write scores.csv: a score per picture of the submission's table for each submitted stage and ensemble.
+
+        python run.py predict
+        """
+        from aptos_fastai.pipeline import write_scores
+        write_scores(self.open())
+
+    def submit(self):
+        """Write submission.csv and submissions/ from the finished stages.
+
+        python run.py submit --set "submit.cuts=0.75 1.5 2.5 3.5"
+        """
+        from aptos_fastai.pipeline import write_submissions
+        write_submissions(self.open())
+
+    def lr_find(self, stage: 'the stage'):  # noqa: F722
+        """Suggest learning rates for a stage and save the curve as lr_find.png in its folder.
+
+        python run.py lr_find pretrain_256
+        """
+        from aptos_fastai.pipeline import suggest_rates
+        suggest_rates(self.open(), stage)
+
+    def demo(self, folder: 'where to write the tables' = 'demo_data'):  # noqa: F722
+        """Write the synthetic demo's tables as Kaggle's folders, to look at or to pass as --data.
+
+        python run.py demo /tmp/demo
+        """
+        from aptos_fastai.pipeline import write_demo_folder
+        write_demo_folder(self.recipe, self.sets, folder)
+
+    def keys(self):
+        """List every section and key of a recipe with its default, unit and accepted values.
+
+        python run.py keys
+        """
+        show_keys()
+
+
+def show_keys():
+    from aptos_fastai.config import _kinds, _named
+    from aptos_fastai.console import say
+    for name, cls in _kinds.items():
+        say(f'\n[{name}.NAME]' if name in _named else f'\n[{name}]', 'bold')
+        for f in fields(cls):
+            if f.name == 'name' : continue
+            m = f.metadata
+            default = 'needed' if f.default is MISSING else ' '.join(map(str, f.default)) if isinstance(f.default, tuple) else str(f.default)
+            more = f' ({", ".join(m["choices"])})' if m['choices'] else f' ({m["low"]:g} to {m["high"]:g})' if m['low'] is not None else ''
+            say(f'  {f.name:<14} {default or "empty":<18} {m["help"]}{more}')
+
+
+def _commands() -> dict: return {n: f for n, f in vars(Commands).items() if not n.startswith('_') and n != 'open'}
+
+
+def get_parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument('--recipe', default='settings.ini', metavar='FILE', help='the recipe (default: %(default)s)')
+    common.add_argument('--data', default='demo', metavar='FOLDER', help='folder of the tables, or demo: synthetic pictures (default: %(default)s)')
+    common.add_argument('--runs', default='runs', metavar='FOLDER', help='where results go, as FOLDER/<recipe name>/ (default: %(default)s)')
+    common.add_argument('--set', dest='sets', action='append', default=[], metavar='SECTION.KEY=VALUE', help='a key of the recipe, for this run; may be repeated')
+    p = argparse.ArgumentParser(prog='run.py', description='Grades diabetic retinopathy (0-4) from fundus photographs: staged fastai training.',
+                                epilog='run.py COMMAND --help tells more. No medical device.')
+    subs = p.add_subparsers(dest='command', metavar='COMMAND', required=True)
+    for name, f in _commands().items():
+        head, _, example = inspect.cleandoc(f.__doc__).partition('\n\n')
+        sub = subs.add_parser(name, help=head.split(';')[0].split('. ')[0].rstrip('.'), description=head, parents=[common],
+                              epilog='example' + ('s:\n  ' if '\n' in example else ':\n  ') + example.replace('\n', '\n  '),
+                              formatter_class=argparse.RawDescriptionHelpFormatter)
+        for o in list(inspect.signature(f).parameters.values())[1:]:
+            given = o.default is not o.empty
+            sub.add_argument(o.name, help=o.annotation, **(dict(nargs='?', default=o.default) if given else {}))
+    return p
+
+
+def main(argv: list[str] | None = None):
+    args = vars(get_parser().parse_args(argv))
+    name, common = args.pop('command'), {k: args.pop(k) for k in ('recipe', 'data', 'runs', 'sets')}
+    try: _commands()[name](Commands(**common), **args)
+    except AptosError as e: sys.exit(_failed(str(e)))
+    except KeyboardInterrupt:
+        _failed(f'stopped; what is finished stays: the same command goes on from there ({common["runs"]})')
+        sys.exit(130)
+    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # `| head` is no failure
+
+
+def _failed(line: str) -> int:
+    print('error: ' + ' '.join(line.split()), file=sys.stderr)
+    return 1

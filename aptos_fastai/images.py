@@ -1,0 +1,234 @@
+"Bytes -> retina crop -> uint8 square, and the store of prepared pictures."
+import hashlib
+import io
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+from PIL import Image, ImageOps
+
+from aptos_fastai.config import Recipe
+from aptos_fastai.files import AptosError, write_bytes, write_csv
+
+Image.MAX_IMAGE_PIXELS = 400_000_000        # a fundus photograph has 5-50 million; more is a bomb
+
+
+class ImageError(AptosError):
+    "A picture that cannot be read: names the file and why."
+
+
+@dataclass(frozen=True)
+class Prep:
+    "How a picture becomes a square; its `name` names the store, so that several recipes share one"
+    crop: str = 'retina'                     # retina | none
+    aspect: str = 'pad'                      # pad | squash
+    size: int = 512                          # side, pixels
+    quality: int = 95                        # JPEG
+
+    @property
+    def name(self) -> str: return f'{self.crop}-{self.aspect}-{self.size}-q{self.quality}'
+    @property
+    def suffix(self) -> str: return f'.{self.name}.jpg'
+
+
+@dataclass(frozen=True)
+class Circle:
+    "The retina found, pixels of the picture; `how` is circle, box (its bounding box) or whole (nothing found)"
+    x: float
+    y: float
+    r: float
+    how: str = 'circle'
+
+
+def get_prep(recipe: Recipe) -> Prep:
+    i = recipe.images
+    return Prep(i.crop, i.aspect, recipe.store_size, i.quality)
+
+
+def _complete(data: bytes, fmt: str) -> bool:
+    "False where the file ends before its picture does: decoders fill the rest with grey and say nothing"
+    if fmt == 'JPEG': return data.rfind(b'\xff\xd9') > data.rfind(b'\xff\xda')
+    if fmt == 'PNG': return b'IEND' in data[-4096:]
+    return True
+
+
+def decode(data: bytes, min_side: int = 0) -> tuple[np.ndarray, tuple[int, int]]:
+    """uint8 HxWx3 RGB, turned as its EXIF says, and the (width, height) of the file. A JPEG is decoded at 1/2, 1/4 or 1/8
+    as long as its shorter side stays `min_side`. Raises `ImageError`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data)) as im:
+                size, fmt, mode = im.size, im.format, im.mode
+                if not _complete(data, fmt): raise ImageError('is cut short')
+                if fmt in ('JPEG', 'PNG') and mode in ('RGB', 'L'):
+                    k = next((k for k in (8, 4, 2) if fmt == 'JPEG' and min_side and min(size) // k >= min_side), 1)
+                    out = cv2.imdecode(np.frombuffer(data, np.uint8), getattr(cv2, f'IMREAD_REDUCED_COLOR_{k}') if k > 1 else 1)
+                    if out is not None: return np.ascontiguousarray(out[..., ::-1]), size
+                im = ImageOps.exif_transpose(im)
+                if im.mode.startswith('I'): im = Image.fromarray((np.asarray(im) / 257).clip(0, 255).astype(np.uint8))
+                if 'A' in im.getbands() or 'transparency' in im.info: im = im.convert('RGBA')
+                return np.array(im.convert('RGB')), size
+    except ImageError: raise
+    except Exception as e:   # Pillow's plugins raise anything from SyntaxError to struct.error on damaged files
+        raise ImageError(f'cannot be decoded ({type(e).__name__}: {e})') from None
+
+
+def _edge_points(mask: np.ndarray) -> np.ndarray:
+    "(n, 2) x, y of the outermost mask pixels of each row and column, but for those at the picture's border"
+    h, w = mask.shape
+    rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    left, right = mask[rows].argmax(1), w - 1 - mask[rows, ::-1].argmax(1)
+    top, bottom = mask[:, cols].argmax(0), h - 1 - mask[::-1, cols].argmax(0)
+    p = np.concatenate([np.c_[left, rows], np.c_[right, rows], np.c_[cols, top], np.c_[cols, bottom]]).astype(float)
+    inside = (p[:, 0] > 1) & (p[:, 0] < w - 2) & (p[:, 1] > 1) & (p[:, 1] < h - 2)
+    return p[inside]
+
+
+def _lsq_circle(p: np.ndarray) -> tuple[float, float, float]:
+    "The circle of least squares through points p (Kåsa 1976)"
+    m = p.mean(0); q = p - m
+    a, b, c = np.linalg.lstsq(np.c_[2 * q, np.ones(len(q))], (q ** 2).sum(1), rcond=None)[0]
+    return a + m[0], b + m[1], float(np.sqrt(max(c + a * a + b * b, 0)))
+
+
+def _fit_circle(p: np.ndarray, tol: float, tries: int = 300) -> tuple[tuple[float, float, float], float]:
+    "RANSAC (Fischler and Bolles 1981): the circle that most points of `p` lie on within `tol`, and their share"
+    i = np.random.default_rng(0).integers(0, len(p), (tries, 3))
+    (x1, y1), (x2, y2), (x3, y3) = (p[i[:, k]].T for k in range(3))
+    d = 2 * (x1 * (y2 - y3) + x2 * (y3 - y1) + x3 * (y1 - y2))
+    ok = np.abs(d) > 1e-6
+    s1, s2, s3, d = x1**2 + y1**2, x2**2 + y2**2, x3**2 + y3**2, np.where(ok, d, 1)
+    cx = (s1 * (y2 - y3) + s2 * (y3 - y1) + s3 * (y1 - y2)) / d
+    cy = (s1 * (x3 - x2) + s2 * (x1 - x3) + s3 * (x2 - x1)) / d
+    r = np.hypot(x1 - cx, y1 - cy)
+    near = np.abs(np.hypot(p[:, 0] - cx[:, None], p[:, 1] - cy[:, None]) - r[:, None]) < tol
+    best = near[np.where(ok, near.sum(1), -1).argmax()]
+    x, y, r = _lsq_circle(p[best])
+    return (x, y, r), float((np.abs(np.hypot(p[:, 0] - x, p[:, 1] - y) - r) < tol).mean())
+
+
+def find_retina(im: np.ndarray, side: int = 256) -> Circle:
+    "The circle of the retina in a uint8 HxWx3 picture, found at `side` pixels; the bounding box or the whole picture failing that"
+    h, w = im.shape[:2]
+    whole = Circle(w / 2, h / 2, max(h, w) / 2, 'whole')
+    k = min(1., side / max(h, w))
+    v = cv2.medianBlur(cv2.resize(im, (max(1, round(w * k)), max(1, round(h * k))), interpolation=cv2.INTER_AREA).max(2), 3)
+    n, lab, stats, _ = cv2.connectedComponentsWithStats((v > max(8., .15 * np.percentile(v, 95))).astype(np.uint8))
+    if n < 2 or min(v.shape) < 16: return whole
+    big = 1 + stats[1:, cv2.CC_STAT_AREA].argmax()
+    bx, by, bw, bh, area = stats[big]
+    if area < .1 * v.size: return whole
+    box = Circle((bx + bw / 2) / k, (by + bh / 2) / k, max(bw, bh) / 2 / k, 'box')
+    p = _edge_points(lab == big)
+    if len(p) < 24: return box if area < .95 * v.size else whole
+    (x, y, r), share = _fit_circle(p, tol=max(1.5, .012 * max(v.shape)))
+    yy, xx = np.ogrid[:v.shape[0], :v.shape[1]]
+    disc = (xx - x) ** 2 + (yy - y) ** 2 <= r * r
+    agree = (disc & (lab == big)).sum() / max((disc | (lab == big)).sum(), 1)
+    # the circle may stick out of a picture that cuts it off, but not be much larger than what is seen
+    fine = share > .5 and agree > .85 and .45 * max(bw, bh) <= r <= .8 * max(bw, bh)
+    return Circle((x + .5) / k, (y + .5) / k, (r + .5) / k) if fine else box
+
+
+def crop_square(im: np.ndarray, c: Circle, prep: Prep) -> np.ndarray:
+    "The square of side `prep.size` around the circle `c`; black where the picture does not reach, and outside a found circle"
+    h, w = im.shape[:2]
+    x0, x1, y0, y1 = (int(round(o)) for o in (c.x - c.r, c.x + c.r, c.y - c.r, c.y + c.r))
+    if prep.crop == 'none': x0, x1, y0, y1 = 0, w, 0, h
+    if prep.aspect == 'squash': x0, x1, y0, y1 = max(x0, 0), min(x1, w), max(y0, 0), min(y1, h)
+    elif prep.crop == 'none': x0, x1, y0, y1 = -((max(h, w) - w) // 2), 0, -((max(h, w) - h) // 2), 0; x1 += x0 + max(h, w); y1 += y0 + max(h, w)
+    part = im[max(y0, 0):y1, max(x0, 0):x1]
+    pads = max(-y0, 0), max(y1 - h, 0), max(-x0, 0), max(x1 - w, 0)
+    if any(pads): part = cv2.copyMakeBorder(part, *pads, cv2.BORDER_CONSTANT)
+    shrink = min(part.shape[:2]) >= prep.size
+    out = cv2.resize(part, (prep.size, prep.size), interpolation=cv2.INTER_AREA if shrink else cv2.INTER_CUBIC)
+    return _outside_black(out) if c.how == 'circle' and prep.crop == 'retina' and prep.aspect == 'pad' else out
+
+
+def _outside_black(sq: np.ndarray) -> np.ndarray:
+    "Text, bright borders and sensor noise outside the retina are no part of it"
+    n = len(sq)
+    o = (np.arange(n) - (n - 1) / 2) ** 2
+    sq[o[:, None] + o[None] > (n / 2 * 1.01) ** 2] = 0
+    return sq
+
+
+def prepare(data: bytes, prep: Prep) -> tuple[bytes, dict]:
+    "The prepared JPEG of an original's bytes, and what was found: width, height, x, y, r (original pixels), how, pixels (hash)"
+    im, (w, h) = decode(data, prep.size)
+    c = find_retina(im) if prep.crop == 'retina' else Circle(im.shape[1] / 2, im.shape[0] / 2, max(im.shape[:2]) / 2, 'whole')
+    k = max(w, h) / max(im.shape[:2])
+    info = dict(width=w, height=h, x=round(c.x * k, 1), y=round(c.y * k, 1), r=round(c.r * k, 1), how=c.how,
+                pixels=hashlib.blake2b(im.tobytes(), digest_size=12).hexdigest())
+    opts = [cv2.IMWRITE_JPEG_QUALITY, prep.quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    return cv2.imencode('.jpg', crop_square(im, c, prep)[..., ::-1], opts)[1].tobytes(), info
+
+
+def read_square(path: str | Path, prep: Prep, size: int) -> np.ndarray:
+    "uint8 `size` x `size` x 3 RGB of a picture of the store, or of an original prepared on the way: the same pixels"
+    path = Path(path)
+    try: data = path.read_bytes()
+    except OSError as e: raise ImageError(f'{path}: cannot be read ({e.strerror})') from None
+    if not path.name.endswith(prep.suffix):
+        try: data = prepare(data, prep)[0]
+        except ImageError as e: raise ImageError(f'{path}: {e}') from None
+    im = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    if im is None: raise ImageError(f'{path}: is damaged; delete it and run again, it will be made anew')
+    return cv2.resize(im, (size, size), interpolation=cv2.INTER_AREA)[..., ::-1] if size != prep.size else im[..., ::-1]
+
+
+# The store: <store>/<prep.name>/<table>-<hash of the folder>/<id><suffix> and prepared.csv
+
+def _stored(row, folder: Path, prep: Prep, old: dict) -> dict:
+    "The record of one picture, prepared now unless `old` has it and the original is as it was then"
+    src, out = Path(row.path), folder / f'{row.id_code.replace(os.sep, "_")}{prep.suffix}'
+    try:
+        st = src.stat()
+        same = dict(bytes=st.st_size, mtime=st.st_mtime_ns)
+        was = old.get(row.id_code)
+        if was and not was['error'] and out.exists() and all(was[k] == v for k, v in same.items()): return was
+        jpeg, info = prepare(src.read_bytes(), prep)
+        write_bytes(out, jpeg)
+        return dict(id_code=row.id_code, **same, **info, error='')
+    except ImageError as e: why = str(e)
+    except OSError as e: why, same = f'cannot be read ({e.strerror})', dict(bytes=0, mtime=0)
+    return dict(id_code=row.id_code, **same, width=0, height=0, x=0, y=0, r=0, how='', pixels='', error=why)
+
+
+def store_folder(frame: pd.DataFrame, store: Path, prep: Prep) -> Path:
+    "Where the prepared pictures of `frame` are; tables of one name from two data folders keep apart"
+    where = hashlib.sha256(str(Path(frame.path.iloc[0]).resolve().parent).encode()).hexdigest()[:8]
+    return Path(store) / prep.name / f'{frame.source.iloc[0]}-{where}'
+
+
+def read_prepared(folder: Path) -> pd.DataFrame | None:
+    file = folder / 'prepared.csv'
+    return pd.read_csv(file, dtype=dict(id_code=str), keep_default_na=False) if file.is_file() else None
+
+
+def prepare_table(frame: pd.DataFrame, store: Path, prep: Prep, bars) -> pd.DataFrame:
+    "`frame` with its pictures prepared: columns `stored` (path) and `pixels` (hash). Raises `ImageError` with the list of the bad"
+    folder = store_folder(frame, store, prep)
+    old = read_prepared(folder)
+    known = {o['id_code']: o for o in old.to_dict('records')} if old is not None else {}
+    cv2.setNumThreads(1)                     # the pool has the cores
+    done = []
+    with bars(f'preparing {frame.source.iloc[0]}', len(frame), 'pictures') as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for o in pool.map(partial(_stored, folder=folder, prep=prep, old=known), frame.itertuples()):
+            done.append(o); bar.to(len(done))
+    new = pd.DataFrame(done)
+    if old is None or done != old.to_dict('records'): write_csv(folder / 'prepared.csv', new)
+    bad = new[new.error != '']
+    if len(bad):
+        first = '; '.join(f'{o.id_code} {o.error}' for o in bad.head(5).itertuples())
+        raise ImageError(f'{len(bad)} of {len(new)} pictures of {frame.source.iloc[0]} cannot be used: {first}; all are in {folder / "prepared.csv"}')
+    return frame.assign(stored=[str(folder / f'{i.replace(os.sep, "_")}{prep.suffix}') for i in frame.id_code], pixels=new.pixels.to_numpy())
+
+

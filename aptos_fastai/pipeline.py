@@ -1,0 +1,267 @@
+"Walks the graph: tables -> pictures -> stages -> labels -> submission; skips what is finished."
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from aptos_fastai.config import ConfigError, Recipe, parse_cuts, read_recipe
+from aptos_fastai.console import Bars, ago, say, table
+from aptos_fastai.files import AptosError, read_json, write_bytes, write_csv, write_json
+from aptos_fastai.images import prepare_table, read_prepared, store_folder
+from aptos_fastai.metrics import HALF, apply_cuts, kappa_interval, nested_grades, quadratic_kappa
+from aptos_fastai.record import Run
+from aptos_fastai.tables import add_folds, read_order, read_tables
+
+SYNTHETIC = 'SYNTHETIC: painted pictures, no medical data; nothing here says anything about eyes'
+
+
+def open_run(recipe: str = 'settings.ini', data: str = 'demo', runs: str = 'runs', sets: Iterable[str] = (), *, write: bool = True) -> Run:
+    """The run of a recipe on a data folder, its tables read and checked, its demo painted; pictures are not prepared yet.
+
+    Raises `AptosError`: whatever is wrong with recipe, tables or folders, before anything is trained. With `write=False` nothing is written
+    but the demo's pictures.
+    """
+    demo = data == 'demo'
+    r, runs = read_recipe(recipe, demo=demo, sets=list(sets)), Path(runs)
+    if runs.exists() and not runs.is_dir(): raise AptosError(f'{runs}: is a file; give a folder with --runs')
+    data = write_demo_tables(r, runs) if demo else Path(data)
+    frames = read_tables(r, data)
+    root = runs / r.name
+    check_same_data(root, data, demo)
+    frames = add_folds(r, frames, root / 'folds.csv', write=write)
+    if demo and write: write_bytes(root / 'SYNTHETIC.txt', f'{SYNTHETIC}.\n'.encode())
+    return with_prepared(Run(r, data, root, frames))
+
+
+def write_demo_tables(r: Recipe, runs: Path) -> Path:
+    "Paints the demo's tables, once"
+    from aptos_fastai.demo import write_demo
+    folder = runs / f'demo-{r.demo.pretrain}-{r.demo.train}-{r.demo.test}-seed{r.seed}'
+    try:
+        with Bars() as bars, bars(f'painting the synthetic demo into {folder}', r.demo.pretrain + r.demo.train + r.demo.test, 'pictures') as bar:
+            return write_demo(folder, pretrain=r.demo.pretrain, train=r.demo.train, test=r.demo.test, seed=r.seed,
+                              progress=lambda done, total: bar.to(done))
+    except FileExistsError as e: raise AptosError(f'{e}; move it away or give another --runs folder') from None
+    except OSError as e: raise AptosError(f'{folder}: cannot be written ({e.strerror}); give another --runs folder') from None
+
+
+def check_same_data(root: Path, data: Path, demo: bool):
+    "A run folder belongs to one data folder: a second would overwrite what the first trained"
+    was = read_json(root / 'run.json')
+    if was and not demo and was['data'] != str(data.resolve()):
+        raise AptosError(f'{root}: holds a run on {was["data"]}, not on {data}; give another folder with --runs, '
+                         f'or, if that data was only moved, delete {root / "run.json"}')
+
+
+def with_prepared(run: Run) -> Run:
+    "The run with the pixel hashes of pictures that are prepared already, so that what is finished can be told without decoding"
+    frames = {}
+    for n, f in run.frames.items():
+        folder = store_folder(f, run.store, run.prep)
+        old = read_prepared(folder)
+        if old is not None and not (old.error != '').any() and old.id_code.tolist() == f.id_code.tolist():
+            f = f.assign(stored=[str(folder / f'{i}{run.prep.suffix}') for i in f.id_code], pixels=old.pixels.to_numpy())
+        frames[n] = f
+    return replace(run, frames=frames)
+
+
+def prepare_run(run: Run, bars: Bars) -> Run:
+    "The run with every picture prepared; unchanged originals are not read again"
+    write_json(run.root / 'run.json', dict(data=str(run.data.resolve()), recipe=run.recipe.path.name, synthetic=bool(run.recipe.demo)))
+    return replace(run, frames={n: prepare_table(f, run.store, run.prep, bars) for n, f in run.frames.items()})
+
+
+def check_run(run: Run, stages: Iterable[str]):
+    "What would stop a stage later is said now: weights out of reach, a batch larger than its table"
+    from aptos_fastai.model import check_weights
+    for n in stages:
+        s = run.recipe.stages[n]
+        for k in range(s.folds):
+            m = sum(len(run.frames[t]) if teacher else int((run.frames[t].fold != k).sum()) for teacher, t in s.sources)
+            if s.bs > m: raise ConfigError(f'{run.recipe.path} [stage.{n}] bs = {s.bs}: only {m} pictures train in fold {k}; set it to {m} or less')
+        try: check_weights(s)
+        except AptosError as e: raise ConfigError(f'{run.recipe.path} [stage.{n}] {e}') from None
+
+
+def train_nodes(run: Run, nodes: Iterable[str], bars: Bars) -> int:
+    "Trains what is not finished of the stages in `nodes`, parents first, with the labels they need; returns how many folds were trained"
+    todo = run.todo(set(nodes))
+    if not todo: return 0
+    check_run(run, todo)
+    from aptos_fastai.stage import train_fold
+    for i, (n, ks) in enumerate(todo.items(), 1):
+        s = run.recipe.stages[n]
+        say(f'stage {i} of {len(todo)}: {n}  ({s.arch}, {s.size} px, {" + ".join(s.train)}) -> {run.root / n}', 'bold')
+        for teacher, t in s.sources:
+            if teacher: label(run, teacher, t, bars)
+        for k in ks: train_fold(run, n, k, bars)
+    return sum(map(len, todo.values()))
+
+
+def label(run: Run, node: str, name: str, bars: Bars) -> Path:
+    "Writes the pseudo-labels of a table by a trained stage or ensemble, unless they stand; returns their folder"
+    from aptos_fastai.pseudo import FILES, labels_finished, write_labels
+    out = run.label_dir(node, name)
+    if not labels_finished(run, node, name):
+        write_labels(run, node, name, bars)
+        say(f'  labels of {name} by {node} -> {out / FILES["soft"]}, {FILES["hard"]}')
+    return out
+
+
+def predict(run: Run, bars: Bars) -> pd.DataFrame:
+    "scores.csv: id_code, a column of scores for each submitted stage and ensemble, mean (of the final one's folds and members) and its grade"
+    from aptos_fastai.predict import node_scores
+    sub = run.recipe.submit
+    names = list(dict.fromkeys([*sub.also, sub.final]))
+    cols = {n: node_scores(run, n, sub.table, bars) for n in names}
+    df = pd.DataFrame(dict(id_code=run.frames[sub.table].id_code, **cols, mean=cols[sub.final]))
+    df['grade'] = apply_cuts(df['mean'], run.cuts(sub.final, sub.cuts))
+    df = df.set_index('id_code').loc[read_order(run.recipe.tables[sub.table], run.data, run.frames[sub.table])].reset_index()
+    write_csv(run.root / 'scores.csv', df)
+    return df
+
+
+def submit(run: Run, scores: pd.DataFrame):
+    "submissions/<name>.csv for each submitted stage and ensemble, and the final one's as submission.csv: id_code, diagnosis"
+    sub = run.recipe.submit
+    for n in dict.fromkeys([*sub.also, sub.final]):
+        df = pd.DataFrame(dict(id_code=scores.id_code, diagnosis=apply_cuts(scores[n], run.cuts(n, sub.cuts))))
+        write_csv(run.root / 'submissions' / f'{n}.csv', df)
+    write_csv(run.root / 'submission.csv', df if n == sub.final else pd.read_csv(run.root / 'submissions' / f'{sub.final}.csv', dtype=dict(id_code=str)))
+
+
+def summarise(run: Run) -> dict:
+    "What came out, stage by stage. Kappa is of validation pictures only, by cuts fitted on other pictures than those they grade"
+    rows = []
+    for n in run.recipe.order:
+        o = run.oof(n)
+        how = run.recipe.stages[n].cuts if n in run.recipe.stages else run.recipe.submit.cuts
+        grades = apply_cuts(o.score, parse_cuts(how)) if parse_cuts(how) else nested_grades(o.score, o.diagnosis)
+        recs = [run.record(m, k) for m in run.recipe.members(n) for k in run.folds_of(n)]
+        s = run.recipe.stages.get(n)
+        rows.append(dict(
+            stage=n, tables=list(s.train) if s else list(run.recipe.members(n)), arch=s.arch if s else 'ensemble', size=s.size if s else None,
+            folds=len(run.folds_of(n)), pictures=recs[0]['pictures'] if s else dict(train=0, valid=len(o)), validated=len(o),
+            epochs=s.freeze_epochs + s.epochs if s else None, kept_epochs=[q['kept_epoch'] + 1 for q in recs] if s else None,
+            best_kappa=float(np.mean([q['kept_kappa'] for q in recs])) if s else None, kappa=quadratic_kappa(grades, o.diagnosis),
+            kappa_interval=kappa_interval(grades, o.diagnosis), kappa_half=quadratic_kappa(apply_cuts(o.score, HALF), o.diagnosis),
+            cuts=run.cuts(n, how).tolist(), seconds=sum(q['seconds'] for q in recs) if s else 0))
+    sub = run.recipe.submit
+    return dict(recipe=run.recipe.name, synthetic=bool(run.recipe.demo), note=SYNTHETIC if run.recipe.demo else '', stages=rows,
+                submission=dict(file='submission.csv', node=sub.final, cuts=run.cuts(sub.final, sub.cuts).tolist(), pictures=len(run.frames[sub.table])))
+
+
+def show_summary(run: Run, o: dict):
+    cols = 'stage tables pictures size epochs best_kappa kappa 95% time'.split()
+    rows = [[s['stage'], '\n'.join(s['tables']), f'{s["pictures"]["train"]}+{s["pictures"]["valid"]}' if s['size'] else s['validated'], s['size'] or '',
+             (f'{s["folds"]} x ' if s['folds'] > 1 else '') + str(s['epochs']) if s['size'] else '',
+             f'{s["best_kappa"]:.3f}' if s['size'] else '', f'{s["kappa"]:.3f}', '{:.2f}-{:.2f}'.format(*s['kappa_interval']),
+             ago(s['seconds']) if s['size'] else ''] for s in o['stages']]
+    table(f'{run.recipe.name}' + (' (SYNTHETIC demo)' if run.recipe.demo else ''), [c.replace('_', ' ') for c in cols], rows,
+          right=('pictures', 'size', 'epochs', 'best kappa', 'kappa', '95%', 'time'))
+    say('pictures: training + validation. best kappa: of the kept epoch, at the fixed cuts the stage trains with; the epoch was chosen on these same '
+        'pictures where keep is kappa or loss.\nkappa, 95%: validation pictures, cuts fitted on others than those they grade, bootstrap interval.', 'dim')
+    say(f'{o["submission"]["node"]} -> {run.root / "submission.csv"} ({o["submission"]["pictures"]} pictures); also submissions/, scores.csv, summary.json')
+    if run.recipe.demo: say(SYNTHETIC, 'yellow')
+
+
+def answers_finished(run: Run) -> bool:
+    "True where nothing is to train and the answers were made from the weights that stand"
+    o = read_json(run.root / 'summary.json')
+    return not run.todo() and bool(o) and o.get('made_from') == made_from(run) and all(
+        (run.root / f).is_file() for f in ('submission.csv', 'scores.csv'))
+
+
+def made_from(run: Run) -> list: return [run.digests[run.recipe.submit.table], repr(run.recipe.submit), repr(run.recipe.ensembles),
+                                         [[run.record(n, k) and run.record(n, k)['files'] for k in range(s.folds)] for n, s in run.recipe.stages.items()]]
+
+
+def run_all(run: Run):
+    "Everything, in order: prepares, trains, labels, predicts, submits, sums up; says so and does nothing where all is done"
+    t0 = time.time()
+    if run.recipe.demo: say(SYNTHETIC, 'yellow')
+    with Bars() as bars:
+        run = prepare_run(run, bars)
+        if answers_finished(run):
+            say(f'Everything is done already: nothing was run. The answer is {run.root / "submission.csv"}')
+            return show_summary(run, read_json(run.root / 'summary.json'))
+        train_nodes(run, run.recipe.stages, bars)
+        submit(run, predict(run, bars))
+    o = dict(summarise(run), seconds=round(time.time() - t0, 1), made_from=made_from(run))
+    write_json(run.root / 'summary.json', o)
+    show_summary(run, o)
+    say(f'{ago(time.time() - t0)} in all')
+
+
+def _known(run: Run, name: str, among) -> str:
+    if name not in among: raise AptosError(f'{name}: no such stage in {run.recipe.path}; there are {", ".join(among)}')
+    return name
+
+
+def train_stage(run: Run, stage: str):
+    "`train STAGE`"
+    needed = run.ancestors(_known(run, stage, run.recipe.stages))
+    with Bars() as bars:
+        n = train_nodes(prepare_run(run, bars), needed, bars)
+    say(f'{stage} -> {run.root / stage}' if n else f'{stage} is finished already: {run.root / stage}')
+
+
+def label_table(run: Run, node: str, name: str):
+    "`label STAGE [TABLE]`"
+    name = name or run.recipe.submit.table
+    if name not in run.frames or run.recipe.tables[name].graded:
+        raise AptosError(f'{name}: no ungraded table of {run.recipe.path}; there are {", ".join(t.name for t in run.recipe.used_tables if not t.graded)}')
+    needed = run.ancestors(_known(run, node, run.recipe.nodes))
+    with Bars() as bars:
+        run = prepare_run(run, bars)
+        train_nodes(run, needed, bars)
+        say(f'labels of {name} by {node}: {label(run, node, name, bars)}')
+
+
+def _answering(run: Run) -> Run:
+    "The run, once every stage that answers is known to be finished"
+    lost = [n for n in run.todo() if n in set().union(*(run.ancestors(m) for m in [run.recipe.submit.final, *run.recipe.submit.also]))]
+    if lost: raise AptosError(f'{run.root}: {", ".join(lost)} not trained yet, or trained with other settings; run `all`, or `train {lost[-1]}`')
+    return run
+
+
+def write_scores(run: Run):
+    "`predict`"
+    with Bars() as bars: df = predict(_answering(prepare_run(run, bars)), bars)
+    say(f'{len(df)} pictures scored -> {run.root / "scores.csv"}')
+
+
+def write_submissions(run: Run):
+    "`submit`"
+    with Bars() as bars:
+        run = _answering(prepare_run(run, bars))
+        submit(run, predict(run, bars))
+    say(f'{run.recipe.submit.final} -> {run.root / "submission.csv"}; each submitted stage and ensemble -> {run.root / "submissions"}')
+
+
+def suggest_rates(run: Run, stage: str):
+    "`lr_find STAGE`"
+    _known(run, stage, run.recipe.stages)
+    with Bars() as bars: run = prepare_run(run, bars)
+    check_run(run, [stage])
+    from aptos_fastai.stage import find_rates
+    plot = run.root / stage / 'lr_find.png'
+    found = find_rates(run, stage, plot)
+    table(f'learning rates for {stage}', ['suggestion', 'lr'], [[k, f'{v:.2g}'] for k, v in found.items()])
+    say(f'curve -> {plot}; put the rate into [stage.{stage}] lr')
+
+
+def write_demo_folder(recipe: str, sets: Iterable[str], folder: str):
+    "`demo [FOLDER]`"
+    from aptos_fastai.demo import write_demo
+    d: Recipe = read_recipe(recipe, demo=True, sets=list(sets))
+    total = d.demo.pretrain + d.demo.train + d.demo.test
+    try:
+        with Bars() as bars, bars(f'painting into {folder}', total, 'pictures') as bar:
+            write_demo(Path(folder), pretrain=d.demo.pretrain, train=d.demo.train, test=d.demo.test, seed=d.seed, progress=lambda n, _: bar.to(n))
+    except FileExistsError as e: raise AptosError(f'{e}; give another folder') from None
+    except OSError as e: raise AptosError(f'{folder}: cannot be written ({e.strerror})') from None
+    say(f'{total} synthetic pictures -> {folder}')

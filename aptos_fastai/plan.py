@@ -1,0 +1,64 @@
+"What `all` would do, and roughly how long and how large; trains nothing."
+import os
+import time
+
+from aptos_fastai.config import Stage
+from aptos_fastai.console import ago, say, table
+from aptos_fastai.record import Run
+
+BYTES_PER_PIXEL = .28                        # of a stored JPEG: 74 kB at 512 px, quality 95, 4:4:4 (measured on IDRiD)
+PREPARE_SECONDS = .03                        # an original of 12 megapixels, one core (benchmarks/images.py)
+
+
+def step_seconds(stage: Stage, n: int = 4) -> tuple[float, float, int]:
+    "Seconds a picture in training and in prediction, and parameters, by one timed step of `n` random pictures on this machine"
+    import torch
+
+    from aptos_fastai.model import create_model
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    model = create_model(stage).to(device)
+    x = torch.randn(n, 3, stage.size, stage.size, device=device)
+
+    def timed(train: bool) -> float:
+        t = time.time()
+        with torch.set_grad_enabled(train):
+            y = model.train(train)(x).mean()
+            if train: y.backward(); model.zero_grad()
+            y.item()
+        return (time.time() - t) / n
+    timed(True)                               # the first step builds its buffers
+    return timed(True), timed(False), sum(p.numel() for p in model.parameters())
+
+
+def stage_cost(run: Run, name: str, folds: list[int], measured: dict) -> tuple[int, int, float, float]:
+    "(training pictures, validation pictures, seconds, bytes) of training the folds of a stage"
+    s = run.recipe.stages[name]
+    if (s.arch, s.size) not in measured: measured[s.arch, s.size] = step_seconds(s)
+    step, look, params = measured[s.arch, s.size]
+    train = sum(len(run.frames[t]) if teacher else int((run.frames[t].fold != folds[0]).sum()) for teacher, t in s.sources)
+    valid = sum(int((run.frames[t].fold == folds[0]).sum()) for teacher, t in s.sources if not teacher)
+    seen = dict(none=1, hflip=2, d4=8)[s.tta] * valid + (s.epochs + s.freeze_epochs) * valid
+    return train, valid, len(folds) * ((s.epochs + s.freeze_epochs) * train * step + seen * look), len(folds) * params * 8.
+
+
+def show_plan(run: Run):
+    from aptos_fastai.pipeline import answers_finished, check_run
+    r, todo, measured = run.recipe, run.todo(), {}
+    if todo: check_run(run, todo)
+    rows, seconds, disk = [], 0., 0.
+    for n in r.order:
+        s = r.stages.get(n)
+        if s is None: rows.append([n, 'mean of ' + ' '.join(r.members(n)), '', '', '', '']); continue
+        ks = todo.get(n, [])
+        train, valid, t, b = stage_cost(run, n, ks or [0], measured)
+        if ks: seconds, disk = seconds + t, disk + b
+        rows.append([n, '\n'.join(([f'from {s.init}'] if s.init else [f'{s.weights} weights']) + list(s.train)), f'{s.arch}\n{s.size} px', f'{train}+{valid}',
+                     f'{s.folds} x {s.freeze_epochs + s.epochs}', f'about {ago(t)}' if ks else 'finished'])
+    new = sum(len(f) for f in run.frames.values() if 'pixels' not in f)
+    seconds, disk = seconds + new * PREPARE_SECONDS / (os.cpu_count() or 1), disk + new * r.store_size ** 2 * BYTES_PER_PIXEL
+    table(f'{r.path} on {run.data}' + (' (SYNTHETIC demo)' if r.demo else ''), ['stage', 'built on', 'network', 'pictures', 'folds x epochs', 'to do'], rows, right=('pictures',))
+    tabs = ', '.join(f'{n} {len(f)}' for n, f in run.frames.items())
+    say(f'tables: {tabs}. To prepare: {new} pictures at {r.store_size} px.')
+    if not todo and answers_finished(run): return say('Everything is done already: `all` would do nothing.')
+    say(f'{r.submit.final} answers {r.submit.table}: {run.root / "submission.csv"}')
+    say(f'about {ago(seconds)} (one step of each network timed on this machine just now) and {disk / 1e9:.2f} GB on disk')

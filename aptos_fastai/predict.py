@@ -1,0 +1,69 @@
+"Exported learners + pictures -> scores, means over views, folds and members."
+import warnings
+
+import numpy as np
+import pandas as pd
+import torch
+from fastai.learner import Learner, load_learner
+
+from aptos_fastai.console import Bars
+from aptos_fastai.files import digest, file_hash, read_json, write_csv, write_json
+from aptos_fastai.record import EXPORT, WEIGHTS, Run
+
+
+def views(x: torch.Tensor, tta: str):
+    "The views of a batch (N, C, H, W) that a prediction is the mean of: itself; with its mirror; the 8 of the square's symmetry (D4)"
+    yield x
+    if tta == 'none': return
+    yield x.flip(-1)
+    if tta == 'hflip': return
+    for k in (1, 2, 3):
+        r = x.rot90(k, (-2, -1))
+        yield r
+        yield r.flip(-1)
+
+
+@torch.no_grad()
+def predict_scores(learn: Learner, frame: pd.DataFrame, tta: str = 'none', bar=None) -> np.ndarray:
+    "Scores (n,) float32 of the pictures in column `stored` of `frame`, in its order: never augmented, mean over the `views`"
+    dl = learn.dls.test_dl(frame, bs=32)
+    model, out, n = learn.model.eval(), [], 0
+    for b in dl:
+        out.append(torch.stack([model(v).float().flatten() for v in views(b[0], tta)]).mean(0).cpu())
+        n += len(out[-1])
+        if bar: bar.to(n)
+    return torch.cat(out).numpy()
+
+
+def read_exported(run: Run, stage: str, fold: int) -> Learner:
+    "The exported learner of a finished fold: a pickle, so only if its hash is the one this run recorded"
+    path = run.verified(stage, fold, EXPORT)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='load_learner. uses Python')     # its hash is known
+        return load_learner(path, cpu=not torch.cuda.is_available())
+
+
+def stage_scores(run: Run, stage: str, table: str, fold: int, bars: Bars) -> np.ndarray:
+    "Scores of a table by one fold: from its folder where they are there for these weights and pictures, else predicted and written"
+    s, folder = run.recipe.stages[stage], run.fold_dir(stage, fold)
+    csv, note = folder / f'scores_{table}.csv', folder / f'scores_{table}.json'
+    key = digest([file_hash(run.verified(stage, fold, WEIGHTS)), run.digests[table], s.tta])
+    old = read_json(note)
+    if not (old and old['key'] == key and csv.is_file() and file_hash(csv) == old['sha256']):
+        learn, frame = read_exported(run, stage, fold), run.frames[table]
+        if torch.cuda.is_available(): learn.dls.cuda()
+        with bars(f'{stage} fold {fold}  scoring {table}', len(frame), 'pictures') as bar:
+            scores = predict_scores(learn, frame, s.tta, bar)
+        write_csv(csv, pd.DataFrame(dict(id_code=frame.id_code, score=scores)))
+        write_json(note, dict(key=key, sha256=file_hash(csv), tta=s.tta, synthetic=bool(run.recipe.demo)))
+    return pd.read_csv(csv, dtype=dict(id_code=str)).score.to_numpy()
+
+
+def fold_scores(run: Run, node: str, table: str, fold: int, bars: Bars) -> np.ndarray:
+    "Scores of a table by one fold of a stage or ensemble"
+    return sum(w * stage_scores(run, m, table, fold, bars) for m, w in run.recipe.members(node).items())
+
+
+def node_scores(run: Run, node: str, table: str, bars: Bars) -> np.ndarray:
+    "Scores of a table by a stage or ensemble: the mean over folds"
+    return np.mean([fold_scores(run, node, table, k, bars) for k in run.folds_of(node)], 0)

@@ -1,0 +1,56 @@
+"Scores of an ungraded table -> label files with their provenance."
+import numpy as np
+import pandas as pd
+
+from aptos_fastai.console import Bars
+from aptos_fastai.files import digest, file_hash, read_json, write_csv, write_json
+from aptos_fastai.metrics import apply_cuts
+from aptos_fastai.predict import fold_scores
+from aptos_fastai.record import WEIGHTS, RecordError, Run
+
+FILES = dict(soft='soft_pseudo_label.csv', hard='hard_pseudo_label.csv')
+
+
+def _key(run: Run, node: str, table: str) -> str:
+    "Digest of what labels are made from: the weights of every fold, the pictures, the cuts"
+    r = run.recipe
+    made = {f'{m}/{k}': run.record(m, k)['files'][WEIGHTS]['sha256'] for m in r.members(node) for k in run.folds_of(node)}
+    return digest([made, r.members(node), run.digests[table], _label_cuts(run, node), [r.stages[m].tta for m in r.members(node)]])
+
+
+def _label_cuts(run: Run, node: str) -> str: return run.recipe.stages[node].cuts if node in run.recipe.stages else run.recipe.submit.cuts
+
+
+def labels_finished(run: Run, node: str, table: str) -> bool:
+    note = read_json(run.label_dir(node, table) / 'provenance.json')
+    return bool(note) and note['key'] == _key(run, node, table) and all(
+        (run.label_dir(node, table) / f).is_file() and file_hash(run.label_dir(node, table) / f) == h for f, h in note['files'].items())
+
+
+def write_labels(run: Run, node: str, table: str, bars: Bars):
+    """`soft_pseudo_label.csv` (scores) and `hard_pseudo_label.csv` (grades by the node's cuts) of an ungraded table.
+
+    Columns id_code, diagnosis (mean over folds; its grade), fold0 …: a student's fold k learns from `fold<k>` only, so that no picture
+    is validated by a model whose teacher trained on it.
+    """
+    out, ids = run.label_dir(node, table), run.frames[table].id_code
+    by_fold = {f'fold{k}': fold_scores(run, node, table, k, bars) for k in run.folds_of(node)}
+    how = _label_cuts(run, node)
+    mean = np.mean(list(by_fold.values()), 0)
+    hard = {f: apply_cuts(s, run.cuts(node, how, without=int(f[4:]))) for f, s in by_fold.items()}
+    frames = dict(soft=pd.DataFrame(dict(id_code=ids, diagnosis=mean, **by_fold)),
+                  hard=pd.DataFrame(dict(id_code=ids, diagnosis=apply_cuts(mean, run.cuts(node, how)), **hard)))
+    for kind, df in frames.items(): write_csv(out / FILES[kind], df)
+    write_json(out / 'provenance.json', dict(
+        key=_key(run, node, table), labelled_by=node, table=table, synthetic=bool(run.recipe.demo), cuts=run.cuts(node, how).tolist(),
+        weights={f'{m}/fold{k}': run.record(m, k)['files'][WEIGHTS]['sha256'] for m in run.recipe.members(node) for k in run.folds_of(node)},
+        files={f: file_hash(out / f) for f in FILES.values()}))
+
+
+def read_labels(run: Run, node: str, table: str, kind: str) -> pd.DataFrame:
+    "The soft or hard labels of `table` by `node`. Raises `RecordError` where they are missing or not what was written"
+    path, note = run.label_dir(node, table) / FILES[kind], read_json(run.label_dir(node, table) / 'provenance.json')
+    if not note or not path.is_file(): raise RecordError(f'{path}: is not there; run `label {node}` first')
+    if file_hash(path) != note['files'][path.name]:
+        raise RecordError(f'{path}: is not what this run wrote (its hash differs); delete {path.parent} and run again')
+    return pd.read_csv(path, dtype=dict(id_code=str))

@@ -1,0 +1,124 @@
+"The run folder: where everything is, what was asked for, and what is finished. Imports no torch."
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from aptos_fastai.config import Recipe, Stage, parse_cuts
+from aptos_fastai.files import AptosError, digest, file_hash, read_json
+from aptos_fastai.images import Prep, get_prep
+from aptos_fastai.metrics import GradeCuts
+
+FINISHED = 'stage.json'                      # written last: its presence means finished
+EXPORT, WEIGHTS, PREDS, HISTORY = 'learner.pkl', 'weights.safetensors', 'preds.csv', 'history.csv'
+
+
+class RecordError(AptosError):
+    "A run folder that does not hold what is asked of it: names the file and what to run."
+
+
+@dataclass
+class Run:
+    "One recipe on its tables, under `root` = <runs>/<recipe name>"
+    recipe: Recipe
+    data: Path
+    root: Path
+    frames: dict[str, pd.DataFrame] = field(repr=False)
+
+    @property
+    def store(self) -> Path: return self.root.parent / 'prepared'
+    @property
+    def prep(self) -> Prep: return get_prep(self.recipe)
+    def fold_dir(self, stage: str, fold: int) -> Path: return self.root / stage / f'fold{fold}'
+    def label_dir(self, node: str, table: str) -> Path: return self.root / 'labels' / node / table
+    def folds_of(self, node: str) -> range: return range(min(self.recipe.stages[m].folds for m in self.recipe.members(node)))
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        "What each table is: ids, grades, folds and pixels"
+        return {n: digest([f.id_code.tolist(), f.diagnosis.tolist(), f.fold.tolist(), f.get('pixels', f.path).tolist()])
+                for n, f in self.frames.items()}
+
+    def fingerprint(self, node: str, fold: int) -> str:
+        "Digest of all that a fold of a stage is made from: its settings, its tables, and the same of its parents"
+        r, s = self.recipe, self.recipe.stages.get(node)
+        if s is None: return digest([node, {m: [self.fingerprint(m, fold), w] for m, w in r.members(node).items()}])
+        settings = {k: v for k, v in asdict(s).items() if k not in ('name', 'folds', 'workers', 'init', 'train')}
+        return digest(dict(settings=settings, augment=asdict(r.augment), prep=asdict(self.prep), seed=r.seed, fold=fold,
+                           init=s.init and self.fingerprint(s.init, fold),
+                           train=[[t and self.fingerprint(t, fold), self.digests[n]] for t, n in s.sources]))
+
+    def record(self, stage: str, fold: int) -> dict | None: return read_json(self.fold_dir(stage, fold) / FINISHED)
+
+    def finished(self, stage: str, fold: int) -> bool:
+        "True where the folder holds the very stage that is asked for, its files whole in size, its parent's weights those it began with"
+        o, s = self.record(stage, fold), self.recipe.stages[stage]
+        if not o or o.get('fingerprint') != self.fingerprint(stage, fold): return False
+        sizes = {f: v['bytes'] for f, v in o['files'].items()}
+        folder = self.fold_dir(stage, fold)
+        if any(not (folder / f).is_file() or (folder / f).stat().st_size != n for f, n in sizes.items()): return False
+        parents = {m: self.record(m, fold) for p in s.parents for m in self.recipe.members(p)}
+        return all(q and o['parents'].get(m) == q['files'][WEIGHTS]['sha256'] for m, q in parents.items())
+
+    def todo(self, nodes: Iterable[str] | None = None) -> dict[str, list[int]]:
+        "Stage -> folds that `all` would train, parents first; a stage whose ancestor would run runs too"
+        out: dict[str, list[int]] = {}
+        for n in self.recipe.order:
+            if n not in self.recipe.stages or (nodes is not None and n not in nodes): continue
+            s = self.recipe.stages[n]
+            above = {m for p in s.parents for m in self.recipe.members(p)}
+            ks = [k for k in range(s.folds) if any(k in out.get(m, []) for m in above) or not self.finished(n, k)]
+            if ks: out[n] = ks
+        return out
+
+    def ancestors(self, node: str) -> set[str]:
+        "`node` and everything it is built on"
+        return {node}.union(*(self.ancestors(p) for p in self.recipe.nodes[node].parents))
+
+    def verified(self, stage: str, fold: int, file: str) -> Path:
+        "The path of a file of a finished fold, its hash as recorded. Raises `RecordError`"
+        o, path = self.record(stage, fold), self.fold_dir(stage, fold) / file
+        if not o: raise RecordError(f'{path.parent}: is not finished; run `train {stage}` first')
+        if not path.is_file(): raise RecordError(f'{path}: is gone; run `train {stage}` again')
+        if file_hash(path) != o['files'][file]['sha256']:
+            raise RecordError(f'{path}: is not what this run wrote (its hash differs); delete {path.parent} and run again')
+        return path
+
+    def oof(self, node: str, fold: int | None = None) -> pd.DataFrame:
+        "Validation scores of a stage or ensemble, id_code, source, diagnosis, fold, score: each from the fold that did not train on it"
+        ks = self.folds_of(node) if fold is None else [fold]
+        total = None
+        for m, w in self.recipe.members(node).items():
+            p = pd.concat([pd.read_csv(self.verified(m, k, PREDS), dtype=dict(id_code=str)) for k in ks], ignore_index=True)
+            if total is None: total = p.assign(score=p.score * w); continue
+            if not (total.id_code.equals(p.id_code) and total.source.equals(p.source)):
+                raise RecordError(f'[ensemble.{node}]: {m} was validated on other pictures than the other members')
+            total['score'] += w * p.score
+        return total
+
+    def cuts(self, node: str, how: str, without: int | None = None) -> np.ndarray:
+        "The cuts that `how` asks for; optimal ones are fitted on out-of-fold scores, those of fold `without` left out where others remain"
+        fixed = parse_cuts(how)
+        if fixed: return np.array(fixed)
+        o = self.oof(node)
+        rest = o[o.fold != without]
+        o = rest if len(rest) else o
+        return GradeCuts().fit(o.score, o.diagnosis).cuts_
+
+
+def training_frame(run: Run, stage: Stage, fold: int, labels: dict[tuple[str, str], pd.DataFrame]) -> pd.DataFrame:
+    "The rows of one fold: graded ones with `valid` where they are its part, pseudo-labelled ones never"
+    parts = []
+    for teacher, name in stage.sources:
+        f = run.frames[name]
+        if teacher:
+            lab = labels[teacher, name].set_index('id_code')[f'fold{fold}']
+            parts.append(f.assign(diagnosis=f.id_code.map(lab).astype(np.float32), valid=False, source=f'{teacher}:{name}'))
+        else: parts.append(f.assign(valid=f.fold == fold))
+    out = pd.concat(parts, ignore_index=True)
+    n = int((~out.valid).sum())
+    if stage.bs > n: raise AptosError(f'[stage.{stage.name}] bs = {stage.bs}: only {n} pictures train in fold {fold}; set it to {n} or less')
+    return out

@@ -1,0 +1,133 @@
+"CSVs and folders of pictures -> one checked frame a table; folds written once and reused."
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from aptos_fastai.config import Recipe, Table
+from aptos_fastai.files import AptosError, digest, write_csv
+
+
+class TableError(AptosError):
+    "A table that cannot be used: names the file, the ids and what to do."
+
+
+def _few(ids) -> str: return ', '.join(map(str, list(ids)[:5])) + (', …' if len(ids) > 5 else '')
+
+
+def find_folder(table: Table, data: Path) -> Path:
+    "The first of the table's folders under `data` that holds its CSV"
+    tried = [data / f for f in table.folder]
+    for o in tried:
+        if (o / table.csv).is_file(): return o
+    raise TableError(f'[table.{table.name}]: no {table.csv} in {" or ".join(map(str, tried))}; name the folder that holds it with '
+                     f'--data FOLDER (--data demo runs on synthetic pictures)')
+
+
+def _pictures(folder: Path) -> dict[str, Path]:
+    "Stem -> path of the pictures in `folder`"
+    if not folder.is_dir(): raise TableError(f'{folder}: no such folder of pictures')
+    out: dict[str, Path] = {}
+    with os.scandir(folder) as it: names = sorted(o.name for o in it if not o.name.startswith('.') and o.is_file())
+    for n in names:
+        stem = n.rpartition('.')[0] or n
+        if stem in out: raise TableError(f'{folder}: both {out[stem].name} and {n} stand for the id {stem}; keep one')
+        out[stem] = folder / n
+    return out
+
+
+def _grades(csv: Path, df: pd.DataFrame, table: Table) -> np.ndarray:
+    g = pd.to_numeric(df[table.grade], errors='coerce')
+    bad = ~g.isin(range(5))
+    if bad.any():
+        shown = [f'{i} = {v}' for i, v in zip(df[table.id][bad], df[table.grade][bad], strict=True)]
+        raise TableError(f'{csv}: {bad.sum()} {table.grade} not a whole number from 0 to 4: {_few(shown)}')
+    return g.to_numpy(np.float32)
+
+
+def _read_csv(csv: Path, cols: list[str]) -> pd.DataFrame:
+    try: df = pd.read_csv(csv, dtype=str, keep_default_na=False, encoding='utf-8-sig')
+    except pd.errors.EmptyDataError: raise TableError(f'{csv}: is empty') from None
+    except (pd.errors.ParserError, UnicodeDecodeError) as e: raise TableError(f'{csv}: is no readable CSV ({e})') from None
+    for c in cols:
+        if c not in df: raise TableError(f'{csv}: no column {c}; it has {", ".join(df.columns)}')
+    if not len(df): raise TableError(f'{csv}: has no rows')
+    return df
+
+
+def read_table(table: Table, data: Path) -> pd.DataFrame:
+    """The frame of `table` under the folder `data`, a row a picture: id_code, diagnosis (float; NaN where ungraded), path, group, source.
+
+    Raises `TableError`: missing file, folder or column; no rows; grades off 0-4; ids twice; ids without a picture.
+    """
+    if not data.is_dir(): raise TableError(f'{data}: no such data folder; --data demo runs on synthetic pictures')
+    folder = find_folder(table, data)
+    csv, pics = folder / table.csv, folder / table.images
+    df = _read_csv(csv, [table.id] + ([table.grade] if table.graded else []))
+    raw = df[table.id]
+    twice = raw[raw.duplicated()].unique()
+    if len(twice): raise TableError(f'{csv}: {len(twice)} {table.id} stand there more than once: {_few(twice)}')
+    by_stem = _pictures(pics)
+    names = {p.name: p for p in by_stem.values()}
+    paths = [by_stem.get(o) or names.get(o) for o in raw]
+    lost = [o for o, p in zip(raw, paths, strict=True) if p is None]
+    if lost: raise TableError(f'{csv}: {len(lost)} of {len(raw)} ids have no picture in {pics}: {_few(lost)}')
+    group = raw.str.extract(table.group, expand=False if '(' not in table.group else True) if table.group else None
+    if group is not None: group = group.iloc[:, 0] if isinstance(group, pd.DataFrame) else group
+    return pd.DataFrame(dict(
+        id_code=raw, diagnosis=_grades(csv, df, table) if table.graded else np.full(len(df), np.nan, np.float32),
+        path=[str(p) for p in paths], group=raw if group is None else group.fillna(raw), source=table.name))
+
+
+def read_tables(recipe: Recipe, data: Path) -> dict[str, pd.DataFrame]:
+    "The frames of every table that the recipe uses"
+    return {t.name: read_table(t, Path(data)) for t in recipe.used_tables}
+
+
+def read_order(table: Table, data: Path, frame: pd.DataFrame) -> list[str]:
+    "The ids of the submission, in order: those of the table's `order` CSV where it is there, else the table's own"
+    csv = find_folder(table, data) / table.order if table.order else None
+    if csv is None or not csv.is_file(): return frame.id_code.tolist()
+    ids = _read_csv(csv, ['id_code']).id_code.tolist()
+    lost = sorted(set(ids) ^ set(frame.id_code))
+    if lost: raise TableError(f'{csv}: its ids and those of {table.csv} differ in {len(lost)}: {_few(lost)}')
+    return ids
+
+
+def make_folds(frame: pd.DataFrame, splits: int, seed: int) -> np.ndarray:
+    "Part 0 … `splits`-1 of each row: grades spread evenly, a group never in two parts"
+    from sklearn.model_selection import StratifiedGroupKFold
+    n = frame.group.nunique()
+    if n < splits: raise TableError(f'[table.{frame.source.iloc[0]}]: {n} patients or pictures are too few for [recipe] splits = {splits}')
+    fold = np.zeros(len(frame), int)
+    cv = StratifiedGroupKFold(splits, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():       # a grade rarer than `splits` is met with in real tables: it validates where it falls
+        warnings.filterwarnings('ignore', message='The least populated class', category=UserWarning)
+        try: parts = list(cv.split(frame, frame.diagnosis.astype(int), frame.group))
+        except ValueError:
+            raise TableError(f'[table.{frame.source.iloc[0]}]: every grade has fewer than {splits} pictures; set [recipe] splits lower') from None
+    for k, (_, rows) in enumerate(parts): fold[rows] = k
+    for k in range(splits):
+        if frame.diagnosis[fold == k].nunique() < 2:
+            raise TableError(f'[table.{frame.source.iloc[0]}]: fold {k} holds a single grade, no kappa can be measured on it; '
+                             f'set [recipe] splits lower or give more pictures')
+    return fold
+
+
+def add_folds(recipe: Recipe, frames: dict[str, pd.DataFrame], file: Path, *, write=True) -> dict[str, pd.DataFrame]:
+    "`frames` with a `fold` column (-1 where ungraded): from `file` where it holds just these pictures, else made and written there"
+    old = pd.read_csv(file, dtype=dict(id_code=str)) if file.is_file() else pd.DataFrame(columns=['source', 'id_code', 'fold', 'digest'])
+    out, parts = {}, []
+    for name, df in frames.items():
+        if not recipe.tables[name].graded: out[name] = df.assign(fold=-1); continue
+        d = digest([recipe.splits, recipe.seed, df.id_code.tolist(), df.diagnosis.tolist(), df.group.tolist()])[:12]
+        mine = old[(old.source == name) & (old.digest == d)]
+        if len(mine) == len(df) and set(mine.id_code) == set(df.id_code):
+            out[name] = df.assign(fold=df.id_code.map(mine.set_index('id_code').fold).astype(int))
+        else: out[name] = df.assign(fold=make_folds(df, recipe.splits, recipe.seed))
+        parts.append(out[name][['source', 'id_code', 'fold']].assign(digest=d))
+    new = pd.concat(parts, ignore_index=True)
+    if write and not new.equals(old.astype(new.dtypes.to_dict()) if len(old) else old): write_csv(file, new)
+    return out
