@@ -1,4 +1,5 @@
 "The network: a timm body, GeM, one unit; and its fastai Learner."
+import ctypes
 import importlib.resources
 import warnings
 
@@ -146,6 +147,12 @@ def load_parent(model: nn.Module, sd: dict, what: str):
     except RuntimeError as e: raise WeightsError(f'{what}: does not fit this network ({str(e).splitlines()[-1].strip()})') from None
 
 
+def keep_freed_memory():
+    "Tells glibc to keep what a step frees: giving it back and faulting it in again cost 60 % more time a step on the CPU (lite0, 224 px)"
+    try: ctypes.CDLL(None).mallopt(-3, 1 << 30), ctypes.CDLL(None).mallopt(-1, 2**31 - 1)     # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    except (AttributeError, OSError, TypeError): pass      # not glibc
+
+
 losses = dict(smooth_l1=nn.SmoothL1Loss, mse=nn.MSELoss)
 
 
@@ -154,7 +161,8 @@ def split_body_head(m: nn.Module) -> L: return L(m[0], m[1]).map(params)
 
 def get_learner(stage: Stage, dls: DataLoaders, *, weights: dict | None = None) -> Learner:
     "The Learner of `stage` on `dls`: its parent's `weights` (a state dict), else those that `stage.weights` names"
-    model = create_model(stage)
+    keep_freed_memory()
+    model = create_model(stage).to(memory_format=torch.channels_last)      # 1.6 times as fast on the CPU
     if weights is None: load_body(model, stage)
     else: load_parent(model, weights, f'init = {stage.init}')
     metric = AccumMetric(ScoreKappa(parse_cuts(stage.cuts) or HALF), name='kappa')

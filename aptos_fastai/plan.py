@@ -14,9 +14,10 @@ def step_seconds(stage: Stage, n: int = 4) -> tuple[float, float, int]:
     "Seconds a picture in training and in prediction, and parameters, by one timed step of `n` random pictures on this machine"
     import torch
 
-    from aptos_fastai.model import create_model
+    from aptos_fastai.model import create_model, keep_freed_memory
+    keep_freed_memory()
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    model = create_model(stage).to(device)
+    model = create_model(stage).to(device, memory_format=torch.channels_last)
     x = torch.randn(n, 3, stage.size, stage.size, device=device)
 
     def timed(train: bool) -> float:
