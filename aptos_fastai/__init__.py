@@ -1,2 +1,7 @@
 "Grades diabetic retinopathy (0-4) from fundus photographs with staged fastai training."
+import warnings
+
 __version__ = '0.1.0'
+
+warnings.filterwarnings('ignore', message='.torch.jit.script. is deprecated', category=FutureWarning)     # timm's own use of it
+warnings.filterwarnings('ignore', message="The 'mode.chained_assignment' option is deprecated")           # fastai's own use of it

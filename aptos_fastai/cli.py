@@ -109,7 +109,8 @@ def get_parser() -> argparse.ArgumentParser:
     common.add_argument('--recipe', default='settings.ini', metavar='FILE', help='the recipe (default: %(default)s)')
     common.add_argument('--data', default='demo', metavar='FOLDER', help='folder of the tables, or demo: synthetic pictures (default: %(default)s)')
     common.add_argument('--runs', default='runs', metavar='FOLDER', help='where results go, as FOLDER/<recipe name>/ (default: %(default)s)')
-    common.add_argument('--set', dest='sets', action='append', default=[], metavar='SECTION.KEY=VALUE', help='a key of the recipe, for this run; may be repeated')
+    common.add_argument('--set', dest='sets', action='append', default=[], metavar='SECTION.KEY=VALUE', 
+                        help='a key of the recipe, for this run; may be repeated')
     p = argparse.ArgumentParser(prog='run.py', description='Grades diabetic retinopathy (0-4) from fundus photographs: staged fastai training.',
                                 epilog='run.py COMMAND --help tells more. No medical device.')
     subs = p.add_subparsers(dest='command', metavar='COMMAND', required=True)

@@ -2,6 +2,7 @@
 import time
 from contextlib import contextmanager
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -18,10 +19,10 @@ def ago(seconds: float) -> str:
     return f'{s} s' if s < 60 else f'{s // 60} min {s % 60:02} s' if s < 3600 else f'{s // 3600} h {s % 3600 // 60:02} min'
 
 
-def table(title: str, columns: list[str], rows: list[list], *, right=()):
-    "A rich table of `rows` (anything that str() can show); columns named in `right` align right"
-    t = Table(title=title, title_justify='left', title_style='bold', show_edge=False, pad_edge=False)
-    for c in columns: t.add_column(c, justify='right' if c in right else 'left', overflow='fold')
+def table(title: str, columns: list[str], rows: list[list], *, right=(), wrap=()):
+    "A rich table of `rows` (anything that str() can show); columns named in `right` align right, those in `wrap` give way first"
+    t = Table(title=title, title_justify='left', title_style='bold', box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for c in columns: t.add_column(c, justify='right' if c in right else 'left', overflow='fold', no_wrap=c not in wrap)
     for r in rows: t.add_row(*map(str, r))
     console.print(t, soft_wrap=False)
 

@@ -1,9 +1,7 @@
 "The network: a timm body, GeM, one unit; and its fastai Learner."
 import ctypes
 import importlib.resources
-import warnings
 
-warnings.filterwarnings('ignore', message='.torch.jit.script. is deprecated', category=FutureWarning)     # timm's own use of it
 import timm
 from fastai.vision.all import *
 from safetensors.torch import load_file

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from aptos_fastai.config import ConfigError, Recipe, parse_cuts, read_recipe
+from aptos_fastai.config import ConfigError, Recipe, Stage, parse_cuts, read_recipe
 from aptos_fastai.console import Bars, ago, say, table
 from aptos_fastai.files import AptosError, read_json, write_bytes, write_csv, write_json
 from aptos_fastai.images import prepare_table, read_prepared, store_folder
@@ -94,7 +94,7 @@ def train_nodes(run: Run, nodes: Iterable[str], bars: Bars) -> int:
     from aptos_fastai.stage import train_fold
     for i, (n, ks) in enumerate(todo.items(), 1):
         s = run.recipe.stages[n]
-        say(f'stage {i} of {len(todo)}: {n}  ({s.arch}, {s.size} px, {" + ".join(s.train)}) -> {run.root / n}', 'bold')
+        say(f'stage {i} of {len(todo)}: {n}  ({s.arch}, {s.size} px, {tables_text(s)}) -> {run.root / n}', 'bold')
         for teacher, t in s.sources:
             if teacher: label(run, teacher, t, bars)
         for k in ks: train_fold(run, n, k, bars)
@@ -154,16 +154,23 @@ def summarise(run: Run) -> dict:
                 submission=dict(file='submission.csv', node=sub.final, cuts=run.cuts(sub.final, sub.cuts).tolist(), pictures=len(run.frames[sub.table])))
 
 
+def tables_text(stage: Stage) -> str:
+    "What a stage trains on, for people"
+    return ', '.join(f'{name} by {teacher}' if teacher else name for teacher, name in stage.sources)
+
+
 def show_summary(run: Run, o: dict):
-    cols = 'stage tables pictures size epochs best_kappa kappa 95% time'.split()
-    rows = [[s['stage'], '\n'.join(s['tables']), f'{s["pictures"]["train"]}+{s["pictures"]["valid"]}' if s['size'] else s['validated'], s['size'] or '',
-             (f'{s["folds"]} x ' if s['folds'] > 1 else '') + str(s['epochs']) if s['size'] else '',
-             f'{s["best_kappa"]:.3f}' if s['size'] else '', f'{s["kappa"]:.3f}', '{:.2f}-{:.2f}'.format(*s['kappa_interval']),
-             ago(s['seconds']) if s['size'] else ''] for s in o['stages']]
-    table(f'{run.recipe.name}' + (' (SYNTHETIC demo)' if run.recipe.demo else ''), [c.replace('_', ' ') for c in cols], rows,
-          right=('pictures', 'size', 'epochs', 'best kappa', 'kappa', '95%', 'time'))
-    say('pictures: training + validation. best kappa: of the kept epoch, at the fixed cuts the stage trains with; the epoch was chosen on these same '
-        'pictures where keep is kappa or loss.\nkappa, 95%: validation pictures, cuts fitted on others than those they grade, bootstrap interval.', 'dim')
+    columns, rows = ['stage', 'tables', 'pictures', 'px', 'epochs', 'best', 'kappa [95 %]', 'time'], []
+    for s in o['stages']:
+        stage = run.recipe.stages.get(s['stage'])
+        kappa = '{:.3f} [{:.2f} {:.2f}]'.format(s['kappa'], *s['kappa_interval'])
+        if stage is None: rows.append([s['stage'], 'mean of ' + ', '.join(s['tables']), s['validated'], '', '', '', kappa, '']); continue
+        rows.append([s['stage'], tables_text(stage), f'{s["pictures"]["train"]}+{s["pictures"]["valid"]}', s['size'],
+                     (f'{s["folds"]} x ' if s['folds'] > 1 else '') + str(s['epochs']), f'{s["best_kappa"]:.3f}', kappa, ago(s['seconds'])])
+    table(run.recipe.name + (' (SYNTHETIC demo)' if run.recipe.demo else ''), columns, rows,
+          right=('pictures', 'px', 'epochs', 'best'), wrap=('tables', 'time'))
+    say('pictures: training + validation (one fold). best: kappa of the kept epoch at the fixed cuts used while training; with keep = kappa or loss the\n'
+        'epoch was chosen on these pictures. kappa: all validation pictures, each graded by cuts fitted on others; bootstrap interval.', 'dim')
     say(f'{o["submission"]["node"]} -> {run.root / "submission.csv"} ({o["submission"]["pictures"]} pictures); also submissions/, scores.csv, summary.json')
     if run.recipe.demo: say(SYNTHETIC, 'yellow')
 

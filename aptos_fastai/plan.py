@@ -4,6 +4,7 @@ import time
 
 from aptos_fastai.config import Stage
 from aptos_fastai.console import ago, say, table
+from aptos_fastai.pipeline import answers_finished, check_run, tables_text
 from aptos_fastai.record import Run
 
 BYTES_PER_PIXEL = .28                        # of a stored JPEG: 74 kB at 512 px, quality 95, 4:4:4 (measured on IDRiD)
@@ -43,21 +44,23 @@ def stage_cost(run: Run, name: str, folds: list[int], measured: dict) -> tuple[i
 
 
 def show_plan(run: Run):
-    from aptos_fastai.pipeline import answers_finished, check_run
+    "The graph as a table: what stands, what would run, on what, for how long"
     r, todo, measured = run.recipe, run.todo(), {}
     if todo: check_run(run, todo)
     rows, seconds, disk = [], 0., 0.
     for n in r.order:
         s = r.stages.get(n)
-        if s is None: rows.append([n, 'mean of ' + ' '.join(r.members(n)), '', '', '', '']); continue
+        if s is None: rows.append([n, 'mean of ' + ', '.join(r.members(n)), '', '', '', '']); continue
         ks = todo.get(n, [])
         train, valid, t, b = stage_cost(run, n, ks or [0], measured)
         if ks: seconds, disk = seconds + t, disk + b
-        rows.append([n, '\n'.join(([f'from {s.init}'] if s.init else [f'{s.weights} weights']) + list(s.train)), f'{s.arch}\n{s.size} px', f'{train}+{valid}',
+        rows.append([n, f'{s.init or s.weights + " weights"}; {tables_text(s)}', f'{s.arch} {s.size} px', f'{train}+{valid}',
                      f'{s.folds} x {s.freeze_epochs + s.epochs}', f'about {ago(t)}' if ks else 'finished'])
     new = sum(len(f) for f in run.frames.values() if 'pixels' not in f)
     seconds, disk = seconds + new * PREPARE_SECONDS / (os.cpu_count() or 1), disk + new * r.store_size ** 2 * BYTES_PER_PIXEL
-    table(f'{r.path} on {run.data}' + (' (SYNTHETIC demo)' if r.demo else ''), ['stage', 'built on', 'network', 'pictures', 'folds x epochs', 'to do'], rows, right=('pictures',))
+    title = f'{r.path} on {run.data}' + (' (SYNTHETIC demo)' if r.demo else '')
+    table(title, ['stage', 'starts from; trains on', 'network', 'pictures', 'epochs', 'to do'], rows,
+          right=('pictures', 'epochs'), wrap=('starts from; trains on', 'network', 'to do'))
     tabs = ', '.join(f'{n} {len(f)}' for n, f in run.frames.items())
     say(f'tables: {tabs}. To prepare: {new} pictures at {r.store_size} px.')
     if not todo and answers_finished(run): return say('Everything is done already: `all` would do nothing.')

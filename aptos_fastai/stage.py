@@ -41,7 +41,8 @@ class History(Callback):
         train, valid, kappa = map(float, self.recorder.values[-1])
         n = len(self.rows)
         if not math.isfinite(train) or not math.isfinite(valid):
-            raise AptosError(f'epoch {n + 1}: the loss is {train:g} in training, {valid:g} in validation; lower the stage\'s lr ({self.opt.hypers[-1]["lr"]:g} now)')
+            lr = self.opt.hypers[-1]['lr']
+            raise AptosError(f'epoch {n + 1}: the loss is {train:g} in training, {valid:g} in validation; lower the stage\'s lr ({lr:g} now)')
         worth = dict(kappa=kappa, loss=-valid, last=n)[self.keep]
         if worth > self.best:
             self.best, self.weights = worth, {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}

@@ -53,7 +53,8 @@ def tables(tmp_path):
 def small_recipe(tmp_path):
     "recipes/one_table.ini at toy size"
     text = (ROOT / 'recipes/one_table.ini').read_text()
-    for a, b in [('tf_efficientnet_lite0', 'test_resnet'), ('bundled', 'none'), ('size = 224', 'size = 32'), ('size = 320', 'size = 64'), ('folds = 5', 'folds = 2'),
+    for a, b in [('tf_efficientnet_lite0', 'test_resnet'), ('bundled', 'none'),
+                 ('size = 224', 'size = 32'), ('size = 320', 'size = 64'), ('folds = 5', 'folds = 2'),
                  ('epochs = 11', 'epochs = 1'), ('freeze_epochs = 1', 'freeze_epochs = 0'), ('bs = 16', 'bs = 8'), ('tta = d4', 'tta = hflip')]:
         assert a in text, f'{a} is no longer in recipes/one_table.ini'
         text = text.replace(a, b)

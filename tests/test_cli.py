@@ -1,0 +1,48 @@
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from aptos_fastai.cli import _commands, main
+
+ROOMS = 'files config console tables images metrics record demo data model predict pseudo stage pipeline plan cli'.split()
+
+
+@pytest.mark.parametrize('args', [['--help'], *([c, '--help'] for c in _commands())])
+def test_help_imports_no_torch(args):
+    code = (f'import sys\nfrom aptos_fastai.cli import main\ntry: main({args!r})\nexcept SystemExit: pass\n'
+            'assert not {"torch", "fastai", "pandas", "cv2"} & set(sys.modules)')
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
+    assert out.returncode == 0 and 'usage: run.py' in out.stdout, out.stderr
+
+def test_every_command_shows_an_example(capsys):
+    for c in _commands():
+        with pytest.raises(SystemExit): main([c, '--help'])
+        assert f'python run.py {c}' in capsys.readouterr().out
+
+def test_keys_lists_every_key_of_the_shipped_recipe(capsys):
+    main(['keys'])
+    out = capsys.readouterr().out
+    for line in (ROOT / 'settings.ini').read_text().splitlines():
+        if '=' in line and not line.startswith('#'): assert f'  {line.split("=")[0].strip()} ' in out
+
+def imports(file: Path) -> set[str]:
+    "Rooms that a room imports anywhere"
+    return {n.module.split('.')[1] for n in ast.walk(ast.parse(file.read_text()))
+            if isinstance(n, ast.ImportFrom) and (n.module or '').startswith('aptos_fastai.')}
+
+def test_a_room_imports_only_rooms_above_it():
+    assert {p.stem for p in (ROOT / 'aptos_fastai').glob('*.py')} == {*ROOMS, '__init__'}
+    for i, room in enumerate(ROOMS):
+        low = imports(ROOT / f'aptos_fastai/{room}.py') - set(ROOMS[:i])
+        assert not low, f'{room} imports {low}'
+
+def test_no_stage_is_asked_for_by_name():
+    for p in (ROOT / 'aptos_fastai').glob('*.py'):
+        for n in ast.walk(ast.parse(p.read_text())):
+            if isinstance(n, ast.Compare):
+                for o in [n.left, *n.comparators]:
+                    assert not (isinstance(o, ast.Constant) and str(o.value).startswith(('pretrain_', 'finetune_', 'retrain'))), f'{p.name}:{n.lineno}'

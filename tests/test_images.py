@@ -1,0 +1,156 @@
+import io
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from aptos_fastai.console import Bars
+from aptos_fastai.images import Circle, ImageError, Prep, crop_square, decode, find_retina, prepare, prepare_table, read_prepared, read_square, store_folder
+
+
+def disc(h, w, x, y, r, ground=0, colour=(190, 90, 40)):
+    im = np.full((h, w, 3), ground, np.uint8)
+    cv2.circle(im, (x, y), r, colour, -1)
+    return im
+
+def noisy(im, sigma=4, seed=0): return np.clip(im + np.random.default_rng(seed).normal(0, sigma, im.shape), 0, 255).astype(np.uint8)
+
+
+hard = {
+    'full circle': (disc(600, 900, 450, 300, 280), (450, 300, 280)),
+    'off centre': (disc(600, 900, 350, 290, 250), (350, 290, 250)),
+    'dark': (disc(600, 900, 450, 300, 280, colour=(24, 12, 6)), (450, 300, 280)),
+    'cut at top and bottom': (disc(500, 900, 450, 250, 330), (450, 250, 330)),
+    'cut on one side': (disc(600, 500, 210, 300, 270), (210, 300, 270)),
+    'grey ground': (disc(600, 900, 450, 300, 280, ground=14), (450, 300, 280)),
+    'small': (disc(60, 90, 45, 30, 27), (45, 30, 27)),
+}
+
+@pytest.mark.parametrize('name', hard)
+@pytest.mark.parametrize('noise', [0, 3])
+def test_the_circle_is_found(name, noise):
+    im, (x, y, r) = hard[name]
+    c = find_retina(noisy(im, noise))
+    assert c.how == 'circle' and np.allclose([c.x, c.y, c.r], [x, y, r], atol=.02 * r + 1.5), c
+
+def test_text_and_notch_do_not_move_the_circle():
+    im = disc(600, 900, 450, 300, 280)
+    cv2.rectangle(im, (715, 280), (740, 320), (190, 90, 40), -1)
+    cv2.putText(im, 'OD 2019', (10, 580), cv2.FONT_HERSHEY_SIMPLEX, 1, (255, 255, 255), 2)
+    c = find_retina(im)
+    assert c.how == 'circle' and np.allclose([c.x, c.y, c.r], [450, 300, 280], atol=7)
+
+@pytest.mark.parametrize('im', [np.zeros((300, 400, 3), np.uint8), np.full((300, 400, 3), 255, np.uint8), np.zeros((5, 7, 3), np.uint8)])
+def test_nothing_found_keeps_the_whole_picture(im):
+    c = find_retina(im)
+    assert c.how == 'whole' and (c.x, c.y) == (im.shape[1] / 2, im.shape[0] / 2) and c.r == max(im.shape[:2]) / 2
+
+def test_a_square_of_light_is_its_box():
+    im = np.zeros((300, 400, 3), np.uint8); im[50:250, 50:350] = 120
+    c = find_retina(im)
+    assert c.how == 'box' and np.allclose([c.x, c.y, c.r], [200, 150, 150], atol=3)
+
+
+def test_crop_is_centred_and_keeps_the_aspect():
+    im = disc(500, 900, 450, 250, 330)
+    sq = crop_square(im, Circle(450, 250, 330), Prep(size=132))
+    lit = sq.max(2) > 40
+    assert sq.shape == (132, 132, 3) and not lit[:12].any() and not lit[-12:].any()             # what the frame cut off is black
+    assert lit[66].sum() >= 130 and 98 <= lit[:, 66].sum() <= 102                                # a pixel is a pixel both ways
+
+def test_squash_stretches():
+    sq = crop_square(np.full((100, 200, 3), 9, np.uint8), Circle(100, 50, 100), Prep('none', 'squash', 50))
+    assert (sq == 9).all()
+
+def test_outside_the_circle_is_black():
+    im = disc(600, 900, 450, 300, 280, ground=60)
+    assert (crop_square(im, Circle(450, 300, 280), Prep(size=100))[0, 0] == 0).all()
+
+
+def encoded(im, fmt, **kw):
+    f = io.BytesIO(); Image.fromarray(im).save(f, fmt, **kw)
+    return f.getvalue()
+
+rgb = noisy(disc(80, 120, 60, 40, 36))
+
+@pytest.mark.parametrize('fmt', ['PNG', 'BMP', 'TIFF', 'WEBP'])
+def test_lossless_formats_decode_exactly(fmt): assert (decode(encoded(rgb, fmt, **(dict(lossless=True) if fmt == 'WEBP' else {})))[0] == rgb).all()
+
+def test_other_modes_decode():
+    p = Image.fromarray(rgb)
+    grey = np.asarray(p.convert('L'))
+    def dec(im, fmt):
+        f = io.BytesIO(); im.save(f, fmt); return decode(f.getvalue())[0].astype(int)
+    assert (dec(p.convert('L'), 'PNG')[..., 0] == grey).all()
+    assert abs(dec(p.convert('CMYK'), 'JPEG') - rgb).mean() < 6 and abs(dec(p.quantize(64), 'PNG') - rgb).mean() < 8
+    assert (dec(p.convert('RGBA'), 'PNG') == rgb).all()
+    assert abs(dec(Image.fromarray(grey.astype(np.uint16) * 257), 'PNG')[..., 0] - grey).max() <= 1
+
+def test_exif_turns():
+    exif = Image.Exif(); exif[0x112] = 6
+    assert decode(encoded(rgb, 'JPEG', exif=exif))[0].shape == (120, 80, 3)
+
+def test_large_jpegs_are_decoded_small():
+    big = cv2.resize(rgb, (2400, 1600), interpolation=cv2.INTER_CUBIC)
+    im, size = decode(encoded(big, 'JPEG', quality=95), 200)
+    assert im.shape == (200, 300, 3) and size == (2400, 1600)
+    whole, _ = prepare(encoded(big, 'PNG'), Prep(size=200)); half, _ = prepare(encoded(big, 'JPEG', quality=98), Prep(size=200))
+    a, b = (cv2.imdecode(np.frombuffer(o, np.uint8), 1).astype(int) for o in (whole, half))
+    assert abs(a - b).mean() < 3
+
+@pytest.mark.parametrize('data, words', [(encoded(rgb, 'JPEG')[:-200], 'cut short'), (encoded(rgb, 'PNG')[:-40], 'cut short'), (b'', 'cannot be decoded'),
+                                         (b'hello' * 99, 'cannot be decoded'), (encoded(rgb, 'TIFF')[:300], 'cannot be decoded')])
+def test_damaged_files_are_errors(data, words):
+    with pytest.raises(ImageError, match=words): decode(data)
+
+def test_a_bomb_is_refused(monkeypatch):
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
+    with pytest.raises(ImageError, match='DecompressionBomb'): decode(encoded(rgb, 'PNG'))
+
+
+@pytest.fixture
+def frame(tmp_path):
+    (tmp_path / 'pics').mkdir()
+    for i in range(4): Image.fromarray(noisy(rgb, 3, i)).save(tmp_path / f'pics/p{i}.png')
+    return pd.DataFrame(dict(id_code=[f'p{i}' for i in range(4)], path=[str(tmp_path / f'pics/p{i}.png') for i in range(4)], source='t'))
+
+def prep_all(frame, store):
+    with Bars() as bars: return prepare_table(frame, store, Prep(size=64), bars)
+
+def test_the_store_gives_the_pixels_of_the_original(frame, tmp_path):
+    out, prep = prep_all(frame, tmp_path / 's'), Prep(size=64)
+    for size in (64, 32):
+        for o in out.itertuples(): assert (read_square(o.stored, prep, size) == read_square(o.path, prep, size)).all()
+
+def test_preparing_twice_reads_nothing_and_a_changed_original_is_redone(frame, tmp_path, monkeypatch):
+    first = prep_all(frame, tmp_path / 's')
+    before = {p: os.stat(p).st_mtime_ns for p in first.stored}
+    Image.fromarray(noisy(rgb, 3, 99)).save(frame.path[1]); os.utime(frame.path[1], ns=(1, 1))
+    Path(first.stored[2]).unlink()
+    again = prep_all(frame, tmp_path / 's')
+    redone = [Path(p).name[:2] for p, t in before.items() if os.stat(p).st_mtime_ns != t]
+    assert redone == ['p1', 'p2'] and (first.pixels != again.pixels).tolist() == [False, True, False, False]
+    rec = read_prepared(store_folder(frame, tmp_path / 's', Prep(size=64)))
+    assert (rec.how == 'circle').all() and (rec.width == 120).all() and abs(rec.r - 36).max() < 2
+
+def test_bad_pictures_are_listed_not_lost(frame, tmp_path):
+    Path(frame.path[0]).write_bytes(b'no picture')
+    with pytest.raises(ImageError, match=r'1 of 4 pictures of t cannot be used: p0 cannot be decoded'): prep_all(frame, tmp_path / 's')
+    rec = read_prepared(store_folder(frame, tmp_path / 's', Prep(size=64)))
+    assert (rec.error != '').tolist() == [True, False, False, False]
+
+def test_a_damaged_store_entry_is_named(frame, tmp_path):
+    out = prep_all(frame, tmp_path / 's')
+    Path(out.stored[0]).write_bytes(b'xx')
+    with pytest.raises(ImageError, match='is damaged'): read_square(out.stored[0], Prep(size=64), 64)
+
+def test_real_photographs(idrid):
+    for p in sorted((idrid / 'originals').iterdir())[:4]:
+        c = find_retina(decode(p.read_bytes(), 512)[0])
+        assert c.how == 'circle'
+        _, info = prepare(p.read_bytes(), Prep(size=512))
+        assert info['how'] == 'circle' and 1600 < info['r'] < 1900 and info['width'] > 4000

@@ -1,0 +1,243 @@
+"The shipped settings.ini at toy size through the command line, and the truths of its chain."
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT, TOY, fails
+from safetensors.torch import load_file
+
+from aptos_fastai.cli import main
+from aptos_fastai.metrics import apply_cuts
+from aptos_fastai.pipeline import open_run
+from aptos_fastai.pseudo import read_labels
+from aptos_fastai.record import WEIGHTS, RecordError, training_frame
+
+STAGES = 'pretrain_256 finetune_256 pretrain_512 finetune_512 retrain_512 pretrain_dense finetune_dense'.split()
+
+
+def run_of(toy): return open_run(str(ROOT / 'settings.ini'), 'demo', str(toy.parent), [o for o in TOY if o != '--set'])
+def toy_args(toy, *more): return ['--recipe', str(ROOT / 'settings.ini'), '--runs', str(toy.parent), *TOY, *more]
+def sets(*stage_keys): return [o for k in stage_keys for o in ('--set', f'stage.{k}')]
+def stamps(folder): return {p: p.stat().st_mtime_ns for p in folder.rglob('*') if p.is_file()}
+
+
+@pytest.fixture
+def copied(toy, tmp_path):
+    "A copy of the toy run that a test may spoil"
+    shutil.copytree(toy.parent, tmp_path / 'runs')
+    return tmp_path / 'runs' / toy.name
+
+
+def test_every_stage_leaves_its_folder(toy):
+    for s in STAGES:
+        assert {p.name for p in (toy / s / 'fold0').iterdir()} >= {'learner.pkl', 'weights.safetensors', 'preds.csv', 'history.csv', 'stage.json'}
+    assert not list(toy.rglob('*.tmp'))
+
+
+def test_submission_has_the_sample_submissions_ids_and_order(toy):
+    sample = pd.read_csv(next(toy.parent.glob('demo-*/aptos*/sample_submission.csv')), dtype=str)
+    sub = pd.read_csv(toy / 'submission.csv', dtype=dict(id_code=str))
+    assert list(sub) == ['id_code', 'diagnosis'] and sub.id_code.tolist() == sample.id_code.tolist() and sub.diagnosis.isin(range(5)).all()
+    assert {p.stem for p in (toy / 'submissions').iterdir()} == {'finetune_dense', 'finetune_256', 'finetune_512', 'ensemble', 'retrain_512'}
+    assert (toy / 'submissions/retrain_512.csv').read_text() == (toy / 'submission.csv').read_text()
+
+
+def test_scores(toy):
+    df, run = pd.read_csv(toy / 'scores.csv'), run_of(toy)
+    assert np.allclose(df.ensemble, (df.finetune_dense + df.finetune_256 + df.finetune_512) / 3, atol=1e-5)
+    assert np.allclose(df['mean'], df.retrain_512) and (df.grade == apply_cuts(df['mean'], run.cuts('retrain_512', 'optimal'))).all()
+
+
+def test_everything_says_that_it_is_synthetic(toy, capsys):
+    assert 'SYNTHETIC' in (toy / 'SYNTHETIC.txt').read_text() and json.loads((toy / 'summary.json').read_text())['synthetic'] is True
+    assert all(json.loads((toy / s / 'fold0/stage.json').read_text())['synthetic'] for s in STAGES)
+    main(['all', *toy_args(toy)])
+    assert 'SYNTHETIC' in capsys.readouterr().out
+
+
+def test_a_second_all_does_nothing_and_says_so(toy, capsys):
+    before = stamps(toy)
+    main(['all', *toy_args(toy)])
+    assert 'nothing was run' in capsys.readouterr().out
+    changed = [p.name for p, t in stamps(toy).items() if before.get(p) != t]
+    assert set(changed) <= {'run.json', 'SYNTHETIC.txt'}
+
+
+def test_a_changed_stage_reruns_itself_and_its_descendants_only(toy):
+    run = open_run(str(ROOT / 'settings.ini'), 'demo', str(toy.parent), [o for o in TOY if o != '--set'] + ['stage.finetune_256.wd=0.5'])
+    assert list(run.todo()) == ['finetune_256', 'retrain_512']
+    assert list(run_of(toy).todo()) == []
+
+
+def test_what_is_rerun_is_really_rerun(copied, capsys):
+    before = stamps(copied)
+    main(['all', *toy_args(copied, '--set', 'stage.finetune_dense.wd=0.5')])
+    out = capsys.readouterr().out
+    assert 'stage 1 of 1: finetune_dense' in out
+    changed = {p.relative_to(copied).parts[0] for p, t in stamps(copied).items() if before.get(p) != t}
+    assert 'finetune_dense' in changed and not changed & set(STAGES[:6])
+
+
+def test_a_child_starts_with_its_parents_weights(toy):
+    from aptos_fastai.stage import stage_learner
+    run = run_of(toy)
+    child = stage_learner(run, 'finetune_512').model.state_dict()
+    parent = load_file(toy / 'pretrain_512/fold0' / WEIGHTS)
+    assert all((child[k].numpy() == v.numpy()).all() for k, v in parent.items()) and len(child) == len(parent)
+    rec = json.loads((toy / 'finetune_512/fold0/stage.json').read_text())
+    assert rec['parents']['pretrain_512'] == json.loads((toy / 'pretrain_512/fold0/stage.json').read_text())['files'][WEIGHTS]['sha256']
+
+
+def test_training_moved_the_weights(toy):
+    a, b = (load_file(toy / s / 'fold0' / WEIGHTS) for s in ('pretrain_512', 'finetune_512'))
+    assert any((a[k].numpy() != b[k].numpy()).any() for k in a)
+
+
+def test_pseudo_rows_train_and_never_validate_and_no_validation_id_trains(toy):
+    run = run_of(toy)
+    s = run.recipe.stages['retrain_512']
+    labels = {(t, n): read_labels(run, t, n, 'soft') for t, n in s.sources if t}
+    f = training_frame(run, s, 0, labels)
+    pseudo = f[f.source == 'finetune_256:aptos_test']
+    assert len(pseudo) == 20 and not pseudo.valid.any() and np.allclose(pseudo.diagnosis, labels['finetune_256', 'aptos_test'].fold0)
+    assert not set(f.id_code[f.valid]) & set(f.id_code[~f.valid]) and f.valid.sum() == 12
+    preds = pd.read_csv(toy / 'retrain_512/fold0/preds.csv')
+    assert set(preds.id_code) == set(f.id_code[f.valid]) and set(preds.source) == {'aptos_train'}
+
+
+def test_soft_labels_are_scores_hard_ones_their_grades(toy):
+    folder = toy / 'labels/finetune_256/aptos_test'
+    soft, hard = (pd.read_csv(folder / f'{k}_pseudo_label.csv', dtype=dict(id_code=str)) for k in ('soft', 'hard'))
+    run = run_of(toy)
+    assert (hard.diagnosis == apply_cuts(soft.diagnosis, run.cuts('finetune_256', 'optimal'))).all() and soft.id_code.equals(hard.id_code)
+    note = json.loads((folder / 'provenance.json').read_text())
+    assert note['weights']['finetune_256/fold0'] == json.loads((toy / 'finetune_256/fold0/stage.json').read_text())['files'][WEIGHTS]['sha256']
+
+
+def test_the_exported_learner_answers_in_a_fresh_process(toy):
+    "On the original pictures, with nothing but the package: the scores that predict wrote"
+    code = f'''
+import pandas as pd, torch
+from fastai.vision.all import load_learner
+torch.set_num_threads(1)
+learn = load_learner(r"{toy / 'finetune_256/fold0/learner.pkl'}")
+folder = r"{next(toy.parent.glob('demo-*/aptos*/test_images'))}"
+ids = pd.read_csv(r"{toy / 'finetune_256/fold0/scores_aptos_test.csv'}", dtype=dict(id_code=str)).id_code
+dl = learn.dls.test_dl(pd.DataFrame(dict(stored=[f"{{folder}}/{{i}}.png" for i in ids])))
+a = learn.get_preds(dl=dl)[0].flatten()
+for b in (learn.get_preds(dl=learn.dls.test_dl(pd.DataFrame(dict(stored=ids.map(lambda i: f"{{folder}}/{{i}}.png")))))[0].flatten(),): assert torch.equal(a, b)
+print(*a.tolist())
+'''
+    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd='/')
+    assert out.returncode == 0, out.stderr
+    got = np.array(out.stdout.split(), float)
+    run = run_of(toy)
+    from aptos_fastai.predict import predict_scores, read_exported
+    want = predict_scores(read_exported(run, 'finetune_256', 0), run.frames['aptos_test'])
+    assert np.allclose(got, want, atol=1e-4) and got.std() > 1e-4
+
+
+def test_same_seed_same_record(toy, tmp_path):
+    main(['train', 'pretrain_256', '--recipe', str(ROOT / 'settings.ini'), '--runs', str(tmp_path), *TOY, '--set', 'stage.workers=1'])
+    a, b = (json.loads((o / 'pretrain_256/fold0/stage.json').read_text()) for o in (toy, tmp_path / toy.name))
+    assert a['files'][WEIGHTS]['sha256'] == b['files'][WEIGHTS]['sha256'] and a['files']['preds.csv'] == b['files']['preds.csv']
+
+
+def test_summary(toy):
+    o = json.loads((toy / 'summary.json').read_text())
+    assert [s['stage'] for s in o['stages']][-1] == 'ensemble' and {s['stage'] for s in o['stages']} == {*STAGES, 'ensemble'}
+    for s in o['stages']: assert s['kappa_interval'][0] - 1e-9 <= s['kappa'] <= s['kappa_interval'][1] + 1e-9
+
+
+def test_tampered_files_are_named_and_not_loaded(copied, capsys):
+    f = copied / 'finetune_256/fold0/learner.pkl'
+    data = bytearray(f.read_bytes()); data[100] ^= 1; f.write_bytes(data)
+    with pytest.raises(RecordError, match='learner.pkl: is not what this run wrote'):
+        from aptos_fastai.predict import read_exported
+        read_exported(run_of(copied), 'finetune_256', 0)
+    f = copied / 'labels/finetune_256/aptos_test/soft_pseudo_label.csv'
+    f.write_text(f.read_text().replace('0.', '1.'))
+    with pytest.raises(RecordError, match='soft_pseudo_label.csv: is not what this run wrote'):
+        read_labels(run_of(copied), 'finetune_256', 'aptos_test', 'soft')
+
+
+def test_a_truncated_file_makes_its_stage_run_again(copied):
+    f = copied / 'pretrain_dense/fold0/weights.safetensors'
+    f.write_bytes(f.read_bytes()[:-10])
+    assert list(run_of(copied).todo()) == ['pretrain_dense', 'finetune_dense']
+
+
+@pytest.mark.parametrize('args, words', [
+    (['train', 'finetune'], ['finetune: no such stage', 'finetune_256']), (['label', 'nope'], ['nope: no such stage']),
+    (['label', 'finetune_256', 'aptos_train'], ['no ungraded table', 'aptos_test']), (['lr_find', 'nope'], ['no such stage'])])
+def test_unknown_names(toy, capsys, args, words): fails(capsys, [*args, *toy_args(toy)], *words)
+
+
+def test_predict_and_submit_want_trained_stages(toy, tmp_path, capsys):
+    fails(capsys, ['submit', '--recipe', ROOT / 'settings.ini', '--runs', tmp_path, *TOY], 'not trained yet', 'run `all`')
+
+def test_submit_with_other_cuts(copied):
+    main(['submit', *toy_args(copied, '--set', 'submit.cuts=0.75 1.5 2.5 3.5')])
+    s, sub = pd.read_csv(copied / 'scores.csv'), pd.read_csv(copied / 'submission.csv')
+    assert (sub.diagnosis == apply_cuts(s['mean'], (.75, 1.5, 2.5, 3.5))).all()
+
+
+def test_lr_find_saves_its_curve(toy, capsys):
+    main(['lr_find', 'pretrain_dense', *toy_args(toy)])
+    assert 'valley' in capsys.readouterr().out and (toy / 'pretrain_dense/lr_find.png').stat().st_size > 5000
+
+def test_plan_trains_nothing(toy, capsys):
+    before = stamps(toy)
+    main(['plan', *toy_args(toy, '--set', 'stage.finetune_512.wd=0.3')])
+    out = capsys.readouterr().out
+    assert 'GB on disk' in out and 'finetune_512' in out and 'finished' in out and stamps(toy) == before
+
+
+def test_folds_chain_fold_by_fold(tables, small_recipe, tmp_path):
+    "Two folds of teacher and student: each student learns its own fold's labels; together every picture of both parts is scored once"
+    main(['all', '--recipe', str(small_recipe), '--data', str(tables), '--runs', str(tmp_path / 'runs')])
+    root = tmp_path / 'runs/small'
+    oof = pd.concat([pd.read_csv(root / f'retrain/fold{k}/preds.csv') for k in (0, 1)])
+    assert oof.id_code.is_unique and len(oof) == 16
+    lab = pd.read_csv(root / 'labels/teacher/test/soft_pseudo_label.csv')
+    assert list(lab) == ['id_code', 'diagnosis', 'fold0', 'fold1'] and np.allclose(lab.diagnosis, (lab.fold0 + lab.fold1) / 2, atol=1e-6)
+    for k in (0, 1):
+        rec = json.loads((root / f'retrain/fold{k}/stage.json').read_text())
+        assert rec['parents']['teacher'] == json.loads((root / f'teacher/fold{k}/stage.json').read_text())['files'][WEIGHTS]['sha256']
+        assert np.allclose(pd.read_csv(root / f'teacher/fold{k}/scores_test.csv').score, lab[f'fold{k}'], atol=1e-6)
+
+
+def test_another_data_folder_is_not_written_over(tables, small_recipe, tmp_path, capsys):
+    args = ['--recipe', str(small_recipe), '--runs', str(tmp_path / 'runs')]
+    main(['train', 'teacher', '--data', str(tables), *args])
+    shutil.copytree(tables, tmp_path / 'other')
+    fails(capsys, ['all', '--data', tmp_path / 'other', *args], 'holds a run on', '--runs')
+
+def test_batch_larger_than_the_table(tables, small_recipe, tmp_path, capsys):
+    fails(capsys, ['all', '--recipe', small_recipe, '--data', tables, '--runs', tmp_path / 'runs', '--set', 'stage.bs=64'], 'bs = 64: only 32 pictures train')
+    assert not list((tmp_path / 'runs').rglob('stage.json'))
+
+def test_diverging_stage_is_named(tables, small_recipe, tmp_path, capsys):
+    fails(capsys, ['train', 'teacher', '--recipe', small_recipe, '--data', tables, '--runs', tmp_path / 'runs', *sets('lr=10', 'loss=mse', 'schedule=constant',
+          'epochs=30', 'head=avg', 'wd=10')], '[stage.teacher] fold 0, epoch', 'lower the stage')
+
+def test_missing_data_folder(capsys, tmp_path):
+    args = ['all', '--recipe', ROOT / 'settings.ini', '--runs', tmp_path / 'r', '--data']
+    fails(capsys, [*args, tmp_path / 'nowhere'], 'nowhere: no such data folder', '--data demo')
+    fails(capsys, [*args, tmp_path], 'no trainLabels.csv in', '--data demo')
+    assert not (tmp_path / 'r').exists()
+
+def test_runs_is_a_file(capsys, tmp_path):
+    (tmp_path / 'r').write_text('')
+    fails(capsys, ['all', '--runs', tmp_path / 'r', '--recipe', ROOT / 'settings.ini'], 'is a file')
+
+def test_real_photographs_through_the_recipe(idrid, tmp_path):
+    "recipes/one_table.ini on IDRiD, at toy size: tables, crop, two stages, the answers for its 103"
+    main(['all', '--recipe', str(ROOT / 'recipes/one_table.ini'), '--data', str(idrid), '--runs', str(tmp_path), '--set', 'images.size=64',
+          *sets('size=32', 'folds=1', 'epochs=1', 'freeze_epochs=0', 'arch=test_resnet', 'weights=none', 'tta=none')])
+    sub = pd.read_csv(tmp_path / 'one_table/submission.csv')
+    assert len(sub) == 103 and sub.id_code[0] == 'test_IDRiD_001'
