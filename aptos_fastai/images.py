@@ -203,9 +203,10 @@ def _stored(row, folder: Path, prep: Prep, old: dict) -> dict:
 
 
 def store_folder(frame: pd.DataFrame, store: Path, prep: Prep) -> Path:
-    "Where the prepared pictures of `frame` are; tables of one name from two data folders keep apart"
-    where = hashlib.sha256(str(Path(frame.path.iloc[0]).resolve().parent).encode()).hexdigest()[:8]
-    return Path(store) / prep.name / f'{frame.source.iloc[0]}-{where}'
+    "Where the prepared pictures of `frame` are; tables of one name from two data folders keep apart, and data beside the store may move with it"
+    where, beside = Path(frame.path.iloc[0]).resolve().parent, Path(store).resolve().parent
+    if where.is_relative_to(beside): where = where.relative_to(beside)
+    return Path(store) / prep.name / f'{frame.source.iloc[0]}-{hashlib.sha256(where.as_posix().encode()).hexdigest()[:8]}'
 
 
 def read_prepared(folder: Path) -> pd.DataFrame | None:

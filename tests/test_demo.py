@@ -50,5 +50,5 @@ def test_a_planted_shortcut_is_there_only_when_asked_for(tmp_path):
     from aptos_fastai.demo import _plan
     for planted in (False, True):
         p = _plan(600, 10, 10, 0, planted).query('table == "pretrain"')
-        share = pd.crosstab(p.grade, p.camera, normalize='index').max(1)
+        share = pd.crosstab(p.grade, p.camera, normalize='index').max(axis=1)
         assert (share > .6).all() if planted else (share < .6).all()

@@ -128,9 +128,8 @@ learn = load_learner(r"{toy / 'finetune_256/fold0/learner.pkl'}")
 folder = r"{next(toy.parent.glob('demo-*/aptos*/test_images'))}"
 ids = pd.read_csv(r"{toy / 'finetune_256/fold0/scores_aptos_test.csv'}", dtype=dict(id_code=str)).id_code
 dl = learn.dls.test_dl(pd.DataFrame(dict(stored=[f"{{folder}}/{{i}}.png" for i in ids])))
-a = learn.get_preds(dl=dl)[0].flatten()
-for b in (learn.get_preds(dl=learn.dls.test_dl(pd.DataFrame(dict(stored=ids.map(lambda i: f"{{folder}}/{{i}}.png")))))[0].flatten(),): assert torch.equal(a, b)
-print(*a.tolist())
+with learn.no_bar(): preds = learn.get_preds(dl=dl)[0]
+print(*preds.flatten().tolist())
 '''
     out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd='/')
     assert out.returncode == 0, out.stderr
@@ -202,7 +201,8 @@ def test_folds_chain_fold_by_fold(tables, small_recipe, tmp_path):
     main(['all', '--recipe', str(small_recipe), '--data', str(tables), '--runs', str(tmp_path / 'runs')])
     root = tmp_path / 'runs/small'
     oof = pd.concat([pd.read_csv(root / f'retrain/fold{k}/preds.csv') for k in (0, 1)])
-    assert oof.id_code.is_unique and len(oof) == 16
+    folds = pd.read_csv(root / 'folds.csv')
+    assert oof.id_code.is_unique and set(oof.id_code) == set(folds.id_code[folds.fold < 2])
     lab = pd.read_csv(root / 'labels/teacher/test/soft_pseudo_label.csv')
     assert list(lab) == ['id_code', 'diagnosis', 'fold0', 'fold1'] and np.allclose(lab.diagnosis, (lab.fold0 + lab.fold1) / 2, atol=1e-6)
     for k in (0, 1):
@@ -218,7 +218,7 @@ def test_another_data_folder_is_not_written_over(tables, small_recipe, tmp_path,
     fails(capsys, ['all', '--data', tmp_path / 'other', *args], 'holds a run on', '--runs')
 
 def test_batch_larger_than_the_table(tables, small_recipe, tmp_path, capsys):
-    fails(capsys, ['all', '--recipe', small_recipe, '--data', tables, '--runs', tmp_path / 'runs', '--set', 'stage.bs=64'], 'bs = 64: only 32 pictures train')
+    fails(capsys, ['all', '--recipe', small_recipe, '--data', tables, '--runs', tmp_path / 'runs', '--set', 'stage.bs=64'], 'pictures train in fold 0; set it to')
     assert not list((tmp_path / 'runs').rglob('stage.json'))
 
 def test_diverging_stage_is_named(tables, small_recipe, tmp_path, capsys):
