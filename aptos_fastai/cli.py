@@ -11,9 +11,9 @@ from aptos_fastai.files import AptosError
 class Commands:
     def __init__(self, recipe: str, data: str, runs: str, sets: list[str]): self.recipe, self.data, self.runs, self.sets = recipe, data, runs, sets
 
-    def open(self, **kw):
+    def open(self):
         from aptos_fastai.pipeline import open_run
-        return open_run(self.recipe, self.data, self.runs, self.sets, **kw)
+        return open_run(self.recipe, self.data, self.runs, self.sets)
 
     def all(self):
         """Train the recipe's whole graph and write submission.csv; what is finished is not done again.
@@ -30,7 +30,7 @@ class Commands:
         python run.py plan --recipe recipes/one_table.ini --data ~/idrid
         """
         from aptos_fastai.plan import show_plan
-        show_plan(self.open(write=False))
+        show_plan(self.open())
 
     def train(self, stage: 'the stage'):   # noqa: F722 (a help text, not a type)
         """Train one stage and whatever it builds on that is not finished.

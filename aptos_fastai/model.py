@@ -51,9 +51,12 @@ def body_stats(arch: str) -> tuple:
 def create_model(stage: Stage) -> nn.Module:
     "Sequential(body, head) with random weights: (N, 3, H, W) -> (N, 1)"
     check_arch(stage.arch)
-    body = TimmMaps(stage.arch)
-    if getattr(body.model, 'num_features', None) is None or len(body.eval()(torch.zeros(1, 3, stage.size, stage.size)).shape) != 4:
-        raise WeightsError(f'arch = {stage.arch}: gives no feature maps to pool; choose a convolutional network')
+    try:
+        body = TimmMaps(stage.arch)
+        maps = body.eval()(torch.zeros(1, 3, stage.size, stage.size))
+    except (TypeError, ValueError, AssertionError, RuntimeError) as e:
+        raise WeightsError(f'arch = {stage.arch}: cannot be built for size = {stage.size} ({e})') from None
+    if maps.ndim != 4: raise WeightsError(f'arch = {stage.arch}: gives no feature maps to pool; choose a convolutional network')
     body.train()
     head = nn.Sequential(heads[stage.head](), nn.Flatten(), nn.Dropout(stage.dropout), nn.Linear(body.model.num_features, 1))
     return nn.Sequential(body, head)

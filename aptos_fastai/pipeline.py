@@ -1,6 +1,6 @@
 "Walks the graph: tables -> pictures -> stages -> labels -> submission; skips what is finished."
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,16 +13,15 @@ from aptos_fastai.files import AptosError, read_json, write_bytes, write_csv, wr
 from aptos_fastai.images import prepare_table, read_prepared, store_folder
 from aptos_fastai.metrics import HALF, apply_cuts, kappa_interval, nested_grades, quadratic_kappa
 from aptos_fastai.record import Run
-from aptos_fastai.tables import add_folds, read_order, read_tables
+from aptos_fastai.tables import add_folds, read_order, read_tables, write_folds
 
 SYNTHETIC = 'SYNTHETIC: painted pictures, no medical data; nothing here says anything about eyes'
 
 
-def open_run(recipe: str = 'settings.ini', data: str = 'demo', runs: str = 'runs', sets: Iterable[str] = (), *, write: bool = True) -> Run:
-    """The run of a recipe on a data folder, its tables read and checked, its demo painted; pictures are not prepared yet.
+def open_run(recipe: str = 'settings.ini', data: str = 'demo', runs: str = 'runs', sets: Iterable[str] = ()) -> Run:
+    """The run of a recipe on a data folder, its tables read and checked. Writes nothing but the demo's pictures; `begin` does.
 
-    Raises `AptosError`: whatever is wrong with recipe, tables or folders, before anything is trained. With `write=False` nothing is written
-    but the demo's pictures.
+    Raises `AptosError`: whatever is wrong with recipe, tables or folders.
     """
     demo = data == 'demo'
     r, runs = read_recipe(recipe, demo=demo, sets=list(sets)), Path(runs)
@@ -31,9 +30,7 @@ def open_run(recipe: str = 'settings.ini', data: str = 'demo', runs: str = 'runs
     frames = read_tables(r, data)
     root = runs / r.name
     check_same_data(root, data, demo)
-    frames = add_folds(r, frames, root / 'folds.csv', write=write)
-    if demo and write: write_bytes(root / 'SYNTHETIC.txt', f'{SYNTHETIC}.\n'.encode())
-    return with_prepared(Run(r, data, root, frames))
+    return with_prepared(Run(r, data, root, add_folds(r, frames, root / 'folds.csv')))
 
 
 def write_demo_tables(r: Recipe, runs: Path) -> Path:
@@ -68,14 +65,18 @@ def with_prepared(run: Run) -> Run:
     return replace(run, frames=frames)
 
 
-def prepare_run(run: Run, bars: Bars) -> Run:
-    "The run with every picture prepared; unchanged originals are not read again"
+def begin(run: Run, bars: Bars, nodes: Iterable[str] = ()) -> Run:
+    "The run with its folds written and every picture prepared, once the stages in `nodes` are known to be able to start"
+    check_run(run, [n for n in run.recipe.order if n in set(nodes) & set(run.recipe.stages) and not run.record(n, run.recipe.stages[n].folds - 1)])
+    write_folds(run.recipe, run.frames, run.root / 'folds.csv')
+    if run.recipe.demo: write_bytes(run.root / 'SYNTHETIC.txt', f'{SYNTHETIC}.\n'.encode())
     write_json(run.root / 'run.json', dict(data=str(run.data.resolve()), recipe=run.recipe.path.name, synthetic=bool(run.recipe.demo)))
     return replace(run, frames={n: prepare_table(f, run.store, run.prep, bars) for n, f in run.frames.items()})
 
 
-def check_run(run: Run, stages: Iterable[str]):
+def check_run(run: Run, stages: Collection[str]):
     "What would stop a stage later is said now: weights out of reach, a batch larger than its table"
+    if not stages: return
     from aptos_fastai.model import check_weights
     for n in stages:
         s = run.recipe.stages[n]
@@ -92,12 +93,14 @@ def train_nodes(run: Run, nodes: Iterable[str], bars: Bars) -> int:
     if not todo: return 0
     check_run(run, todo)
     from aptos_fastai.stage import train_fold
-    for i, (n, ks) in enumerate(todo.items(), 1):
-        s = run.recipe.stages[n]
-        say(f'stage {i} of {len(todo)}: {n}  ({s.arch}, {s.size} px, {tables_text(s)}) -> {run.root / n}', 'bold')
-        for teacher, t in s.sources:
-            if teacher: label(run, teacher, t, bars)
-        for k in ks: train_fold(run, n, k, bars)
+    with bars('stages', len(todo)) as overall:
+        for i, (n, ks) in enumerate(todo.items(), 1):
+            s = run.recipe.stages[n]
+            say(f'stage {i} of {len(todo)}: {n}  ({s.arch}, {s.size} px, {tables_text(s)}) -> {run.root / n}', 'bold')
+            for teacher, t in s.sources:
+                if teacher: label(run, teacher, t, bars)
+            for k in ks: train_fold(run, n, k, bars)
+            overall.to(i)
     return sum(map(len, todo.values()))
 
 
@@ -169,8 +172,8 @@ def show_summary(run: Run, o: dict):
                      (f'{s["folds"]} x ' if s['folds'] > 1 else '') + str(s['epochs']), f'{s["best_kappa"]:.3f}', kappa, ago(s['seconds'])])
     table(run.recipe.name + (' (SYNTHETIC demo)' if run.recipe.demo else ''), columns, rows,
           right=('pictures', 'px', 'epochs', 'best'), wrap=('tables', 'time'))
-    say('pictures: training + validation (one fold). best: kappa of the kept epoch at the fixed cuts used while training; with keep = kappa or loss the\n'
-        'epoch was chosen on these pictures. kappa: all validation pictures, each graded by cuts fitted on others; bootstrap interval.', 'dim')
+    say('pictures: training + validation (one fold). best: the kept epoch, at the fixed cuts used while training. kappa: all validation pictures, each\n'
+        'graded by cuts fitted on others, or by fixed ones; bootstrap interval. With keep = kappa or loss the epoch was chosen on these pictures.', 'dim')
     say(f'{o["submission"]["node"]} -> {run.root / "submission.csv"} ({o["submission"]["pictures"]} pictures); also submissions/, scores.csv, summary.json')
     if run.recipe.demo: say(SYNTHETIC, 'yellow')
 
@@ -182,8 +185,11 @@ def answers_finished(run: Run) -> bool:
         (run.root / f).is_file() for f in ('submission.csv', 'scores.csv'))
 
 
-def made_from(run: Run) -> list: return [run.digests[run.recipe.submit.table], repr(run.recipe.submit), repr(run.recipe.ensembles),
-                                         [[run.record(n, k) and run.record(n, k)['files'] for k in range(s.folds)] for n, s in run.recipe.stages.items()]]
+def made_from(run: Run) -> list:
+    "What the answers depend on: the test pictures, the recipe, every fold's files"
+    r = run.recipe
+    return [run.digests[r.submit.table], repr([r.submit, r.ensembles, r.stages]),
+            [[run.record(n, k) and run.record(n, k)['files'] for k in range(s.folds)] for n, s in r.stages.items()]]
 
 
 def run_all(run: Run):
@@ -191,7 +197,7 @@ def run_all(run: Run):
     t0 = time.time()
     if run.recipe.demo: say(SYNTHETIC, 'yellow')
     with Bars() as bars:
-        run = prepare_run(run, bars)
+        run = begin(run, bars, run.recipe.stages)
         if answers_finished(run):
             say(f'Everything is done already: nothing was run. The answer is {run.root / "submission.csv"}')
             return show_summary(run, read_json(run.root / 'summary.json'))
@@ -211,8 +217,7 @@ def _known(run: Run, name: str, among) -> str:
 def train_stage(run: Run, stage: str):
     "`train STAGE`"
     needed = run.ancestors(_known(run, stage, run.recipe.stages))
-    with Bars() as bars:
-        n = train_nodes(prepare_run(run, bars), needed, bars)
+    with Bars() as bars: n = train_nodes(begin(run, bars, needed), needed, bars)
     say(f'{stage} -> {run.root / stage}' if n else f'{stage} is finished already: {run.root / stage}')
 
 
@@ -223,28 +228,33 @@ def label_table(run: Run, node: str, name: str):
         raise AptosError(f'{name}: no ungraded table of {run.recipe.path}; there are {", ".join(t.name for t in run.recipe.used_tables if not t.graded)}')
     needed = run.ancestors(_known(run, node, run.recipe.nodes))
     with Bars() as bars:
-        run = prepare_run(run, bars)
+        run = begin(run, bars, needed)
         train_nodes(run, needed, bars)
         say(f'labels of {name} by {node}: {label(run, node, name, bars)}')
 
 
-def _answering(run: Run) -> Run:
-    "The run, once every stage that answers is known to be finished"
-    lost = [n for n in run.todo() if n in set().union(*(run.ancestors(m) for m in [run.recipe.submit.final, *run.recipe.submit.also]))]
-    if lost: raise AptosError(f'{run.root}: {", ".join(lost)} not trained yet, or trained with other settings; run `all`, or `train {lost[-1]}`')
+def _answering(run: Run, bars: Bars) -> Run:
+    "The run, ready to answer: every stage that does is finished"
+    needed = set().union(*(run.ancestors(m) for m in [run.recipe.submit.final, *run.recipe.submit.also])) & set(run.recipe.stages)
+
+    def refuse(lost):
+        if lost: raise AptosError(f'{run.root}: {", ".join(lost)} not trained yet, or trained with other settings; run `all`, or `train {lost[-1]}`')
+    refuse([n for n in run.recipe.order if n in needed and not run.record(n, 0)])
+    run = begin(run, bars)
+    refuse([n for n in run.todo() if n in needed])
     return run
 
 
 def write_scores(run: Run):
     "`predict`"
-    with Bars() as bars: df = predict(_answering(prepare_run(run, bars)), bars)
+    with Bars() as bars: df = predict(_answering(run, bars), bars)
     say(f'{len(df)} pictures scored -> {run.root / "scores.csv"}')
 
 
 def write_submissions(run: Run):
     "`submit`"
     with Bars() as bars:
-        run = _answering(prepare_run(run, bars))
+        run = _answering(run, bars)
         submit(run, predict(run, bars))
     say(f'{run.recipe.submit.final} -> {run.root / "submission.csv"}; each submitted stage and ensemble -> {run.root / "submissions"}')
 
@@ -252,8 +262,8 @@ def write_submissions(run: Run):
 def suggest_rates(run: Run, stage: str):
     "`lr_find STAGE`"
     _known(run, stage, run.recipe.stages)
-    with Bars() as bars: run = prepare_run(run, bars)
     check_run(run, [stage])
+    with Bars() as bars: run = begin(run, bars)
     from aptos_fastai.stage import find_rates
     plot = run.root / stage / 'lr_find.png'
     found = find_rates(run, stage, plot)

@@ -15,10 +15,7 @@ def _key(run: Run, node: str, table: str) -> str:
     "Digest of what labels are made from: the weights of every fold, the pictures, the cuts"
     r = run.recipe
     made = {f'{m}/{k}': run.record(m, k)['files'][WEIGHTS]['sha256'] for m in r.members(node) for k in run.folds_of(node)}
-    return digest([made, r.members(node), run.digests[table], _label_cuts(run, node), [r.stages[m].tta for m in r.members(node)]])
-
-
-def _label_cuts(run: Run, node: str) -> str: return run.recipe.stages[node].cuts if node in run.recipe.stages else run.recipe.submit.cuts
+    return digest([made, r.members(node), run.digests[table], run.label_cuts(node), [r.stages[m].tta for m in r.members(node)]])
 
 
 def labels_finished(run: Run, node: str, table: str) -> bool:
@@ -35,7 +32,7 @@ def write_labels(run: Run, node: str, table: str, bars: Bars):
     """
     out, ids = run.label_dir(node, table), run.frames[table].id_code
     by_fold = {f'fold{k}': fold_scores(run, node, table, k, bars) for k in run.folds_of(node)}
-    how = _label_cuts(run, node)
+    how = run.label_cuts(node)
     mean = np.mean(list(by_fold.values()), 0)
     hard = {f: apply_cuts(s, run.cuts(node, how, without=int(f[4:]))) for f, s in by_fold.items()}
     frames = dict(soft=pd.DataFrame(dict(id_code=ids, diagnosis=mean, **by_fold)),

@@ -53,22 +53,17 @@ class History(Callback):
 
 
 class ShowProgress(Callback):
-    "Epochs and batches as bars with loss, kappa, pictures a second and time left; as lines where there is no terminal"
+    "Batches as a bar with loss, kappa so far, pictures a second and time left of the stage; epochs as lines"
     order = 70
-    def __init__(self, title: str, epochs: int, bars: Bars, history: History):
-        self.title, self.epochs, self.bars, self.hist, self.t0, self.n = title, epochs, bars, history, time.time(), 0
-    def before_train(self):
-        self.seen, self.te = 0, time.time()
-        per = len(self.dls.train)
-        self.cm = self.bars(f'{self.title}  epoch {self.n + 1}/{self.epochs}', per, 'batches')
-        self.bar = self.cm.__enter__()
+    def __init__(self, title: str, epochs: int, bar, history: History):
+        self.title, self.epochs, self.bar, self.hist, self.t0, self.n, self.done = title, epochs, bar, history, time.time(), 0, 0
+    def before_train(self): self.seen, self.te = 0, time.time()
     def after_batch(self):
         if not self.training: return
-        self.seen += len(self.x)
+        self.seen, self.done = self.seen + len(self.x), self.done + 1
         self.rate = self.seen / (time.time() - self.te)
-        self.bar.to(self.iter + 1, f'loss {float(self.smooth_loss):.3f}  {self.rate:.0f} pictures/s')
-    def after_train(self): self.cm.__exit__(None, None, None)
-    def after_cancel_train(self): self.after_train()
+        kappa = f'kappa {self.hist.rows[-1]["kappa"]:.3f}  ' if self.hist.rows else ''
+        self.bar.to(self.done, f'epoch {self.n + 1}/{self.epochs}  loss {float(self.smooth_loss):.3f}  {kappa}{self.rate:.0f} pictures/s')
     def after_epoch(self):
         self.n += 1
         r, done = self.hist.rows[-1], self.n / self.epochs
@@ -108,8 +103,10 @@ def train_fold(run: Run, name: str, fold: int, bars: Bars) -> dict:
     learn = stage_learner(run, name, fold)
     hist = History(stage.keep)
     title = name if stage.folds == 1 else f'{name} fold {fold}'
-    cbs = [Reproducible(run.recipe.seed), hist, ShowProgress(title, stage.freeze_epochs + stage.epochs, bars, hist)]
-    try: fit_stage(learn, stage, cbs)
+    epochs = stage.freeze_epochs + stage.epochs
+    try:
+        with bars(title, epochs * len(learn.dls.train), 'batches') as bar:
+            fit_stage(learn, stage, [Reproducible(run.recipe.seed), hist, ShowProgress(title, epochs, bar, hist)])
     except AptosError as e:                  # fastai puts the callback's name before a callback's words
         raise AptosError(f'[stage.{name}] fold {fold}, {str(e).rpartition(chr(9))[2]}') from None
     learn.model.load_state_dict(hist.weights)

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from aptos_fastai.config import Recipe, Table
-from aptos_fastai.files import AptosError, digest, write_csv
+from aptos_fastai.files import AptosError, digest, write_bytes
 
 
 class TableError(AptosError):
@@ -67,11 +67,11 @@ def read_table(table: Table, data: Path) -> pd.DataFrame:
     csv, pics = folder / table.csv, folder / table.images
     df = _read_csv(csv, [table.id] + ([table.grade] if table.graded else []))
     raw = df[table.id]
-    twice = raw[raw.duplicated()].unique()
-    if len(twice): raise TableError(f'{csv}: {len(twice)} {table.id} stand there more than once: {_few(twice)}')
     by_stem = _pictures(pics)
     names = {p.name: p for p in by_stem.values()}
     paths = [by_stem.get(o) or names.get(o) for o in raw]
+    twice = raw[raw.duplicated() | pd.Series(paths, dtype=object).where(lambda o: o.notna(), raw).duplicated()].unique()     # a and a.png are one
+    if len(twice): raise TableError(f'{csv}: {len(twice)} {table.id} stand there more than once: {_few(twice)}')
     lost = [o for o, p in zip(raw, paths, strict=True) if p is None]
     if lost: raise TableError(f'{csv}: {len(lost)} of {len(raw)} ids have no picture in {pics}: {_few(lost)}')
     group = raw.str.extract(table.group, expand=False if '(' not in table.group else True) if table.group else None
@@ -116,18 +116,26 @@ def make_folds(frame: pd.DataFrame, splits: int, seed: int) -> np.ndarray:
     return fold
 
 
-def add_folds(recipe: Recipe, frames: dict[str, pd.DataFrame], file: Path, *, write=True) -> dict[str, pd.DataFrame]:
-    "`frames` with a `fold` column (-1 where ungraded): from `file` where it holds just these pictures, else made and written there"
+def add_folds(recipe: Recipe, frames: dict[str, pd.DataFrame], file: Path) -> dict[str, pd.DataFrame]:
+    "`frames` with a `fold` column (-1 where ungraded): from `file` where it holds just these pictures, else made; `write_folds` writes them"
     old = pd.read_csv(file, dtype=dict(id_code=str)) if file.is_file() else pd.DataFrame(columns=['source', 'id_code', 'fold', 'digest'])
-    out, parts = {}, []
+    out = {}
     for name, df in frames.items():
         if not recipe.tables[name].graded: out[name] = df.assign(fold=-1); continue
-        d = digest([recipe.splits, recipe.seed, df.id_code.tolist(), df.diagnosis.tolist(), df.group.tolist()])[:12]
+        d = _folds_digest(recipe, df)
         mine = old[(old.source == name) & (old.digest == d)]
         if len(mine) == len(df) and set(mine.id_code) == set(df.id_code):
             out[name] = df.assign(fold=df.id_code.map(mine.set_index('id_code').fold).astype(int))
         else: out[name] = df.assign(fold=make_folds(df, recipe.splits, recipe.seed))
-        parts.append(out[name][['source', 'id_code', 'fold']].assign(digest=d))
-    new = pd.concat(parts, ignore_index=True)
-    if write and not new.equals(old.astype(new.dtypes.to_dict()) if len(old) else old): write_csv(file, new)
     return out
+
+
+def _folds_digest(recipe: Recipe, df: pd.DataFrame) -> str:
+    return digest([recipe.splits, recipe.seed, df.id_code.tolist(), df.diagnosis.tolist(), df.group.tolist()])[:12]
+
+
+def write_folds(recipe: Recipe, frames: dict[str, pd.DataFrame], file: Path):
+    "The folds of every graded table as `file`, untouched where it holds them"
+    parts = [df[['source', 'id_code', 'fold']].assign(digest=_folds_digest(recipe, df)) for n, df in frames.items() if recipe.tables[n].graded]
+    text = pd.concat(parts).to_csv(index=False, lineterminator='\n')
+    if not file.is_file() or file.read_text() != text: write_bytes(file, text.encode())
