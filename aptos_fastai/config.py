@@ -78,6 +78,8 @@ class Stage:
     schedule: str = _key('one_cycle', 'course of the learning rate', choices=('one_cycle', 'constant'))
     lr: float = _key(1e-3, 'highest learning rate, of the head', low=0, high=10)
     lr_div: float = _key(1., 'the body learns at lr / this', low=1, high=1e4)
+    sqr_mom: float = _key(.99, 'Adam\'s second beta (fastai .99, PyTorch .999)', low=0, high=.99999)
+    eps: float = _key(1e-5, 'Adam\'s epsilon (fastai 1e-5, PyTorch 1e-8)', low=1e-12, high=1)
     wd: float = _key(.01, 'weight decay (decoupled)', low=0, high=10)
     loss: str = _key('smooth_l1', 'on the grade as a number', choices=('smooth_l1', 'mse'))
     keep: str = _key('kappa', 'which epoch is kept: best by kappa or by loss, or the last', choices=('kappa', 'loss', 'last'))

@@ -167,7 +167,8 @@ def get_learner(stage: Stage, dls: DataLoaders, *, weights: dict | None = None) 
     if weights is None: load_body(model, stage)
     else: load_parent(model, weights, f'init = {stage.init}')
     metric = AccumMetric(ScoreKappa(parse_cuts(stage.cuts) or HALF), name='kappa')
-    return Learner(dls, model, loss_func=BaseLoss(losses[stage.loss], axis=-1, floatify=True, is_2d=False), metrics=metric,
+    loss = BaseLoss(losses[stage.loss], axis=-1, floatify=True, is_2d=False)      # flattens (N, 1): PyTorch's own would broadcast against (N,)
+    return Learner(dls, model, loss_func=loss, opt_func=partial(Adam, sqr_mom=stage.sqr_mom, eps=stage.eps), metrics=metric,
                    splitter=split_body_head, lr=stage.lr, wd=stage.wd, path=dls.path)
 
 

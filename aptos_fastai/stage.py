@@ -129,7 +129,6 @@ def train_fold(run: Run, name: str, fold: int, bars: Bars) -> dict:
 def write_fold(learn: Learner, out: Path, preds: pd.DataFrame, hist: History):
     "The files of a finished fold but for its record"
     learn.dls.path = learn.path = out
-    learn.cbs = L(o for o in learn.cbs if not isinstance(o, (History, ShowProgress)))
     learn.export(EXPORT)
     write_bytes(out / WEIGHTS, save({k: v.detach().cpu().contiguous() for k, v in learn.model.state_dict().items()}))
     write_csv(out / PREDS, preds[['id_code', 'source', 'diagnosis', 'fold', 'score']])

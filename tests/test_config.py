@@ -36,6 +36,7 @@ def test_the_published_constants():
     r = read_recipe(ROOT / 'recipes/published.ini')
     s, a = r.stages['retrain_512'], r.augment
     assert (s.schedule, s.lr, s.wd, s.bs, s.epochs, s.freeze_epochs, s.keep, s.loss, s.tta) == ('constant', 2e-4, 0, 16, 30, 0, 'last', 'smooth_l1', 'hflip')
+    assert (s.sqr_mom, s.eps) == (.999, 1e-8)
     assert s.init == 'pretrain_512' and (r.images.crop, r.images.aspect) == ('none', 'squash')
     assert (a.brightness, a.contrast, a.saturation, a.hue, a.blur, a.blur_sigma) == (.1, .2, .2, .1, .5, (.1, 2.))
     assert (a.rotate, a.shift, a.scale, a.shear, a.hflip) == (180, .2, (.8, 1.2), .2, .5)

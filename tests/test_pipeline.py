@@ -140,6 +140,12 @@ print(*preds.flatten().tolist())
     assert np.allclose(got, want, atol=1e-4) and got.std() > 1e-4
 
 
+def test_an_export_holds_no_rows(toy):
+    data = (toy / 'pretrain_256/fold0/learner.pkl').read_bytes()
+    assert not any(i.encode() in data for i in pd.read_csv(toy / 'pretrain_256/fold0/preds.csv').id_code)
+    assert len(data) < 1.2 * (toy / 'pretrain_256/fold0' / WEIGHTS).stat().st_size + 200_000
+
+
 def test_same_seed_same_record(toy, tmp_path):
     main(['train', 'pretrain_256', '--recipe', str(ROOT / 'settings.ini'), '--runs', str(tmp_path), *TOY, '--set', 'stage.workers=1'])
     a, b = (json.loads((o / 'pretrain_256/fold0/stage.json').read_text()) for o in (toy, tmp_path / toy.name))
