@@ -32,6 +32,14 @@ class Commands:
         from aptos_fastai.plan import show_plan
         show_plan(self.open())
 
+    def prepare(self):
+        """Find, crop and store the retinas of every table, as `all` does by itself; say what was found and what looks bad.
+
+        python run.py prepare --data ~/kaggle
+        """
+        from aptos_fastai.pipeline import prepare_all
+        prepare_all(self.open())
+
     def train(self, stage: 'the stage'):   # noqa: F722 (a help text, not a type)
         """Train one stage and whatever it builds on that is not finished.
 

@@ -25,6 +25,7 @@ class Images:
     aspect: str = _key('pad', 'pad: keep the aspect; squash: stretch to a square (published)', choices=('pad', 'squash'))
     size: int = _key(0, 'side of the stored square, pixels; 0: the largest that any stage asks for', low=0, high=4096)
     quality: int = _key(95, 'JPEG quality of the store, chroma kept whole', low=50, high=100)
+    skip_bad: str = _key('no', 'yes: go on without pictures that cannot be read; no: stop and list them', choices=('no', 'yes'))
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ class Recipe:
     submit: Submit
     seed: int = 42
     splits: int = 5
+    conflicts: str = 'keep'
     order: tuple[str, ...] = ()              # stages and ensembles, parents first
 
     @property
@@ -167,6 +169,8 @@ class _General:
     "[recipe]"
     seed: int = _key(42, 'of the folds, the order, the augmentation and the demo', low=0, high=2**31)
     splits: int = _key(5, 'equal parts that the graded tables are cut into; part k validates fold k', low=2, high=20)
+    conflicts: str = _key('keep', 'unequal grades of one picture that stands there twice: keep both, drop both, mean: train on their mean',
+                          choices=('keep', 'drop', 'mean'))
 
 
 _kinds = dict(recipe=_General, images=Images, augment=Augment, table=Table, stage=Stage, ensemble=Ensemble,
@@ -269,7 +273,7 @@ def read_recipe(path: str | Path, *, demo: bool = False, sets: Sequence[str] = (
     one = {k: _build(path, k, _kinds[k], ini.get(k, {})) for k in ('images', 'augment', 'submit', 'demo', 'recipe')}
     if demo: stages = {n: _shrunk(path, s, one['demo']) for n, s in stages.items()}
     recipe = Recipe(path.stem + ('-demo' if demo else ''), path, one['demo'] if demo else None, one['images'], one['augment'],
-                    named['table'], stages, named['ensemble'], one['submit'], one['recipe'].seed, one['recipe'].splits)
+                    named['table'], stages, named['ensemble'], one['submit'], **vars(one['recipe']))
     return replace(recipe, order=_check_graph(recipe))
 
 

@@ -10,10 +10,11 @@ import pandas as pd
 from aptos_fastai.config import ConfigError, Recipe, Stage, parse_cuts, read_recipe
 from aptos_fastai.console import Bars, ago, say, table
 from aptos_fastai.files import AptosError, read_json, write_bytes, write_csv, write_json
-from aptos_fastai.images import prepare_table, read_prepared, store_folder
+from aptos_fastai.images import prepare_table, prepared_already, read_prepared, store_folder
 from aptos_fastai.metrics import HALF, apply_cuts, kappa_interval, nested_grades, quadratic_kappa
 from aptos_fastai.record import Run
 from aptos_fastai.tables import add_folds, read_order, read_tables, write_folds
+from aptos_fastai.twins import add_groups, settle_conflicts, twins_frame
 
 SYNTHETIC = 'SYNTHETIC: painted pictures, no medical data; nothing here says anything about eyes'
 
@@ -30,7 +31,7 @@ def open_run(recipe: str = 'settings.ini', data: str = 'demo', runs: str = 'runs
     frames = read_tables(r, data)
     root = runs / r.name
     check_same_data(root, data, demo)
-    return with_prepared(Run(r, data, root, add_folds(r, frames, root / 'folds.csv')))
+    return with_folds(with_prepared(Run(r, data, root, frames)))
 
 
 def write_demo_tables(r: Recipe, runs: Path) -> Path:
@@ -55,23 +56,39 @@ def check_same_data(root: Path, data: Path, demo: bool):
 
 def with_prepared(run: Run) -> Run:
     "The run with the pixel hashes of pictures that are prepared already, so that what is finished can be told without decoding"
-    frames = {}
-    for n, f in run.frames.items():
-        folder = store_folder(f, run.store, run.prep)
-        old = read_prepared(folder)
-        if old is not None and not (old.error != '').any() and old.id_code.tolist() == f.id_code.tolist():
-            f = f.assign(stored=[str(folder / f'{i}{run.prep.suffix}') for i in f.id_code], pixels=old.pixels.to_numpy())
-        frames[n] = f
-    return replace(run, frames=frames)
+    skip = run.recipe.images.skip_bad == 'yes'
+    return replace(run, frames={n: prepared_already(f, run.store, run.prep, skip_bad=skip) for n, f in run.frames.items()})
+
+
+def with_folds(run: Run) -> Run:
+    "The run with a fold for each picture; where every picture is prepared, those that stand in the tables twice are known and share one"
+    known = all('look' in f for f in run.frames.values())
+    frames = settle_conflicts(add_groups(run.frames), run.recipe.conflicts) if known else run.frames
+    return replace(run, frames=add_folds(run.recipe, frames, run.root / 'folds.csv'))
 
 
 def begin(run: Run, bars: Bars, nodes: Iterable[str] = ()) -> Run:
     "The run with its folds written and every picture prepared, once the stages in `nodes` are known to be able to start"
     check_run(run, [n for n in run.recipe.order if n in set(nodes) & set(run.recipe.stages) and not run.record(n, run.recipe.stages[n].folds - 1)])
+    skip = run.recipe.images.skip_bad == 'yes'
+    frames = {n: prepare_table(f, run.store, run.prep, bars, skip_bad=skip) for n, f in read_tables(run.recipe, run.data).items()}
+    run = with_folds(replace(run, frames=frames))
     write_folds(run.recipe, run.frames, run.root / 'folds.csv')
+    say_twins(run)
     if run.recipe.demo: write_bytes(run.root / 'SYNTHETIC.txt', f'{SYNTHETIC}.\n'.encode())
     write_json(run.root / 'run.json', dict(data=str(run.data.resolve()), recipe=run.recipe.path.name, synthetic=bool(run.recipe.demo)))
-    return replace(run, frames={n: prepare_table(f, run.store, run.prep, bars) for n, f in run.frames.items()})
+    return run
+
+
+def say_twins(run: Run):
+    "Pictures that stand in the tables more than once, as twins.csv and in a line"
+    t = twins_frame(run.frames)
+    if len(t): write_csv(run.root / 'twins.csv', t)
+    else: (run.root / 'twins.csv').unlink(missing_ok=True)
+    if not len(t): return
+    odd = t.twin[t.conflict].nunique()
+    say(f'pictures that stand in the tables more than once: {t.twin.nunique()}' + (f', {odd} of them with unequal grades' if odd else '')
+        + f'; all copies share a fold: {run.root / "twins.csv"}')
 
 
 def check_run(run: Run, stages: Collection[str]):
@@ -81,7 +98,7 @@ def check_run(run: Run, stages: Collection[str]):
     for n in stages:
         s = run.recipe.stages[n]
         for k in range(s.folds):
-            m = sum(len(run.frames[t]) if teacher else int((run.frames[t].fold != k).sum()) for teacher, t in s.sources)
+            m = sum(int((run.frames[t].fold != k).sum()) for _, t in s.sources)
             if s.bs > m: raise ConfigError(f'{run.recipe.path} [stage.{n}] bs = {s.bs}: only {m} pictures train in fold {k}; set it to {m} or less')
         try: check_weights(s)
         except AptosError as e: raise ConfigError(f'{run.recipe.path} [stage.{n}] {e}') from None
@@ -122,7 +139,11 @@ def predict(run: Run, bars: Bars) -> pd.DataFrame:
     cols = {n: node_scores(run, n, sub.table, bars) for n in names}
     df = pd.DataFrame(dict(id_code=run.frames[sub.table].id_code, **cols, mean=cols[sub.final]))
     df['grade'] = apply_cuts(df['mean'], run.cuts(sub.final, sub.cuts))
-    df = df.set_index('id_code').loc[read_order(run.recipe.tables[sub.table], run.data, run.frames[sub.table])].reset_index()
+    order = read_order(run.recipe.tables[sub.table], run.data)
+    lost = len(order) - len(df)
+    if lost: say(f'{lost} pictures of {sub.table} have no score (skip_bad = yes): they are answered with the commonest grade', 'yellow')
+    df = df.set_index('id_code').reindex(order).reset_index()
+    df['grade'] = df.grade.fillna(df.grade.mode()[0]).astype(int)
     write_csv(run.root / 'scores.csv', df)
     return df
 
@@ -131,7 +152,8 @@ def submit(run: Run, scores: pd.DataFrame):
     "submissions/<name>.csv for each submitted stage and ensemble, and the final one's as submission.csv: id_code, diagnosis"
     sub = run.recipe.submit
     for n in dict.fromkeys([*sub.also, sub.final]):
-        df = pd.DataFrame(dict(id_code=scores.id_code, diagnosis=apply_cuts(scores[n], run.cuts(n, sub.cuts))))
+        grades = pd.Series(apply_cuts(scores[n], run.cuts(n, sub.cuts))).where(scores[n].notna())
+        df = pd.DataFrame(dict(id_code=scores.id_code, diagnosis=grades.fillna(grades.mode()[0]).astype(int)))
         write_csv(run.root / 'submissions' / f'{n}.csv', df)
     write_csv(run.root / 'submission.csv', df if n == sub.final else pd.read_csv(run.root / 'submissions' / f'{sub.final}.csv', dtype=dict(id_code=str)))
 
@@ -207,6 +229,20 @@ def run_all(run: Run):
     write_json(run.root / 'summary.json', o)
     show_summary(run, o)
     say(f'{ago(time.time() - t0)} in all')
+
+
+def prepare_all(run: Run):
+    "`prepare`"
+    with Bars() as bars: done = begin(run, bars)
+    rows = []
+    for n, f in run.frames.items():
+        rec = read_prepared(store_folder(f, run.store, run.prep))
+        flags = rec['flags'].str.split().explode().value_counts()
+        rows.append([n, len(rec), int((rec.error != '').sum()), ' '.join(f'{k} {v}' for k, v in rec.how.value_counts().items() if k),
+                     ' '.join(f'{k} {v}' for k, v in flags.items()) or 'none'])
+    table(f'pictures prepared at {run.prep.size} px',
+          ['table', 'pictures', 'bad', 'retina found as', 'flags'], rows, right=('pictures', 'bad'), wrap=('flags',))
+    for n, f in done.frames.items(): say(f'{n}: {Path(f.stored.iloc[0]).parent / "prepared.csv"}')
 
 
 def _known(run: Run, name: str, among) -> str:

@@ -39,7 +39,7 @@ class Run:
     @cached_property
     def digests(self) -> dict[str, str]:
         "What each table is: ids, grades, folds and pixels"
-        return {n: digest([f.id_code.tolist(), f.diagnosis.tolist(), f.fold.tolist(), f.get('pixels', f.path).tolist()])
+        return {n: digest([f.id_code.tolist(), f.diagnosis.tolist(), f.fold.tolist(), f.get('target', f.diagnosis).tolist(), f.get('pixels', f.path).tolist()])
                 for n, f in self.frames.items()}
 
     def fingerprint(self, node: str, fold: int) -> str:
@@ -113,14 +113,16 @@ class Run:
 
 
 def training_frame(run: Run, stage: Stage, fold: int, labels: dict[tuple[str, str], pd.DataFrame]) -> pd.DataFrame:
-    "The rows of one fold: graded ones with `valid` where they are its part, pseudo-labelled ones never"
+    """The rows of one fold: graded ones with `valid` where they are its part, pseudo-labelled ones never.
+    An ungraded picture that is also a graded one of the part (or of its patient) is left out."""
     parts = []
     for teacher, name in stage.sources:
         f = run.frames[name]
         if teacher:
             lab = labels[teacher, name].set_index('id_code')[f'fold{fold}']
+            f = f[f.fold != fold]
             parts.append(f.assign(diagnosis=f.id_code.map(lab).astype(np.float32), valid=False, source=f'{teacher}:{name}'))
-        else: parts.append(f.assign(valid=f.fold == fold))
+        else: parts.append(f.assign(valid=f.fold == fold, diagnosis=f.diagnosis.where(f.fold == fold, f.target)))
     out = pd.concat(parts, ignore_index=True)
     n = int((~out.valid).sum())
     if stage.bs > n: raise AptosError(f'[stage.{stage.name}] bs = {stage.bs}: only {n} pictures train in fold {fold}; set it to {n} or less')

@@ -78,7 +78,7 @@ def read_table(table: Table, data: Path) -> pd.DataFrame:
     if group is not None: group = group.iloc[:, 0] if isinstance(group, pd.DataFrame) else group
     return pd.DataFrame(dict(
         id_code=raw, diagnosis=_grades(csv, df, table) if table.graded else np.full(len(df), np.nan, np.float32),
-        path=[str(p) for p in paths], group=raw if group is None else group.fillna(raw), source=table.name))
+        path=[str(p) for p in paths], group=f'{table.name}:' + (raw if group is None else group.fillna(raw)), source=table.name))
 
 
 def read_tables(recipe: Recipe, data: Path) -> dict[str, pd.DataFrame]:
@@ -86,12 +86,14 @@ def read_tables(recipe: Recipe, data: Path) -> dict[str, pd.DataFrame]:
     return {t.name: read_table(t, Path(data)) for t in recipe.used_tables}
 
 
-def read_order(table: Table, data: Path, frame: pd.DataFrame) -> list[str]:
+def read_order(table: Table, data: Path) -> list[str]:
     "The ids of the submission, in order: those of the table's `order` CSV where it is there, else the table's own"
-    csv = find_folder(table, data) / table.order if table.order else None
-    if csv is None or not csv.is_file(): return frame.id_code.tolist()
+    folder = find_folder(table, data)
+    own = _read_csv(folder / table.csv, [table.id])[table.id].tolist()
+    csv = folder / table.order if table.order else None
+    if csv is None or not csv.is_file(): return own
     ids = _read_csv(csv, ['id_code']).id_code.tolist()
-    lost = sorted(set(ids) ^ set(frame.id_code))
+    lost = sorted(set(ids) ^ set(own))
     if lost: raise TableError(f'{csv}: its ids and those of {table.csv} differ in {len(lost)}: {_few(lost)}')
     return ids
 
@@ -117,17 +119,20 @@ def make_folds(frame: pd.DataFrame, splits: int, seed: int) -> np.ndarray:
 
 
 def add_folds(recipe: Recipe, frames: dict[str, pd.DataFrame], file: Path) -> dict[str, pd.DataFrame]:
-    "`frames` with a `fold` column (-1 where ungraded): from `file` where it holds just these pictures, else made; `write_folds` writes them"
+    """`frames` with a column `fold`: from `file` where it holds just these pictures, else made; `write_folds` writes them.
+
+    A group has one fold in whichever tables it is: a picture that stands in a second table follows the first, an ungraded one too; else that is -1.
+    """
     old = pd.read_csv(file, dtype=dict(id_code=str)) if file.is_file() else pd.DataFrame(columns=['source', 'id_code', 'fold', 'digest'])
-    out = {}
+    out, given = {}, {}
     for name, df in frames.items():
-        if not recipe.tables[name].graded: out[name] = df.assign(fold=-1); continue
-        d = _folds_digest(recipe, df)
-        mine = old[(old.source == name) & (old.digest == d)]
-        if len(mine) == len(df) and set(mine.id_code) == set(df.id_code):
-            out[name] = df.assign(fold=df.id_code.map(mine.set_index('id_code').fold).astype(int))
-        else: out[name] = df.assign(fold=make_folds(df, recipe.splits, recipe.seed))
-    return out
+        if not recipe.tables[name].graded: continue
+        mine = old[(old.source == name) & (old.digest == _folds_digest(recipe, df))]
+        if len(mine) == len(df) and set(mine.id_code) == set(df.id_code): fold = df.id_code.map(mine.set_index('id_code').fold)
+        else: fold = df.group.map(given).fillna(pd.Series(make_folds(df, recipe.splits, recipe.seed)))
+        out[name] = df.assign(fold=fold.astype(int))
+        given |= dict(zip(df.group, out[name].fold, strict=True))
+    return {n: out[n] if n in out else df.assign(fold=df.group.map(given).fillna(-1).astype(int)) for n, df in frames.items()}
 
 
 def _folds_digest(recipe: Recipe, df: pd.DataFrame) -> str:

@@ -23,6 +23,9 @@ def fundus(rng, side=96, grade=0):
     im = np.zeros((side, int(side * 1.3), 3), np.uint8)
     c = im.shape[1] // 2, side // 2
     cv2.circle(im, c, side // 2 - 4, (60, 90, 200), -1)
+    for _ in range(30):                       # vessels: what tells one eye from another
+        x, y, u, v = (rng.uniform(-.34, .34, 4) * side).astype(int)
+        cv2.line(im, (c[0] + x, c[1] + y), (c[0] + u, c[1] + v), (50, 75, 180), 2)
     for _ in range(4 * grade):
         x, y = (rng.uniform(-.28, .28, 2) * side).astype(int)
         cv2.circle(im, (c[0] + x, c[1] + y), 4, (20, 20, 60), -1)

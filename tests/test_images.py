@@ -154,3 +154,28 @@ def test_real_photographs(idrid):
         assert c.how == 'circle'
         _, info = prepare(p.read_bytes(), Prep(size=512))
         assert info['how'] == 'circle' and 1600 < info['r'] < 1900 and info['width'] > 4000
+
+
+# Quality
+
+def flags(im): return prepare(encoded(im, 'PNG'), Prep(size=128))[1]['flags'].split()
+
+def vessels(im, n=60):
+    "Fine dark lines: what makes a picture sharp"
+    rng = np.random.default_rng(0)
+    for _ in range(n):
+        a, b = rng.integers(0, im.shape[0], (2, 2))
+        cv2.line(im, (int(a[0] + 150), int(a[1])), (int(b[0] + 150), int(b[1])), (110, 45, 20), 3, cv2.LINE_AA)
+    return im
+
+def test_flags_name_what_a_person_would_look_at_again():
+    good = vessels(disc(600, 900, 450, 300, 280))
+    assert flags(good) == [] and flags((good * .2).astype(np.uint8)) == ['dark']
+    assert 'blurred' in flags(cv2.GaussianBlur(good, (0, 0), 16)) and 'bright' in flags(np.where(good > 30, 255, good).astype(np.uint8))
+    assert flags(vessels(disc(400, 900, 450, 200, 280))) == ['cut-off']
+
+def test_skip_bad_goes_on_and_says_so(frame, tmp_path, capsys):
+    Path(frame.path[1]).write_bytes(b'no picture')
+    with Bars() as bars: out = prepare_table(frame, tmp_path / 's', Prep(size=64), bars, skip_bad=True)
+    assert out.id_code.tolist() == ['p0', 'p2', 'p3'] and all(Path(p).name.startswith(i) for i, p in zip(out.id_code, out.stored, strict=True))
+    assert 'skipped (skip_bad = yes): 1 of 4' in capsys.readouterr().out

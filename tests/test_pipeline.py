@@ -217,6 +217,26 @@ def test_folds_chain_fold_by_fold(tables, small_recipe, tmp_path):
         assert np.allclose(pd.read_csv(root / f'teacher/fold{k}/scores_test.csv').score, lab[f'fold{k}'], atol=1e-6)
 
 
+def test_bad_pictures_stop_all_or_are_skipped_but_answered(tables, small_recipe, tmp_path, capsys):
+    for f in ('train_images/train007.png', 'test_images/test004.png'): (tables / f).write_bytes(b'no picture')
+    args = ['all', '--recipe', str(small_recipe), '--data', str(tables), '--runs', str(tmp_path / 'runs')]
+    fails(capsys, args, '1 of 40 pictures of train cannot be used: train007', 'prepared.csv', 'skip_bad = yes')
+    assert not list((tmp_path / 'runs').rglob('stage.json'))
+    main([*args, '--set', 'images.skip_bad=yes'])
+    out = capsys.readouterr().out
+    assert 'skipped (skip_bad = yes)' in out and '1 pictures of test have no score' in out
+    sub, scores = (pd.read_csv(tmp_path / f'runs/small/{f}.csv').set_index('id_code') for f in ('submission', 'scores'))
+    assert len(sub) == 10 and sub.diagnosis['test004'] == sub.diagnosis.mode()[0] and np.isnan(scores['mean']['test004'])
+    main([*args, '--set', 'images.skip_bad=yes'])
+    assert 'nothing was run' in capsys.readouterr().out
+
+
+def test_prepare_says_what_it_found(tables, small_recipe, tmp_path, capsys):
+    main(['prepare', '--recipe', str(small_recipe), '--data', str(tables), '--runs', str(tmp_path / 'runs')])
+    out = capsys.readouterr().out
+    assert 'circle 40' in out and 'circle 10' in out and 'prepared.csv' in out
+
+
 def test_another_data_folder_is_not_written_over(tables, small_recipe, tmp_path, capsys):
     args = ['--recipe', str(small_recipe), '--runs', str(tmp_path / 'runs')]
     main(['train', 'teacher', '--data', str(tables), *args])

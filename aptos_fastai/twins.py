@@ -1,0 +1,82 @@
+"Pictures that stand in the tables more than once, under other ids: one group, one fold, one grade."
+import base64
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+
+NEAR = 84                                    # of 576 bits; `images.look_hash` tells what was measured
+
+
+def _root(parent: np.ndarray, i: int) -> int:
+    while parent[i] != i: parent[i] = i = parent[parent[i]]
+    return i
+
+
+def _join(parent: np.ndarray, pairs) -> np.ndarray:
+    "Joins the sets of each pair; the smallest row stands for a set"
+    for i, j in pairs:
+        a, b = _root(parent, i), _root(parent, j)
+        parent[max(a, b)] = min(a, b)
+    return parent
+
+
+def _same(keys: pd.Series) -> Iterator[tuple[int, int]]:
+    "(first row with the key, each further row with it)"
+    codes = pd.factorize(keys)[0]
+    first = np.unique(codes, return_index=True)[1][codes]
+    rows = np.arange(len(codes))
+    return zip(first[first != rows].tolist(), rows[first != rows].tolist(), strict=True)
+
+
+def near_pairs(bits: np.ndarray, near: int = NEAR) -> list[tuple[int, int]]:
+    """Pairs of rows of `bits` (n x bytes, uint8, rows all different) that differ in at most `near` bits.
+
+    Only rows that share one of the 36 16-bit words are compared: a pair at 58 bits shares one with probability .999, at 84 with .95.
+    """
+    words, ones = bits.view(np.uint16), np.array([bin(i).count('1') for i in range(256)], np.uint8)
+    found = set()
+    for w in words.T:
+        order = np.argsort(w, kind='stable')
+        for step in range(1, len(w)):        # neighbours at distance 1, 2, … in the sorted word, while any share it
+            i, j = order[:-step], order[step:]
+            same = w[i] == w[j]
+            if not same.any(): break
+            i, j = i[same], j[same]
+            close = ones[bits[i] ^ bits[j]].sum(1, dtype=np.int32) <= near
+            found.update(zip(i[close].tolist(), j[close].tolist(), strict=True))
+    return sorted(found)
+
+
+def add_groups(frames: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """`frames`, prepared, with a column `twin` (pictures that are the same, in whichever table) and their groups joined over twins,
+    so that neither a patient nor a picture is on both sides of a fold."""
+    df = pd.concat(frames.values(), ignore_index=True)
+    looks = df.look.drop_duplicates()
+    bits = np.stack([np.frombuffer(base64.b64decode(o), np.uint8) for o in looks])
+    looks, bits = looks[bits.any(1)], bits[bits.any(1)]                   # a black picture looks like nothing
+    seen = df.look.isin(looks).to_numpy()
+    rows = np.flatnonzero(seen)
+    twin = _join(np.arange(len(df)), [*_same(df.pixels), *((rows[i], rows[j]) for i, j in _same(df.look[seen])),
+                                      *((looks.index[i], looks.index[j]) for i, j in near_pairs(bits))])
+    twin = np.array([_root(twin, i) for i in range(len(df))])
+    group = _join(twin.copy(), _same(df.group))
+    df = df.assign(twin=twin, group=[df.group[_root(group, i)] for i in range(len(df))])
+    return {n: df[df.source == n].reset_index(drop=True) for n in frames}
+
+
+def settle_conflicts(frames: dict[str, pd.DataFrame], how: str) -> dict[str, pd.DataFrame]:
+    """`frames` with a column `target`, what a picture is trained towards: its grade, or with `how` = mean that of its twins.
+    With drop, graded pictures whose twins have other grades are left out."""
+    df = pd.concat(frames.values(), ignore_index=True)
+    grades = df.groupby('twin').diagnosis
+    df['target'] = grades.transform('mean').where(df.diagnosis.notna()).astype(np.float32) if how == 'mean' else df.diagnosis
+    if how == 'drop': df = df[df.diagnosis.isna() | (grades.transform('nunique') < 2)]
+    return {n: df[df.source == n].reset_index(drop=True) for n in frames}
+
+
+def twins_frame(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    "The rows of pictures that stand there more than once: twin, source, id_code, diagnosis, conflict (their grades differ)"
+    df = pd.concat(frames.values(), ignore_index=True)
+    df = df[df.twin.duplicated(keep=False)].sort_values(['twin', 'source', 'id_code'], kind='stable')
+    return df.assign(conflict=df.groupby('twin').diagnosis.transform('nunique') > 1)[['twin', 'source', 'id_code', 'diagnosis', 'conflict']]
