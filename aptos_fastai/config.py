@@ -43,6 +43,8 @@ class Augment:
     shear: float = _key(.2, 'degrees, ± this', low=0, high=45)
     hflip: float = _key(.5, 'probability of a left-right flip', low=0, high=1)
     vflip: float = _key(0., 'probability of an up-down flip', low=0, high=1)
+    on: str = _key('auto', 'picture: one by one as they are loaded; batch: together on the device; auto: batch where there is a GPU',
+                   choices=('auto', 'picture', 'batch'))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 "Frame -> DataBlock -> DataLoaders; what is drawn for a training picture."
 import os
 import zlib
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -20,26 +21,18 @@ class ReadRetina(Transform):
         return im
 
 
-class FundusAugment(RandTransform):
-    """One affine warp, one colour matrix and at times a blur, drawn from (`seed`, `epoch`, picture): the same whatever the number of workers.
+@dataclass(frozen=True)
+class Draw:
+    "What is done to one training picture: both paths draw it here, `FundusAugment` one by one, `BatchAugment` a batch at a time"
+    warp: np.ndarray                          # 2 x 3, pixels to pixels
+    colour: np.ndarray                        # 3 x 3 on RGB
+    lift: float                               # times the picture's mean grey, added to each channel
+    sigma: float                              # of a 3 x 3 Gaussian blur, pixels; 0: none
 
-    Only for training pictures. Brightness, contrast, saturation and hue are linear in RGB, so that they are one 3 x 4 matrix.
-    """
-    order, split_idx = 2, 0
-    def __init__(self, aug: Augment, seed: int = 0):
-        super().__init__()
-        self.aug, self.seed, self.epoch = aug, seed, 0
 
-    def encodes(self, im: PILImage):
-        rng = np.random.default_rng([self.seed, self.epoch, im.key])
-        a = np.asarray(im)
-        h, w = a.shape[:2]
-        a = cv2.warpAffine(a, draw_warp(self.aug, rng, w), (w, h), flags=cv2.INTER_LINEAR)   # black where nothing was
-        a = cv2.transform(a, draw_colour(self.aug, rng, a))
-        if rng.random() < self.aug.blur: a = cv2.GaussianBlur(a, (3, 3), rng.uniform(*self.aug.blur_sigma))
-        out = PILImage.create(a)
-        out.key = im.key
-        return out
+def draw(aug: Augment, rng: np.random.Generator, side: int) -> Draw:
+    colour, lift = draw_colour(aug, rng)
+    return Draw(draw_warp(aug, rng, side), colour, lift, rng.uniform(*aug.blur_sigma) if rng.random() < aug.blur else 0.)
 
 
 def draw_warp(aug: Augment, rng: np.random.Generator, side: int) -> np.ndarray:
@@ -55,14 +48,73 @@ _grey = np.array([.299, .587, .114])
 _yiq = np.array([[.299, .587, .114], [.596, -.274, -.322], [.211, -.523, .312]])
 
 
-def draw_colour(aug: Augment, rng: np.random.Generator, im: np.ndarray) -> np.ndarray:
-    "3 x 4 matrix on RGB bytes: hue (turn about the grey axis), saturation, contrast about the picture's mean grey, brightness"
+def draw_colour(aug: Augment, rng: np.random.Generator) -> tuple[np.ndarray, float]:
+    "3 x 3 matrix on RGB and how much of the mean grey is added: hue (turn about the grey axis), saturation, contrast about the mean grey, brightness"
     b, c, s = (1 + rng.uniform(-o, o) for o in (aug.brightness, aug.contrast, aug.saturation))
     t = 2 * np.pi * rng.uniform(-aug.hue, aug.hue)
     turn = np.eye(3); turn[1:, 1:] = [[np.cos(t), -np.sin(t)], [np.sin(t), np.cos(t)]]
-    m = (s * np.eye(3) + (1 - s) * _grey) @ np.linalg.inv(_yiq) @ turn @ _yiq
-    mean = cv2.mean(im)[:3] @ _grey
-    return b * np.c_[c * m, np.full(3, (1 - c) * mean)]
+    return b * c * (s * np.eye(3) + (1 - s) * _grey) @ np.linalg.inv(_yiq) @ turn @ _yiq, b * (1 - c)
+
+
+class FundusAugment(RandTransform):
+    """One affine warp, one colour matrix and at times a blur, drawn from (`seed`, `epoch`, picture): the same whatever the number of workers.
+
+    Only for training pictures. Brightness, contrast, saturation and hue are linear in RGB, so that they are one matrix.
+    """
+    order, split_idx = 2, 0
+    def __init__(self, aug: Augment, seed: int = 0):
+        super().__init__()
+        self.aug, self.seed, self.epoch = aug, seed, 0
+
+    def encodes(self, im: PILImage):
+        a = np.asarray(im)
+        h, w = a.shape[:2]
+        d = draw(self.aug, np.random.default_rng([self.seed, self.epoch, im.key]), w)
+        a = cv2.warpAffine(a, d.warp, (w, h), flags=cv2.INTER_LINEAR)      # black where nothing was
+        a = cv2.transform(a, np.c_[d.colour, np.full(3, d.lift * (cv2.mean(a)[:3] @ _grey))])
+        if d.sigma: a = cv2.GaussianBlur(a, (3, 3), d.sigma)
+        out = PILImage.create(a)
+        out.key = im.key
+        return out
+
+
+class BatchAugment(RandTransform):
+    """`FundusAugment` for a batch on its device, (n, 3, side, side) in 0-1 before `Normalize`: the same draws, from (`seed`, `epoch`, batch).
+
+    Float throughout, where the picture path rounds to bytes.
+    """
+    order, split_idx = 11, 0                  # after IntToFloatTensor
+    def __init__(self, aug: Augment, seed: int = 0):
+        super().__init__()
+        self.aug, self.seed, self.epoch, self.batch = aug, seed, 0, 0
+
+    def encodes(self, x: TensorImage):
+        rng = np.random.default_rng([self.seed, self.epoch, self.batch])
+        self.batch += 1
+        ds = [draw(self.aug, rng, x.shape[-1]) for _ in x]
+        def put(o): return torch.tensor(np.array(o), dtype=torch.float32).to(x.device, non_blocking=True)
+        a = _warp(x.as_subclass(torch.Tensor), put([_theta(d.warp, x.shape[-1]) for d in ds]))
+        grey = torch.einsum('nchw,c->n', a, put(_grey)) / a[0, 0].numel()
+        a = torch.einsum('nij,njhw->nihw', put([d.colour for d in ds]), a) + (put([d.lift for d in ds]) * grey)[:, None, None, None]
+        return TensorImage(_blur3(a.clamp(0, 1), put([np.exp(-.5 / d.sigma ** 2) if d.sigma else 0. for d in ds])))
+
+
+def _theta(warp: np.ndarray, side: int) -> np.ndarray:
+    "`warp` (pixels, source to target) as `affine_grid` wants it: target to source, pixel edges at -1 and 1"
+    unit = np.array([[2 / side, 0, 1 / side - 1], [0, 2 / side, 1 / side - 1], [0, 0, 1]])
+    return (unit @ np.linalg.inv(np.r_[warp, [[0, 0, 1]]]) @ np.linalg.inv(unit))[:2]
+
+
+def _warp(x: Tensor, theta: Tensor) -> Tensor:
+    return F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), align_corners=False)
+
+
+def _blur3(x: Tensor, g: Tensor) -> Tensor:
+    "3 x 3 Gaussian of each picture, `g` the weight of a neighbour against the middle; OpenCV's border (reflected without its edge)"
+    side, mid = (o[:, None, None, None] for o in (g / (1 + 2 * g), 1 / (1 + 2 * g)))
+    p = F.pad(x, (1, 1, 1, 1), 'reflect')
+    p = mid * p[..., 1:-1] + side * (p[..., :-2] + p[..., 2:])
+    return mid * p[..., 1:-1, :] + side * (p[..., :-2, :] + p[..., 2:, :])
 
 
 def loader_workers(stage: Stage) -> int:
@@ -72,14 +124,20 @@ def loader_workers(stage: Stage) -> int:
 
 
 def get_dls(frame: pd.DataFrame, stage: Stage, prep: Prep, aug: Augment, stats: tuple, *, seed: int = 42, path='.') -> DataLoaders:
-    "DataLoaders of `frame` (columns stored, diagnosis, valid); `stats` are the mean and std that the body was trained with"
+    """DataLoaders of `frame` (columns stored, diagnosis, valid); `stats` are the mean and std that the body was trained with.
+
+    Training pictures are augmented one by one by the loader's processes, or where [augment] on = batch (auto: where there is a GPU) on the device.
+    """
+    cuda = torch.cuda.is_available()
+    on_batch = dict(auto=cuda, picture=False, batch=True)[aug.on]
     block = DataBlock(blocks=(TransformBlock(type_tfms=ReadRetina(prep, stage.size)), RegressionBlock()),
                       get_x=ColReader('stored'), get_y=ColReader('diagnosis'), splitter=ColSplitter('valid'),
-                      item_tfms=[FundusAugment(aug, seed), ToTensor()],
-                      batch_tfms=[IntToFloatTensor(), Normalize.from_stats(*stats, cuda=torch.cuda.is_available())])
+                      item_tfms=[*([] if on_batch else [FundusAugment(aug, seed)]), ToTensor()],
+                      batch_tfms=[IntToFloatTensor(), *([BatchAugment(aug, seed)] if on_batch else []), Normalize.from_stats(*stats, cuda=cuda)])
     return block.dataloaders(frame, bs=stage.bs, val_bs=2 * stage.bs, num_workers=loader_workers(stage), path=path)
 
 
-def augment_of(dl) -> FundusAugment:
-    "The augmentation of a DataLoader"
-    return next(t for t in dl.after_item.fs if isinstance(t, FundusAugment))
+def start_epoch(dl, n: int):
+    "The DataLoader's augmentation draws as in epoch `n`"
+    for t in [*dl.after_item.fs, *dl.after_batch.fs]:
+        if isinstance(t, (FundusAugment, BatchAugment)): t.epoch, t.batch = n, 0

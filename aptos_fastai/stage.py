@@ -13,7 +13,7 @@ from safetensors.torch import save
 import aptos_fastai
 from aptos_fastai.config import Stage
 from aptos_fastai.console import Bars, ago, console, say
-from aptos_fastai.data import augment_of, get_dls
+from aptos_fastai.data import get_dls, start_epoch
 from aptos_fastai.files import AptosError, file_hash, write_bytes, write_csv, write_json
 from aptos_fastai.model import body_stats, get_learner
 from aptos_fastai.predict import predict_scores, read_exported
@@ -28,7 +28,7 @@ class Reproducible(Callback):
     def before_epoch(self):
         set_seed(self.seed + self.n)
         self.dls.train.rng = random.Random(self.seed + self.n)
-        augment_of(self.dls.train).epoch = self.n
+        start_epoch(self.dls.train, self.n)
         self.n += 1
 
 

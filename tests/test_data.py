@@ -6,7 +6,7 @@ from conftest import fundus
 
 from aptos_fastai.config import Augment, Stage
 from aptos_fastai.console import Bars
-from aptos_fastai.data import FundusAugment, augment_of, draw_colour, draw_warp, get_dls
+from aptos_fastai.data import BatchAugment, FundusAugment, draw, draw_colour, draw_warp, get_dls, start_epoch
 from aptos_fastai.images import Prep, prepare_table
 from aptos_fastai.model import get_learner
 from aptos_fastai.predict import predict_scores, views
@@ -44,7 +44,7 @@ def test_validation_and_prediction_are_never_augmented(frame):
 
 def epoch(d, n, **kw):
     dl = d.train.new(shuffle=False, drop_last=False, **kw)
-    augment_of(dl).epoch = n
+    start_epoch(dl, n)
     return torch.cat([o[0] for o in dl])
 
 def test_an_epoch_is_drawn_from_its_number_whatever_the_workers(frame):
@@ -55,7 +55,8 @@ def test_an_epoch_is_drawn_from_its_number_whatever_the_workers(frame):
 def test_no_change_is_the_picture():
     rng = np.random.default_rng(0)
     assert np.allclose(draw_warp(still, rng, 64), [[1, 0, 0], [0, 1, 0]])
-    assert np.allclose(draw_colour(still, rng, np.full((4, 4, 3), 9, np.uint8)), np.c_[np.eye(3), np.zeros(3)], atol=1e-3)
+    m, lift = draw_colour(still, rng)
+    assert np.allclose(m, np.eye(3), atol=1e-3) and lift == 0
 
 def test_warps_cover_what_the_recipe_says():
     aug = Augment(rotate=30, shift=.1, scale=(.8, 1.2), shear=0, hflip=.5)
@@ -76,7 +77,8 @@ def test_colour_is_brightness_then_contrast_about_the_mean():
     grey = im.reshape(-1, 3) @ [.299, .587, .114]
     rng = np.random.default_rng(1)
     for _ in range(50):
-        m = draw_colour(Augment(brightness=0, contrast=.5, saturation=.5, hue=.1), rng, im)
+        m, lift = draw_colour(Augment(brightness=0, contrast=.5, saturation=.5, hue=.1), rng)
+        m = np.c_[m, np.full(3, lift * grey.mean())]
         assert abs((im.reshape(-1, 3) @ m[:, :3].T + m[:, 3]) @ [.299, .587, .114] - grey).mean() < .5 * abs(grey - grey.mean()).mean() + 1e-6
         assert abs(((im.reshape(-1, 3) @ m[:, :3].T + m[:, 3]) @ [.299, .587, .114]).mean() - grey.mean()) < .3      # the mean grey stays
 
@@ -86,6 +88,53 @@ def test_the_augmentation_refuses_nothing_it_is_given(frame):
     im = PILImage.create(np.zeros((32, 32, 3), np.uint8)); im.key = 7
     assert aug(im, split_idx=0).size == (32, 32) and aug(im, split_idx=1) is im
 
+
+def smooth(n=4, side=64):
+    "Pictures without sharp edges, on which rounding is all that the two paths differ by"
+    import cv2
+    rng = np.random.default_rng(0)
+    return [cv2.GaussianBlur(rng.integers(0, 255, (side, side, 3), dtype=np.uint8), (0, 0), 6) for _ in range(n)]
+
+@pytest.mark.parametrize('aug', [Augment(blur=1.), Augment(blur=0., shear=20., vflip=.5), Augment(blur=1., rotate=0, shift=0, scale=(1, 1), hue=.3)])
+def test_both_paths_do_the_same_to_the_same_draw(aug, monkeypatch):
+    from fastai.vision.all import PILImage, TensorImage
+
+    import aptos_fastai.data as data
+    ims = smooth()
+    draws = [draw(aug, np.random.default_rng(i), 64) for i in range(len(ims))]
+    one = iter(draws)
+    monkeypatch.setattr(data, 'draw', lambda *_: next(one))
+    got = []
+    for a in ims:
+        im = PILImage.create(a); im.key = 0
+        got.append(np.asarray(FundusAugment(aug)(im, split_idx=0)))
+    one = iter(draws)
+    x = TensorImage(torch.tensor(np.array(ims)).permute(0, 3, 1, 2).float() / 255)
+    batch = (BatchAugment(aug)(x, split_idx=0).permute(0, 2, 3, 1) * 255).numpy()
+    off = abs(batch - np.array(got))
+    assert off.mean() < .8 and np.quantile(off, .995) < 6 and abs(batch - np.array(ims)).mean() > 5
+
+def test_both_paths_draw_from_the_same_distributions():
+    "Means and spreads of pixel statistics over many draws of each path agree within their standard errors"
+    from fastai.vision.all import PILImage, TensorImage
+    aug, n = Augment(), 600
+    im = PILImage.create(smooth(1)[0])
+    a = []
+    for i in range(n): im.key = i; a.append(np.asarray(FundusAugment(aug)(im, split_idx=0)) / 255)
+    x = TensorImage(torch.tensor(np.array(im)).permute(2, 0, 1)[None].expand(n, -1, -1, -1).float() / 255)
+    b = BatchAugment(aug)(x, split_idx=0).permute(0, 2, 3, 1).numpy()
+    for stat in (lambda o: o.mean((1, 2, 3)), lambda o: (o.max(3) == 0).mean((1, 2)), lambda o: o[..., 0].mean((1, 2)) - o[..., 2].mean((1, 2)),
+                 lambda o: o[:, :32].mean((1, 2, 3)) - o[:, 32:].mean((1, 2, 3)), lambda o: abs(np.diff(o, axis=1)).mean((1, 2, 3))):
+        u, v = stat(np.array(a)), stat(b)
+        assert abs(u.mean() - v.mean()) < 4 * np.hypot(u.std(), v.std()) / n ** .5 + .002 and .85 < u.std() / v.std() < 1.18
+
+def test_the_batch_path_augments_training_alone(frame):
+    a, b = (dls(frame, Augment(**kw)) for kw in (dict(on='batch'), dict(on='picture')))
+    assert torch.equal(torch.cat([o[0] for o in a.valid]), torch.cat([o[0] for o in b.valid]))
+    assert torch.equal(torch.cat([o[0] for o in a.test_dl(frame)]), torch.cat([o[0] for o in b.test_dl(frame)]))
+    assert torch.equal(epoch(a, 3), epoch(a, 3)) and not torch.equal(epoch(a, 3), epoch(a, 4)) and torch.equal(epoch(a, 3), epoch(a, 3, num_workers=2))
+    plain = torch.cat([o[0] for o in dls(frame, still).train.new(shuffle=False, drop_last=False)])
+    assert not torch.equal(epoch(a, 3)[:8], plain[:8])
 
 def test_loss_falls_on_a_learnable_toy(frame):
     learn = get_learner(stage, dls(frame, still))
