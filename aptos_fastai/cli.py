@@ -40,6 +40,16 @@ class Commands:
         from aptos_fastai.pipeline import prepare_all
         prepare_all(self.open())
 
+    def look(self, table: 'the table', count: 'how many pictures are shown' = '24'):  # noqa: F722
+        """Make a page of what a table holds: grades, sizes, quality flags, twins, and pictures with their circle, crop and augmentation.
+
+        python run.py look aptos_train
+        python run.py look train 413 --recipe recipes/one_table.ini --data ~/idrid
+        """
+        from aptos_fastai.look import look
+        if not count.isdigit(): raise AptosError(f'{count}: a number of pictures is needed')
+        look(self.open(), table, int(count))
+
     def train(self, stage: 'the stage'):   # noqa: F722 (a help text, not a type)
         """Train one stage and whatever it builds on that is not finished.
 

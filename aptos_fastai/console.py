@@ -21,7 +21,7 @@ def ago(seconds: float) -> str:
 
 def table(title: str, columns: list[str], rows: list[list], *, right=(), wrap=()):
     "A rich table of `rows` (anything that str() can show); columns named in `right` align right, those in `wrap` give way first"
-    t = Table(title=title, title_justify='left', title_style='bold', box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    t = Table(title=title, title_justify='left', title_style='bold', box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for c in columns: t.add_column(c, justify='right' if c in right else 'left', overflow='fold', no_wrap=c not in wrap)
     for r in rows: t.add_row(*map(str, r))
     console.print(t, soft_wrap=False)

@@ -31,8 +31,7 @@ class Draw:
 
 
 def draw(aug: Augment, rng: np.random.Generator, side: int) -> Draw:
-    colour, lift = draw_colour(aug, rng)
-    return Draw(draw_warp(aug, rng, side), colour, lift, rng.uniform(*aug.blur_sigma) if rng.random() < aug.blur else 0.)
+    return Draw(draw_warp(aug, rng, side), *draw_colour(aug, rng), rng.uniform(*aug.blur_sigma) if rng.random() < aug.blur else 0.)
 
 
 def draw_warp(aug: Augment, rng: np.random.Generator, side: int) -> np.ndarray:
@@ -67,15 +66,17 @@ class FundusAugment(RandTransform):
         self.aug, self.seed, self.epoch = aug, seed, 0
 
     def encodes(self, im: PILImage):
-        a = np.asarray(im)
-        h, w = a.shape[:2]
-        d = draw(self.aug, np.random.default_rng([self.seed, self.epoch, im.key]), w)
-        a = cv2.warpAffine(a, d.warp, (w, h), flags=cv2.INTER_LINEAR)      # black where nothing was
-        a = cv2.transform(a, np.c_[d.colour, np.full(3, d.lift * (cv2.mean(a)[:3] @ _grey))])
-        if d.sigma: a = cv2.GaussianBlur(a, (3, 3), d.sigma)
-        out = PILImage.create(a)
+        out = PILImage.create(self.apply(np.asarray(im), [self.seed, self.epoch, im.key]))
         out.key = im.key
         return out
+
+    def apply(self, a: np.ndarray, seed: list[int]) -> np.ndarray:
+        "uint8 (side, side, 3) -> the same, as drawn from `seed`"
+        h, w = a.shape[:2]
+        d = draw(self.aug, np.random.default_rng(seed), w)
+        a = cv2.warpAffine(a, d.warp, (w, h), flags=cv2.INTER_LINEAR)      # black where nothing was
+        a = cv2.transform(a, np.c_[d.colour, np.full(3, d.lift * (cv2.mean(a)[:3] @ _grey))])
+        return cv2.GaussianBlur(a, (3, 3), d.sigma) if d.sigma else a
 
 
 class BatchAugment(RandTransform):

@@ -32,9 +32,10 @@ class Prep:
     aspect: str = 'pad'                      # pad | squash
     size: int = 512                          # side, pixels
     quality: int = 95                        # JPEG
+    colour: str = 'none'                     # none | graham
 
     @property
-    def name(self) -> str: return f'{self.crop}-{self.aspect}-{self.size}-q{self.quality}'
+    def name(self) -> str: return f'{self.crop}-{self.aspect}-{self.size}-q{self.quality}' + (f'-{self.colour}' if self.colour != 'none' else '')
     @property
     def suffix(self) -> str: return f'.{self.name}.jpg'
 
@@ -50,7 +51,7 @@ class Circle:
 
 def get_prep(recipe: Recipe) -> Prep:
     i = recipe.images
-    return Prep(i.crop, i.aspect, recipe.store_size, i.quality)
+    return Prep(i.crop, i.aspect, recipe.store_size, i.quality, i.colour)
 
 
 def _complete(data: bytes, fmt: str) -> bool:
@@ -64,6 +65,7 @@ def decode(data: bytes, min_side: int = 0) -> tuple[np.ndarray, tuple[int, int]]
     """uint8 HxWx3 RGB, turned as its EXIF says, and the (width, height) of the file. A JPEG is decoded at 1/2, 1/4 or 1/8
     as long as its shorter side stays `min_side`. Raises `ImageError`."""
     try:
+        if data[128:132] == b'DICM': return decode_dicom(data)
         with warnings.catch_warnings():
             warnings.simplefilter('error', Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as im:
@@ -75,11 +77,30 @@ def decode(data: bytes, min_side: int = 0) -> tuple[np.ndarray, tuple[int, int]]
                     if out is not None: return np.ascontiguousarray(out[..., ::-1]), size
                 im = ImageOps.exif_transpose(im)
                 if im.mode.startswith('I'): im = Image.fromarray((np.asarray(im) / 257).clip(0, 255).astype(np.uint8))
-                if 'A' in im.getbands() or 'transparency' in im.info: im = im.convert('RGBA')
+                if 'A' in im.getbands() or 'transparency' in im.info:
+                    im = im.convert('RGBA')
+                    im = Image.alpha_composite(Image.new('RGBA', im.size, (0, 0, 0, 255)), im)      # what is see-through is black
                 return np.array(im.convert('RGB')), size
     except ImageError: raise
     except Exception as e:   # Pillow's plugins raise anything from SyntaxError to struct.error on damaged files
         raise ImageError(f'cannot be decoded ({type(e).__name__}: {e})') from None
+
+
+def decode_dicom(data: bytes) -> tuple[np.ndarray, tuple[int, int]]:
+    "`decode` of a DICOM file with one frame, in colour or grey of any depth. Raises `ImageError`, also where the `dicom` extra is not installed"
+    try:
+        import pydicom
+    except ImportError: raise ImageError("is DICOM; install the extra: pip install 'aptos_fastai[dicom]'") from None
+    ds = pydicom.dcmread(io.BytesIO(data))
+    if int(ds.get('NumberOfFrames', 1)) != 1: raise ImageError(f'is DICOM of {ds.NumberOfFrames} frames; a photograph has one')
+    a = pydicom.pixels.pixel_array(ds)       # RGB where it was YBR
+    if ds.PhotometricInterpretation == 'PALETTE COLOR': a = pydicom.pixels.apply_color_lut(a, ds)
+    if a.dtype != np.uint8 or a.ndim == 2:   # by the depth the file states, signed or not
+        low = -(1 << ds.BitsStored - 1) if ds.get('PixelRepresentation') else 0
+        a = ((a.astype(np.float32) - low) * (255 / ((1 << (16 if ds.PhotometricInterpretation == 'PALETTE COLOR' else ds.BitsStored)) - 1))).clip(0, 255)
+    if ds.PhotometricInterpretation == 'MONOCHROME1': a = 255 - a
+    a = np.ascontiguousarray(a.round().astype(np.uint8))
+    return (a if a.ndim == 3 else np.repeat(a[..., None], 3, 2)), (a.shape[1], a.shape[0])
 
 
 def _edge_points(mask: np.ndarray) -> np.ndarray:
@@ -162,6 +183,15 @@ def _outside_black(sq: np.ndarray) -> np.ndarray:
     return sq
 
 
+def graham(sq: np.ndarray) -> np.ndarray:
+    "Four times the difference from the local mean (a Gaussian of a thirtieth of the radius), about mid grey; black beyond .9 of the radius (Graham 2015)"
+    n = len(sq)
+    out = cv2.addWeighted(sq, 4, cv2.GaussianBlur(sq, (0, 0), n / 60), -4, 128)
+    o = (np.arange(n) - (n - 1) / 2) ** 2
+    out[o[:, None] + o[None] > (n / 2 * .9) ** 2] = 0
+    return out
+
+
 def quality_flags(sq: np.ndarray, seen: float) -> str:
     """Words for what a person would look at again, of a prepared square and the share of the circle that the picture shows: dark, bright, blurred, cut-off.
 
@@ -205,6 +235,7 @@ def prepare(data: bytes, prep: Prep) -> tuple[bytes, dict]:
     info = dict(width=w, height=h, x=round(c.x * k, 1), y=round(c.y * k, 1), r=round(c.r * k, 1), how=c.how,
                 flags=quality_flags(sq, _seen(c, *im.shape[:2]) if c.how == 'circle' else 1.),
                 look=look_hash(sq), pixels=hashlib.blake2b(im.tobytes(), digest_size=12).hexdigest())
+    if prep.colour == 'graham': sq = graham(sq)
     opts = [cv2.IMWRITE_JPEG_QUALITY, prep.quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
     return cv2.imencode('.jpg', sq[..., ::-1], opts)[1].tobytes(), info
 

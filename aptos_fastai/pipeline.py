@@ -188,12 +188,12 @@ def show_summary(run: Run, o: dict):
     columns, rows = ['stage', 'tables', 'pictures', 'px', 'epochs', 'best', 'kappa [95 %]', 'time'], []
     for s in o['stages']:
         stage = run.recipe.stages.get(s['stage'])
-        kappa = '{:.3f} [{:.2f} {:.2f}]'.format(s['kappa'], *s['kappa_interval'])
+        kappa = '{:.3f} [{:.2f} {:.2f}]'.format(s['kappa'], *s['kappa_interval']).replace('0.', '.')
         if stage is None: rows.append([s['stage'], 'mean of ' + ', '.join(s['tables']), s['validated'], '', '', '', kappa, '']); continue
         rows.append([s['stage'], tables_text(stage), f'{s["pictures"]["train"]}+{s["pictures"]["valid"]}', s['size'],
-                     (f'{s["folds"]} x ' if s['folds'] > 1 else '') + str(s['epochs']), f'{s["best_kappa"]:.3f}', kappa, ago(s['seconds'])])
+                     (f'{s["folds"]}x' if s['folds'] > 1 else '') + str(s['epochs']), f'{s["best_kappa"]:.3f}'.lstrip('0'), kappa, ago(s['seconds'])])
     table(run.recipe.name + (' (SYNTHETIC demo)' if run.recipe.demo else ''), columns, rows,
-          right=('pictures', 'px', 'epochs', 'best'), wrap=('tables', 'time'))
+          right=('pictures', 'px', 'epochs', 'best'), wrap=('tables',))
     say('pictures: training + validation (one fold). best: the kept epoch, at the fixed cuts used while training. kappa: all validation pictures, each\n'
         'graded by cuts fitted on others, or by fixed ones; bootstrap interval. With keep = kappa or loss the epoch was chosen on these pictures.', 'dim')
     say(f'{o["submission"]["node"]} -> {run.root / "submission.csv"} ({o["submission"]["pictures"]} pictures); also submissions/, scores.csv, summary.json')

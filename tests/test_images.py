@@ -27,6 +27,10 @@ hard = {
     'cut at top and bottom': (disc(500, 900, 450, 250, 330), (450, 250, 330)),
     'cut on one side': (disc(600, 500, 210, 300, 270), (210, 300, 270)),
     'grey ground': (disc(600, 900, 450, 300, 280, ground=14), (450, 300, 280)),
+    'bright frame': (cv2.rectangle(disc(600, 900, 450, 300, 270), (0, 0), (899, 599), (250, 250, 250), 9), (450, 300, 270)),
+    'black frame, bright page': (cv2.rectangle(disc(600, 900, 450, 300, 240), (0, 0), (899, 599), (255, 255, 255), 60), (450, 300, 240)),
+    'over-exposed': (disc(600, 900, 450, 300, 280, colour=(255, 250, 240)), (450, 300, 280)),
+    'half in shadow': ((disc(600, 900, 450, 300, 280) * np.linspace(.12, 1, 900)[None, :, None]).astype(np.uint8), (450, 300, 280)),
     'small': (disc(60, 90, 45, 30, 27), (45, 30, 27)),
 }
 
@@ -89,6 +93,54 @@ def test_other_modes_decode():
     assert abs(dec(p.convert('CMYK'), 'JPEG') - rgb).mean() < 6 and abs(dec(p.quantize(64), 'PNG') - rgb).mean() < 8
     assert (dec(p.convert('RGBA'), 'PNG') == rgb).all()
     assert abs(dec(Image.fromarray(grey.astype(np.uint16) * 257), 'PNG')[..., 0] - grey).max() <= 1
+
+def test_what_is_see_through_is_black():
+    im = np.dstack([rgb, np.where(rgb.max(2) > 60, 255, 0).astype(np.uint8)]); im[im[..., 3] == 0, :3] = 200
+    out = decode(encoded(im, 'PNG'))[0]
+    assert (out[im[..., 3] == 0] == 0).all() and (out[im[..., 3] > 0] == rgb[im[..., 3] > 0]).all()
+
+def dicom(a, photometric, stored, frames=None, signed=0, syntax=None):
+    pydicom = pytest.importorskip('pydicom')
+    ds = pydicom.dataset.FileDataset(None, {}, preamble=b'\0' * 128)
+    ds.file_meta = pydicom.dataset.FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = syntax or pydicom.uid.ExplicitVRLittleEndian
+    ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID = '1.2.840.10008.5.1.4.1.1.77.1.5.1'       # ophthalmic photography, 8 bit
+    ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = '1.2.3.4'
+    ds.Rows, ds.Columns, ds.SamplesPerPixel, ds.PhotometricInterpretation = *a.shape[:2], 3 if a.ndim == 3 else 1, photometric
+    if a.ndim == 3: ds.PlanarConfiguration = 0
+    if frames: ds.NumberOfFrames = frames
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation, ds.PixelData = a.itemsize * 8, stored, stored - 1, signed, a.tobytes()
+    f = io.BytesIO(); ds.save_as(f, enforce_file_format=True)
+    return f.getvalue()
+
+def test_dicom():
+    grey = rgb[..., 1]
+    out, size = decode(dicom(rgb, 'RGB', 8))
+    assert (out == rgb).all() and size == (120, 80)
+    assert (decode(dicom(grey, 'MONOCHROME2', 8))[0] == grey[..., None]).all() and (decode(dicom(255 - grey, 'MONOCHROME1', 8))[0] == grey[..., None]).all()
+    twelve = (grey * (4095 / 255)).round().astype(np.uint16)
+    assert abs(decode(dicom(twelve, 'MONOCHROME2', 12))[0][..., 0].astype(int) - grey).max() <= 1
+    from pydicom.pixels import convert_color_space
+    ybr = convert_color_space(rgb, 'RGB', 'YBR_FULL')
+    assert abs(decode(dicom(ybr, 'YBR_FULL', 8))[0].astype(int) - rgb).max() <= 3
+    with pytest.raises(ImageError, match='2 frames'): decode(dicom(np.concatenate([rgb, rgb])[:80], 'RGB', 8, frames=2))
+
+def test_a_dicom_original_is_prepared(tmp_path):
+    (tmp_path / 'a.dcm').write_bytes(dicom(rgb, 'RGB', 8)); Image.fromarray(rgb).save(tmp_path / 'b.png')
+    a, b = (read_square(tmp_path / f, Prep(size=64), 64) for f in ('a.dcm', 'b.png'))
+    assert (a == b).all()
+
+def test_dicom_without_its_extra_says_what_to_install(monkeypatch):
+    data = dicom(rgb, 'RGB', 8)
+    monkeypatch.setitem(__import__('sys').modules, 'pydicom', None)
+    with pytest.raises(ImageError, match=r'aptos_fastai\[dicom\]'): decode(data)
+
+def test_graham_is_grey_where_nothing_stands_out():
+    im = disc(600, 900, 450, 300, 280, colour=(190, 90, 40)); cv2.circle(im, (450, 300), 8, (120, 40, 20), -1)
+    plain, (sq, info) = prepare(encoded(im, 'PNG'), Prep(size=128))[1], prepare(encoded(im, 'PNG'), Prep(size=128, colour='graham'))
+    a = cv2.imdecode(np.frombuffer(sq, np.uint8), 1).astype(int)
+    assert abs(a[30:50, 60:70] - 128).max() <= 6 and (a[64, 64] < 100).all() and a[2, 2].max() <= 6 and info == plain
+    assert Prep(colour='graham').name != Prep().name
 
 def test_exif_turns():
     exif = Image.Exif(); exif[0x112] = 6

@@ -1,0 +1,119 @@
+"What a table's pictures look like: originals with the circle found, crops, augmented samples, and what there is of what."
+from html import escape
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+
+from aptos_fastai.console import Bars, say
+from aptos_fastai.data import FundusAugment
+from aptos_fastai.files import AptosError, write_bytes
+from aptos_fastai.images import decode, read_prepared, read_square, store_folder
+from aptos_fastai.page import Bar, html_table, jpeg, page
+from aptos_fastai.pipeline import SYNTHETIC, begin
+from aptos_fastai.record import Run
+from aptos_fastai.twins import twins_frame
+
+GRADES = ('no DR', 'mild', 'moderate', 'severe', 'proliferative')
+SIDE = 192                                   # of a tile, pixels
+
+
+def choose(df: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
+    "`count` rows: up to half of them those that ask for a look (flags, no circle, errors), the others at random; grades in order"
+    asks = (df['flags'] != '') | (df.how != 'circle')
+    odd, rest = df[asks], df[~asks]
+    odd = odd.sample(min(len(odd), max(count // 2, count - len(rest))), random_state=seed)
+    return pd.concat([odd, rest.sample(min(len(rest), count - len(odd)), random_state=seed)]).sort_values(['diagnosis', 'id_code'], kind='stable')
+
+
+def tiles(row, run: Run) -> list[np.ndarray]:
+    "The original with its circle, the crop, two augmented samples; each SIDE high"
+    im, (w, h) = decode(Path(row.path).read_bytes(), 2 * SIDE)
+    k = SIDE / im.shape[0]
+    small = cv2.resize(im, (max(1, round(im.shape[1] * k)), SIDE), interpolation=cv2.INTER_AREA)
+    k *= max(im.shape[:2]) / max(w, h)
+    colour = dict(circle=(0, 255, 160), box=(255, 170, 0)).get(row.how, (255, 60, 60))
+    cv2.circle(small, (round(row.x * k), round(row.y * k)), round(row.r * k), colour, 1, cv2.LINE_AA)
+    sq = read_square(row.stored, run.prep, SIDE)
+    aug = FundusAugment(run.recipe.augment, run.recipe.seed)
+    return [small, sq, *(aug.apply(sq, [run.recipe.seed, k, row.Index]) for k in range(2))]
+
+
+def counts(df: pd.DataFrame, col: str, most: int = 8) -> list[list]:
+    "Rows of value, count and share, the commonest first"
+    n = df[col].value_counts()
+    rows = [[k or 'none', int(v), Bar(v / len(df))] for k, v in n.head(most).items()]
+    return rows + ([[f'{len(n) - most} others', int(n[most:].sum()), Bar(n[most:].sum() / len(df))]] if len(n) > most else [])
+
+
+def summary(run: Run, name: str, df: pd.DataFrame) -> list[str]:
+    "What there is of what, as HTML"
+    graded = run.recipe.tables[name].graded
+    df = df.assign(size=df.width.astype(str) + ' x ' + df.height.astype(str))
+    flags = df['flags'].str.split().explode().dropna().value_counts()
+    out = []
+    if graded:
+        rows = [[f'{g} {GRADES[g]}', int((df.diagnosis == g).sum()), Bar((df.diagnosis == g).mean())] for g in range(5)]
+        out += ['<h2>Grades</h2>', html_table(['grade', 'pictures', 'share'], rows)]
+    out += ['<h2>Sizes and cameras</h2>', html_table(['original, pixels', 'pictures', 'share'], counts(df, 'size'))]
+    if graded:
+        by = pd.crosstab(df['size'], df.diagnosis).reindex(columns=range(5), fill_value=0).loc[df['size'].value_counts().index[:8]]
+        out += [html_table(['original, pixels', *(f'grade {g}' for g in range(5))], [[k, *map(int, v)] for k, v in by.iterrows()],
+                           caption='A camera has its sizes: where grades go with them, a network can learn the camera instead of the eye.')]
+    return [*out, '<h2>Retina found as</h2>', html_table(['how', 'pictures', 'share'], counts(df, 'how'),
+                                                         caption='circle: fitted; box: of what is lit; whole: nothing found, the picture as it is'),
+            '<h2>Quality flags</h2>', html_table(['flag', 'pictures', 'share'],
+                                                 [[k, int(v), Bar(v / len(df))] for k, v in flags.items()] or [['none', len(df), Bar(1)]]),
+            *twin_sets(run, name)]
+
+
+def twin_sets(run: Run, name: str, most: int = 40) -> list[str]:
+    "The pictures of a table that stand in the tables more than once, as HTML"
+    t = twins_frame(run.frames)
+    t = t[t.twin.isin(t.twin[t.source == name])]
+    rows = [[', '.join(f'{o.source} {o.id_code}' + ('' if np.isnan(o.diagnosis) else f' (grade {o.diagnosis:.0f})') for o in g.itertuples()),
+             'unequal grades' if g.conflict.any() else ''] for _, g in t.groupby('twin')]
+    more = f'<p class=note>{len(rows) - most} more in twins.csv of the run folder</p>' if len(rows) > most else ''
+    return ['<h2>Pictures that stand there more than once</h2>', html_table(['pictures', ''], rows[:most]) if rows else '<p>None.</p>', more]
+
+
+def show(row, run: Run) -> tuple[str, np.ndarray]:
+    "A picture's tiles as a figure of the page and as a strip of the sheet"
+    ims = tiles(row, run)
+    words = row.id_code + ('' if np.isnan(row.diagnosis) else f'  grade {row.diagnosis:.0f}') + ('' if row.how == 'circle' else f'  {row.how}')
+    html = f'<div class=row>{"".join(jpeg(o, words) for o in ims)}</div><figcaption>{escape(words)} <span class=warn>{row.flags}</span></figcaption>'
+    return f'<figure>{html}</figure>', _strip(ims, f'{words} {row.flags}')
+
+
+def look(run: Run, name: str, count: int):
+    "`look TABLE [COUNT]`: <run>/look/<table>.html and the contact sheet alone as .png"
+    if name not in run.frames: raise AptosError(f'{name}: no such table in {run.recipe.path}; there are {", ".join(run.frames)}')
+    if count < 1: raise AptosError(f'{count}: at least one picture must be looked at')
+    with Bars() as bars:
+        run = begin(run, bars)
+        rec = read_prepared(store_folder(run.frames[name], run.store, run.prep))
+        df = run.frames[name].merge(rec[['id_code', 'width', 'height', 'x', 'y', 'r', 'how', 'flags']], on='id_code')
+        shown, parts = choose(df, count, run.recipe.seed), []
+        with bars(f'looking at {name}', len(shown), 'pictures') as bar:
+            for row in shown.itertuples(): parts.append(show(row, run)); bar.to(len(parts))
+    out = run.root / 'look' / f'{name}.html'
+    note = f'{len(df)} pictures, {run.recipe.path.name}; prepared at {run.prep.size} px ({run.prep.name})'
+    legend = f'{len(shown)} of {len(df)}: original with the circle found (orange: a box; red: nothing), crop, two augmented samples'
+    body = [*summary(run, name, df), '<h2>Pictures</h2>', f'<p class=note>{legend}</p>', '<div class=grid>', *(h for h, _ in parts), '</div>']
+    write_bytes(out, page(f'{name}: what the pictures look like', body, note=note, warning=SYNTHETIC if run.recipe.demo else ''))
+    write_bytes(out.with_suffix('.png'), cv2.imencode('.png', _sheet([o for _, o in parts])[..., ::-1])[1].tobytes())
+    say(f'{len(df)} pictures of {name}, {len(shown)} shown -> {out} and {out.with_suffix(".png").name}')
+
+
+def _strip(ims: list[np.ndarray], words: str) -> np.ndarray:
+    "The tiles side by side, the original fitted into 4:3, the words below"
+    first = cv2.resize(ims[0], (SIDE * 4 // 3, SIDE), interpolation=cv2.INTER_AREA) if ims[0].shape[1] > SIDE * 4 // 3 else \
+        cv2.copyMakeBorder(ims[0], 0, 0, 0, SIDE * 4 // 3 - ims[0].shape[1], cv2.BORDER_CONSTANT)
+    out = cv2.copyMakeBorder(np.hstack([first, *ims[1:]]), 0, 18, 0, 6, cv2.BORDER_CONSTANT)
+    return cv2.putText(out, words, (2, SIDE + 13), cv2.FONT_HERSHEY_SIMPLEX, .42, (230, 230, 230), 1, cv2.LINE_AA)
+
+
+def _sheet(lines: list[np.ndarray], across: int = 2) -> np.ndarray:
+    lines += [np.zeros_like(lines[0])] * (-len(lines) % across)
+    return np.vstack([np.hstack(lines[i:i + across]) for i in range(0, len(lines), across)])
