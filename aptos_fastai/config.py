@@ -23,6 +23,8 @@ class Images:
     "[images]: how every picture of the run is prepared"
     crop: str = _key('retina', 'retina: crop to the circle found; none: the whole picture', choices=('retina', 'none'))
     aspect: str = _key('pad', 'pad: keep the aspect; squash: stretch to a square (published)', choices=('pad', 'squash'))
+    cut_off: str = _key('mirror', 'where the picture cuts the retina off: mirror its content up to the circle, or black (the shape then tells the camera)',
+                        choices=('mirror', 'black'))
     colour: str = _key('none', 'none, or graham: minus the local mean, the normalisation of Graham 2015', choices=('none', 'graham'))
     size: int = _key(0, 'side of the stored square, pixels; 0: the largest that any stage asks for', low=0, high=4096)
     quality: int = _key(95, 'JPEG quality of the store, chroma kept whole', low=50, high=100)

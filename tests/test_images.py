@@ -61,10 +61,47 @@ def test_a_square_of_light_is_its_box():
 
 def test_crop_is_centred_and_keeps_the_aspect():
     im = disc(500, 900, 450, 250, 330)
-    sq = crop_square(im, Circle(450, 250, 330), Prep(size=132))
+    sq = crop_square(im, Circle(450, 250, 330), Prep(size=132, cut_off='black'))
     lit = sq.max(2) > 40
     assert sq.shape == (132, 132, 3) and not lit[:12].any() and not lit[-12:].any()             # what the frame cut off is black
     assert lit[66].sum() >= 130 and 98 <= lit[:, 66].sum() <= 102                                # a pixel is a pixel both ways
+
+def test_what_is_cut_off_is_mirrored():
+    im = disc(500, 900, 450, 250, 330); im[40:60] = (10, 200, 30)                               # a band near the upper edge, seen again above it
+    sq = crop_square(im, Circle(450, 250, 330), Prep(size=132))
+    band = (sq[:, 66, 1] > 120)
+    assert (sq.max(2) > 40)[:, 66].sum() >= 130 and band[:30].sum() == 8 and band[22:30].sum() == 4 and band[:16].sum() == 4
+    assert (sq[0, 0] == 0).all()
+
+def mask_shape(sq):
+    "What a forest is given: size, extents and row and column profile of what is lit"
+    lit = cv2.resize(sq, (64, 64), interpolation=cv2.INTER_AREA).max(2) > 10
+    return np.r_[lit.mean(), lit.any(0).sum(), lit.any(1).sum(), lit.mean(0)[::4], lit.mean(1)[::4]]
+
+def test_the_crop_takes_away_the_shape_of_the_camera():
+    "Two cameras, one of which took most of the high grades: the squashed pictures' shape gives the grade away, the prepared ones' does not"
+    from sklearn.ensemble import RandomForestRegressor
+    from sklearn.model_selection import cross_val_predict
+
+    from aptos_fastai.metrics import nested_grades, quadratic_kappa
+    rng, shapes, grades = np.random.default_rng(0), [], []
+    for i in range(240):
+        g = i % 5
+        cut = rng.random() < (.9 if g >= 2 else .1)
+        r = int(rng.uniform(140, 160))
+        h, w = (int(1.5 * r), int(2.4 * r)) if cut else (int(2.1 * r), int(2.8 * r))
+        im = noisy(disc(h, w, w // 2 + int(rng.uniform(-4, 4)), h // 2 + int(rng.uniform(-3, 3)), r,
+                        colour=tuple(int(o * rng.uniform(.7, 1.2)) for o in (190, 90, 40))), 3, i)
+        c = find_retina(im)
+        assert c.how == 'circle'
+        shapes.append([mask_shape(crop_square(im, c, p)) for p in (Prep('none', 'squash', 128), Prep(size=128, cut_off='black'), Prep(size=128))])
+        grades.append(g)
+    y = np.array(grades, float)
+    def kappa(x):
+        p = cross_val_predict(RandomForestRegressor(100, min_samples_leaf=5, random_state=0), x, y, cv=5)
+        return quadratic_kappa(nested_grades(p, y), y)
+    squashed, black, mirrored = (kappa(np.array([s[j] for s in shapes])) for j in range(3))
+    assert squashed > .5 and black > .5 and abs(mirrored) < .15, (squashed, black, mirrored)
 
 def test_squash_stretches():
     sq = crop_square(np.full((100, 200, 3), 9, np.uint8), Circle(100, 50, 100), Prep('none', 'squash', 50))
