@@ -268,3 +268,15 @@ def test_skip_bad_goes_on_and_says_so(frame, tmp_path, capsys):
     with Bars() as bars: out = prepare_table(frame, tmp_path / 's', Prep(size=64), bars, skip_bad=True)
     assert out.id_code.tolist() == ['p0', 'p2', 'p3'] and all(Path(p).name.startswith(i) for i, p in zip(out.id_code, out.stored, strict=True))
     assert 'skipped (skip_bad = yes): 1 of 4' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'L'])
+def test_png_fast_path_gives_the_pixels_of_pillow(mode):
+    a = np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)
+    im = Image.fromarray(a).convert(mode)
+    b = io.BytesIO(); im.save(b, 'PNG')
+    got, size = decode(b.getvalue())
+    assert size == (90, 70) and np.array_equal(got, np.asarray(im.convert('RGB')))
+    half, _ = decode(b.getvalue(), 32)
+    assert half.shape == (35, 45, 3)
+    assert abs(half.astype(float) - got.reshape(35, 2, 45, 2, 3).mean((1, 3))).max() <= 1
