@@ -231,7 +231,7 @@ def _build(path: Path, section: str, cls, keys: dict[str, str], **given):
 
 
 def _read_ini(path: Path, sets: Sequence[str]) -> dict[str, dict[str, str]]:
-    "Sections of the file as plain strings, with `SECTION.KEY=VALUE` of `sets` on top"
+    "Sections of the file as plain strings, with `SECTION.KEY=VALUE` of `sets` on top, over the demo's own stage keys too"
     if not path.is_file(): raise ConfigError(f'{path}: no such recipe; give one with --recipe FILE (settings.ini)')
     cp = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=None, default_section='\0')
     cp.optionxform = str
@@ -242,7 +242,7 @@ def _read_ini(path: Path, sets: Sequence[str]) -> dict[str, dict[str, str]]:
         name, eq, value = o.partition('=')
         section, dot, k = name.strip().rpartition('.')
         if not eq or not dot: raise ConfigError(f'--set {o}: SECTION.KEY=VALUE is needed (stage.finetune_256.epochs=5)')
-        ini.setdefault(section, {})[k] = value.strip()
+        for at in [section, f'demo.{section}'] if section.partition('.')[0] == 'stage' else [section]: ini.setdefault(at, {})[k] = value.strip()
     return ini
 
 

@@ -54,7 +54,7 @@ def show_plan(run: Run):
         ks = todo.get(n, [])
         train, valid, t, b = stage_cost(run, n, ks or [0], measured)
         if ks: seconds, disk = seconds + t, disk + b
-        rows.append([n, f'{s.init or s.weights + " weights"}; {tables_text(s)}', f'{s.arch} {s.size} px', f'{train}+{valid}',
+        rows.append([n, f'{s.init or dict(none="random").get(s.weights, s.weights) + " weights"}; {tables_text(s)}', f'{s.arch} {s.size} px', f'{train}+{valid}',
                      f'{s.folds} x {s.freeze_epochs + s.epochs}', f'about {ago(t)}' if ks else 'finished'])
     new = sum(len(f) for f in run.frames.values() if 'pixels' not in f)
     seconds, disk = seconds + new * PREPARE_SECONDS / (os.cpu_count() or 1), disk + new * r.store_size ** 2 * BYTES_PER_PIXEL

@@ -50,6 +50,11 @@ def test_demo_is_the_same_graph_at_a_small_size():
         assert s.size * small.demo.shrink == big.stages[n].size and s.weights == 'none' and (s.train, s.init) == (big.stages[n].train, big.stages[n].init)
 
 
+def test_what_is_set_wins_over_the_demos_keys():
+    r = read_recipe(ROOT / 'settings.ini', demo=True, sets=['stage.retrain_512.epochs=7', 'stage.lr=.5'])
+    assert (r.stages['retrain_512'].epochs, r.stages['finetune_512'].epochs) == (7, 6) and {s.lr for s in r.stages.values()} == {.5}
+
+
 bad = [
     (['stage.teacher.epoch=3'], 'stage.teacher] epoch: no such key; accepted'),
     (['stage.epochs=three'], 'epochs = three: a whole number is needed'),
