@@ -82,6 +82,22 @@ class Commands:
         from aptos_fastai.pipeline import write_submissions
         write_submissions(self.open())
 
+    def report(self):
+        """Write report.html of a finished run anew: kappas, mistakes, ROC, calibration, curves, certainty, shortcuts. `all` ends with it.
+
+        python run.py report
+        """
+        from aptos_fastai.pipeline import report_run
+        report_run(self.open())
+
+    def compare(self, first: 'a finished run\'s folder, <runs>/<recipe>', second: 'the other one'):  # noqa: F722
+        """Put two finished runs side by side: kappa of their common stages and answers on the same pictures, by a paired bootstrap.
+
+        python run.py compare runs/one_table ~/other-runs/one_table
+        """
+        from aptos_fastai.summary import compare_runs
+        compare_runs(first, second)
+
     def lr_find(self, stage: 'the stage'):  # noqa: F722
         """Suggest learning rates for a stage and save the curve as lr_find.png in its folder.
 

@@ -90,8 +90,12 @@ class Stage:
     loss: str = _key('smooth_l1', 'on the grade as a number', choices=('smooth_l1', 'mse'))
     keep: str = _key('kappa', 'which epoch is kept: best by kappa or by loss, or the last', choices=('kappa', 'loss', 'last'))
     tta: str = _key('none', 'mean over views at prediction: none, hflip (2), d4 (8)', choices=('none', 'hflip', 'd4'))
-    cuts: str = _key('optimal', 'for its hard labels: optimal (fitted out of fold) or four rising numbers')
+    ema: float = _key(0., 'the kept weights are a moving average over steps with this decay; 0: none', low=0, high=.99999)
+    cuts: str = _key('optimal', 'of its grades: optimal or shrunken (fitted out of fold), or four rising numbers')
     labels: str = _key('soft', 'pseudo-labels it learns from: scores or grades', choices=('soft', 'hard'))
+    max_spread: float = _key(
+        0., 'pseudo-labelled pictures whose scores in the views have a larger standard deviation, grades, are left out; 0: none', low=0, high=4)
+    source_weights: tuple[float, ...] = _key((), 'one for each entry of `train`: how often its pictures are drawn; empty: each once an epoch', low=0, high=1000)
     workers: int = _key(-1, 'processes that load pictures; -1: by the cores and the device', low=-1, high=256)
 
     @property
@@ -120,7 +124,8 @@ class Submit:
     table: str = _key(help='the ungraded table')
     final: str = _key(help='stage or ensemble that becomes submission.csv')
     also: tuple[str, ...] = _key((), 'further stages and ensembles, each its own file in submissions/')
-    cuts: str = _key('optimal', 'optimal (fitted out of fold) or four rising numbers')
+    cuts: str = _key('optimal', 'optimal or shrunken (fitted out of fold), or four rising numbers')
+    coverage: float = _key(.9, 'grade_low to grade_high of scores.csv hold the true grade with this probability', low=.5, high=.99)
 
 
 @dataclass(frozen=True)
@@ -185,8 +190,8 @@ _wanted = {int: 'a whole number', float: 'a number'}
 
 
 def parse_cuts(text: str) -> tuple[float, ...] | None:
-    "'optimal' -> None; '0.7 1.5 2.5 3.5' -> those numbers; anything else raises ValueError"
-    if text == 'optimal': return None
+    "'optimal', 'shrunken' -> None; '0.7 1.5 2.5 3.5' -> those numbers; anything else raises ValueError"
+    if text in ('optimal', 'shrunken'): return None
     cuts = tuple(float(o) for o in text.split())
     if len(cuts) != 4 or sorted(set(cuts)) != list(cuts): raise ValueError(text)
     return cuts
@@ -207,7 +212,7 @@ def _value(f, text: str):
         raise ValueError('two rising numbers are needed')
     if f.name == 'cuts':
         try: parse_cuts(text)
-        except ValueError: raise ValueError('accepted: optimal, or four rising numbers') from None
+        except ValueError: raise ValueError('accepted: optimal, shrunken, or four rising numbers') from None
     if f.name == 'group':
         try: re.compile(text)
         except re.error as e: raise ValueError(f'not a regular expression ({e})') from None
@@ -317,6 +322,8 @@ def _check_stage(r: Recipe, s: Stage, err):
         if teacher and r.tables[table].graded: err(sec, 'train', f'{teacher}:{table}', 'this table has grades of its own')
         if not teacher and not r.tables[table].graded:
             err(sec, 'train', table, f'this table has no grades; STAGE:{table} is that stage\'s labels for it')
+    if s.source_weights and (len(s.source_weights) != len(s.train) or not all(s.source_weights)):
+        err(sec, 'source_weights', ' '.join(map(str, s.source_weights)), f'{len(s.train)} numbers above 0 are needed, one for each of {" ".join(s.train)}')
     if all(t for t, _ in s.sources): err(sec, 'train', ' '.join(s.train), 'a graded table is needed beside the pseudo-labelled')
     for p in s.parents:
         for m in r.members(p):

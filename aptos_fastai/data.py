@@ -135,7 +135,8 @@ def get_dls(frame: pd.DataFrame, stage: Stage, prep: Prep, aug: Augment, stats: 
                       get_x=ColReader('stored'), get_y=ColReader('diagnosis'), splitter=ColSplitter('valid'),
                       item_tfms=[*([] if on_batch else [FundusAugment(aug, seed)]), ToTensor()],
                       batch_tfms=[IntToFloatTensor(), *([BatchAugment(aug, seed)] if on_batch else []), Normalize.from_stats(*stats, cuda=cuda)])
-    return block.dataloaders(frame, bs=stage.bs, val_bs=2 * stage.bs, num_workers=loader_workers(stage), path=path)
+    get = partial(block.weighted_dataloaders, wgts=frame.weight.to_numpy()) if stage.source_weights else block.dataloaders
+    return get(frame, bs=stage.bs, val_bs=2 * stage.bs, num_workers=loader_workers(stage), path=path)
 
 
 def start_epoch(dl, n: int):

@@ -1,5 +1,4 @@
 "What a table's pictures look like: originals with the circle found, crops, augmented samples, and what there is of what."
-from html import escape
 from pathlib import Path
 
 import cv2
@@ -10,9 +9,10 @@ from aptos_fastai.console import Bars, say
 from aptos_fastai.data import FundusAugment
 from aptos_fastai.files import AptosError, write_bytes
 from aptos_fastai.images import decode, read_prepared, read_square, store_folder
-from aptos_fastai.page import Bar, html_table, jpeg, page
-from aptos_fastai.pipeline import SYNTHETIC, begin
+from aptos_fastai.page import Bar, Table, picture, write_page
+from aptos_fastai.pipeline import begin
 from aptos_fastai.record import Run
+from aptos_fastai.summary import SYNTHETIC
 from aptos_fastai.twins import twins_frame
 
 GRADES = ('no DR', 'mild', 'moderate', 'severe', 'proliferative')
@@ -47,43 +47,38 @@ def counts(df: pd.DataFrame, col: str, most: int = 8) -> list[list]:
     return rows + ([[f'{len(n) - most} others', int(n[most:].sum()), Bar(n[most:].sum() / len(df))]] if len(n) > most else [])
 
 
-def summary(run: Run, name: str, df: pd.DataFrame) -> list[str]:
-    "What there is of what, as HTML"
-    graded = run.recipe.tables[name].graded
+def sections(run: Run, name: str, df: pd.DataFrame) -> list[tuple[str, list[Table]]]:
+    "What there is of what: headings with their tables"
     df = df.assign(size=df.width.astype(str) + ' x ' + df.height.astype(str))
     flags = df['flags'].str.split().explode().dropna().value_counts()
-    out = []
-    if graded:
+    sizes, out = [Table(['original, pixels', 'pictures', 'share'], counts(df, 'size'))], []
+    if run.recipe.tables[name].graded:
         rows = [[f'{g} {GRADES[g]}', int((df.diagnosis == g).sum()), Bar((df.diagnosis == g).mean())] for g in range(5)]
-        out += ['<h2>Grades</h2>', html_table(['grade', 'pictures', 'share'], rows)]
-    out += ['<h2>Sizes and cameras</h2>', html_table(['original, pixels', 'pictures', 'share'], counts(df, 'size'))]
-    if graded:
+        out.append(('Grades', [Table(['grade', 'pictures', 'share'], rows)]))
         by = pd.crosstab(df['size'], df.diagnosis).reindex(columns=range(5), fill_value=0).loc[df['size'].value_counts().index[:8]]
-        out += [html_table(['original, pixels', *(f'grade {g}' for g in range(5))], [[k, *map(int, v)] for k, v in by.iterrows()],
-                           caption='A camera has its sizes: where grades go with them, a network can learn the camera instead of the eye.')]
-    return [*out, '<h2>Retina found as</h2>', html_table(['how', 'pictures', 'share'], counts(df, 'how'),
-                                                         caption='circle: fitted; box: of what is lit; whole: nothing found, the picture as it is'),
-            '<h2>Quality flags</h2>', html_table(['flag', 'pictures', 'share'],
-                                                 [[k, int(v), Bar(v / len(df))] for k, v in flags.items()] or [['none', len(df), Bar(1)]]),
-            *twin_sets(run, name)]
+        sizes.append(Table(['original, pixels', *(f'grade {g}' for g in range(5))], [[k, *map(int, v)] for k, v in by.iterrows()],
+                           'A camera has its sizes: where grades go with them, a network can learn the camera instead of the eye.'))
+    return [*out, ('Sizes and cameras', sizes),
+            ('Retina found as', [Table(['how', 'pictures', 'share'], counts(df, 'how'),
+                                       'circle: fitted; box: of what is lit; whole: nothing found, the picture as it is')]),
+            ('Quality flags', [Table(['flag', 'pictures', 'share'], [[k, int(v), Bar(v / len(df))] for k, v in flags.items()] or [['none', len(df), Bar(1)]])]),
+            ('Pictures that stand there more than once', [twin_sets(run, name)])]
 
 
-def twin_sets(run: Run, name: str, most: int = 40) -> list[str]:
-    "The pictures of a table that stand in the tables more than once, as HTML"
+def twin_sets(run: Run, name: str, most: int = 40) -> Table:
+    "The pictures of a table that stand in the tables more than once"
     t = twins_frame(run.frames)
     t = t[t.twin.isin(t.twin[t.source == name])]
     rows = [[', '.join(f'{o.source} {o.id_code}' + ('' if np.isnan(o.diagnosis) else f' (grade {o.diagnosis:.0f})') for o in g.itertuples()),
              'unequal grades' if g.conflict.any() else ''] for _, g in t.groupby('twin')]
-    more = f'<p class=note>{len(rows) - most} more in twins.csv of the run folder</p>' if len(rows) > most else ''
-    return ['<h2>Pictures that stand there more than once</h2>', html_table(['pictures', ''], rows[:most]) if rows else '<p>None.</p>', more]
+    return Table(['pictures', ''], rows[:most], f'{len(rows) - most} more in twins.csv of the run folder' if len(rows) > most else '')
 
 
-def show(row, run: Run) -> tuple[str, np.ndarray]:
-    "A picture's tiles as a figure of the page and as a strip of the sheet"
+def show(row, run: Run) -> tuple[dict, np.ndarray]:
+    "A picture's tiles for the page and as a strip of the sheet"
     ims = tiles(row, run)
     words = row.id_code + ('' if np.isnan(row.diagnosis) else f'  grade {row.diagnosis:.0f}') + ('' if row.how == 'circle' else f'  {row.how}')
-    html = f'<div class=row>{"".join(jpeg(o, words) for o in ims)}</div><figcaption>{escape(words)} <span class=warn>{row.flags}</span></figcaption>'
-    return f'<figure>{html}</figure>', _strip(ims, f'{words} {row.flags}')
+    return dict(tiles=[picture(o, words) for o in ims], words=words, flags=row.flags), _strip(ims, f'{words} {row.flags}')
 
 
 def look(run: Run, name: str, count: int):
@@ -100,8 +95,8 @@ def look(run: Run, name: str, count: int):
     out = run.root / 'look' / f'{name}.html'
     note = f'{len(df)} pictures, {run.recipe.path.name}; prepared at {run.prep.size} px ({run.prep.name})'
     legend = f'{len(shown)} of {len(df)}: original with the circle found (orange: a box; red: nothing), crop, two augmented samples'
-    body = [*summary(run, name, df), '<h2>Pictures</h2>', f'<p class=note>{legend}</p>', '<div class=grid>', *(h for h, _ in parts), '</div>']
-    write_bytes(out, page(f'{name}: what the pictures look like', body, note=note, warning=SYNTHETIC if run.recipe.demo else ''))
+    write_page(out, 'look.html', title=f'{name}: what the pictures look like', note=note, warning=SYNTHETIC if run.recipe.demo else '',
+               sections=sections(run, name, df), legend=legend, pictures=[p for p, _ in parts])
     write_bytes(out.with_suffix('.png'), cv2.imencode('.png', _sheet([o for _, o in parts])[..., ::-1])[1].tobytes())
     say(f'{len(df)} pictures of {name}, {len(shown)} shown -> {out} and {out.with_suffix(".png").name}')
 

@@ -1,10 +1,12 @@
-"Quadratic weighted kappa, the cuts that turn scores into grades, and intervals."
+"Quadratic weighted kappa, the cuts that turn scores into grades, what is told of referable retinopathy, sets of grades, and intervals."
 import numpy as np
 
 from aptos_fastai.files import AptosError
 
 GRADES = 5
 HALF = (.5, 1.5, 2.5, 3.5)
+PUBLISHED = (.75, 1.5, 2.5, 3.5)             # of the published code
+PRIOR = 100                                  # pictures that the halves count for in `shrunken` cuts
 
 
 def confusion(grades, targs) -> np.ndarray:
@@ -33,6 +35,16 @@ def kappa_interval(grades, targs, *, n: int = 10_000, level: float = .95, seed: 
     draws = np.random.default_rng(seed).multinomial(cm.sum(), cm.ravel() / cm.sum(), n).reshape(n, GRADES, GRADES)
     lo, hi = np.nanquantile(kappa_of(draws), [(1 - level) / 2, (1 + level) / 2])
     return float(lo), float(hi)
+
+
+def paired_interval(a, b, targs, *, n: int = 10_000, level: float = .95, seed: int = 0) -> tuple[float, float, float]:
+    "Kappa of grades `b` minus kappa of grades `a` of the same pictures, and its bootstrap interval: the table (true, a, b) drawn from a multinomial"
+    y, a, b = (np.asarray(o, int).ravel() for o in (targs, a, b))
+    cells = np.bincount((y * GRADES + a) * GRADES + b, minlength=GRADES**3)
+    draws = np.vstack([cells, np.random.default_rng(seed).multinomial(cells.sum(), cells / cells.sum(), n)]).reshape(-1, GRADES, GRADES, GRADES)
+    d = kappa_of(draws.sum(2)) - kappa_of(draws.sum(3))
+    lo, hi = np.nanquantile(d[1:], [(1 - level) / 2, (1 + level) / 2])
+    return float(d[0]), float(lo), float(hi)
 
 
 def apply_cuts(scores, cuts) -> np.ndarray:
@@ -86,20 +98,89 @@ class GradeCuts:
     def predict(self, scores) -> np.ndarray: return apply_cuts(scores, self.cuts_)
 
 
-def nested_grades(scores, targs, *, splits: int = 5, seed: int = 0) -> np.ndarray:
-    "Grades by cuts that never saw the picture they grade: fitted on the other parts of a stratified split"
-    s, y = np.asarray(scores, float), np.asarray(targs, int)
-    part = np.empty(len(y), int)
-    rng = np.random.default_rng(seed)
-    for g in np.unique(y):
-        rows = np.flatnonzero(y == g)
-        part[rows] = (rng.permutation(len(rows)) + g) % splits
+def fit_cuts(how: str, scores, grades) -> np.ndarray:
+    """The cuts that `how` names: optimal, or shrunken, their mean with the halves (.5 1.5 2.5 3.5), which count for `PRIOR` pictures:
+    few pictures stay near the halves, many reach the optimum."""
+    best = GradeCuts().fit(scores, grades).cuts_
+    n = np.size(scores)
+    return best if how == 'optimal' else (n * best + PRIOR * np.array(HALF)) / (n + PRIOR)
+
+
+def nested_grades(scores, targs, parts, how: str = 'optimal') -> np.ndarray:
+    "Grades by cuts that never saw the picture they grade, nor its part (`parts`, a label for each): fitted on all other parts"
+    s, y, parts = np.asarray(scores, float), np.asarray(targs, int), np.asarray(parts)
     out = np.empty(len(y), int)
-    for k in range(splits):
-        rest = part != k
-        fine = np.ptp(s[rest]) > 0 and np.ptp(y[rest]) > 0
-        out[~rest] = apply_cuts(s[~rest], GradeCuts().fit(s[rest], y[rest]).cuts_ if fine else HALF)
+    for k in np.unique(parts):
+        mine = parts == k
+        out[mine] = apply_cuts(s[mine], fit_cuts(how, s[~mine], y[~mine]))
     return out
+
+
+def even_parts(targs, groups, n: int = 5) -> np.ndarray:
+    "`n` parts that hold like shares of each grade and never divide a group; the same whatever the order of the rows"
+    y, g = np.asarray(targs), np.asarray(groups, str)
+    names, at = np.unique(g, return_inverse=True)
+    top = np.full(len(names), -np.inf)
+    np.maximum.at(top, at, y)
+    part = np.empty(len(names), int)
+    part[np.lexsort((names, top))] = np.arange(len(names)) % n
+    return part[at]
+
+
+def auc(scores, positive, *, level: float = .95) -> tuple[float, float, float]:
+    "Area under the ROC curve and its interval by DeLong's variance (1988); nan where one of the two kinds is missing"
+    from scipy.stats import norm, rankdata
+    s, pos = np.asarray(scores, float), np.asarray(positive, bool)
+    m, n = pos.sum(), (~pos).sum()
+    if not m or not n: return np.nan, np.nan, np.nan
+    rank = rankdata(s)
+    above = (rank[pos] - rankdata(s[pos])) / n                           # share of negatives below each positive
+    below = 1 - (rank[~pos] - rankdata(s[~pos])) / m
+    a = above.mean()
+    sd = np.sqrt(sum(o.var(ddof=1) / len(o) for o in (above, below) if len(o) > 1))
+    z = norm.ppf((1 + level) / 2)
+    return float(a), float(max(0, a - z * sd)), float(min(1, a + z * sd))
+
+
+def sensitivity_at(scores, positive, specificity: float) -> tuple[float, float]:
+    "(sensitivity, threshold) at the lowest score threshold whose specificity is at least `specificity`"
+    s, pos = np.asarray(scores, float), np.asarray(positive, bool)
+    neg = np.sort(s[~pos])
+    t = np.nextafter(neg[min(len(neg) - 1, int(np.ceil(specificity * len(neg))) - 1)], np.inf)
+    return float((s[pos] >= t).mean()), float(t)
+
+
+def share_interval(k, n, z: float = 1.96) -> tuple[float, float]:
+    "Wilson's interval (1927) of a share of `k` in `n`"
+    if not n: return 0., 1.
+    p, c = k / n, z * z / n
+    half = z * np.sqrt(p * (1 - p) / n + c / n / 4)
+    return float((p + c / 2 - half) / (1 + c)), float((p + c / 2 + half) / (1 + c))
+
+
+class GradeSets:
+    """Runs of grades that hold the true one with probability `coverage`, whichever grade is the true one.
+
+    Label-conditional split conformal prediction (Vovk 2012; Sadinle, Lei and Wasserman 2019) with distance |score - grade|: `fit` on out-of-fold scores;
+    a grade with too few pictures to promise anything is in every set. `predict` fills gaps and adds the given grade, which only raises coverage.
+    Fitted state: `reach_` (5,), the distance up to which each grade is in the set.
+    """
+    def __init__(self, coverage: float = .9): self.coverage = coverage
+
+    def fit(self, scores, grades) -> 'GradeSets':
+        s, y = np.asarray(scores, float), np.asarray(grades, int)
+        self.reach_ = np.full(GRADES, np.inf)
+        for g in range(GRADES):
+            d = np.sort(np.abs(s[y == g] - g))
+            k = int(np.ceil((len(d) + 1) * self.coverage))
+            if k <= len(d): self.reach_[g] = d[k - 1]
+        return self
+
+    def predict(self, scores, given) -> tuple[np.ndarray, np.ndarray]:
+        "(lowest, highest) grade of each set; `given` are the grades answered"
+        inside = np.abs(np.asarray(scores, float)[:, None] - np.arange(GRADES)) <= self.reach_
+        inside[np.arange(len(inside)), np.asarray(given, int)] = True
+        return inside.argmax(1), GRADES - 1 - inside[:, ::-1].argmax(1)
 
 
 class ScoreKappa:

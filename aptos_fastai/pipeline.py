@@ -4,19 +4,18 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from aptos_fastai.config import ConfigError, Recipe, Stage, parse_cuts, read_recipe
+from aptos_fastai.config import ConfigError, Recipe, read_recipe
 from aptos_fastai.console import Bars, ago, say, table
 from aptos_fastai.files import AptosError, read_json, write_bytes, write_csv, write_json
 from aptos_fastai.images import prepare_table, prepared_already, read_prepared, store_folder
-from aptos_fastai.metrics import HALF, apply_cuts, kappa_interval, nested_grades, quadratic_kappa
+from aptos_fastai.metrics import GRADES, GradeSets, apply_cuts
 from aptos_fastai.record import Run
+from aptos_fastai.report import write_report
+from aptos_fastai.summary import SYNTHETIC, oof_table, show_summary, summarise, tables_text
 from aptos_fastai.tables import add_folds, read_order, read_tables, write_folds
 from aptos_fastai.twins import add_groups, settle_conflicts, twins_frame
-
-SYNTHETIC = 'SYNTHETIC: painted pictures, no medical data; nothing here says anything about eyes'
 
 
 def open_run(recipe: str = 'settings.ini', data: str = 'demo', runs: str = 'runs', sets: Iterable[str] = ()) -> Run:
@@ -132,18 +131,22 @@ def label(run: Run, node: str, name: str, bars: Bars) -> Path:
 
 
 def predict(run: Run, bars: Bars) -> pd.DataFrame:
-    "scores.csv: id_code, a column of scores for each submitted stage and ensemble, mean (of the final one's folds and members) and its grade"
+    """scores.csv: id_code, a column of scores for each submitted stage and ensemble, mean (of the final one's folds and members), its grade,
+    grade_low and grade_high (the run of grades that holds the true one at the stated coverage), spread (standard deviation over views, folds and members)"""
     from aptos_fastai.predict import node_scores
     sub = run.recipe.submit
-    names = list(dict.fromkeys([*sub.also, sub.final]))
-    cols = {n: node_scores(run, n, sub.table, bars) for n in names}
-    df = pd.DataFrame(dict(id_code=run.frames[sub.table].id_code, **cols, mean=cols[sub.final]))
-    df['grade'] = apply_cuts(df['mean'], run.cuts(sub.final, sub.cuts))
+    found = {n: node_scores(run, n, sub.table, bars) for n in dict.fromkeys([*sub.also, sub.final])}
+    last = found[sub.final]
+    df = pd.DataFrame(dict(id_code=last.id_code, **{n: o.score for n, o in found.items()}, mean=last.score))
+    df['grade'] = apply_cuts(last.score, run.cuts(sub.final, sub.cuts))
+    o = run.oof(sub.final)
+    df['grade_low'], df['grade_high'] = GradeSets(sub.coverage).fit(o.score, o.diagnosis).predict(last.score, df.grade)
+    df['spread'] = last.spread
     order = read_order(run.recipe.tables[sub.table], run.data)
     lost = len(order) - len(df)
-    if lost: say(f'{lost} pictures of {sub.table} have no score (skip_bad = yes): they are answered with the commonest grade', 'yellow')
-    df = df.set_index('id_code').reindex(order).reset_index()
-    df['grade'] = df.grade.fillna(df.grade.mode()[0]).astype(int)
+    if lost: say(f'{lost} pictures of {sub.table} have no score (skip_bad = yes): they are answered with the commonest grade, of the set 0-4', 'yellow')
+    df = df.set_index('id_code').reindex(order).reset_index().fillna(dict(grade=df.grade.mode()[0], grade_low=0, grade_high=GRADES - 1))
+    df = df.astype(dict(grade=int, grade_low=int, grade_high=int))
     write_csv(run.root / 'scores.csv', df)
     return df
 
@@ -158,53 +161,11 @@ def submit(run: Run, scores: pd.DataFrame):
     write_csv(run.root / 'submission.csv', df if n == sub.final else pd.read_csv(run.root / 'submissions' / f'{sub.final}.csv', dtype=dict(id_code=str)))
 
 
-def summarise(run: Run) -> dict:
-    "What came out, stage by stage. Kappa is of validation pictures only, by cuts fitted on other pictures than those they grade"
-    rows = []
-    for n in run.recipe.order:
-        o = run.oof(n)
-        how = run.recipe.stages[n].cuts if n in run.recipe.stages else run.recipe.submit.cuts
-        grades = apply_cuts(o.score, parse_cuts(how)) if parse_cuts(how) else nested_grades(o.score, o.diagnosis)
-        recs = [run.record(m, k) for m in run.recipe.members(n) for k in run.folds_of(n)]
-        s = run.recipe.stages.get(n)
-        rows.append(dict(
-            stage=n, tables=list(s.train) if s else list(run.recipe.members(n)), arch=s.arch if s else 'ensemble', size=s.size if s else None,
-            folds=len(run.folds_of(n)), pictures=recs[0]['pictures'] if s else dict(train=0, valid=len(o)), validated=len(o),
-            epochs=s.freeze_epochs + s.epochs if s else None, kept_epochs=[q['kept_epoch'] + 1 for q in recs] if s else None,
-            best_kappa=float(np.mean([q['kept_kappa'] for q in recs])) if s else None, kappa=quadratic_kappa(grades, o.diagnosis),
-            kappa_interval=kappa_interval(grades, o.diagnosis), kappa_half=quadratic_kappa(apply_cuts(o.score, HALF), o.diagnosis),
-            cuts=run.cuts(n, how).tolist(), seconds=sum(q['seconds'] for q in recs) if s else 0))
-    sub = run.recipe.submit
-    return dict(recipe=run.recipe.name, synthetic=bool(run.recipe.demo), note=SYNTHETIC if run.recipe.demo else '', stages=rows,
-                submission=dict(file='submission.csv', node=sub.final, cuts=run.cuts(sub.final, sub.cuts).tolist(), pictures=len(run.frames[sub.table])))
-
-
-def tables_text(stage: Stage) -> str:
-    "What a stage trains on, for people"
-    return ', '.join(f'{name} by {teacher}' if teacher else name for teacher, name in stage.sources)
-
-
-def show_summary(run: Run, o: dict):
-    columns, rows = ['stage', 'tables', 'pictures', 'px', 'epochs', 'best', 'kappa [95 %]', 'time'], []
-    for s in o['stages']:
-        stage = run.recipe.stages.get(s['stage'])
-        kappa = '{:.3f} [{:.2f} {:.2f}]'.format(s['kappa'], *s['kappa_interval']).replace('0.', '.')
-        if stage is None: rows.append([s['stage'], 'mean of ' + ', '.join(s['tables']), s['validated'], '', '', '', kappa, '']); continue
-        rows.append([s['stage'], tables_text(stage), f'{s["pictures"]["train"]}+{s["pictures"]["valid"]}', s['size'],
-                     (f'{s["folds"]}x' if s['folds'] > 1 else '') + str(s['epochs']), f'{s["best_kappa"]:.3f}'.lstrip('0'), kappa, ago(s['seconds'])])
-    table(run.recipe.name + (' (SYNTHETIC demo)' if run.recipe.demo else ''), columns, rows,
-          right=('pictures', 'px', 'epochs', 'best'), wrap=('tables',))
-    say('pictures: training + validation (one fold). best: the kept epoch, at the fixed cuts used while training. kappa: all validation pictures, each\n'
-        'graded by cuts fitted on others, or by fixed ones; bootstrap interval. With keep = kappa or loss the epoch was chosen on these pictures.', 'dim')
-    say(f'{o["submission"]["node"]} -> {run.root / "submission.csv"} ({o["submission"]["pictures"]} pictures); also submissions/, scores.csv, summary.json')
-    if run.recipe.demo: say(SYNTHETIC, 'yellow')
-
-
 def answers_finished(run: Run) -> bool:
     "True where nothing is to train and the answers were made from the weights that stand"
     o = read_json(run.root / 'summary.json')
     return not run.todo() and bool(o) and o.get('made_from') == made_from(run) and all(
-        (run.root / f).is_file() for f in ('submission.csv', 'scores.csv'))
+        (run.root / f).is_file() for f in ('submission.csv', 'scores.csv', 'oof.csv', 'report.html'))
 
 
 def made_from(run: Run) -> list:
@@ -224,9 +185,13 @@ def run_all(run: Run):
             say(f'Everything is done already: nothing was run. The answer is {run.root / "submission.csv"}')
             return show_summary(run, read_json(run.root / 'summary.json'))
         train_nodes(run, run.recipe.stages, bars)
-        submit(run, predict(run, bars))
-    o = dict(summarise(run), seconds=round(time.time() - t0, 1), made_from=made_from(run))
-    write_json(run.root / 'summary.json', o)
+        scores = predict(run, bars)
+        submit(run, scores)
+        oof = oof_table(run)
+        write_csv(run.root / 'oof.csv', oof)
+        o = dict(summarise(run, oof), seconds=round(time.time() - t0, 1), made_from=made_from(run))
+        write_report(run, o, oof, scores, bars)
+        write_json(run.root / 'summary.json', o)
     show_summary(run, o)
     say(f'{ago(time.time() - t0)} in all')
 
@@ -293,6 +258,16 @@ def write_submissions(run: Run):
         run = _answering(run, bars)
         submit(run, predict(run, bars))
     say(f'{run.recipe.submit.final} -> {run.root / "submission.csv"}; each submitted stage and ensemble -> {run.root / "submissions"}')
+
+
+def report_run(run: Run):
+    "`report`: anew from what `all` has finished"
+    with Bars() as bars:
+        run = begin(run, bars)
+        if not answers_finished(run): raise AptosError(f'{run.root}: is not finished, or its recipe has changed; run `all` first, it ends with the report')
+        oof, scores = (pd.read_csv(run.root / f, dtype=dict(id_code=str)) for f in ('oof.csv', 'scores.csv'))
+        write_report(run, read_json(run.root / 'summary.json'), oof, scores, bars)
+    say(f'{run.recipe.name} -> {run.root / "report.html"}')
 
 
 def suggest_rates(run: Run, stage: str):

@@ -4,8 +4,9 @@ import time
 
 from aptos_fastai.config import Stage
 from aptos_fastai.console import ago, say, table
-from aptos_fastai.pipeline import answers_finished, check_run, tables_text
+from aptos_fastai.pipeline import answers_finished, check_run
 from aptos_fastai.record import Run
+from aptos_fastai.summary import tables_text
 
 BYTES_PER_PIXEL = .28                        # of a stored JPEG: 74 kB at 512 px, quality 95, 4:4:4 (measured on IDRiD)
 PREPARE_SECONDS = .03                        # an original of 12 megapixels, one core (benchmarks/images.py)
@@ -54,7 +55,8 @@ def show_plan(run: Run):
         ks = todo.get(n, [])
         train, valid, t, b = stage_cost(run, n, ks or [0], measured)
         if ks: seconds, disk = seconds + t, disk + b
-        rows.append([n, f'{s.init or dict(none="random").get(s.weights, s.weights) + " weights"}; {tables_text(s)}', f'{s.arch} {s.size} px', f'{train}+{valid}',
+        start = s.init or dict(none='random').get(s.weights, s.weights) + ' weights'
+        rows.append([n, f'{start}; {tables_text(s)}', f'{s.arch} {s.size} px', f'{train}+{valid}',
                      f'{s.folds} x {s.freeze_epochs + s.epochs}', f'about {ago(t)}' if ks else 'finished'])
     new = sum(len(f) for f in run.frames.values() if 'pixels' not in f)
     seconds, disk = seconds + new * PREPARE_SECONDS / (os.cpu_count() or 1), disk + new * r.store_size ** 2 * BYTES_PER_PIXEL

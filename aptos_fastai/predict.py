@@ -24,15 +24,28 @@ def views(x: torch.Tensor, tta: str):
 
 
 @torch.no_grad()
-def predict_scores(learn: Learner, frame: pd.DataFrame, tta: str = 'none', bar=None) -> np.ndarray:
-    "Scores (n,) float32 of the pictures in column `stored` of `frame`, in its order: never augmented, mean over the `views`"
+def predict_views(learn: Learner, frame: pd.DataFrame, tta: str = 'none', bar=None) -> np.ndarray:
+    "Scores (n, views) float32 of the pictures in column `stored` of `frame`, in its order: never augmented"
     dl = learn.dls.test_dl(frame, bs=32)
     model, out, n = learn.model.eval(), [], 0
     for b in dl:
-        out.append(torch.stack([model(v).float().flatten() for v in views(b[0], tta)]).mean(0).cpu())
+        out.append(torch.stack([model(v).float().flatten() for v in views(b[0], tta)], 1).cpu())
         n += len(out[-1])
         if bar: bar.to(n)
     return torch.cat(out).numpy()
+
+
+def predict_scores(learn: Learner, frame: pd.DataFrame, tta: str = 'none', bar=None) -> np.ndarray:
+    "Scores (n,): the mean over the `views`"
+    return predict_views(learn, frame, tta, bar).mean(1)
+
+
+def pool(parts: list[tuple[float, pd.DataFrame]]) -> pd.DataFrame:
+    "Weighted mean of scores, with `spread`, their standard deviation over everything that was averaged (views, members, folds)"
+    w = np.array([w for w, _ in parts])[:, None] / sum(w for w, _ in parts)
+    s, d = (np.stack([o[c] for _, o in parts]) for c in ('score', 'spread'))
+    mean = (w * s).sum(0)
+    return parts[0][1].assign(score=mean, spread=np.sqrt((w * (d ** 2 + (s - mean) ** 2)).sum(0)))
 
 
 def read_exported(run: Run, stage: str, fold: int) -> Learner:
@@ -43,27 +56,27 @@ def read_exported(run: Run, stage: str, fold: int) -> Learner:
         return load_learner(path, cpu=not torch.cuda.is_available())
 
 
-def stage_scores(run: Run, stage: str, table: str, fold: int, bars: Bars) -> np.ndarray:
-    "Scores of a table by one fold: from its folder where they are there for these weights and pictures, else predicted and written"
+def stage_scores(run: Run, stage: str, table: str, fold: int, bars: Bars) -> pd.DataFrame:
+    "id_code, score, spread (over views) of a table by one fold: from its folder where they stand for these weights and pictures, else predicted and written"
     s, folder = run.recipe.stages[stage], run.fold_dir(stage, fold)
     csv, note = folder / f'scores_{table}.csv', folder / f'scores_{table}.json'
-    key = digest([file_hash(run.verified(stage, fold, WEIGHTS)), run.digests[table], s.tta])
+    key = digest([file_hash(run.verified(stage, fold, WEIGHTS)), run.digests[table], s.tta, 'spread'])
     old = read_json(note)
     if not (old and old['key'] == key and csv.is_file() and file_hash(csv) == old['sha256']):
         learn, frame = read_exported(run, stage, fold), run.frames[table]
         if torch.cuda.is_available(): learn.dls.cuda()
         with bars(f'{stage} fold {fold}  scoring {table}', len(frame), 'pictures') as bar:
-            scores = predict_scores(learn, frame, s.tta, bar)
-        write_csv(csv, pd.DataFrame(dict(id_code=frame.id_code, score=scores)))
+            scores = predict_views(learn, frame, s.tta, bar)
+        write_csv(csv, pd.DataFrame(dict(id_code=frame.id_code, score=scores.mean(1), spread=scores.std(1))))
         write_json(note, dict(key=key, sha256=file_hash(csv), tta=s.tta, synthetic=bool(run.recipe.demo)))
-    return pd.read_csv(csv, dtype=dict(id_code=str)).score.to_numpy()
+    return pd.read_csv(csv, dtype=dict(id_code=str))
 
 
-def fold_scores(run: Run, node: str, table: str, fold: int, bars: Bars) -> np.ndarray:
-    "Scores of a table by one fold of a stage or ensemble"
-    return sum(w * stage_scores(run, m, table, fold, bars) for m, w in run.recipe.members(node).items())
+def fold_scores(run: Run, node: str, table: str, fold: int, bars: Bars) -> pd.DataFrame:
+    "The same by one fold of a stage or ensemble"
+    return pool([(w, stage_scores(run, m, table, fold, bars)) for m, w in run.recipe.members(node).items()])
 
 
-def node_scores(run: Run, node: str, table: str, bars: Bars) -> np.ndarray:
-    "Scores of a table by a stage or ensemble: the mean over folds"
-    return np.mean([fold_scores(run, node, table, k, bars) for k in run.folds_of(node)], 0)
+def node_scores(run: Run, node: str, table: str, bars: Bars) -> pd.DataFrame:
+    "The same by a stage or ensemble: the mean over folds"
+    return pool([(1., fold_scores(run, node, table, k, bars)) for k in run.folds_of(node)])

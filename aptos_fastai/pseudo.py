@@ -15,7 +15,7 @@ def _key(run: Run, node: str, table: str) -> str:
     "Digest of what labels are made from: the weights of every fold, the pictures, the cuts"
     r = run.recipe
     made = {f'{m}/{k}': run.record(m, k)['files'][WEIGHTS]['sha256'] for m in r.members(node) for k in run.folds_of(node)}
-    return digest([made, r.members(node), run.digests[table], run.label_cuts(node), [r.stages[m].tta for m in r.members(node)]])
+    return digest(['spread', made, r.members(node), run.digests[table], run.label_cuts(node), [r.stages[m].tta for m in r.members(node)]])
 
 
 def labels_finished(run: Run, node: str, table: str) -> bool:
@@ -27,16 +27,17 @@ def labels_finished(run: Run, node: str, table: str) -> bool:
 def write_labels(run: Run, node: str, table: str, bars: Bars):
     """`soft_pseudo_label.csv` (scores) and `hard_pseudo_label.csv` (grades by the node's cuts) of an ungraded table.
 
-    Columns id_code, diagnosis (mean over folds; its grade), fold0 …: a student's fold k learns from `fold<k>` only, so that no picture
-    is validated by a model whose teacher trained on it.
+    Columns id_code, diagnosis (mean over folds; its grade), fold0 …, spread0 … (standard deviation over that fold's views and members):
+    a student's fold k learns from `fold<k>` only, so that no picture is validated by a model whose teacher trained on it.
     """
     out, ids = run.label_dir(node, table), run.frames[table].id_code
-    by_fold = {f'fold{k}': fold_scores(run, node, table, k, bars) for k in run.folds_of(node)}
+    found = {k: fold_scores(run, node, table, k, bars) for k in run.folds_of(node)}
+    by_fold, spread = {f'fold{k}': o.score for k, o in found.items()}, {f'spread{k}': o.spread for k, o in found.items()}
     how = run.label_cuts(node)
     mean = np.mean(list(by_fold.values()), 0)
     hard = {f: apply_cuts(s, run.cuts(node, how, without=int(f[4:]))) for f, s in by_fold.items()}
-    frames = dict(soft=pd.DataFrame(dict(id_code=ids, diagnosis=mean, **by_fold)),
-                  hard=pd.DataFrame(dict(id_code=ids, diagnosis=apply_cuts(mean, run.cuts(node, how)), **hard)))
+    frames = dict(soft=pd.DataFrame(dict(id_code=ids, diagnosis=mean, **by_fold, **spread)),
+                  hard=pd.DataFrame(dict(id_code=ids, diagnosis=apply_cuts(mean, run.cuts(node, how)), **hard, **spread)))
     for kind, df in frames.items(): write_csv(out / FILES[kind], df)
     write_json(out / 'provenance.json', dict(
         key=_key(run, node, table), labelled_by=node, table=table, synthetic=bool(run.recipe.demo), cuts=run.cuts(node, how).tolist(),

@@ -10,7 +10,7 @@ import pandas as pd
 from aptos_fastai.config import Recipe, Stage, parse_cuts
 from aptos_fastai.files import AptosError, digest, file_hash, read_json
 from aptos_fastai.images import Prep, get_prep
-from aptos_fastai.metrics import GradeCuts
+from aptos_fastai.metrics import even_parts, fit_cuts
 
 FINISHED = 'stage.json'                      # written last: its presence means finished
 EXPORT, WEIGHTS, PREDS, HISTORY = 'learner.pkl', 'weights.safetensors', 'preds.csv', 'history.csv'
@@ -109,7 +109,13 @@ class Run:
         o = self.oof(node)
         rest = o[o.fold != without]
         o = rest if len(rest) else o
-        return GradeCuts().fit(o.score, o.diagnosis).cuts_
+        return fit_cuts(how, o.score, o.diagnosis)
+
+    def parts(self, oof: pd.DataFrame) -> np.ndarray:
+        "Which pictures are graded by cuts fitted on all the others: the folds, or below three of them five parts of patients"
+        if oof.fold.nunique() > 2: return oof.fold.to_numpy()
+        groups = pd.concat(self.frames.values()).set_index(['source', 'id_code']).group
+        return even_parts(oof.diagnosis, groups.loc[list(zip(oof.source, oof.id_code, strict=True))])
 
 
 def training_frame(run: Run, stage: Stage, fold: int, labels: dict[tuple[str, str], pd.DataFrame]) -> pd.DataFrame:
@@ -119,10 +125,13 @@ def training_frame(run: Run, stage: Stage, fold: int, labels: dict[tuple[str, st
     for teacher, name in stage.sources:
         f = run.frames[name]
         if teacher:
-            lab = labels[teacher, name].set_index('id_code')[f'fold{fold}']
-            f = f[f.fold != fold]
-            parts.append(f.assign(diagnosis=f.id_code.map(lab).astype(np.float32), valid=False, source=f'{teacher}:{name}'))
+            lab = labels[teacher, name].set_index('id_code')
+            if stage.max_spread: lab = lab[lab[f'spread{fold}'] <= stage.max_spread]
+            f = f[(f.fold != fold) & f.id_code.isin(lab.index)]
+            if not len(f): raise AptosError(f'[stage.{stage.name}] max_spread = {stage.max_spread:g}: leaves none of {teacher}:{name}; set it higher, or to 0')
+            parts.append(f.assign(diagnosis=f.id_code.map(lab[f'fold{fold}']).astype(np.float32), valid=False, source=f'{teacher}:{name}'))
         else: parts.append(f.assign(valid=f.fold == fold, diagnosis=f.diagnosis.where(f.fold == fold, f.target)))
+        if stage.source_weights: parts[-1]['weight'] = stage.source_weights[len(parts) - 1]
     out = pd.concat(parts, ignore_index=True)
     n = int((~out.valid).sum())
     if stage.bs > n: raise AptosError(f'[stage.{stage.name}] bs = {stage.bs}: only {n} pictures train in fold {fold}; set it to {n} or less')

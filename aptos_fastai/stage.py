@@ -9,6 +9,7 @@ import timm
 from fastai.callback.schedule import *
 from fastai.vision.all import *
 from safetensors.torch import save
+from timm.utils import ModelEmaV3
 
 import aptos_fastai
 from aptos_fastai.config import Stage
@@ -50,6 +51,20 @@ class History(Callback):
                               seconds=round(time.time() - self.t0, 2), kept=False))
         if worth == self.best:
             for r in self.rows: r['kept'] = r['epoch'] == n
+
+
+class Averaged(Callback):
+    "Validates, and lets `History` keep, the moving average of the weights over steps (timm's `ModelEmaV3`, its decay rising to `decay`)"
+    def __init__(self, decay: float): self.decay, self.ema, self.raw, self.steps = decay, None, None, 0
+    def before_fit(self): self.ema = self.ema or ModelEmaV3(self.model, decay=self.decay, use_warmup=True)
+    def before_epoch(self):
+        if self.raw: self.model.load_state_dict(self.raw)
+    def after_step(self):
+        self.steps += 1
+        self.ema.update(self.model, step=self.steps)
+    def before_validate(self):
+        self.raw = {k: v.clone() for k, v in self.model.state_dict().items()}
+        self.model.load_state_dict(self.ema.module.state_dict())
 
 
 class ShowProgress(Callback):
@@ -106,7 +121,8 @@ def train_fold(run: Run, name: str, fold: int, bars: Bars) -> dict:
     epochs = stage.freeze_epochs + stage.epochs
     try:
         with bars(title, epochs * len(learn.dls.train), 'batches') as bar:
-            fit_stage(learn, stage, [Reproducible(run.recipe.seed), hist, ShowProgress(title, epochs, bar, hist)])
+            average = [Averaged(stage.ema)] if stage.ema else []
+            fit_stage(learn, stage, [Reproducible(run.recipe.seed), *average, hist, ShowProgress(title, epochs, bar, hist)])
     except AptosError as e:                  # fastai puts the callback's name before a callback's words
         raise AptosError(f'[stage.{name}] fold {fold}, {str(e).rpartition(chr(9))[2]}') from None
     learn.model.load_state_dict(hist.weights)

@@ -73,17 +73,9 @@ def test_what_is_cut_off_is_mirrored():
     assert (sq.max(2) > 40)[:, 66].sum() >= 130 and band[:30].sum() == 8 and band[22:30].sum() == 4 and band[:16].sum() == 4
     assert (sq[0, 0] == 0).all()
 
-def mask_shape(sq):
-    "What a forest is given: size, extents and row and column profile of what is lit"
-    lit = cv2.resize(sq, (64, 64), interpolation=cv2.INTER_AREA).max(2) > 10
-    return np.r_[lit.mean(), lit.any(0).sum(), lit.any(1).sum(), lit.mean(0)[::4], lit.mean(1)[::4]]
-
 def test_the_crop_takes_away_the_shape_of_the_camera():
     "Two cameras, one of which took most of the high grades: the squashed pictures' shape gives the grade away, the prepared ones' does not"
-    from sklearn.ensemble import RandomForestRegressor
-    from sklearn.model_selection import cross_val_predict
-
-    from aptos_fastai.metrics import nested_grades, quadratic_kappa
+    from aptos_fastai.audit import forest_kappa, mask_shape
     rng, shapes, grades = np.random.default_rng(0), [], []
     for i in range(240):
         g = i % 5
@@ -97,10 +89,7 @@ def test_the_crop_takes_away_the_shape_of_the_camera():
         shapes.append([mask_shape(crop_square(im, c, p)) for p in (Prep('none', 'squash', 128), Prep(size=128, cut_off='black'), Prep(size=128))])
         grades.append(g)
     y = np.array(grades, float)
-    def kappa(x):
-        p = cross_val_predict(RandomForestRegressor(100, min_samples_leaf=5, random_state=0), x, y, cv=5)
-        return quadratic_kappa(nested_grades(p, y), y)
-    squashed, black, mirrored = (kappa(np.array([s[j] for s in shapes])) for j in range(3))
+    squashed, black, mirrored = (forest_kappa(np.array([s[j] for s in shapes]), y, np.arange(240) // 5 % 5)[0] for j in range(3))
     assert squashed > .5 and black > .5 and abs(mirrored) < .15, (squashed, black, mirrored)
 
 def test_squash_stretches():

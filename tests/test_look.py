@@ -7,7 +7,7 @@ from conftest import fails
 
 from aptos_fastai.cli import main
 from aptos_fastai.look import choose, counts
-from aptos_fastai.page import Bar, html_table, jpeg, page
+from aptos_fastai.page import Bar, Table, picture, render
 
 
 def test_a_page_of_a_table(tables, small_recipe, tmp_path, capsys):
@@ -39,5 +39,7 @@ def test_counts_add_up():
 
 @pytest.mark.parametrize('evil', ['<script>alert(1)</script>', '"><img src=x>'])
 def test_names_are_escaped(evil):
-    html = page(evil, [html_table([evil], [[evil], [1], [Bar(.5)]], caption=evil), jpeg(np.zeros((8, 8, 3), np.uint8), evil)], note=evil, warning=evil).decode()
+    shot = dict(tiles=[picture(np.zeros((8, 8, 3), np.uint8), evil)], words=evil, flags=evil)
+    html = render('look.html', title=evil, note=evil, warning=evil, legend=evil, pictures=[shot],
+                  sections=[(evil, [Table([evil], [[evil], [1], [Bar(.5)]], evil)])])
     assert '<script>' not in html and '<img src' not in html

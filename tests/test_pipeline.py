@@ -210,11 +210,59 @@ def test_folds_chain_fold_by_fold(tables, small_recipe, tmp_path):
     folds = pd.read_csv(root / 'folds.csv')
     assert oof.id_code.is_unique and set(oof.id_code) == set(folds.id_code[folds.fold < 2])
     lab = pd.read_csv(root / 'labels/teacher/test/soft_pseudo_label.csv')
-    assert list(lab) == ['id_code', 'diagnosis', 'fold0', 'fold1'] and np.allclose(lab.diagnosis, (lab.fold0 + lab.fold1) / 2, atol=1e-6)
+    assert list(lab) == ['id_code', 'diagnosis', 'fold0', 'fold1', 'spread0', 'spread1'] and np.allclose(lab.diagnosis, (lab.fold0 + lab.fold1) / 2, atol=1e-6)
     for k in (0, 1):
         rec = json.loads((root / f'retrain/fold{k}/stage.json').read_text())
         assert rec['parents']['teacher'] == json.loads((root / f'teacher/fold{k}/stage.json').read_text())['files'][WEIGHTS]['sha256']
         assert np.allclose(pd.read_csv(root / f'teacher/fold{k}/scores_test.csv').score, lab[f'fold{k}'], atol=1e-6)
+
+
+def trained_on(run, node, k):
+    "Groups of every graded picture that fold k of a node has seen, itself or through what it was built on"
+    seen = set()
+    for m in run.recipe.members(node):
+        s = run.recipe.stages[m]
+        for t, n in s.sources:
+            f = run.frames[n]
+            seen |= trained_on(run, t, k) if t else set(f.group[f.fold != k])
+        if s.init: seen |= trained_on(run, s.init, k)
+    return seen
+
+
+def lineage_is_clean(run):
+    for n in run.recipe.order:
+        for k in run.folds_of(n):
+            o = run.oof(n, k).merge(pd.concat(run.frames.values())[['source', 'id_code', 'group']], on=['source', 'id_code'])
+            assert len(o) and not set(o.group) & trained_on(run, n, k), f'{n} fold {k}'
+            for m in run.recipe.members(n):                      # what its record says it trained on is what the frames say
+                s = run.recipe.stages[m]
+                f = training_frame(run, s, k, {(t, name): read_labels(run, t, name, s.labels) for t, name in s.sources if t})
+                assert run.record(m, k)['pictures'] == dict(train=int((~f.valid).sum()), valid=int(f.valid.sum()))
+                assert not set(f.group[~f.valid]) & set(o.group)
+
+
+def test_no_picture_is_validated_by_what_was_trained_on_it(toy, tables, small_recipe, tmp_path):
+    lineage_is_clean(run_of(toy))
+    keys = ['stage.retrain.init=teacher', 'ensemble.both.members=teacher retrain', 'stage.last.train=train both:test', 'submit.final=last']
+    (tables / 'test_images/test003.png').write_bytes((tables / 'train_images/train003.png').read_bytes())           # an ungraded twin of a graded picture
+    main(['all', '--recipe', str(small_recipe), '--data', str(tables), '--runs', str(tmp_path / 'runs'), *(o for k in keys for o in ('--set', k))])
+    run = open_run(str(small_recipe), str(tables), str(tmp_path / 'runs'), keys)
+    lineage_is_clean(run)
+    assert {n: list(run.folds_of(n)) for n in run.recipe.order} == dict.fromkeys(['teacher', 'retrain', 'both', 'last'], [0, 1])
+    note = json.loads((run.root / 'labels/both/test/provenance.json').read_text())
+    assert set(note['weights']) == {f'{m}/fold{k}' for m in ('teacher', 'retrain') for k in (0, 1)}
+
+
+def test_uncertain_labels_are_left_out_and_sources_weighed(tables, small_recipe, tmp_path, capsys):
+    args = ['--recipe', str(small_recipe), '--data', str(tables), '--runs', str(tmp_path / 'runs')]
+    main(['label', 'teacher', *args])
+    lab = pd.read_csv(tmp_path / 'runs/small/labels/teacher/test/soft_pseudo_label.csv')
+    keys = ['--set', f'stage.retrain.max_spread={lab.spread0.median()}', '--set', 'stage.retrain.source_weights=1 2', '--set', 'stage.retrain.ema=.9']
+    main(['train', 'retrain', *args, *keys])
+    rec = json.loads((tmp_path / 'runs/small/retrain/fold0/stage.json').read_text())
+    assert rec['pictures']['train'] == (pd.read_csv(tmp_path / 'runs/small/folds.csv').fold != 0).sum() + 5 and rec['settings']['source_weights'] == [1, 2]
+    fails(capsys, ['train', 'retrain', *args, '--set', 'stage.retrain.max_spread=1e-9'], 'leaves none of teacher:test')
+    fails(capsys, ['train', 'retrain', *args, '--set', 'stage.retrain.source_weights=1'], 'source_weights = 1.0: 2 numbers above 0')
 
 
 def test_bad_pictures_stop_all_or_are_skipped_but_answered(tables, small_recipe, tmp_path, capsys):

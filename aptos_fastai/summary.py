@@ -1,0 +1,116 @@
+"What came out: out-of-fold scores and grades, the summary of the stages, and two runs side by side."
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from aptos_fastai.config import Stage, parse_cuts
+from aptos_fastai.console import ago, say, table
+from aptos_fastai.files import AptosError, read_json
+from aptos_fastai.metrics import HALF, apply_cuts, kappa_interval, nested_grades, paired_interval, quadratic_kappa
+from aptos_fastai.record import Run
+
+SYNTHETIC = 'SYNTHETIC: painted pictures, no medical data; nothing here says anything about eyes'
+KEYS = ['source', 'id_code', 'diagnosis', 'fold']
+
+
+def cuts_of(run: Run, node: str) -> str:
+    "How a node's grades are made: as it is submitted, else as it labels"
+    sub = run.recipe.submit
+    return sub.cuts if node in (sub.final, *sub.also) else run.label_cuts(node)
+
+
+def honest_grades(run: Run, oof: pd.DataFrame, how: str) -> np.ndarray:
+    "Grades of out-of-fold scores by fixed cuts, or by cuts that saw neither the picture nor its fold"
+    fixed = parse_cuts(how)
+    return apply_cuts(oof.score, fixed) if fixed else nested_grades(oof.score, oof.diagnosis, run.parts(oof), how)
+
+
+def oof_table(run: Run) -> pd.DataFrame:
+    "A row for each validated picture: source, id_code, diagnosis, fold, and for each stage and ensemble its score and `<name>_grade`"
+    out = None
+    for n in run.recipe.order:
+        o = run.oof(n)
+        o = o.assign(**{n: o.score, f'{n}_grade': honest_grades(run, o, cuts_of(run, n))}).drop(columns='score')
+        out = o if out is None else out.merge(o, on=KEYS, how='outer')
+    return out
+
+
+def validated(oof: pd.DataFrame, node: str) -> pd.DataFrame:
+    "The rows of `oof_table` that `node` has validated: source, id_code, diagnosis, fold, score, grade"
+    o = oof[oof[node].notna()]
+    return o[KEYS].assign(diagnosis=o.diagnosis.astype(int), score=o[node], grade=o[f'{node}_grade'].astype(int)).reset_index(drop=True)
+
+
+def summarise(run: Run, oof: pd.DataFrame) -> dict:
+    "What came out, stage by stage. Kappa is of validation pictures only, by cuts fitted on other pictures than those they grade"
+    rows = []
+    for n in run.recipe.order:
+        o, s = validated(oof, n), run.recipe.stages.get(n)
+        recs = [run.record(m, k) for m in run.recipe.members(n) for k in run.folds_of(n)]
+        rows.append(dict(
+            stage=n, tables=list(s.train) if s else list(run.recipe.members(n)), arch=s.arch if s else 'ensemble', size=s.size if s else None,
+            folds=len(run.folds_of(n)), pictures=recs[0]['pictures'] if s else dict(train=0, valid=len(o)), validated=len(o),
+            epochs=s.freeze_epochs + s.epochs if s else None, kept_epochs=[q['kept_epoch'] + 1 for q in recs] if s else None,
+            best_kappa=float(np.mean([q['kept_kappa'] for q in recs])) if s else None, kappa=quadratic_kappa(o.grade, o.diagnosis),
+            kappa_interval=kappa_interval(o.grade, o.diagnosis), kappa_half=quadratic_kappa(apply_cuts(o.score, HALF), o.diagnosis),
+            cuts=run.cuts(n, cuts_of(run, n)).tolist(), cuts_by=cuts_of(run, n), seconds=sum(q['seconds'] for q in recs) if s else 0))
+    sub = run.recipe.submit
+    return dict(recipe=run.recipe.name, synthetic=bool(run.recipe.demo), note=SYNTHETIC if run.recipe.demo else '', stages=rows,
+                submission=dict(file='submission.csv', node=sub.final, cuts=run.cuts(sub.final, sub.cuts).tolist(), pictures=len(run.frames[sub.table])))
+
+
+def tables_text(stage: Stage) -> str:
+    "What a stage trains on, for people"
+    return ', '.join(f'{name} by {teacher}' if teacher else name for teacher, name in stage.sources)
+
+
+def interval_text(value: float, interval) -> str: return '{:.3f} [{:.2f} {:.2f}]'.format(value, *interval).replace('0.', '.')
+
+
+def show_summary(run: Run, o: dict):
+    columns, rows = ['stage', 'tables', 'pictures', 'px', 'epochs', 'best', 'kappa [95 %]', 'time'], []
+    for s in o['stages']:
+        stage, kappa = run.recipe.stages.get(s['stage']), interval_text(s['kappa'], s['kappa_interval'])
+        if stage is None: rows.append([s['stage'], 'mean of ' + ', '.join(s['tables']), s['validated'], '', '', '', kappa, '']); continue
+        rows.append([s['stage'], tables_text(stage), f'{s["pictures"]["train"]}+{s["pictures"]["valid"]}', s['size'],
+                     (f'{s["folds"]}x' if s['folds'] > 1 else '') + str(s['epochs']), f'{s["best_kappa"]:.3f}'.lstrip('0'), kappa, ago(s['seconds'])])
+    table(run.recipe.name + (' (SYNTHETIC demo)' if run.recipe.demo else ''), columns, rows,
+          right=('pictures', 'px', 'epochs', 'best'), wrap=('tables',))
+    say('pictures: training + validation (one fold). best: the kept epoch, at the fixed cuts used while training. kappa: all validation pictures, each\n'
+        'graded by cuts fitted on others, or by fixed ones; bootstrap interval. With keep = kappa or loss the epoch was chosen on these pictures.', 'dim')
+    say(f'{o["submission"]["node"]} -> {run.root / "submission.csv"} ({o["submission"]["pictures"]} pictures); '
+        'also report.html, submissions/, scores.csv, oof.csv, summary.json')
+    if run.recipe.demo: say(SYNTHETIC, 'yellow')
+
+
+def _finished_run(folder: str) -> tuple[dict, pd.DataFrame]:
+    "summary.json and oof.csv of a run folder"
+    root = Path(folder)
+    summary, oof = read_json(root / 'summary.json'), root / 'oof.csv'
+    if not summary or not oof.is_file():
+        raise AptosError(f'{root}: is no finished run (it holds no summary.json and oof.csv); name <runs>/<recipe>, or run `all`')
+    return summary, pd.read_csv(oof, dtype=dict(id_code=str))
+
+
+def compare_runs(first: str, second: str):
+    "`compare RUN RUN`: their common stages and their final answers on the pictures that both validated, by a paired bootstrap"
+    (a, oa), (b, ob) = _finished_run(first), _finished_run(second)
+    names = [s['stage'] for s in a['stages'] if s['stage'] in {t['stage'] for t in b['stages']}]
+    pairs = [(n, n) for n in names] + [(a['submission']['node'], b['submission']['node'])]
+    rows = []
+    for n, m in pairs:
+        both = validated(oa, n).merge(validated(ob, m), on=['source', 'id_code'], suffixes=('', '_b'))
+        if not len(both): continue
+        other = (both.diagnosis != both.diagnosis_b).sum()
+        if other: raise AptosError(f'{second}: {other} pictures have other grades than in {first}; only runs on the same tables compare')
+        d, lo, hi = paired_interval(both.grade, both.grade_b, both.diagnosis)
+        times = [next(s['seconds'] for s in o['stages'] if s['stage'] == k) for o, k in ((a, n), (b, m))]
+        rows.append([n, len(both), *(f'{quadratic_kappa(g, both.diagnosis):.3f}' for g in (both.grade, both.grade_b)),
+                     f'{d:+.3f} [{lo:+.3f} {hi:+.3f}]', ' / '.join(map(ago, times)), f'{(both.fold == both.fold_b).mean():.0%}'])
+    if not rows: raise AptosError(f'{first} and {second}: have validated no picture in common; only runs on the same tables compare')
+    rows[-1][0] = 'the answer'
+    table('kappa of each run on the pictures that both validated', ['stage', 'n', 'first', 'second', 'difference [95 %]', 'time', 'same fold'], rows,
+          right=('n', 'first', 'second', 'same fold'), wrap=('time', 'difference [95 %]'))
+    say(f'first: {first}, its answer {pairs[-1][0]}; second: {second}, its answer {pairs[-1][1]}. Paired bootstrap over pictures; a difference whose interval holds 0 may be chance.')
+    if a['synthetic'] or b['synthetic']: say(SYNTHETIC, 'yellow')
