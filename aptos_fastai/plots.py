@@ -31,8 +31,9 @@ def svg(fig: Figure, title: str) -> Markup:
     s = out.getvalue()
     s = re.sub(r'<metadata>.*?</metadata>|<style type="text/css">.*?</style>', '', s[s.index('<svg'):].replace(INK, 'currentColor'), flags=re.S)
     for size in ('width', 'height'): s = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r'\1', s, count=1)
-    wide = 125 * fig.get_figwidth()                                      # pixels
-    return Markup(s.replace('<svg', f'<svg role="img" aria-label="{Markup.escape(title)}" style="max-width:{wide:.0f}px"', 1))
+    wide = 125 * fig.get_figwidth()                                      # pixels; what is drawn wide is scrolled on a phone, not shrunk
+    style = f'max-width:{wide:.0f}px' + (';min-width:680px' if wide > 900 else '')
+    return Markup(s.replace('<svg', f'<svg role="img" aria-label="{Markup.escape(title)}" style="{style}"', 1))
 
 
 @styled

@@ -33,7 +33,8 @@ def fig(title: str, drawn, caption: str = '') -> Figure: return Figure(title, pl
 
 def kappas(run: Run, summary: dict) -> list:
     rows = summary['stages']
-    return [fig(f'Quadratic weighted kappa of each stage, n = {min(r["validated"] for r in rows)} to {max(r["validated"] for r in rows)} pictures',
+    ns = sorted({r['validated'] for r in rows})
+    return [fig(f'Quadratic weighted kappa of each stage, n = {" to ".join(map(str, dict.fromkeys((ns[0], ns[-1]))))} pictures',
                 plots.dots([r['stage'] for r in rows], [r['kappa'] for r in rows], [r['kappa_interval'] for r in rows], 'quadratic weighted kappa'),
                 'Out of fold, graded by fixed cuts or by cuts fitted on other pictures; the lines are 95 % bootstrap intervals over pictures.'),
             Table(['stage', 'trained on', 'network', 'validated', 'kappa [95 %]', 'cuts', 'time'],
@@ -173,7 +174,7 @@ def shortcuts(run: Run, bars: Bars, kappa: float) -> list:
     with bars('report: shortcut audit', n, 'pictures') as bar: rows = audit(run, bar)
     worst = max(rows, key=lambda r: r[3][0])
     told = (f'{worst[0]} alone reaches kappa {worst[2]:.2f}: grades go with the camera in these tables, and a network can learn that instead of the eye.'
-            if worst[3][0] > .1 else 'Nothing but the retina tells much of the grades in these tables.')
+            if worst[3][0] > .1 else 'None of these alone grades better than chance by a margin that so many pictures could show.')
     rows = [[k, m, interval_text(q, i)] for k, m, q, i in rows] + [['the answer, for comparison', n, f'{kappa:.3f}'.replace('0.', '.')]]
     return [Table(['a forest that knows of the', 'pictures', 'kappa [95 %]'], rows, told)]
 

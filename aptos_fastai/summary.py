@@ -112,5 +112,6 @@ def compare_runs(first: str, second: str):
     rows[-1][0] = 'the answer'
     table('kappa of each run on the pictures that both validated', ['stage', 'n', 'first', 'second', 'difference [95 %]', 'time', 'same fold'], rows,
           right=('n', 'first', 'second', 'same fold'), wrap=('time', 'difference [95 %]'))
-    say(f'first: {first}, its answer {pairs[-1][0]}; second: {second}, its answer {pairs[-1][1]}. Paired bootstrap over pictures; a difference whose interval holds 0 may be chance.')
+    say(f'first: {first}, its answer {pairs[-1][0]}; second: {second}, its answer {pairs[-1][1]}')
+    say('Paired bootstrap over pictures; a difference whose interval holds 0 may be chance.', 'dim')
     if a['synthetic'] or b['synthetic']: say(SYNTHETIC, 'yellow')

@@ -1,13 +1,22 @@
 """What each ingredient of recipes/one_table.ini is worth, out of fold, on one graded table: python benchmarks/recipes.py --data ~/idrid [VARIANT ...]
 
 Every variant is a run of its own under --runs (default runs/ablation), on the same folds and the same network; what is finished is not trained again.
-The table gives kappa by cuts fitted on the other folds, its difference to the first row on the same pictures (paired bootstrap), and minutes of training.
+The table gives kappa by cuts fitted on the other folds, its difference to ours on the same pictures (paired bootstrap), kappa at fixed cuts, and the time to train.
 """
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
+
+from aptos_fastai.console import ago, table
+from aptos_fastai.metrics import HALF, PUBLISHED, apply_cuts, kappa_interval, nested_grades, paired_interval, quadratic_kappa
+from aptos_fastai.summary import interval_text
+
+REFERENCE = 'ours'
 RECIPE = Path(__file__).parents[1] / 'recipes/one_table.ini'
 PUBLISHED_AUGMENT = ['augment.hue=.1', 'augment.blur=.5', 'augment.shift=.2', 'augment.scale=.8 1.2', 'augment.shear=.2']
 PUBLISHED_PICTURE = ['images.crop=none', 'images.aspect=squash', 'images.size=0']
@@ -28,19 +37,45 @@ VARIANTS = {                                 # name -> (stage, keys)
     'progressive resizing': ('teacher', ['stage.small.train=train', 'stage.small.size=160', 'stage.small.epochs=6', 'stage.teacher.init=small',
                                          'stage.teacher.epochs=6', 'stage.teacher.freeze_epochs=0', 'stage.teacher.lr=1.5e-3']),
     'mean squared error': ('teacher', ['stage.loss=mse']),
+    'moving average of weights': ('teacher', ['stage.ema=.99']),
+    'one view, not eight': ('teacher', ['stage.tta=none']),
 }
 
 
-def trained(name: str, data: str, runs: Path) -> list[str]:
-    "Trains a variant and returns its command line"
+def folder(name: str, runs: Path) -> Path: return runs / name.partition(',')[0].replace(' ', '_')
+
+
+def train(name: str, data: str, runs: Path):
     stage, sets = VARIANTS[name]
-    args = ['--recipe', str(RECIPE), '--data', data, '--runs', str(runs / name.partition(',')[0].replace(' ', '_')), *(o for s in sets for o in ('--set', s))]
-    if subprocess.run([sys.executable, str(RECIPE.parents[1] / 'run.py'), 'train', stage, *args], check=False).returncode: sys.exit(1)
-    return args
+    args = ['--recipe', RECIPE, '--data', data, '--runs', folder(name, runs), *(o for s in sets for o in ('--set', s))]
+    if subprocess.run([sys.executable, RECIPE.parents[1] / 'run.py', 'train', stage, *args], check=False).returncode: sys.exit(1)
+
+
+def validated(name: str, runs: Path) -> tuple[pd.DataFrame, float]:
+    "Out-of-fold scores of a variant in the order of ids, and the seconds that its stage and what it starts from took to train"
+    stage, sets = VARIANTS[name]
+    root = folder(name, runs) / RECIPE.stem
+    stages = {stage, *(s.partition('=')[2] for s in sets if '.init=' in s), *(['teacher'] if stage == 'retrain' else [])}
+    preds = pd.concat([pd.read_csv(f, dtype=dict(id_code=str)) for f in sorted((root / stage).glob('fold*/preds.csv'))])
+    seconds = sum(json.loads(f.read_text())['seconds'] for s in stages for f in (root / s).glob('fold*/stage.json'))
+    return preds.sort_values('id_code').reset_index(drop=True), seconds
+
+
+def row(name: str, runs: Path, reference: np.ndarray | None) -> tuple[list, np.ndarray]:
+    "A row of the table and the grades that it is about"
+    o, seconds = validated(name, runs)
+    grades = nested_grades(o.score, o.diagnosis, o.fold)
+    def kappa(g): return interval_text(quadratic_kappa(g, o.diagnosis), kappa_interval(g, o.diagnosis))
+    d = '' if reference is None else '{:+.3f} [{:+.3f} {:+.3f}]'.format(*paired_interval(reference, grades, o.diagnosis))
+    return [name, kappa(grades), d, kappa(apply_cuts(o.score, HALF)), kappa(apply_cuts(o.score, PUBLISHED)), ago(seconds)], grades
 
 
 def main(data: str, runs: Path, names: list[str]):
-    for n in names: trained(n, data, runs)
+    for n in names: train(n, data, runs)
+    reference = row(REFERENCE, runs, None)[1] if REFERENCE in names else None
+    rows = [row(n, runs, reference)[0] for n in names]
+    table(f'{RECIPE.name}, out of fold; the difference is to "{REFERENCE}" on the same pictures',
+          ['variant', 'kappa, nested cuts', 'difference [95 %]', 'at halves', 'at published cuts', 'time'], rows)
 
 
 if __name__ == '__main__':
