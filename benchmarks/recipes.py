@@ -1,7 +1,8 @@
 """What each ingredient of recipes/one_table.ini is worth, out of fold, on one graded table: python benchmarks/recipes.py --data ~/idrid [VARIANT ...]
 
 Every variant is a run of its own under --runs (default runs/ablation), on the same folds and the same network; what is finished is not trained again.
-The table gives kappa by cuts fitted on the other folds, its difference to ours on the same pictures (paired bootstrap), kappa at fixed cuts, and the time to train.
+The table gives kappa by cuts fitted on the other folds, its difference to ours on the same pictures (paired bootstrap),
+kappa at fixed cuts, and the time to train.
 """
 import argparse
 import json
@@ -65,9 +66,9 @@ def row(name: str, runs: Path, reference: np.ndarray | None) -> tuple[list, np.n
     "A row of the table and the grades that it is about"
     o, seconds = validated(name, runs)
     grades = nested_grades(o.score, o.diagnosis, o.fold)
-    def kappa(g): return interval_text(quadratic_kappa(g, o.diagnosis), kappa_interval(g, o.diagnosis))
     d = '' if reference is None else '{:+.3f} [{:+.3f} {:+.3f}]'.format(*paired_interval(reference, grades, o.diagnosis))
-    return [name, kappa(grades), d, kappa(apply_cuts(o.score, HALF)), kappa(apply_cuts(o.score, PUBLISHED)), ago(seconds)], grades
+    fixed = [f'{quadratic_kappa(apply_cuts(o.score, c), o.diagnosis):.3f}' for c in (HALF, PUBLISHED)]
+    return [name, interval_text(quadratic_kappa(grades, o.diagnosis), kappa_interval(grades, o.diagnosis)), d, *fixed, ago(seconds)], grades
 
 
 def main(data: str, runs: Path, names: list[str]):
@@ -75,7 +76,7 @@ def main(data: str, runs: Path, names: list[str]):
     reference = row(REFERENCE, runs, None)[1] if REFERENCE in names else None
     rows = [row(n, runs, reference)[0] for n in names]
     table(f'{RECIPE.name}, out of fold; the difference is to "{REFERENCE}" on the same pictures',
-          ['variant', 'kappa, nested cuts', 'difference [95 %]', 'at halves', 'at published cuts', 'time'], rows)
+          ['variant', 'kappa, nested', 'difference', 'at .5', 'at .75', 'time'], rows, right=('at .5', 'at .75'), wrap=('variant', 'time'))
 
 
 if __name__ == '__main__':
