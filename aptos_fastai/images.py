@@ -300,6 +300,8 @@ def read_square(path: str | Path, prep: Prep, size: int) -> np.ndarray:
 
 # The store: <store>/<prep.name>/<table>-<hash of the folder>/<id><suffix> and prepared.csv
 
+KEEP_EVERY = 1000                            # pictures: how often prepared.csv is written on the way
+
 def _stored(row, folder: Path, prep: Prep, old: dict) -> dict:
     "The record of one picture, prepared now unless `old` has it and the original is as it was then"
     src, out = Path(row.path), folder / f'{row.id_code.replace(os.sep, "_")}{prep.suffix}'
@@ -338,11 +340,20 @@ def prepare_table(frame: pd.DataFrame, store: Path, prep: Prep, bars, *, skip_ba
     known = {o['id_code']: o for o in old.to_dict('records')} if old is not None else {}
     cv2.setNumThreads(1)                     # the pool has the cores
     done = []
+
+    def keep():
+        "What is done, and of the others what was known: an interrupted run goes on from here"
+        rows = done + [known[i] for i in frame.id_code[len(done):] if i in known]
+        if rows and (old is None or rows != old.to_dict('records')): write_csv(folder / 'prepared.csv', pd.DataFrame(rows))
     with bars(f'preparing {frame.source.iloc[0]}', len(frame), 'pictures') as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for o in pool.map(partial(_stored, folder=folder, prep=prep, old=known), frame.itertuples()):
-            done.append(o); bar.to(len(done))
+        try:
+            for o in pool.map(partial(_stored, folder=folder, prep=prep, old=known), frame.itertuples()):
+                done.append(o); bar.to(len(done))
+                if len(done) % KEEP_EVERY == 0: keep()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            keep()
     new = pd.DataFrame(done)
-    if old is None or done != old.to_dict('records'): write_csv(folder / 'prepared.csv', new)
     bad = new[new.error != '']
     if len(bad):
         first = '; '.join(f'{o.id_code} {o.error}' for o in bad.head(5).itertuples())

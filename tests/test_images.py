@@ -215,6 +215,21 @@ def test_preparing_twice_reads_nothing_and_a_changed_original_is_redone(frame, t
     rec = read_prepared(store_folder(frame, tmp_path / 's', Prep(size=64)))
     assert (rec.how == 'circle').all() and (rec.width == 120).all() and abs(rec.r - 36).max() < 2
 
+def test_preparing_goes_on_where_it_was_stopped(frame, tmp_path, monkeypatch):
+    import aptos_fastai.images as images
+    real, calls = images.prepare, []
+    def stops(data, prep):
+        if len(calls) == 3: raise KeyboardInterrupt
+        calls.append(1)
+        return real(data, prep)
+    monkeypatch.setattr(images.os, 'cpu_count', lambda: 1)
+    monkeypatch.setattr(images, 'prepare', stops)
+    with pytest.raises(KeyboardInterrupt): prep_all(frame, tmp_path)
+    assert len(read_prepared(store_folder(frame, tmp_path, Prep(size=64)))) == 3
+    monkeypatch.setattr(images, 'prepare', lambda data, prep: calls.append(1) or real(data, prep))
+    assert len(prep_all(frame, tmp_path)) == len(frame) == len(calls)
+
+
 def test_bad_pictures_are_listed_not_lost(frame, tmp_path):
     Path(frame.path[0]).write_bytes(b'no picture')
     with pytest.raises(ImageError, match=r'1 of 4 pictures of t cannot be used: p0 cannot be decoded'): prep_all(frame, tmp_path / 's')
