@@ -74,6 +74,7 @@ def begin(run: Run, bars: Bars, nodes: Iterable[str] = ()) -> Run:
     run = with_folds(replace(run, frames=frames))
     write_folds(run.recipe, run.frames, run.root / 'folds.csv')
     say_twins(run)
+    say_folds(run)
     if run.recipe.demo: write_bytes(run.root / 'SYNTHETIC.txt', f'{SYNTHETIC}.\n'.encode())
     write_json(run.root / 'run.json', dict(data=str(run.data.resolve()), recipe=run.recipe.path.name, synthetic=bool(run.recipe.demo)))
     return run
@@ -88,6 +89,17 @@ def say_twins(run: Run):
     odd = t.twin[t.conflict].nunique()
     say(f'pictures that stand in the tables more than once: {t.twin.nunique()}' + (f', {odd} of them with unequal grades' if odd else '')
         + f'; all copies share a fold: {run.root / "twins.csv"}')
+
+
+def say_folds(run: Run):
+    "Validation parts that are trained on and lack a grade: their kappa tells nothing of it"
+    ks = range(max(s.folds for s in run.recipe.stages.values()))
+    for n, f in run.frames.items():
+        if not run.recipe.tables[n].graded: continue
+        seen = set(f.diagnosis.astype(int))
+        lacks = [f'fold {k} of grade {", ".join(map(str, sorted(seen - set(f.diagnosis[f.fold == k].astype(int)))))}'
+                 for k in ks if seen - set(f.diagnosis[f.fold == k].astype(int))]
+        if lacks: say(f'{n}: no picture in {"; ".join(lacks)}: too few of them for [recipe] splits = {run.recipe.splits}', 'yellow')
 
 
 def check_run(run: Run, stages: Collection[str]):
@@ -239,7 +251,8 @@ def _answering(run: Run, bars: Bars) -> Run:
     needed = set().union(*(run.ancestors(m) for m in [run.recipe.submit.final, *run.recipe.submit.also])) & set(run.recipe.stages)
 
     def refuse(lost):
-        if lost: raise AptosError(f'{run.root}: {", ".join(lost)} not trained yet, or trained with other settings; run `all`, or `train {lost[-1]}`')
+        why = 'not trained yet, or trained with other settings, grades or pictures'
+        if lost: raise AptosError(f'{run.root}: {", ".join(lost)} {why}; run `all`, or `train {lost[-1]}`')
     refuse([n for n in run.recipe.order if n in needed and not run.record(n, 0)])
     run = begin(run, bars)
     refuse([n for n in run.todo() if n in needed])

@@ -96,6 +96,9 @@ class Run:
         total = None
         for m, w in self.recipe.members(node).items():
             p = pd.concat([pd.read_csv(self.verified(m, k, PREDS), dtype=dict(id_code=str)) for k in ks], ignore_index=True)
+            if not np.isfinite(p.score).all():
+                bad = (~np.isfinite(p.score)).sum()
+                raise RecordError(f'{self.root / m}: {bad} of {len(p)} validation scores are not numbers; delete it and train it with a lower lr')
             if total is None: total = p.assign(score=p.score * w); continue
             if not (total.id_code.equals(p.id_code) and total.source.equals(p.source)):
                 raise RecordError(f'[ensemble.{node}]: {m} was validated on other pictures than the other members')
@@ -109,7 +112,12 @@ class Run:
         o = self.oof(node)
         rest = o[o.fold != without]
         o = rest if len(rest) else o
-        return fit_cuts(how, o.score, o.diagnosis)
+        try: cuts = fit_cuts(how, o.score, o.diagnosis)
+        except AptosError as e: raise RecordError(f'{self.root / node}: {e}; train it longer or at another lr, or set cuts = .5 1.5 2.5 3.5') from None
+        if cuts[0] == cuts[-1]:
+            raise RecordError(f'{self.root / node}: the best cuts are all {cuts[0]:.3g}, only grades 0 and 4 would be given; train it longer, '
+                              'or set cuts = .5 1.5 2.5 3.5')
+        return cuts
 
     def parts(self, oof: pd.DataFrame) -> np.ndarray:
         "Which pictures are graded by cuts fitted on all the others: the folds, or below three of them five parts of patients"

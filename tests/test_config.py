@@ -71,7 +71,7 @@ bad = [
     (['stages.epochs=1'], '[stages]: no such section'),
     (['table.a b.csv=x'], '[table.a b]: no such section'),
     (['table.x.csv=x'], 'images: is missing'),
-    (['submit.final=retrian'], 'no such stage or ensemble; there are teacher, retrain'),
+    (['submit.final=retrian'], 'no such stage or ensemble; there are teacher, retrain, both'),
     (['submit.table=train'], 'this table is graded'),
     (['submit.table=nope'], 'no such table; tables: train, test'),
     (['stage.retrain.init=teach'], 'init = teach: no such stage'),

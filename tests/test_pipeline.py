@@ -243,7 +243,7 @@ def lineage_is_clean(run):
 
 def test_no_picture_is_validated_by_what_was_trained_on_it(toy, tables, small_recipe, tmp_path):
     lineage_is_clean(run_of(toy))
-    keys = ['stage.retrain.init=teacher', 'ensemble.both.members=teacher retrain', 'stage.last.train=train both:test', 'submit.final=last']
+    keys = ['stage.retrain.init=teacher', 'stage.last.train=train both:test', 'submit.final=last']
     (tables / 'test_images/test003.png').write_bytes((tables / 'train_images/train003.png').read_bytes())           # an ungraded twin of a graded picture
     main(['all', '--recipe', str(small_recipe), '--data', str(tables), '--runs', str(tmp_path / 'runs'), *(o for k in keys for o in ('--set', k))])
     run = open_run(str(small_recipe), str(tables), str(tmp_path / 'runs'), keys)
@@ -251,6 +251,54 @@ def test_no_picture_is_validated_by_what_was_trained_on_it(toy, tables, small_re
     assert {n: list(run.folds_of(n)) for n in run.recipe.order} == dict.fromkeys(['teacher', 'retrain', 'both', 'last'], [0, 1])
     note = json.loads((run.root / 'labels/both/test/provenance.json').read_text())
     assert set(note['weights']) == {f'{m}/fold{k}' for m in ('teacher', 'retrain') for k in (0, 1)}
+
+
+@pytest.mark.parametrize('scores, words', [([np.nan] + [1.] * 11, '1 of 12 validation scores are not numbers'),
+                                           ([.3] * 12, 'all 12 scores are 0.3; train it longer')])
+def test_scores_that_cannot_be_graded_are_named(toy, tmp_path, monkeypatch, scores, words):
+    run = run_of(toy)
+    preds = pd.read_csv(toy / 'finetune_256/fold0/preds.csv', dtype=dict(id_code=str)).assign(score=scores)
+    preds.to_csv(tmp_path / 'preds.csv', index=False)
+    monkeypatch.setattr(type(run), 'verified', lambda *_: tmp_path / 'preds.csv')
+    with pytest.raises(RecordError, match='finetune_256: .*' + words): run.cuts('finetune_256', 'optimal')
+
+
+def test_members_must_have_validated_the_same_pictures(toy, tmp_path, monkeypatch):
+    run, real = run_of(toy), type(run_of(toy)).verified
+    def other(self, stage, fold, file):
+        if stage != 'finetune_512': return real(self, stage, fold, file)
+        p = pd.read_csv(real(self, stage, fold, file), dtype=dict(id_code=str))
+        p.assign(id_code=p.id_code + 'x').to_csv(tmp_path / 'preds.csv', index=False)
+        return tmp_path / 'preds.csv'
+    monkeypatch.setattr(type(run), 'verified', other)
+    with pytest.raises(RecordError, match='finetune_512 was validated on other pictures'): run.oof('ensemble')
+
+
+def test_a_fold_that_lacks_a_grade_is_said(tables, small_recipe, tmp_path, capsys):
+    df = pd.read_csv(tables / 'train.csv')
+    df['diagnosis'] = np.where(df.diagnosis == 4, 3, df.diagnosis); df.loc[7, 'diagnosis'] = 4
+    df.to_csv(tables / 'train.csv', index=False)
+    main(['prepare', '--recipe', str(small_recipe), '--data', str(tables), '--runs', str(tmp_path / 'runs')])
+    assert 'train: no picture in fold ' in (out := capsys.readouterr().out) and 'of grade 4' in out and 'splits = 5' in out
+
+
+def test_grades_changed_since_training_are_told(tables, small_recipe, tmp_path, capsys):
+    args = ['--recipe', str(small_recipe), '--data', str(tables), '--runs', str(tmp_path / 'runs')]
+    main(['all', *args])
+    df = pd.read_csv(tables / 'train.csv')
+    df.assign(diagnosis=df.diagnosis.to_numpy()[::-1]).to_csv(tables / 'train.csv', index=False)
+    fails(capsys, ['submit', *args], 'trained with other settings, grades or pictures', 'run `all`')
+
+
+def test_the_moving_average_is_what_is_validated_and_kept(tables, small_recipe, tmp_path):
+    "With decay 0 the average is the weights themselves; with a high one it is near where training began"
+    def weights(name, *keys):
+        args = ['--recipe', str(small_recipe), '--data', str(tables), '--runs', str(tmp_path / name), *(o for k in keys for o in ('--set', k))]
+        main(['train', 'teacher', *args, '--set', 'stage.epochs=2'])
+        return load_file(tmp_path / name / 'small/teacher/fold0' / WEIGHTS), pd.read_csv(tmp_path / name / 'small/teacher/fold0/preds.csv').score
+    (plain, s0), (same, s1), (slow, s2) = weights('a'), weights('b', 'stage.ema=1e-9'), weights('c', 'stage.ema=.99')
+    assert all(np.allclose(plain[k], same[k], atol=1e-4) for k in plain) and np.allclose(s0, s1, atol=1e-3)
+    assert not np.allclose(s0, s2, atol=1e-3) and any(not np.allclose(plain[k], slow[k], atol=1e-3) for k in plain)
 
 
 def test_uncertain_labels_are_left_out_and_sources_weighed(tables, small_recipe, tmp_path, capsys):
