@@ -165,7 +165,9 @@ def graph(depth: dict[str, int], edges: Sequence[tuple[str, str, bool]], words: 
     at = {n: (d, (tall - len(ns)) / 2 + i) for d, ns in columns.items() for i, n in enumerate(ns)}
     for a, b, labels in edges:
         (x0, y0), (x1, y1) = at[a], at[b]
-        ax.annotate('', (x1 - .4, y1), (x0 + .4, y0), arrowprops=dict(arrowstyle='-|>', color=INK, lw=1.1, ls='--' if labels else '-', alpha=.6))
+        bend = f'arc3,rad={-.2 if x1 - x0 > 1 else 0}'                   # around the boxes between
+        ax.annotate('', (x1 - .4, y1), (x0 + .4, y0), arrowprops=dict(arrowstyle='-|>', color=INK, lw=1.1, ls='--' if labels else '-', alpha=.6,
+                                                                      connectionstyle=bend))
     for n, (x, y) in at.items():
         ax.add_patch(matplotlib.patches.FancyBboxPatch((x - .38, y - .3), .76, .6, boxstyle='round,pad=.02', facecolor=GRADE_COLOURS[0],
                                                        alpha=.32 if n == final else .13, edgecolor=INK, lw=.8))
