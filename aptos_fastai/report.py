@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 
 from aptos_fastai import plots
-from aptos_fastai.audit import audit
+from aptos_fastai.audit import MOST, audit
 from aptos_fastai.config import Stage, parse_cuts
 from aptos_fastai.console import Bars, ago
 from aptos_fastai.images import read_prepared, read_square, store_folder
@@ -105,19 +105,19 @@ def scores(run: Run, v: pd.DataFrame, given: pd.DataFrame, cuts) -> list:
 def _shares(g): return np.bincount(g, minlength=5)[:5] / len(g)
 
 
-def certainty(v: pd.DataFrame, given: pd.DataFrame, coverage: float) -> list:
-    "Sets of grades: what they hold out of fold, fold by fold"
-    parts = v.fold if v.fold.nunique() > 1 else pd.Series(np.arange(len(v)) % 5)
+def certainty(v: pd.DataFrame, parts: np.ndarray, given: pd.DataFrame, coverage: float) -> list:
+    "Sets of grades: what they hold, each of `parts` by distances learnt on the others"
     low, high = np.empty(len(v), int), np.empty(len(v), int)
-    for k in parts.unique():
-        mine = (parts == k).to_numpy()
+    for k in np.unique(parts):
+        mine = parts == k
         low[mine], high[mine] = GradeSets(coverage).fit(v.score[~mine], v.diagnosis[~mine]).predict(v.score[mine], v.grade[mine])
     held, size = (low <= v.diagnosis) & (v.diagnosis <= high), high - low + 1
     rows = [[name, int(m.sum()), interval_text(held[m].mean(), share_interval(held[m].sum(), m.sum())), f'{size[m].mean():.2f}']
             for name, m in [('all', np.full(len(v), True)), *((f'grade {g}', (v.diagnosis == g).to_numpy()) for g in range(5))] if m.any()]
     wide = (given.grade_high - given.grade_low + 1).value_counts().sort_index()
     return [Table(['validated', 'pictures', f'held (asked for: {coverage:.0%})', 'grades a set'], rows,
-                  'Measured on each fold with distances learnt on the others. The sets of the answer are grade_low to grade_high in scores.csv.'),
+                  'Measured on each fold with distances learnt on the others. The sets of the answer are grade_low to grade_high in scores.csv; its scores are '
+                  'means over folds, a little surer than what was measured here.'),
             Table(['grades in the set', 'pictures answered', 'share'], [[int(k), int(n), Bar(n / len(given))] for k, n in wide.items()])]
 
 
@@ -172,7 +172,7 @@ def uncertain(run: Run, given: pd.DataFrame, count: int = 12) -> list[tuple]:
 
 def shortcuts(run: Run, bars: Bars, kappa: float) -> list:
     n = len(run.oof(run.recipe.submit.final))
-    with bars('report: shortcut audit', n, 'pictures') as bar: rows = audit(run, bar)
+    with bars('report: shortcut audit', min(n, MOST), 'pictures') as bar: rows = audit(run, bar)
     worst = max(rows, key=lambda r: r[3][0])
     told = (f'{worst[0]} alone reaches kappa {worst[2]:.2f}: grades go with the camera in these tables, and a network can learn that instead of the eye.'
             if worst[3][0] > .1 else 'None of these alone grades better than chance by a margin that so many pictures could show.')
@@ -208,7 +208,7 @@ def write_report(run: Run, summary: dict, oof: pd.DataFrame, given: pd.DataFrame
              (f'{len(given)}', f'pictures of {sub.table} answered, by cuts ' + ' '.join(f'{c:.2f}' for c in cuts))]
     sections = [('Stages', [stage_graph(run, summary), *kappas(run, summary)]), ('Choice of cuts', cut_choices(run, oof)),
                 ('Mistakes of the answer', mistakes(v)), ('Referable retinopathy', dr),
-                ('Scores', scores(run, v, given, cuts)), ('Certainty', certainty(v, given, sub.coverage)),
+                ('Scores', scores(run, v, given, cuts)), ('Certainty', certainty(v, run.parts(v), given, sub.coverage)),
                 ('Learning', learning(run)), ('Shortcuts', shortcuts(run, bars, final['kappa'])), ('Tables', [tables(run)])]
     write_page(run.root / 'report.html', 'report.html', title=f'{run.recipe.name}: report', warning=SYNTHETIC if run.recipe.demo else '',
                note=f'{run.recipe.path.name} on {", ".join(f"{n} ({len(f)} pictures)" for n, f in run.frames.items())}. Research software, no medical device.',
