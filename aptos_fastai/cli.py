@@ -66,13 +66,19 @@ class Commands:
         from aptos_fastai.pipeline import label_table
         label_table(self.open(), stage, table)
 
-    def predict(self):
-        """Write scores.csv: a score per picture of the submission's table for each submitted stage and ensemble.
+    def predict(self, model: 'a bundle, a run\'s folder <runs>/<recipe>, or a stage\'s in it' = '',  # noqa: F722
+                *pictures: 'files, folders, a glob in quotes, or a CSV that names them', output: 'the CSV to write' = 'grades.csv'):  # noqa: F722
+        """Grade pictures of your own by a trained model; without arguments write scores.csv: the test pictures by each submitted stage and ensemble.
 
+        python run.py predict runs/one_table ~/clinic/photographs -o grades.csv
         python run.py predict
         """
-        from aptos_fastai.pipeline import write_scores
-        write_scores(self.open())
+        if not model:
+            from aptos_fastai.pipeline import write_scores
+            return write_scores(self.open())
+        if not pictures: raise AptosError(f'predict {model}: name the pictures, too: files, folders, a glob in quotes or a CSV')
+        from aptos_fastai.grader import grade_files
+        grade_files(model, pictures, output)
 
     def submit(self):
         """Write submission.csv and submissions/ from the finished stages.
@@ -138,6 +144,18 @@ def show_keys():
 def _commands() -> dict: return {n: f for n, f in vars(Commands).items() if not n.startswith('_') and n != 'open'}
 
 
+def _parameters(f) -> list[inspect.Parameter]: return list(inspect.signature(f).parameters.values())[1:]
+
+
+def _add_argument(sub: argparse.ArgumentParser, o: inspect.Parameter):
+    "A parameter of a command as its argument: *many, needed, with a default, or keyword-only as an option"
+    if o.kind is o.KEYWORD_ONLY:
+        sub.add_argument(f'-{o.name[0]}', f'--{o.name}', metavar='FILE', default=o.default, help=f'{o.annotation} (default: %(default)s)')
+    elif o.kind is o.VAR_POSITIONAL: sub.add_argument(o.name, nargs='*', help=o.annotation)
+    elif o.default is o.empty: sub.add_argument(o.name, help=o.annotation)
+    else: sub.add_argument(o.name, nargs='?', default=o.default, help=o.annotation)
+
+
 def get_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument('--recipe', default='settings.ini', metavar='FILE', help='the recipe (default: %(default)s)')
@@ -153,16 +171,17 @@ def get_parser() -> argparse.ArgumentParser:
         sub = subs.add_parser(name, help=head.split(';')[0].split('. ')[0].rstrip('.'), description=head, parents=[common],
                               epilog='example' + ('s:\n  ' if '\n' in example else ':\n  ') + example.replace('\n', '\n  '),
                               formatter_class=argparse.RawDescriptionHelpFormatter)
-        for o in list(inspect.signature(f).parameters.values())[1:]:
-            given = o.default is not o.empty
-            sub.add_argument(o.name, help=o.annotation, **(dict(nargs='?', default=o.default) if given else {}))
+        for o in _parameters(f): _add_argument(sub, o)
     return p
 
 
 def main(argv: list[str] | None = None):
     args = vars(get_parser().parse_args(argv))
     name, common = args.pop('command'), {k: args.pop(k) for k in ('recipe', 'data', 'runs', 'sets')}
-    try: _commands()[name](Commands(**common), **args)
+    f = _commands()[name]
+    options = {o.name: args.pop(o.name) for o in _parameters(f) if o.kind is o.KEYWORD_ONLY}
+    given = [v for o in _parameters(f) if o.name in args for v in (args[o.name] if o.kind is o.VAR_POSITIONAL else [args[o.name]])]
+    try: f(Commands(**common), *given, **options)
     except AptosError as e: sys.exit(_failed(str(e)))
     except KeyboardInterrupt:
         _failed(f'stopped; what is finished stays: the same command goes on from there ({common["runs"]})')

@@ -293,8 +293,14 @@ def read_square(path: str | Path, prep: Prep, size: int) -> np.ndarray:
     if not path.name.endswith(prep.suffix):
         try: data = prepare(data, prep)[0]
         except ImageError as e: raise ImageError(f'{path}: {e}') from None
+    try: return square_of(data, prep, size)
+    except ImageError: raise ImageError(f'{path}: is damaged; delete it and run again, it will be made anew') from None
+
+
+def square_of(data: bytes, prep: Prep, size: int) -> np.ndarray:
+    "uint8 `size` x `size` x 3 RGB of a prepared JPEG"
     im = _decode_jpeg(data, _shrink(prep.size, size))
-    if im is None: raise ImageError(f'{path}: is damaged; delete it and run again, it will be made anew')
+    if im is None: raise ImageError('cannot be decoded')
     return cv2.resize(im, (size, size), interpolation=cv2.INTER_AREA) if size != len(im) else im
 
 

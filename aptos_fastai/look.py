@@ -9,13 +9,13 @@ from aptos_fastai.console import Bars, say
 from aptos_fastai.data import FundusAugment
 from aptos_fastai.files import AptosError, write_bytes
 from aptos_fastai.images import decode, read_prepared, read_square, store_folder
+from aptos_fastai.metrics import GRADE_NAMES
 from aptos_fastai.page import Bar, Table, picture, write_page
 from aptos_fastai.pipeline import begin
 from aptos_fastai.record import Run
 from aptos_fastai.summary import SYNTHETIC
 from aptos_fastai.twins import twins_frame
 
-GRADES = ('no DR', 'mild', 'moderate', 'severe', 'proliferative')
 SIDE = 192                                   # of a tile, pixels
 
 
@@ -53,7 +53,7 @@ def sections(run: Run, name: str, df: pd.DataFrame) -> list[tuple[str, list[Tabl
     flags = df['flags'].str.split().explode().dropna().value_counts()
     sizes, out = [Table(['original, pixels', 'pictures', 'share'], counts(df, 'size'))], []
     if run.recipe.tables[name].graded:
-        rows = [[f'{g} {GRADES[g]}', int((df.diagnosis == g).sum()), Bar((df.diagnosis == g).mean())] for g in range(5)]
+        rows = [[f'{g} {GRADE_NAMES[g]}', int((df.diagnosis == g).sum()), Bar((df.diagnosis == g).mean())] for g in range(5)]
         out.append(('Grades', [Table(['grade', 'pictures', 'share'], rows)]))
         by = pd.crosstab(df['size'], df.diagnosis).reindex(columns=range(5), fill_value=0).loc[df['size'].value_counts().index[:8]]
         sizes.append(Table(['original, pixels', *(f'grade {g}' for g in range(5))], [[k, *map(int, v)] for k, v in by.iterrows()],

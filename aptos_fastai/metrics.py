@@ -4,6 +4,8 @@ import numpy as np
 from aptos_fastai.files import AptosError
 
 GRADES = 5
+GRADE_NAMES = ('no DR', 'mild', 'moderate', 'severe', 'proliferative')
+REFERABLE = 2                                # moderate and above is referred (ICO 2017)
 HALF = (.5, 1.5, 2.5, 3.5)
 PUBLISHED = (.75, 1.5, 2.5, 3.5)             # of the published code
 PRIOR = 100                                  # pictures that the halves count for in `shrunken` cuts

@@ -10,6 +10,7 @@ from aptos_fastai.images import read_prepared, read_square, store_folder
 from aptos_fastai.metrics import (
     HALF,
     PUBLISHED,
+    REFERABLE,
     GradeCuts,
     GradeSets,
     apply_cuts,
@@ -24,8 +25,6 @@ from aptos_fastai.page import Bar, Figure, Table, picture, write_page
 from aptos_fastai.record import HISTORY, Run
 from aptos_fastai.summary import SYNTHETIC, cuts_of, honest_grades, interval_text, tables_text, validated
 from aptos_fastai.twins import twins_frame
-
-REFERABLE = 2                                # moderate and above is referred (ICO 2017)
 
 
 def fig(title: str, drawn, caption: str = '') -> Figure: return Figure(title, plots.svg(drawn, title), caption)

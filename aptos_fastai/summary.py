@@ -7,7 +7,7 @@ import pandas as pd
 from aptos_fastai.config import Stage, parse_cuts
 from aptos_fastai.console import ago, say, table
 from aptos_fastai.files import AptosError, read_json
-from aptos_fastai.metrics import HALF, apply_cuts, kappa_interval, nested_grades, paired_interval, quadratic_kappa
+from aptos_fastai.metrics import HALF, GradeSets, apply_cuts, kappa_interval, nested_grades, paired_interval, quadratic_kappa
 from aptos_fastai.record import Run
 
 SYNTHETIC = 'SYNTHETIC: painted pictures, no medical data; nothing here says anything about eyes'
@@ -56,8 +56,13 @@ def summarise(run: Run, oof: pd.DataFrame) -> dict:
             kappa_interval=kappa_interval(o.grade, o.diagnosis), kappa_half=quadratic_kappa(apply_cuts(o.score, HALF), o.diagnosis),
             cuts=run.cuts(n, cuts_of(run, n)).tolist(), cuts_by=cuts_of(run, n), seconds=sum(q['seconds'] for q in recs) if s else 0))
     sub = run.recipe.submit
+    last = validated(oof, sub.final)
+    reach = GradeSets(sub.coverage).fit(last.score, last.diagnosis).reach_
     return dict(recipe=run.recipe.name, synthetic=bool(run.recipe.demo), note=SYNTHETIC if run.recipe.demo else '', stages=rows,
-                submission=dict(file='submission.csv', node=sub.final, cuts=run.cuts(sub.final, sub.cuts).tolist(), pictures=len(run.frames[sub.table])))
+                submission=dict(
+                    file='submission.csv', node=sub.final, members=run.recipe.members(sub.final), coverage=sub.coverage,
+                    reach=[float(r) if np.isfinite(r) else None for r in reach],
+                    cuts=run.cuts(sub.final, sub.cuts).tolist(), pictures=len(run.frames[sub.table])))
 
 
 def tables_text(stage: Stage) -> str:
