@@ -104,6 +104,14 @@ class Commands:
         from aptos_fastai.summary import compare_runs
         compare_runs(first, second)
 
+    def export(self, run: 'a run\'s folder <runs>/<recipe>, or a stage\'s in it'):  # noqa: F722
+        """Write a bundle that answers elsewhere: weights as safetensors and ONNX, bundle.json, model card; compares ONNX with PyTorch.
+
+        python run.py export runs/one_table
+        """
+        from aptos_fastai.export import export_run
+        export_run(run)
+
     def lr_find(self, stage: 'the stage'):  # noqa: F722
         """Suggest learning rates for a stage and save the curve as lr_find.png in its folder.
 

@@ -10,7 +10,8 @@ from markupsafe import Markup
 
 from aptos_fastai.files import write_bytes
 
-_templates = Environment(loader=PackageLoader('aptos_fastai'), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+_templates = Environment(loader=PackageLoader('aptos_fastai'), autoescape=lambda name: name.endswith('.html'), undefined=StrictUndefined,
+                         trim_blocks=True, lstrip_blocks=True)
 
 
 @dataclass

@@ -1,0 +1,146 @@
+"A finished run -> a bundle that answers elsewhere: safetensors, JSON, ONNX and a model card."
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+import aptos_fastai
+from aptos_fastai.console import Bars, say, table
+from aptos_fastai.files import AptosError, file_hash, read_json, write_bytes, write_json
+from aptos_fastai.grader import Grader, Member, Model, read_model
+from aptos_fastai.images import Prep, square_of
+from aptos_fastai.metrics import GRADE_NAMES, apply_cuts
+from aptos_fastai.page import render
+from aptos_fastai.record import FINISHED
+from aptos_fastai.summary import interval_text
+
+BOUND = .01                                  # of |score in ONNX - score in PyTorch|; reduced precisions differ by .06 and more
+PARITY = 24                                  # pictures that are compared
+
+
+class FromSquares(nn.Module):
+    "(n, side, side, 3) uint8 -> scores (n,): what else a network needs is inside"
+    def __init__(self, net: nn.Module, member: Member):
+        super().__init__()
+        self.net = net
+        for k in ('mean', 'std'): self.register_buffer(k, 255 * torch.tensor(getattr(member, k)))
+    def forward(self, x): return self.net(((x.float() - self.mean) / self.std).permute(0, 3, 1, 2)).flatten()
+
+
+def write_onnx(net: nn.Module, member: Member, file: Path):
+    "The network of a member as ONNX: input `squares` (n, side, side, 3) uint8 RGB, output `score` (n,)"
+    try:
+        import onnxscript  # noqa: F401 (the exporter's own dependency)
+    except ImportError: raise AptosError("ONNX needs the extra: pip install 'aptos_fastai[export]'") from None
+    squares = torch.zeros(2, member.size, member.size, 3, dtype=torch.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')      # the exporter's talk of its own parts
+        torch.onnx.export(FromSquares(net.float().cpu(), member).eval(), (squares,), file, input_names=['squares'], output_names=['score'],
+                          dynamic_shapes=({0: torch.export.Dim('n', min=1, max=4096)},), dynamo=True, external_data=False, verbose=False)
+
+
+def parity_squares(root: Path, prep: Prep) -> tuple[list[bytes], str]:
+    "Prepared JPEGs to compare on: the run's own pictures where they are, else painted ones"
+    files = sorted(islice((root.parent / 'prepared' / prep.name).glob('*/*.jpg'), 10_000))
+    if files: return [f.read_bytes() for f in files[::max(1, len(files) // PARITY)][:PARITY]], 'pictures of the run'
+    from aptos_fastai.demo import CAMERAS, paint_fundus
+    from aptos_fastai.images import prepare
+    rng = np.random.default_rng(0)
+    import cv2
+    ims = [paint_fundus(rng, i % 5, list(CAMERAS)[i % len(CAMERAS)], True)[0] for i in range(PARITY)]
+    return [prepare(cv2.imencode('.png', o[..., ::-1])[1].tobytes(), prep)[0] for o in ims], 'painted pictures'
+
+
+def compare(model: Model, first: Grader, run: Callable, jpegs: list[bytes]) -> dict:
+    "Scores of PyTorch and of `run` (member, squares) -> scores, one view each: largest and mean difference, and grades that change"
+    sides = {m.size for m in model.members}
+    squares = {n: np.stack([square_of(j, model.prep, n) for j in jpegs]) for n in sides}
+    with torch.no_grad():
+        a, b = (sum(m.weight * f(m, net, squares[m.size]) for m, net in first.nets) for f in (
+            lambda m, net, x: FromSquares(net, m)(torch.from_numpy(x)).numpy(), lambda m, net, x: run(m, x)))
+    d = np.abs(a - b)
+    return dict(pictures=len(jpegs), max_difference=float(d.max()), mean_difference=float(d.mean()),
+                grades_changed=int((apply_cuts(a, model.cuts) != apply_cuts(b, model.cuts)).sum()))
+
+
+def onnx_runner(folder: Path) -> Callable:
+    "(member, squares) -> scores by ONNX Runtime on the CPU"
+    try:
+        import onnxruntime
+    except ImportError: raise AptosError("ONNX Runtime needs the extra: pip install 'aptos_fastai[export]'") from None
+    sessions: dict[str, onnxruntime.InferenceSession] = {}
+
+    def run(member: Member, squares: np.ndarray) -> np.ndarray:
+        file = str((folder / member.file).with_suffix('.onnx'))
+        if file not in sessions: sessions[file] = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
+        return sessions[file].run(None, {'squares': squares})[0]
+    return run
+
+
+def lineage(root: Path, member: Member) -> dict:
+    "Where a member came from: its record without the settings that the bundle states already"
+    rec = read_json((root / member.file).parent / FINISHED)
+    return {k: rec[k] for k in ('stage', 'fold', 'fingerprint', 'settings', 'augment', 'seed', 'pictures', 'kept_epoch', 'parents', 'versions')}
+
+
+def figures(root: Path) -> dict:
+    "What is known of a run's answer: kappa and its interval, from its summary"
+    o = read_json(root / 'summary.json')
+    if not o: return {}
+    s = next(r for r in o['stages'] if r['stage'] == o['submission']['node'])
+    return dict(kappa=s['kappa'], kappa_interval=s['kappa_interval'], validated=s['validated'], node=s['stage'])
+
+
+def export_run(path: str):
+    """`export RUN`: the bundle of a run's final answer, or of a stage, in the folder `bundle` in it.
+
+    Raises `AptosError` where an ONNX network answers otherwise than the PyTorch one by more than `BOUND`; nothing is left then.
+    """
+    model, root = read_model(path)
+    if (Path(path) / 'bundle.json').is_file(): raise AptosError(f'{path}: is a bundle already; name a run or a stage')
+    out, tmp = Path(path) / 'bundle', Path(path) / '.bundle.tmp'
+    shutil.rmtree(tmp, ignore_errors=True)
+    grader = Grader(model, root)
+    members = []
+    try:
+        with Bars() as bars, bars(f'exporting {model.name}', len(model.members), 'networks') as bar:
+            for m, net in grader.nets:
+                file = m.file.replace('/', '-').replace('\\', '-')
+                write_bytes(tmp / file, (root / m.file).read_bytes())
+                members.append(replace(m, file=file))
+                write_onnx(net, m, (tmp / file).with_suffix('.onnx'))
+                bar.to(len(members))
+        bundled = replace(model, members=tuple(members))
+        jpegs, what = parity_squares(root, model.prep)
+        both = Grader(bundled, tmp)
+        parity = dict(compare(bundled, both, onnx_runner(tmp), jpegs), on=what, bound=BOUND)
+        worst = parity['max_difference']
+        if worst > BOUND: raise AptosError(f'{path}: ONNX differs from PyTorch by {worst:.3f} in a score ({BOUND} is the most)')
+        write_bundle(tmp, bundled, [lineage(root, m) for m in model.members], figures(root), parity)
+        shutil.rmtree(out, ignore_errors=True)
+        tmp.rename(out)
+    finally: shutil.rmtree(tmp, ignore_errors=True)
+    size = sum(f.stat().st_size for f in out.iterdir()) / 1e6
+    table(f'{model.name}: ONNX against PyTorch, {parity["pictures"]} {what}', ['largest difference', 'mean difference', 'grades that change'],
+          [[f'{parity["max_difference"]:.1e}', f'{parity["mean_difference"]:.1e}', parity['grades_changed']]])
+    say(f'{len(members)} networks, {size:.0f} MB -> {out}: bundle.json, weights, ONNX, MODEL_CARD.md')
+
+
+def write_bundle(folder: Path, model: Model, lines: list[dict], metrics: dict, parity: dict):
+    "bundle.json and MODEL_CARD.md; bundle.json last, its presence means that the bundle is whole"
+    files = {f.name: file_hash(f) for f in sorted(folder.iterdir())}
+    kappa = interval_text(metrics['kappa'], metrics['kappa_interval']) if metrics else ''
+    rows = pd.DataFrame([dict(stage=o['stage'], fold=o['fold'], arch=m.arch, size=m.size, train=o['pictures']['train'], valid=o['pictures']['valid'],
+                              tables=', '.join(o['settings']['train'])) for o, m in zip(lines, model.members, strict=True)]).to_dict('records')
+    card = render('MODEL_CARD.md', model=model, rows=rows, kappa=kappa, metrics=metrics, parity=parity, names=GRADE_NAMES, version=aptos_fastai.__version__)
+    write_bytes(folder / 'MODEL_CARD.md', card.encode())
+    write_json(folder / 'bundle.json', dict(
+        format=1, classes=list(GRADE_NAMES), licence='code: Apache-2.0; weights: as the tables they were trained on allow',
+        model=asdict(model), metrics=metrics, parity=parity, lineage=lines, files=files, aptos_fastai=aptos_fastai.__version__))

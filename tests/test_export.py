@@ -1,0 +1,82 @@
+"Bundles that answer elsewhere."
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import fails
+from test_grader import photos  # noqa: F401 (a fixture)
+from test_pipeline import copied  # noqa: F401 (a fixture)
+
+from aptos_fastai import export
+from aptos_fastai.cli import main
+from aptos_fastai.grader import load_grader
+from aptos_fastai.images import Prep, square_of
+
+onnxruntime = pytest.importorskip('onnxruntime')
+
+
+@pytest.fixture(scope='module')
+def bundle(toy, tmp_path_factory):
+    shutil.copytree(toy.parent, tmp_path_factory.mktemp('exported') / 'runs')
+    root = tmp_path_factory.getbasetemp() / 'exported0/runs' / toy.name
+    main(['export', str(root)])
+    return root / 'bundle'
+
+
+def test_a_bundle_answers_as_its_run_does(bundle, toy, photos, tmp_path):  # noqa: F811
+    shutil.copytree(bundle, tmp_path / 'moved')                                          # and needs nothing beside it
+    a, b = load_grader(tmp_path / 'moved').predict(photos), load_grader(toy).predict(photos)
+    assert np.allclose(a.score, b.score, atol=1e-6) and a.drop(columns='score').equals(b.drop(columns='score'))
+
+
+def test_onnx_gives_the_scores_of_raw_squares(bundle, photos):  # noqa: F811
+    o = json.loads((bundle / 'bundle.json').read_text())
+    m, g = o['model']['members'][0], load_grader(bundle)
+    session = onnxruntime.InferenceSession(str(bundle / m['file']).replace('.safetensors', '.onnx'))
+    got = [g.read(p)[0][m['size']] for p in photos]
+    score = session.run(None, {'squares': np.stack(got)})[0]
+    assert abs(score - g.scores({m['size']: np.stack(got)})[0]).max() < .3              # `g` takes the mean over two views
+    assert o['parity']['max_difference'] < 1e-3 and o['parity']['grades_changed'] == 0 and o['parity']['on'] == 'pictures of the run'
+
+
+def test_the_card_says_what_it_is(bundle):
+    card = (bundle / 'MODEL_CARD.md').read_text()
+    for words in ('SYNTHETIC', 'no medical device', 'kappa', 'retrain_512 fold 0', 'Limits'): assert words in card, words
+    assert '{{' not in card and '&#' not in card
+    o = json.loads((bundle / 'bundle.json').read_text())
+    assert o['lineage'][0]['parents'] and o['metrics']['validated'] == 12 and set(o['files']) == {
+        'retrain_512-fold0-weights.safetensors', 'retrain_512-fold0-weights.onnx', 'MODEL_CARD.md'} - {'MODEL_CARD.md'}
+
+
+def test_loading_a_bundle_runs_no_pickle(bundle, photos):  # noqa: F811
+    code = ('import pickle, sys, torch\n'
+            'def no(*a, **k): raise SystemExit("a pickle was loaded")\n'
+            'from aptos_fastai import load_grader\nimport aptos_fastai.grader\n'
+            'pickle.load = pickle.loads = torch.load = no\npickle.Unpickler = None\n'
+            'print(len(load_grader(sys.argv[1]).predict(sys.argv[2])))')
+    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, str(bundle), photos[0]], capture_output=True, text=True)
+    assert out.stdout.strip() == '1', out.stderr
+
+
+def test_a_bundle_that_was_changed_is_refused(bundle, photos, tmp_path, capsys):  # noqa: F811
+    shutil.copytree(bundle, tmp_path / 'b')
+    o = json.loads((tmp_path / 'b/bundle.json').read_text())
+    o['model']['members'][0]['file'] = '../../weights.safetensors'
+    (tmp_path / 'b/bundle.json').write_text(json.dumps(o))
+    fails(capsys, ['predict', tmp_path / 'b', photos[0]], 'lies outside', 'not to be trusted')
+    fails(capsys, ['export', tmp_path / 'b'], 'is a bundle already')
+
+
+def test_an_export_that_differs_is_refused_and_leaves_nothing(copied, monkeypatch, capsys):  # noqa: F811
+    real = export.onnx_runner
+    monkeypatch.setattr(export, 'onnx_runner', lambda folder: lambda m, x: real(folder)(m, x) + .5)
+    fails(capsys, ['export', copied], 'ONNX differs from PyTorch by 0.500')
+    assert not (copied / 'bundle').exists() and not (copied / '.bundle.tmp').exists()
+
+
+def test_parity_without_the_store_is_of_painted_pictures(tmp_path):
+    jpegs, what = export.parity_squares(tmp_path / 'run', Prep(size=64))
+    assert what == 'painted pictures' and square_of(jpegs[0], Prep(size=64), 32).shape == (32, 32, 3)
