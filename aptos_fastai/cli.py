@@ -112,6 +112,16 @@ class Commands:
         from aptos_fastai.export import export_run
         export_run(run)
 
+    def explain(self, model: 'a bundle, a run\'s folder <runs>/<recipe>, or a stage\'s in it',  # noqa: F722
+                *pictures: 'files, folders, a glob in quotes, or a CSV that names them', output: 'the folder to write into' = 'explained'):  # noqa: F722
+        """Show where in photographs their scores come from: the original and its heat map side by side, with the grade in words.
+
+        python run.py explain runs/one_table ~/clinic/eye.jpg -o explained
+        """
+        from aptos_fastai.explain import explain_files
+        if not pictures: raise AptosError(f'explain {model}: name the pictures, too: files, folders, a glob in quotes or a CSV')
+        explain_files(model, pictures, output)
+
     def lr_find(self, stage: 'the stage'):  # noqa: F722
         """Suggest learning rates for a stage and save the curve as lr_find.png in its folder.
 
@@ -158,7 +168,7 @@ def _parameters(f) -> list[inspect.Parameter]: return list(inspect.signature(f).
 def _add_argument(sub: argparse.ArgumentParser, o: inspect.Parameter):
     "A parameter of a command as its argument: *many, needed, with a default, or keyword-only as an option"
     if o.kind is o.KEYWORD_ONLY:
-        sub.add_argument(f'-{o.name[0]}', f'--{o.name}', metavar='FILE', default=o.default, help=f'{o.annotation} (default: %(default)s)')
+        sub.add_argument(f'-{o.name[0]}', f'--{o.name}', metavar='PATH', default=o.default, help=f'{o.annotation} (default: %(default)s)')
     elif o.kind is o.VAR_POSITIONAL: sub.add_argument(o.name, nargs='*', help=o.annotation)
     elif o.default is o.empty: sub.add_argument(o.name, help=o.annotation)
     else: sub.add_argument(o.name, nargs='?', default=o.default, help=o.annotation)

@@ -124,14 +124,17 @@ class Grader:
 
     def __repr__(self): return f'Grader({self.model.name}, {len(self.nets)} networks, cuts {" ".join(f"{c:.2f}" for c in self.model.cuts)})'
 
+    def tensor(self, member: Member, squares: np.ndarray) -> torch.Tensor:
+        "(n, side, side, 3) uint8 -> (n, 3, side, side) as the network of `member` takes it"
+        x = torch.from_numpy(squares).to(self.device).permute(0, 3, 1, 2).float().div_(255)
+        return ((x - x.new_tensor(member.mean)[:, None, None]) / x.new_tensor(member.std)[:, None, None]).contiguous(memory_format=torch.channels_last)
+
     @torch.no_grad()
     def scores(self, squares: dict[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         "Score and spread (n,) of prepared squares: side -> (n, side, side, 3) uint8"
         mean, square = 0., 0.
         for m, net in self.nets:
-            x = torch.from_numpy(squares[m.size]).to(self.device).permute(0, 3, 1, 2).float().div_(255)
-            x = ((x - x.new_tensor(m.mean)[:, None, None]) / x.new_tensor(m.std)[:, None, None]).contiguous(memory_format=torch.channels_last)
-            s = torch.stack([net(v).float().flatten() for v in views(x, m.tta)]).double().cpu().numpy()
+            s = torch.stack([net(v).float().flatten() for v in views(self.tensor(m, squares[m.size]), m.tta)]).double().cpu().numpy()
             mean, square = mean + m.weight * s.mean(0), square + m.weight * (s ** 2).mean(0)
         return mean, np.sqrt(np.maximum(square - mean ** 2, 0))
 

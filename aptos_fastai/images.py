@@ -199,6 +199,17 @@ def find_retina(im: np.ndarray, side: int = 256) -> Circle:
     return Circle((x + .5) / k, (y + .5) / k, (r + .5) / k) if fine else box
 
 
+def crop_box(h: int, w: int, c: Circle, prep: Prep) -> tuple[int, int, int, int]:
+    "What the prepared square of a picture of h x w covers: x0, x1, y0, y1 in its pixels, beyond its edges where it is padded"
+    x0, x1, y0, y1 = (int(round(o)) for o in (c.x - c.r, c.x + c.r, c.y - c.r, c.y + c.r))
+    if prep.crop == 'none': x0, x1, y0, y1 = 0, w, 0, h
+    if prep.aspect == 'squash': return max(x0, 0), min(x1, w), max(y0, 0), min(y1, h)
+    if prep.crop == 'none':
+        x0, y0 = -((max(h, w) - w) // 2), -((max(h, w) - h) // 2)
+        return x0, x0 + max(h, w), y0, y0 + max(h, w)
+    return x0, x1, y0, y1
+
+
 def crop_square(im: np.ndarray, c: Circle, prep: Prep) -> np.ndarray:
     """The square of side `prep.size` around the circle `c`, black outside a found one.
 
@@ -206,10 +217,7 @@ def crop_square(im: np.ndarray, c: Circle, prep: Prep) -> np.ndarray:
     missing belongs to the camera, and cameras go with grades (a forest on that shape alone scores .575 on squashed APTOS).
     """
     h, w = im.shape[:2]
-    x0, x1, y0, y1 = (int(round(o)) for o in (c.x - c.r, c.x + c.r, c.y - c.r, c.y + c.r))
-    if prep.crop == 'none': x0, x1, y0, y1 = 0, w, 0, h
-    if prep.aspect == 'squash': x0, x1, y0, y1 = max(x0, 0), min(x1, w), max(y0, 0), min(y1, h)
-    elif prep.crop == 'none': x0, x1, y0, y1 = -((max(h, w) - w) // 2), 0, -((max(h, w) - h) // 2), 0; x1 += x0 + max(h, w); y1 += y0 + max(h, w)
+    x0, x1, y0, y1 = crop_box(h, w, c, prep)
     part = im[max(y0, 0):y1, max(x0, 0):x1]
     pads = max(-y0, 0), max(y1 - h, 0), max(-x0, 0), max(x1 - w, 0)
     disc = c.how == 'circle' and prep.crop == 'retina' and prep.aspect == 'pad'

@@ -23,6 +23,11 @@ def views(x: torch.Tensor, tta: str):
         yield r.flip(-1)
 
 
+def unview(x: torch.Tensor, i: int) -> torch.Tensor:
+    "Maps (..., H, W) of the `i`-th view turned back to how the picture stands"
+    return (x.flip(-1) if i % 2 else x).rot90(-(i // 2), (-2, -1))
+
+
 @torch.no_grad()
 def predict_views(learn: Learner, frame: pd.DataFrame, tta: str = 'none', bar=None) -> np.ndarray:
     "Scores (n, views) float32 of the pictures in column `stored` of `frame`, in its order: never augmented"

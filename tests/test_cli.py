@@ -9,7 +9,7 @@ from conftest import ROOT
 from aptos_fastai.cli import _commands, main
 
 ROOMS = ('files config console tables twins images metrics record demo data model predict pseudo stage summary page plots audit report '
-         'pipeline plan look grader export cli').split()
+         'pipeline plan look grader explain export cli').split()
 
 
 @pytest.mark.parametrize('args', [['--help'], *([c, '--help'] for c in _commands())])

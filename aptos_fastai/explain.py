@@ -1,0 +1,97 @@
+"Where in a photograph its score comes from: gradient times activation of the last feature maps, through GeM, laid over the original."
+from collections.abc import Iterable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from aptos_fastai.console import Bars, say
+from aptos_fastai.files import AptosError, write_bytes
+from aptos_fastai.grader import Grader, find_pictures, load_grader
+from aptos_fastai.images import Circle, crop_box, decode
+from aptos_fastai.metrics import GRADE_NAMES
+from aptos_fastai.predict import unview, views
+
+SIDE = 112                                   # of a heat map, pixels
+FLOOR = 4.                                   # grades: what the hottest spot must reach to be drawn at full strength
+SHOWN = 1024                                 # longest side of what is drawn, pixels
+
+
+def contributions(net: torch.nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+    """(n, 3, side, side) -> (n, h, w): the score as a mean over the places of the last feature maps, less the head's constant.
+
+    Gradient times activation (HiResCAM, Draelos and Carin 2020) rather than Grad-CAM's mean gradient: GeM weighs each place by its own size, and since it is
+    homogeneous of degree one the places add up to the score exactly (Euler).
+    """
+    with torch.no_grad(): maps = net[0](x)
+    maps = maps.detach().float().requires_grad_()
+    grad, = torch.autograd.grad(net[1](maps).sum(), maps)
+    return (grad * maps).sum(1).detach() * maps.shape[-1] * maps.shape[-2]
+
+
+def heat(grader: Grader, squares: dict[int, np.ndarray]) -> np.ndarray:
+    "Prepared squares by side -> (n, SIDE, SIDE) grades: the mean over the model's networks and views, each turned back"
+    out = 0.
+    for m, net in grader.nets:
+        x = grader.tensor(m, squares[m.size])
+        parts = [unview(contributions(net, v), i) for i, v in enumerate(views(x, m.tta))]
+        mean = torch.stack(parts).mean(0)[:, None]
+        out = out + m.weight * F.interpolate(mean, (SIDE, SIDE), mode='bicubic', align_corners=False)[:, 0]
+    return out.cpu().numpy()
+
+
+def lay_over(im: np.ndarray, hot: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
+    "The picture (uint8 RGB) with the heat of its square, which covers `box` (x0, x1, y0, y1), where that raises the score"
+    x0, x1, y0, y1 = box
+    h, w = im.shape[:2]
+    spread = cv2.resize(np.maximum(hot, 0).astype(np.float32), (x1 - x0, y1 - y0), interpolation=cv2.INTER_CUBIC)
+    full = np.zeros((h, w), np.float32)
+    u, uu, v, vv = max(x0, 0), min(x1, w), max(y0, 0), min(y1, h)
+    full[v:vv, u:uu] = spread[v - y0:vv - y0, u - x0:uu - x0]
+    full = (full / max(float(hot.max()), FLOOR)).clip(0, 1)
+    colour = cv2.applyColorMap((255 * full).astype(np.uint8), cv2.COLORMAP_VIRIDIS)[..., ::-1]
+    a = .75 * full[..., None] ** .8
+    return (im * (1 - a) + colour * a).round().astype(np.uint8)
+
+
+def explained(grader: Grader, data: bytes) -> tuple[np.ndarray, np.ndarray, dict]:
+    "The original and the same with its heat (uint8 RGB, at most `SHOWN` wide), and the row of its grade. Raises `ImageError`, `AptosError`"
+    squares, info = grader.prepared(data)
+    if squares is None: raise AptosError(info['error'])
+    im, (w, h) = decode(data, SHOWN)
+    k = SHOWN / max(im.shape[:2])
+    if k < 1: im = cv2.resize(im, None, fx=k, fy=k, interpolation=cv2.INTER_AREA)
+    k = max(im.shape[:2]) / max(w, h)
+    box = crop_box(*im.shape[:2], Circle(info['x'] * k, info['y'] * k, info['r'] * k, info['how']), grader.model.prep)
+    hot = heat(grader, {n: s[None] for n, s in squares.items()})[0]
+    return im, lay_over(im, hot, box), grader.grade([''], [(squares, info)]).iloc[0].to_dict()
+
+
+def words(row: dict) -> str:
+    g = row['grade']
+    return f'grade {g} {GRADE_NAMES[g]} ({row["grade_low"]}-{row["grade_high"]}), score {row["score"]:.2f} {row["flags"]}'
+
+
+def captioned(im: np.ndarray, heated: np.ndarray, row: dict) -> np.ndarray:
+    "Both side by side with the grade in words below"
+    out = cv2.copyMakeBorder(np.hstack([im, heated]), 0, 30, 0, 0, cv2.BORDER_CONSTANT)
+    return cv2.putText(out, words(row), (6, len(out) - 9), cv2.FONT_HERSHEY_SIMPLEX, .55, (235, 235, 235), 1, cv2.LINE_AA)
+
+
+def explain_files(model: str, given: Iterable[str], output: str):
+    "`explain MODEL PICTURES`: <output>/<name>.png for each. Raises `AptosError` at the end where some could not be read"
+    files, grader, out = find_pictures(given), load_grader(model), Path(output)
+    if out.exists() and not out.is_dir(): raise AptosError(f'{out}: is a file; give a folder with -o')
+    bad, seen = [], {}
+    with Bars() as bars, bars(f'explaining by {grader.model.name}', len(files), 'pictures') as bar:
+        for i, f in enumerate(files, 1):
+            stem = Path(f).stem
+            seen[stem] = seen.get(stem, 0) + 1
+            name = stem if seen[stem] == 1 else f'{stem}-{seen[stem]}'
+            try: write_bytes(out / f'{name}.png', cv2.imencode('.png', captioned(*explained(grader, Path(f).read_bytes()))[..., ::-1])[1].tobytes())
+            except (AptosError, OSError) as e: bad.append(f'{f} {e}')
+            bar.to(i)
+    say(f'{len(files) - len(bad)} pictures -> {out}')
+    if bad: raise AptosError(f'{len(bad)} of {len(files)} pictures could not be explained: {"; ".join(bad[:3])}')
