@@ -5,7 +5,7 @@ import io
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from aptos_fastai.config import Stage, parse_cuts
 from aptos_fastai.console import Bars, say
 from aptos_fastai.files import AptosError, digest, file_hash, read_json, write_bytes
 from aptos_fastai.images import ImageError, Prep, prepare, square_of
-from aptos_fastai.metrics import GRADE_NAMES, REFERABLE, GradeSets, apply_cuts, fit_cuts
+from aptos_fastai.metrics import GRADE_NAMES, GRADES, HALF, REFERABLE, GradeSets, apply_cuts, fit_cuts
 from aptos_fastai.model import body_stats, create_model, keep_freed_memory
 from aptos_fastai.predict import views
 from aptos_fastai.record import FINISHED, PREDS, WEIGHTS
@@ -108,6 +108,13 @@ def read_net(member: Member, root: Path) -> torch.nn.Module:
     net = create_model(Stage(member.file, ('',), arch=member.arch, head=member.head, size=member.size))
     net.load_state_dict(load(file.read_bytes()))
     return net.eval().to(memory_format=torch.channels_last)
+
+
+def fold_model(root: Path, stages: dict[str, float], fold: int) -> Model:
+    "The networks of one fold of `stages` (folder -> weight) with a single view and no cuts of their own, as a validated picture met them"
+    found = [_member(root, root / s / f'fold{fold}', w) for s, w in stages.items()]
+    rec = found[0][1]
+    return Model(f'fold{fold}', Prep(**rec['prep']), tuple(replace(m, tta='none') for m, _ in found), HALF, (None,) * GRADES, .9, rec['synthetic'])
 
 
 class Grader:

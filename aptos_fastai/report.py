@@ -6,6 +6,8 @@ from aptos_fastai import plots
 from aptos_fastai.audit import MOST, audit
 from aptos_fastai.config import Stage, parse_cuts
 from aptos_fastai.console import Bars, ago
+from aptos_fastai.explain import heat, lay_over
+from aptos_fastai.grader import Grader, fold_model
 from aptos_fastai.images import read_prepared, read_square, store_folder
 from aptos_fastai.metrics import (
     HALF,
@@ -154,9 +156,16 @@ def tables(run: Run) -> Table:
 
 
 def gallery(run: Run, df: pd.DataFrame, words) -> list[tuple]:
-    "(picture, words) of the rows of `df`: source, id_code and what `words` asks for"
+    "(picture, its heat, words) of the rows of `df`: source, id_code, fold (whose networks explain it) and what `words` asks for"
     stored = {n: f.set_index('id_code').stored for n, f in run.frames.items()}
-    return [(picture(read_square(stored[o.source][o.id_code], run.prep, 224), o.id_code), words(o)) for o in df.itertuples()]
+    graders = {k: Grader(fold_model(run.root, run.recipe.members(run.recipe.submit.final), k), run.root) for k in df.fold.unique()}
+    out = []
+    for o in df.itertuples():
+        g, path = graders[o.fold], stored[o.source][o.id_code]
+        hot = heat(g, {n: read_square(path, run.prep, n)[None] for n in {m.size for m in g.model.members}})[0]
+        sq = read_square(path, run.prep, 224)
+        out.append((picture(sq, o.id_code), picture(lay_over(sq, hot, (0, 224, 0, 224)), f'{o.id_code}: where the score comes from'), words(o)))
+    return out
 
 
 def worst(run: Run, v: pd.DataFrame, count: int = 12) -> list[tuple]:
@@ -165,7 +174,7 @@ def worst(run: Run, v: pd.DataFrame, count: int = 12) -> list[tuple]:
 
 
 def uncertain(run: Run, given: pd.DataFrame, count: int = 12) -> list[tuple]:
-    df = given[given.spread.notna()].assign(source=run.recipe.submit.table, score=given['mean']).nlargest(count, 'spread')
+    df = given[given.spread.notna()].assign(source=run.recipe.submit.table, score=given['mean'], fold=0).nlargest(count, 'spread')
     return gallery(run, df, lambda o: f'{o.id_code}: given {o.grade} ({o.grade_low}-{o.grade_high}), score {o.score:.2f} ± {o.spread:.2f}')
 
 
@@ -209,6 +218,9 @@ def write_report(run: Run, summary: dict, oof: pd.DataFrame, given: pd.DataFrame
                 ('Mistakes of the answer', mistakes(v)), ('Referable retinopathy', dr),
                 ('Scores', scores(run, v, given, cuts)), ('Certainty', certainty(v, run.parts(v), given, sub.coverage)),
                 ('Learning', learning(run)), ('Shortcuts', shortcuts(run, bars, final['kappa'])), ('Tables', [tables(run)])]
+    with bars('report: heat maps', 2, 'galleries') as bar:
+        galleries = [worst(run, v)]; bar.to(1)
+        galleries.append(uncertain(run, given)); bar.to(2)
     write_page(run.root / 'report.html', 'report.html', title=f'{run.recipe.name}: report', warning=SYNTHETIC if run.recipe.demo else '',
                note=f'{run.recipe.path.name} on {", ".join(f"{n} ({len(f)} pictures)" for n, f in run.frames.items())}. Research software, no medical device.',
-               cards=cards, sections=sections, worst=worst(run, v), uncertain=uncertain(run, given), settings=settings(run))
+               cards=cards, sections=sections, worst=galleries[0], uncertain=galleries[1], settings=settings(run))

@@ -1,6 +1,6 @@
 """The pointing game (Zhang et al. 2018) on the demo's lesions: python benchmarks/explain.py [RUN] [DEMO FOLDER]
 
-How often the hottest place of a heat map lies on a lesion, give or take 3 % of the retina's radius, beside how often a place taken at random in the retina does:
+How often the hottest place of a heat map lies on a lesion, give or take 3 % of the retina's radius, beside how often a place at random does:
 test pictures of grade 1 and above, which no network was trained on with a grade. Defaults: runs/settings-demo and its demo folder beside it.
 """
 import sys
@@ -15,6 +15,7 @@ from aptos_fastai.explain import heat
 from aptos_fastai.grader import load_grader
 from aptos_fastai.images import Circle, crop_box
 from aptos_fastai.metrics import share_interval
+from aptos_fastai.summary import interval_text
 
 TOLERANCE = .03
 
@@ -41,9 +42,10 @@ def main(run: str = 'runs/settings-demo', demo: str = ''):
         inside = 0 <= at[0] < len(mask) and 0 <= at[1] < mask.shape[1]
         rows.append(dict(grade=g, hit=bool(inside and mask[at]), chance=mask[retina].mean()))
     df = pd.DataFrame(rows)
-    lines = [[name, len(d), f'{d.hit.mean():.2f} [{share_interval(d.hit.sum(), len(d))[0]:.2f} {share_interval(d.hit.sum(), len(d))[1]:.2f}]', f'{d.chance.mean():.2f}',
-              f'{d.hit.mean() / d.chance.mean():.1f}'] for name, d in [('all', df), *((f'grade {g}', d) for g, d in df.groupby('grade'))]]
-    table(f'pointing game, {grader.model.name} (SYNTHETIC demo)', ['pictures', 'n', 'hits [95 %]', 'at random', 'factor'], lines, right=('n', 'at random', 'factor'))
+    lines = [[name, len(d), interval_text(d.hit.mean(), share_interval(d.hit.sum(), len(d))), f'{d.chance.mean():.2f}', f'{d.hit.mean() / d.chance.mean():.1f}']
+             for name, d in [('all', df), *((f'grade {g}', d) for g, d in df.groupby('grade'))]]
+    table(f'pointing game, {grader.model.name} (SYNTHETIC demo)', ['pictures', 'n', 'hits [95 %]', 'at random', 'factor'], lines,
+          right=('n', 'at random', 'factor'))
 
 
 if __name__ == '__main__': main(*sys.argv[1:])

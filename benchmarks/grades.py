@@ -6,19 +6,22 @@ validated pictures (default 35,000), whose run folder is written to a temporary 
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pandas as pd
+from safetensors.torch import save
 
 from aptos_fastai.config import read_recipe
 from aptos_fastai.console import Bars, table
 from aptos_fastai.demo import CAMERAS, paint_fundus
-from aptos_fastai.files import file_hash, write_csv, write_json
+from aptos_fastai.files import file_hash, write_bytes, write_csv, write_json
 from aptos_fastai.images import store_folder
 from aptos_fastai.metrics import HALF, GradeCuts, apply_cuts, kappa_interval, quadratic_kappa
-from aptos_fastai.record import HISTORY, PREDS, Run
+from aptos_fastai.model import create_model
+from aptos_fastai.record import HISTORY, PREDS, WEIGHTS, Run
 from aptos_fastai.report import write_report
 from aptos_fastai.summary import oof_table, summarise
 
@@ -72,8 +75,10 @@ def write_stage(run: Run, stage: str, spec):
         write_csv(out / PREDS, mine[['id_code', 'source', 'diagnosis', 'fold']].assign(score=.6 * mine.diagnosis + .2 + rng.normal(0, .45, len(mine))))
         e = np.arange(12)
         write_csv(out / HISTORY, pd.DataFrame(dict(epoch=e, train_loss=1 / (e + 1), valid_loss=1.1 / (e + 1), kappa=.9 - .5 / (e + 1), lr=1e-3, kept=e == 11)))
-        write_json(out / 'stage.json', dict(files={PREDS: dict(sha256=file_hash(out / PREDS))}, seconds=1., kept_epoch=11, kept_kappa=.85, versions={},
-                                            pictures=dict(train=len(train) - len(mine), valid=len(mine))))
+        write_bytes(out / WEIGHTS, save(create_model(spec).state_dict()))
+        write_json(out / 'stage.json', dict(
+            files={f: dict(sha256=file_hash(out / f)) for f in (PREDS, WEIGHTS)}, seconds=1., kept_epoch=11, kept_kappa=.85, versions={}, synthetic=True,
+            settings=asdict(spec), prep=asdict(run.prep), pictures=dict(train=len(train) - len(mine), valid=len(mine))))
 
 
 def report(run: Run):
