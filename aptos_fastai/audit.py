@@ -10,6 +10,7 @@ from aptos_fastai.metrics import even_parts, kappa_interval, nested_grades, quad
 from aptos_fastai.record import Run
 
 MOST = 3000                                  # pictures that are looked at
+CAMERA = 'original: width, height, where its retina is', 'prepared picture: shape of what is lit'
 
 
 def mask_shape(sq: np.ndarray, side: int = 64) -> np.ndarray:
@@ -49,6 +50,5 @@ def audit(run: Run, bar=None) -> list[tuple[str, int, float, tuple[float, float]
         colour.append(np.r_[sq.mean((0, 1)), sq.std((0, 1))])
         if bar: bar.to(i + 1)
     y, parts = df.diagnosis.to_numpy(float), even_parts(df.diagnosis, df.group)
-    known = {'original: width, height, where its retina is': sizes, 'original: bytes of its file': files,
-             'prepared picture: mean colour and contrast': np.array(colour), 'prepared picture: shape of what is lit': np.array(shape)}
+    known = {CAMERA[0]: sizes, CAMERA[1]: np.array(shape), 'original: bytes of its file': files, 'prepared picture: mean colour and contrast': np.array(colour)}
     return [(k, len(df), *forest_kappa(x, y, parts)) for k, x in known.items()]

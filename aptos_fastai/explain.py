@@ -1,4 +1,4 @@
-"Where in a photograph its score comes from: gradient times activation of the last feature maps, through GeM, laid over the original."
+"Where in a photograph its score comes from: gradient times activation of early feature maps, through GeM, laid over the original."
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,42 +15,52 @@ from aptos_fastai.metrics import GRADE_NAMES
 from aptos_fastai.predict import unview, views
 
 SIDE = 112                                   # of a heat map, pixels
-FLOOR = 4.                                   # grades: what the hottest spot must reach to be drawn at full strength
+STRIDE = 8                                   # of the maps: .19 of the hottest places are lesions on the last ones (32), here .94 (benchmarks/explain.py)
 SHOWN = 1024                                 # longest side of what is drawn, pixels
 
 
-def contributions(net: torch.nn.Sequential, x: torch.Tensor) -> torch.Tensor:
-    """(n, 3, side, side) -> (n, h, w): the score as a mean over the places of the last feature maps, less the head's constant.
+def heat_layer(net: torch.nn.Sequential) -> torch.nn.Module:
+    "The deepest feature maps that are at most `STRIDE` times smaller than the picture"
+    stages = net[0].model.feature_info
+    return net[0].model.get_submodule([o['module'] for o in stages if o['reduction'] <= STRIDE][-1])
 
-    Gradient times activation (HiResCAM, Draelos and Carin 2020) rather than Grad-CAM's mean gradient: GeM weighs each place by its own size, and since it is
-    homogeneous of degree one the places add up to the score exactly (Euler).
+
+def contributions(net: torch.nn.Sequential, x: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
+    """(n, 3, side, side) -> (n, h, w): what each place of the maps of `layer` adds to the score, times their number.
+
+    Gradient times activation, place by place (HiResCAM, Draelos and Carin 2020), rather than Grad-CAM's mean gradient (Selvaraju et al. 2017): GeM weighs
+    each place by its own size. On the last maps the places add up to the score less the head's constant, for GeM is homogeneous of degree one (Euler).
     """
-    with torch.no_grad(): maps = net[0](x)
-    maps = maps.detach().float().requires_grad_()
-    grad, = torch.autograd.grad(net[1](maps).sum(), maps)
-    return (grad * maps).sum(1).detach() * maps.shape[-1] * maps.shape[-2]
+    kept = []
+    hook = layer.register_forward_hook(lambda m, i, o: kept.append(o))
+    try:
+        with torch.enable_grad(): grad, = torch.autograd.grad(net(x.clone().requires_grad_()).sum(), kept)
+    finally: hook.remove()
+    maps = kept[0].detach()
+    return (grad * maps).sum(1) * maps.shape[-1] * maps.shape[-2]
 
 
 def heat(grader: Grader, squares: dict[int, np.ndarray]) -> np.ndarray:
-    "Prepared squares by side -> (n, SIDE, SIDE) grades: the mean over the model's networks and views, each turned back"
+    "Prepared squares by side -> (n, SIDE, SIDE): the mean over the model's networks and views, each turned back"
     out = 0.
     for m, net in grader.nets:
         x = grader.tensor(m, squares[m.size])
-        parts = [unview(contributions(net, v), i) for i, v in enumerate(views(x, m.tta))]
+        parts = [unview(contributions(net, v, heat_layer(net)), i) for i, v in enumerate(views(x, m.tta))]
         mean = torch.stack(parts).mean(0)[:, None]
         out = out + m.weight * F.interpolate(mean, (SIDE, SIDE), mode='bicubic', align_corners=False)[:, 0]
     return out.cpu().numpy()
 
 
-def lay_over(im: np.ndarray, hot: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
-    "The picture (uint8 RGB) with the heat of its square, which covers `box` (x0, x1, y0, y1), where that raises the score"
+def lay_over(im: np.ndarray, hot: np.ndarray, box: tuple[int, int, int, int], score: float) -> np.ndarray:
+    """The picture (uint8 RGB) with the heat of its square, which covers `box` (x0, x1, y0, y1), where that raises the score: the hottest place in full,
+    fainter where the whole `score` is below 1"""
     x0, x1, y0, y1 = box
     h, w = im.shape[:2]
     spread = cv2.resize(np.maximum(hot, 0).astype(np.float32), (x1 - x0, y1 - y0), interpolation=cv2.INTER_CUBIC)
     full = np.zeros((h, w), np.float32)
     u, uu, v, vv = max(x0, 0), min(x1, w), max(y0, 0), min(y1, h)
     full[v:vv, u:uu] = spread[v - y0:vv - y0, u - x0:uu - x0]
-    full = (full / max(float(hot.max()), FLOOR)).clip(0, 1)
+    full = (full / max(float(hot.max()), 1e-9)).clip(0, 1) * np.clip(score, .2, 1)
     colour = cv2.applyColorMap((255 * full).astype(np.uint8), cv2.COLORMAP_VIRIDIS)[..., ::-1]
     a = .75 * full[..., None] ** .8
     return (im * (1 - a) + colour * a).round().astype(np.uint8)
@@ -66,7 +76,8 @@ def explained(grader: Grader, data: bytes) -> tuple[np.ndarray, np.ndarray, dict
     k = max(im.shape[:2]) / max(w, h)
     box = crop_box(*im.shape[:2], Circle(info['x'] * k, info['y'] * k, info['r'] * k, info['how']), grader.model.prep)
     hot = heat(grader, {n: s[None] for n, s in squares.items()})[0]
-    return im, lay_over(im, hot, box), grader.grade([''], [(squares, info)]).iloc[0].to_dict()
+    row = grader.grade([''], [(squares, info)]).iloc[0].to_dict()
+    return im, lay_over(im, hot, box, row['score']), row
 
 
 def words(row: dict) -> str:

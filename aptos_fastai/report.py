@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 
 from aptos_fastai import plots
-from aptos_fastai.audit import MOST, audit
+from aptos_fastai.audit import CAMERA, MOST, audit
 from aptos_fastai.config import Stage, parse_cuts
 from aptos_fastai.console import Bars, ago
 from aptos_fastai.explain import heat, lay_over
@@ -164,7 +164,7 @@ def gallery(run: Run, df: pd.DataFrame, words) -> list[tuple]:
         g, path = graders[o.fold], stored[o.source][o.id_code]
         hot = heat(g, {n: read_square(path, run.prep, n)[None] for n in {m.size for m in g.model.members}})[0]
         sq = read_square(path, run.prep, 224)
-        out.append((picture(sq, o.id_code), picture(lay_over(sq, hot, (0, 224, 0, 224)), f'{o.id_code}: where the score comes from'), words(o)))
+        out.append((picture(sq, o.id_code), picture(lay_over(sq, hot, (0, 224, 0, 224), o.score), f'{o.id_code}: where the score comes from'), words(o)))
     return out
 
 
@@ -181,9 +181,9 @@ def uncertain(run: Run, given: pd.DataFrame, count: int = 12) -> list[tuple]:
 def shortcuts(run: Run, bars: Bars, kappa: float) -> list:
     n = len(run.oof(run.recipe.submit.final))
     with bars('report: shortcut audit', min(n, MOST), 'pictures') as bar: rows = audit(run, bar)
-    worst = max(rows, key=lambda r: r[3][0])
-    told = (f'{worst[0]} alone reaches kappa {worst[2]:.2f}: grades go with the camera in these tables, and a network can learn that instead of the eye.'
-            if worst[3][0] > .1 else 'None of these alone grades better than chance by a margin that so many pictures could show.')
+    told = [f'{k} alone reaches kappa {q:.2f}: grades go with the camera in these tables, and a network can learn that instead of the eye.'
+            for k, _, q, i in rows if k in CAMERA and i[0] > .1] or ['Neither the camera\'s size nor the shape it leaves tells the grades apart here.']
+    told = ' '.join(told) + ' Bytes, colour and contrast go with the camera and with lesions, too.'
     rows = [[k, m, interval_text(q, i)] for k, m, q, i in rows] + [['the answer, for comparison', n, f'{kappa:.3f}'.replace('0.', '.')]]
     return [Table(['a forest that knows of the', 'pictures', 'kappa [95 %]'], rows, told)]
 

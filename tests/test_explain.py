@@ -8,10 +8,11 @@ from test_grader import photos  # noqa: F401 (a fixture)
 from torch import nn
 
 from aptos_fastai.cli import main
-from aptos_fastai.explain import SIDE, contributions, explained, heat, lay_over
+from aptos_fastai.config import Stage
+from aptos_fastai.explain import SIDE, contributions, explained, heat, heat_layer, lay_over
 from aptos_fastai.grader import load_grader
 from aptos_fastai.images import Circle, Prep, crop_box, crop_square
-from aptos_fastai.model import GeM
+from aptos_fastai.model import GeM, create_model
 from aptos_fastai.predict import unview, views
 
 
@@ -21,7 +22,7 @@ def test_places_add_up_to_the_score(pool):
     head = nn.Sequential(pool, nn.Flatten(), nn.Linear(6, 1))
     net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU()), head)
     x = torch.randn(4, 3, 8, 8)
-    assert torch.allclose(contributions(net, x).mean((1, 2)) + head[2].bias, net(x)[:, 0], atol=1e-4)
+    assert torch.allclose(contributions(net, x, net[0]).mean((1, 2)) + head[2].bias, net(x)[:, 0], atol=1e-4)
 
 
 def test_a_network_that_sees_one_colour_is_hot_where_that_is():
@@ -29,7 +30,20 @@ def test_a_network_that_sees_one_colour_is_hot_where_that_is():
     net = nn.Sequential(body, nn.Sequential(GeM(3.), nn.Flatten(), nn.Linear(1, 1)))
     net[1][2].weight.data.fill_(1.)
     x = torch.zeros(1, 3, 16, 16); x[0, 0, 3, 12] = 1; x[0, 1, 9, 2] = 1
-    assert divmod(int(contributions(net, x)[0].argmax()), 16) == (3, 12)
+    assert divmod(int(contributions(net, x, net[0])[0].argmax()), 16) == (3, 12)
+
+
+@pytest.mark.parametrize('arch', ['test_resnet', 'tf_efficientnet_lite0', 'densenet121', 'legacy_seresnet50'])
+def test_the_maps_are_an_eighth_of_the_picture(arch):
+    net = create_model(Stage('x', ('t',), arch=arch, size=64)).eval()
+    out = contributions(net, torch.randn(1, 3, 64, 64), heat_layer(net))
+    assert out.shape == (1, 8, 8) and out.abs().max() > 0 and all(p.grad is None for p in net.parameters())
+
+
+def test_a_score_near_0_is_drawn_faintly():
+    im, hot = np.full((50, 50, 3), 90, np.uint8), np.zeros((SIDE, SIDE)); hot[50:60, 50:60] = 1
+    strong, faint = (np.abs(lay_over(im, hot, (0, 50, 0, 50), s).astype(int) - im).max() for s in (2., 0.))
+    assert strong > 3 * faint > 0
 
 
 def test_views_are_turned_back():
@@ -47,7 +61,7 @@ def test_heat_lies_where_the_square_shows_it(prep):
     c = Circle(300, 200, 180)
     sq = crop_square(im, c, prep)
     hot = cv2.resize((sq.min(2) > 180).astype(np.float32), (SIDE, SIDE), interpolation=cv2.INTER_AREA) * 9
-    out = lay_over(im, hot, crop_box(400, 600, c, prep)).astype(int)
+    out = lay_over(im, hot, crop_box(400, 600, c, prep), 3.).astype(int)
     y, x = np.argwhere(np.abs(out - im).sum(2) > 100).mean(0)
     assert abs(x - 380) < 6 and abs(y - 120) < 6
 
