@@ -130,7 +130,7 @@ def export_run(path: str):
     size = sum(f.stat().st_size for f in out.iterdir()) / 1e6
     table(f'{model.name}: ONNX against PyTorch, {parity["pictures"]} {what}', ['largest difference', 'mean difference', 'grades that change'],
           [[f'{parity["max_difference"]:.1e}', f'{parity["mean_difference"]:.1e}', parity['grades_changed']]])
-    say(f'{len(members)} networks, {size:.0f} MB -> {out}: bundle.json, weights, ONNX, MODEL_CARD.md')
+    say(f'{len(members)} network{"s" * (len(members) > 1)}, {size:.0f} MB -> {out}: bundle.json, weights, ONNX, MODEL_CARD.md')
 
 
 def write_bundle(folder: Path, model: Model, lines: list[dict], metrics: dict, parity: dict):
