@@ -122,6 +122,16 @@ class Commands:
         if not pictures: raise AptosError(f'explain {model}: name the pictures, too: files, folders, a glob in quotes or a CSV')
         explain_files(model, pictures, output)
 
+    def serve(self, model: 'a bundle, a run\'s folder <runs>/<recipe>, or a stage\'s in it', *, host: 'address to listen on' = '127.0.0.1',  # noqa: F722
+              port: 'port to listen on' = '8000'):  # noqa: F722
+        """Open a local page that grades photographs: drop them, read grade, score and heat map, save a CSV; /api/predict for programs.
+
+        python run.py serve runs/one_table
+        """
+        from aptos_fastai.serve import serve
+        if not port.isdigit() or not 0 < int(port) < 65536: raise AptosError(f'--port {port}: a number from 1 to 65535 is needed')
+        serve(model, host, int(port))
+
     def lr_find(self, stage: 'the stage'):  # noqa: F722
         """Suggest learning rates for a stage and save the curve as lr_find.png in its folder.
 
@@ -168,7 +178,8 @@ def _parameters(f) -> list[inspect.Parameter]: return list(inspect.signature(f).
 def _add_argument(sub: argparse.ArgumentParser, o: inspect.Parameter):
     "A parameter of a command as its argument: *many, needed, with a default, or keyword-only as an option"
     if o.kind is o.KEYWORD_ONLY:
-        sub.add_argument(f'-{o.name[0]}', f'--{o.name}', metavar='PATH', default=o.default, help=f'{o.annotation} (default: %(default)s)')
+        short = ['-o'] if o.name == 'output' else []
+        sub.add_argument(*short, f'--{o.name}', metavar=o.name.upper(), default=o.default, help=f'{o.annotation} (default: %(default)s)')
     elif o.kind is o.VAR_POSITIONAL: sub.add_argument(o.name, nargs='*', help=o.annotation)
     elif o.default is o.empty: sub.add_argument(o.name, help=o.annotation)
     else: sub.add_argument(o.name, nargs='?', default=o.default, help=o.annotation)

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import pyvips
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from aptos_fastai.config import Recipe
 from aptos_fastai.console import say
@@ -111,6 +111,7 @@ def decode(data: bytes, min_side: int = 0) -> tuple[np.ndarray, tuple[int, int]]
                     im = Image.alpha_composite(Image.new('RGBA', im.size, (0, 0, 0, 255)), im)      # what is see-through is black
                 return np.array(im.convert('RGB')), size
     except ImageError: raise
+    except UnidentifiedImageError: raise ImageError('cannot be decoded: it is no picture of a known kind') from None
     except Exception as e:   # Pillow's plugins raise anything from SyntaxError to struct.error on damaged files
         raise ImageError(f'cannot be decoded ({type(e).__name__}: {e})') from None
 
