@@ -7,7 +7,7 @@ warnings.filterwarnings('ignore', message='.torch.jit.script. is deprecated', ca
 warnings.filterwarnings('ignore', message="The 'mode.chained_assignment' option is deprecated")           # fastai's own use of it
 
 
-def load_grader(path):
+def load_grader(path, backend='torch', precision='f32'):
     "The `aptos_fastai.grader.Grader` of a bundle, a run folder or a stage's folder: `load_grader(path).predict(files)` gives a DataFrame"
     from aptos_fastai.grader import load_grader as load  # PyTorch is only imported where it is used
-    return load(path)
+    return load(path, backend, precision)

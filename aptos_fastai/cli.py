@@ -67,7 +67,8 @@ class Commands:
         label_table(self.open(), stage, table)
 
     def predict(self, model: 'a bundle, a run\'s folder <runs>/<recipe>, or a stage\'s in it' = '',  # noqa: F722
-                *pictures: 'files, folders, a glob in quotes, or a CSV that names them', output: 'the CSV to write' = 'grades.csv'):  # noqa: F722
+                *pictures: 'files, folders, a glob in quotes, or a CSV that names them', output: 'the CSV to write' = 'grades.csv',  # noqa: F722
+                backend: 'torch, or for a bundle onnx or openvino' = 'torch', precision: 'f32, or bf16: faster on CPUs that know it' = 'f32'):  # noqa: F722
         """Grade pictures of your own by a trained model; without arguments write scores.csv: the test pictures by each submitted stage and ensemble.
 
         python run.py predict runs/one_table ~/clinic/photographs -o grades.csv
@@ -78,7 +79,7 @@ class Commands:
             return write_scores(self.open())
         if not pictures: raise AptosError(f'predict {model}: name the pictures, too: files, folders, a glob in quotes or a CSV')
         from aptos_fastai.grader import grade_files
-        grade_files(model, pictures, output)
+        grade_files(model, pictures, output, backend, precision)
 
     def submit(self):
         """Write submission.csv and submissions/ from the finished stages.

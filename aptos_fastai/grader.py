@@ -3,9 +3,10 @@ import csv
 import glob
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -117,31 +118,93 @@ def fold_model(root: Path, stages: dict[str, float], fold: int) -> Model:
     return Model(f'fold{fold}', Prep(**rec['prep']), tuple(replace(m, tta='none') for m, _ in found), HALF, (None,) * GRADES, .9, rec['synthetic'])
 
 
+def torch_runner(grader: 'Grader', member: Member, precision: str) -> Callable[[np.ndarray], np.ndarray]:
+    "Squares (n, side, side, 3) uint8 -> scores (views, n) by PyTorch"
+    net = next(n for m, n in grader.nets if m is member)
+
+    @torch.no_grad()
+    def run(squares):
+        with torch.autocast(grader.device.type, torch.bfloat16, enabled=precision == 'bf16'):
+            return torch.stack([net(v).float().flatten() for v in views(grader.tensor(member, squares), member.tta)]).double().cpu().numpy()
+    return run
+
+
+def _by_onnx(grader: 'Grader', member: Member, package: str, get_run: Callable) -> Callable[[np.ndarray], np.ndarray]:
+    "The same by a runtime that reads the bundle's ONNX; `get_run` gives (squares) -> scores of a file"
+    file = (grader.root / member.file).with_suffix('.onnx')
+    if not file.is_file(): raise AptosError(f'{file}: is not there; only a bundle has ONNX: run `export` and name its folder')
+    if file_hash(file) != read_json(grader.root / 'bundle.json')['files'].get(file.name):
+        raise AptosError(f'{file}: is not what was written (its hash differs); export again')
+    try: one = get_run(file)
+    except ImportError: raise AptosError(f'{package} is needed for this backend: pip install {package}') from None
+
+    def run(squares):
+        x = torch.from_numpy(squares).permute(0, 3, 1, 2)
+        return np.stack([one(np.ascontiguousarray(v.permute(0, 2, 3, 1).numpy())) for v in views(x, member.tta)]).astype(float)
+    return run
+
+
+def onnx_runner(grader: 'Grader', member: Member, precision: str):
+    if precision != 'f32': raise AptosError(f'backend onnx with precision {precision}: ONNX Runtime computes in f32 on the CPU; choose openvino or f32')
+
+    def get(file):
+        import onnxruntime
+        session = onnxruntime.InferenceSession(str(file), providers=['CPUExecutionProvider'])
+        return lambda x: session.run(None, {'squares': x})[0]
+    return _by_onnx(grader, member, 'onnxruntime', get)
+
+
+def openvino_runner(grader: 'Grader', member: Member, precision: str):
+    def get(file):
+        import openvino
+        net = openvino.Core().compile_model(str(file), 'CPU', dict(INFERENCE_PRECISION_HINT=precision, PERFORMANCE_HINT='LATENCY'))
+        return lambda x: net([x])[0].copy()
+    return _by_onnx(grader, member, 'openvino', get)
+
+
+def _check_parity(root: Path, backend: str, precision: str):
+    "Refuses what `export` found to differ too much"
+    for o in (read_json(root / 'bundle.json') or {}).get('parity', []):
+        if (o['backend'], o['precision']) == (backend, precision) and not o['fine']:
+            changed = f'{o["grades_changed"]} of {o["pictures"]} grades'
+            raise AptosError(f'{root}: {backend} {precision} changes scores by up to {o["max_difference"]:.2f} and {changed}; use f32')
+
+
+BACKENDS = dict(torch=torch_runner, onnx=onnx_runner, openvino=openvino_runner)      # to add one: a function here
+
+
 class Grader:
     """Grades photographs as the run did that trained it: `load_grader(path).predict(files)`.
 
     Retina crop, sizes, normalisation, views, cuts and sets of grades come with the model. Answers on the GPU where there is one.
     """
-    def __init__(self, model: Model, root: Path):
+    def __init__(self, model: Model, root: Path, backend: str = 'torch', precision: str = 'f32'):
+        if backend not in BACKENDS: raise AptosError(f'backend {backend}: there is no such; accepted: {", ".join(BACKENDS)}')
+        if precision not in ('f32', 'bf16'): raise AptosError(f'precision {precision}: accepted: f32, bf16')
+        _check_parity(root, backend, precision)
         keep_freed_memory()
-        self.model, self.device = model, torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-        self.nets = [(m, read_net(m, root).to(self.device)) for m in model.members]
+        self.model, self.root, self.device = model, root, torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+        self.runners = [(m, BACKENDS[backend](self, m, precision)) for m in model.members]
         self.sets = GradeSets(model.coverage)
         self.sets.reach_ = np.array([np.inf if r is None else r for r in model.reach])
 
-    def __repr__(self): return f'Grader({self.model.name}, {len(self.nets)} networks, cuts {" ".join(f"{c:.2f}" for c in self.model.cuts)})'
+    @cached_property
+    def nets(self) -> list[tuple[Member, torch.nn.Module]]:
+        "The members with their networks in PyTorch"
+        return [(m, read_net(m, self.root).to(self.device)) for m in self.model.members]
+
+    def __repr__(self): return f'Grader({self.model.name}, {len(self.runners)} networks, cuts {" ".join(f"{c:.2f}" for c in self.model.cuts)})'
 
     def tensor(self, member: Member, squares: np.ndarray) -> torch.Tensor:
         "(n, side, side, 3) uint8 -> (n, 3, side, side) as the network of `member` takes it"
         x = torch.from_numpy(squares).to(self.device).permute(0, 3, 1, 2).float().div_(255)
         return ((x - x.new_tensor(member.mean)[:, None, None]) / x.new_tensor(member.std)[:, None, None]).contiguous(memory_format=torch.channels_last)
 
-    @torch.no_grad()
     def scores(self, squares: dict[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         "Score and spread (n,) of prepared squares: side -> (n, side, side, 3) uint8"
         mean, square = 0., 0.
-        for m, net in self.nets:
-            s = torch.stack([net(v).float().flatten() for v in views(self.tensor(m, squares[m.size]), m.tta)]).double().cpu().numpy()
+        for m, run in self.runners:
+            s = run(squares[m.size])
             mean, square = mean + m.weight * s.mean(0), square + m.weight * (s ** 2).mean(0)
         return mean, np.sqrt(np.maximum(square - mean ** 2, 0))
 
@@ -189,9 +252,12 @@ class Grader:
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=COLUMNS)
 
 
-def load_grader(path: str | Path) -> Grader:
-    "The `Grader` of a bundle, a run folder or a stage's folder. Loads no pickle. Raises `AptosError`"
-    return Grader(*read_model(path))
+def load_grader(path: str | Path, backend: str = 'torch', precision: str = 'f32') -> Grader:
+    """The `Grader` of a bundle, a run folder or a stage's folder. Loads no pickle. Raises `AptosError`.
+
+    `backend`: torch, or for a bundle onnx or openvino; `precision`: f32 as trained, or bf16, faster on CPUs that know it (export says what it changes).
+    """
+    return Grader(*read_model(path), backend, precision)
 
 
 def find_pictures(given: Iterable[str]) -> list[str]:
@@ -220,14 +286,14 @@ def _of_csv(table: Path) -> list[str]:
     return at
 
 
-def grade_files(model: str, given: Iterable[str], output: str):
+def grade_files(model: str, given: Iterable[str], output: str, backend: str, precision: str):
     """`predict MODEL PICTURES`: rows are written as they come beside `output`, which appears when all are there; an interrupted run goes on.
 
     Raises `AptosError` at the end where pictures could not be read; their rows say why.
     """
-    files, grader, out = find_pictures(given), load_grader(model), Path(output)
+    files, grader, out = find_pictures(given), load_grader(model, backend, precision), Path(output)
     if not out.parent.is_dir(): raise AptosError(f'{out.parent}: no such folder; make it or choose another with -o')
-    part = out.with_name(f'.{out.name}.{grader.model.key}.part')
+    part = out.with_name(f'.{out.name}.{grader.model.key}-{backend}-{precision}.part')
     done = _begun(part, files)
     if done: say(f'{done} of {len(files)} pictures were graded before; going on')
     with Bars() as bars, bars(f'grading by {grader.model.name}', len(files), 'pictures') as bar, open(part, 'a', encoding='utf-8') as f:

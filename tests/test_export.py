@@ -10,7 +10,7 @@ from conftest import fails
 from test_grader import photos  # noqa: F401 (a fixture)
 from test_pipeline import copied  # noqa: F401 (a fixture)
 
-from aptos_fastai import export
+from aptos_fastai import export, grader
 from aptos_fastai.cli import main
 from aptos_fastai.grader import load_grader
 from aptos_fastai.images import Prep, square_of
@@ -39,7 +39,31 @@ def test_onnx_gives_the_scores_of_raw_squares(bundle, photos):  # noqa: F811
     got = [g.read(p)[0][m['size']] for p in photos]
     score = session.run(None, {'squares': np.stack(got)})[0]
     assert abs(score - g.scores({m['size']: np.stack(got)})[0]).max() < .3              # `g` takes the mean over two views
-    assert o['parity']['max_difference'] < 1e-3 and o['parity']['grades_changed'] == 0 and o['parity']['on'] == 'pictures of the run'
+    ways = {(p['backend'], p['precision']): p for p in o['parity']}
+    assert ways['onnx', 'f32']['max_difference'] < 1e-3 and ways['onnx', 'f32']['grades_changed'] == 0 and o['parity_on'] == 'pictures of the run'
+    assert 0 < ways['torch', 'bf16']['max_difference'] < .1
+
+
+@pytest.mark.parametrize('backend', ['onnx', 'openvino'])
+def test_backends_answer_alike(bundle, photos, tmp_path, capsys, backend):  # noqa: F811
+    pytest.importorskip(dict(onnx='onnxruntime').get(backend, backend))
+    a, b = load_grader(bundle).predict(photos), load_grader(bundle, backend).predict(photos)
+    assert np.allclose(a.score, b.score, atol=1e-3) and np.allclose(a.spread, b.spread, atol=1e-3) and a.grade.equals(b.grade)
+    main(['predict', str(bundle), *photos, '-o', str(tmp_path / 'o.csv'), '--backend', backend])
+    file = next(bundle.glob('*.onnx'))
+    data = file.read_bytes()
+    try:
+        file.write_bytes(data[:-1])
+        fails(capsys, ['predict', bundle, photos[0], '--backend', backend], 'is not what was written')
+    finally: file.write_bytes(data)
+
+
+def test_a_precision_that_changes_grades_is_refused(bundle, photos, tmp_path, capsys):  # noqa: F811
+    shutil.copytree(bundle, tmp_path / 'b')
+    o = json.loads((tmp_path / 'b/bundle.json').read_text())
+    for p in o['parity']: p['fine'] = p['precision'] == 'f32'
+    (tmp_path / 'b/bundle.json').write_text(json.dumps(o))
+    fails(capsys, ['predict', tmp_path / 'b', photos[0], '--precision', 'bf16'], 'torch bf16 changes scores by up to', 'use f32')
 
 
 def test_the_card_says_what_it_is(bundle):
@@ -71,9 +95,12 @@ def test_a_bundle_that_was_changed_is_refused(bundle, photos, tmp_path, capsys):
 
 
 def test_an_export_that_differs_is_refused_and_leaves_nothing(copied, monkeypatch, capsys):  # noqa: F811
-    real = export.onnx_runner
-    monkeypatch.setattr(export, 'onnx_runner', lambda folder: lambda m, x: real(folder)(m, x) + .5)
-    fails(capsys, ['export', copied], 'ONNX differs from PyTorch by 0.500')
+    real = grader.BACKENDS['onnx']
+    def off(*a):
+        run = real(*a)
+        return lambda x: run(x) + .5
+    monkeypatch.setitem(grader.BACKENDS, 'onnx', off)
+    fails(capsys, ['export', copied], 'onnx differs from PyTorch by 0.500')
     assert not (copied / 'bundle').exists() and not (copied / '.bundle.tmp').exists()
 
 

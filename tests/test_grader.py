@@ -96,6 +96,17 @@ def test_pictures_are_found_by_file_folder_glob_and_csv(tmp_path):
     with pytest.raises(AptosError, match='names no picture'): find_pictures([str(tmp_path / 'nowhere.png')])
 
 
+def test_what_is_no_backend_is_named(toy, photos, capsys):
+    fails(capsys, ['predict', toy, photos[0], '--backend', 'tf'], 'backend tf: there is no such', 'torch, onnx, openvino')
+    fails(capsys, ['predict', toy, photos[0], '--precision', 'int8'], 'accepted: f32, bf16')
+    fails(capsys, ['predict', toy, photos[0], '--backend', 'onnx'], 'only a bundle has ONNX')
+
+
+def test_bf16_is_near(toy, photos):
+    a, b = (load_grader(toy, precision=p).predict(photos).score for p in ('f32', 'bf16'))
+    assert 0 < abs(a - b).max() < .1
+
+
 def test_what_is_no_model_is_named(toy, photos, tmp_path, capsys):
     fails(capsys, ['predict', tmp_path, photos[0]], f'{tmp_path}: is no model', 'bundle.json')
     fails(capsys, ['predict', toy], 'name the pictures, too')

@@ -1,0 +1,96 @@
+"""Pictures a second from original files to grades: python benchmarks/predict.py FOLDER [ARCH SIZE]
+
+The published way (decode whole, squash, one picture at a time, f32 as PyTorch comes) beside this package's backends on the same files with the same network of
+random weights (default legacy_seresnet50 at 256 px) and the mean of two views, in turns in one run. Then what of the forward rate is left once pictures are prepared.
+"""
+import os
+import platform
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from aptos_fastai.config import Stage
+from aptos_fastai.console import table
+from aptos_fastai.export import write_onnx
+from aptos_fastai.files import file_hash, write_json
+from aptos_fastai.grader import Grader, Member, Model, find_pictures, load_grader
+from aptos_fastai.images import Prep, prepare, square_of
+from aptos_fastai.metrics import HALF
+from aptos_fastai.model import create_model
+
+WAYS = ('torch', 'f32'), ('torch', 'bf16'), ('onnx', 'f32'), ('openvino', 'f32'), ('openvino', 'bf16')
+ROUNDS = 2
+
+
+def made_up_bundle(folder: Path, arch: str, size: int) -> Path:
+    torch.manual_seed(0)
+    net = create_model(Stage('x', ('t',), arch=arch, size=size)).eval()
+    save_file(net.state_dict(), folder / 'net.safetensors')
+    member = Member('net.safetensors', file_hash(folder / 'net.safetensors'), arch, 'gem', size, 'hflip', (.485, .456, .406), (.229, .224, .225), 1.)
+    write_onnx(net, member, folder / 'net.onnx')
+    model = Model('random weights', Prep(size=size), (member,), HALF, (None,) * 5, .9, True)
+    write_json(folder / 'bundle.json', dict(model=asdict(model), files={'net.onnx': file_hash(folder / 'net.onnx')}))
+    return folder
+
+
+def published(files: list[str], net: torch.nn.Module, member: Member) -> list[float]:
+    "One by one, both views one after the other"
+    mean, std = (torch.tensor(o)[:, None, None] for o in (member.mean, member.std))
+    out = []
+    with torch.no_grad():
+        for f in files:
+            a = np.asarray(Image.open(f).convert('RGB').resize((member.size, member.size), Image.BILINEAR))
+            x = ((torch.from_numpy(a).permute(2, 0, 1).float() / 255 - mean) / std)[None]
+            out.append(float((net(x) + net(x.flip(-1))) / 2))
+    return out
+
+
+def rate(f, n: int) -> float:
+    t0 = time.perf_counter()
+    f()
+    return n / (time.perf_counter() - t0)
+
+
+def resident(grader: Grader, jpegs: list[bytes]) -> float:
+    "Share of the forward rate on squares in memory that is left where they are read from prepared JPEGs"
+    m = grader.model.members[0]
+    def read(o): return {m.size: np.stack([square_of(j, grader.model.prep, m.size) for j in o])}
+    parts = [jpegs[i:i + 16] for i in range(0, len(jpegs), 16)]
+    squares = [read(o) for o in parts]
+    both = [(rate(lambda: [grader.scores(read(o)) for o in parts], 1), rate(lambda: [grader.scores(o) for o in squares], 1)) for _ in range(ROUNDS + 1)][1:]
+    return float(np.median([a / b for a, b in both]))
+
+
+def main(folder: str, arch: str = 'legacy_seresnet50', size: str = '256'):
+    files = find_pictures([folder])
+    with tempfile.TemporaryDirectory() as tmp:
+        bundle = made_up_bundle(Path(tmp), arch, int(size))
+        graders = {w: load_grader(bundle, *w) for w in WAYS}
+        first = graders[WAYS[0]]
+        net = create_model(Stage('x', ('t',), arch=arch, size=int(size))).eval()
+        net.load_state_dict(first.nets[0][1].state_dict())
+        runs = {'published, one by one': lambda: published(files, net, first.model.members[0])} | {
+            f'{b} {p}': (lambda g=g: g.predict(files)) for (b, p), g in graders.items()}
+        for f in runs.values(): f()
+        rates = {n: [] for n in runs}
+        for _ in range(ROUNDS):
+            for n, f in runs.items(): rates[n].append(rate(f, len(files)))
+        want = first.predict(files).score
+        jpegs = [prepare(Path(f).read_bytes(), first.model.prep)[0] for f in files]
+        rows, base = [], np.median(rates['published, one by one'])
+        for n, r in rates.items():
+            g = next((g for (b, p), g in graders.items() if f'{b} {p}' == n), None)
+            rows.append([n, f'{np.median(r):.1f}', f'{np.median(r) / base:.1f}', f'{abs(g.predict(files).score - want).max():.4f}' if g else '',
+                         f'{resident(g, jpegs):.0%}' if g else ''])
+    table(f'{arch} {size} px, {len(files)} originals, 2 views; {os.cpu_count()} cores, {platform.machine()}',
+          ['way', 'pictures/s', 'ratio', 'largest difference', 'of forward rate'], rows, right=('pictures/s', 'ratio', 'of forward rate'))
+
+
+if __name__ == '__main__': main(*sys.argv[1:])
