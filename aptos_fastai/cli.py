@@ -133,6 +133,14 @@ class Commands:
         if not port.isdigit() or not 0 < int(port) < 65536: raise AptosError(f'--port {port}: a number from 1 to 65535 is needed')
         serve(model, host, int(port))
 
+    def kaggle(self, run: 'a run\'s folder <runs>/<recipe>, or a stage\'s in it', *, user: 'your Kaggle user name' = 'your-name'):  # noqa: F722
+        """Write the folders to upload for the offline code competition: a dataset (weights, this package) and a notebook that answers its test.csv.
+
+        python run.py kaggle runs/settings --user me
+        """
+        from aptos_fastai.kaggle import write_kaggle
+        write_kaggle(run, user)
+
     def lr_find(self, stage: 'the stage'):  # noqa: F722
         """Suggest learning rates for a stage and save the curve as lr_find.png in its folder.
 

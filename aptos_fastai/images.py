@@ -12,7 +12,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
-import pyvips
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from aptos_fastai.config import Recipe
@@ -20,8 +19,11 @@ from aptos_fastai.console import say
 from aptos_fastai.files import AptosError, write_bytes, write_csv
 
 Image.MAX_IMAGE_PIXELS = 400_000_000        # a fundus photograph has 5-50 million; more is a bomb
-pyvips.cache_set_max(0)                     # its cache of past operations would keep past pictures in memory
-pyvips.concurrency_set(1)                   # the pool has the cores
+try:
+    import pyvips
+    pyvips.cache_set_max(0)                 # its cache of past operations would keep past pictures in memory
+    pyvips.concurrency_set(1)               # the pool has the cores
+except (ImportError, OSError): pyvips = None   # Kaggle's machines lack it: `kaggle.answer` says so
 
 
 class ImageError(AptosError):
@@ -80,7 +82,7 @@ def _decode_jpeg(data: bytes, k: int = 1) -> np.ndarray | None:
 
 def _decode_png(data: bytes, k: int = 1) -> np.ndarray | None:
     "RGB in means of k x k pixels, row by row. None for what needs more than that (16 bit, alpha, EXIF) or is damaged"
-    if b'eXIf' in data: return None
+    if pyvips is None or b'eXIf' in data: return None
     try:
         im = pyvips.Image.new_from_buffer(data, '', access='sequential', fail_on='error')
         if im.format != 'uchar' or im.bands not in (1, 3): return None

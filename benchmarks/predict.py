@@ -1,7 +1,8 @@
 """Pictures a second from original files to grades: python benchmarks/predict.py FOLDER [ARCH SIZE]
 
 The published way (decode whole, squash, one picture at a time, f32 as PyTorch comes) beside this package's backends on the same files with the same network of
-random weights (default legacy_seresnet50 at 256 px) and the mean of two views, in turns in one run. Then what of the forward rate is left once pictures are prepared.
+random weights (default legacy_seresnet50 at 256 px) and the mean of two views, in turns in one run. Then what of the forward rate is left once pictures
+are prepared.
 """
 import os
 import platform
