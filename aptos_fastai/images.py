@@ -82,13 +82,23 @@ def _decode_jpeg(data: bytes, k: int = 1) -> np.ndarray | None:
 
 def _decode_png(data: bytes, k: int = 1) -> np.ndarray | None:
     "RGB in means of k x k pixels, row by row. None for what needs more than that (16 bit, alpha, EXIF) or is damaged"
-    if pyvips is None or b'eXIf' in data: return None
+    if b'eXIf' in data: return None
+    if pyvips is None: return _reduced(data, k)
     try:
         im = pyvips.Image.new_from_buffer(data, '', access='sequential', fail_on='error')
         if im.format != 'uchar' or im.bands not in (1, 3): return None
         out = (im.shrink(k, k) if k > 1 else im).numpy()
     except pyvips.Error: return None
     return out if out.ndim == 3 and out.shape[2] == 3 else np.repeat(out.reshape(*out.shape[:2], 1), 3, 2)
+
+
+def _reduced(data: bytes, k: int) -> np.ndarray | None:
+    "`_decode_png` by Pillow, which decodes the whole first; what is no 8-bit picture without EXIF goes the way of every other file"
+    with Image.open(io.BytesIO(data)) as im:
+        if im.mode not in ('RGB', 'L'): return None
+        try: out = np.array((im.reduce(k) if k > 1 else im).convert('RGB'))
+        except (OSError, SyntaxError): return None
+    return out[:int(im.height / k + .5), :int(im.width / k + .5)]      # libvips rounds, Pillow adds what is left over
 
 
 FAST = dict(JPEG=_decode_jpeg, PNG=_decode_png)

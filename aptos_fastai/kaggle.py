@@ -62,7 +62,7 @@ def answer(bundle: str | Path, test: str | Path, work: str | Path):
     """submission.csv in `work` for the ids of `test` (id_code), in the order of the sample_submission.csv beside it where there is one, from the pictures in
     test_images beside it. Goes on after an interruption; a picture that cannot be read gets the commonest grade, and is named."""
     bundle, test, work = Path(bundle), Path(test), Path(work)
-    if images.pyvips is None: say('pyvips is not installed: large PNGs are decoded by Pillow, in twice the time and with slightly other pixels')
+    if images.pyvips is None: say('pyvips is not installed: large PNGs are decoded by Pillow, in twice the time')
     ids = pd.read_csv(next(p for p in (test.parent / 'sample_submission.csv', test) if p.is_file()), dtype=str).id_code
     grader = load_grader(bundle)
     first = [str(f) for f in sorted((test.parent / 'test_images').iterdir())[:32]]

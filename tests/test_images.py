@@ -284,3 +284,14 @@ def test_png_fast_path_gives_the_pixels_of_pillow(mode):
     half, _ = decode(b.getvalue(), 32)
     assert half.shape == (35, 45, 3)
     assert abs(half.astype(float) - got.reshape(35, 2, 45, 2, 3).mean((1, 3))).max() <= 1
+
+
+@pytest.mark.parametrize('hw', [(800, 1200), (805, 1201)])
+def test_without_libvips_the_pixels_are_the_same(hw, monkeypatch):
+    import aptos_fastai.images as images
+    data = encoded(cv2.resize(rgb, hw[::-1]), 'PNG')
+    first = [images._decode_png(data, k) for k in (1, 2, 4, 8)]
+    monkeypatch.setattr(images, 'pyvips', None)
+    for k, want in zip((1, 2, 4, 8), first, strict=True):
+        got = images._decode_png(data, k)
+        assert got.shape == want.shape and abs(got.astype(int) - want)[:-1, :-1].max() <= 1

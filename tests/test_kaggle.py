@@ -31,10 +31,11 @@ def execute(kernel: Path, at: Path) -> str:
             'def no(*a, **k): raise OSError("no network here")\nsocket.create_connection = no\nsys.modules["pyvips"] = None\n')
     nb.cells.insert(0, nbformat.v4.new_code_cell(hide))
     nb.cells.append(nbformat.v4.new_code_cell('import aptos_fastai; print("from", aptos_fastai.__file__)'))
-    env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | dict(KAGGLE_INPUT=str(at / 'input'), KAGGLE_WORKING=str(at / 'working'), OMP_NUM_THREADS='1')
+    env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+    env |= dict(KAGGLE_INPUT=str(at / 'input'), KAGGLE_WORKING=str(at / 'working'), OMP_NUM_THREADS='1')
     client = nbclient.NotebookClient(nb, timeout=300, kernel_name='python3', resources=dict(metadata=dict(path=str(at / 'working'))))
     client.execute(env=env)
-    return ''.join(o.get('text', '') for c in nb.cells if c.cell_type == 'code' for o in c.outputs)
+    return ''.join(o.get('text', '') + o.get('data', {}).get('text/plain', '') for c in nb.cells if c.cell_type == 'code' for o in c.outputs)
 
 
 def test_the_notebook_answers_offline(uploaded):
@@ -48,7 +49,8 @@ def test_the_notebook_answers_offline(uploaded):
     rows = pd.read_csv(at / 'working/grades.csv')
     rows.index = rows.file.map(lambda f: Path(f).stem)
     want = pd.read_csv(folder.parent / 'scores.csv', dtype=dict(id_code=str)).set_index('id_code')['mean']
-    assert got.id_code.tolist() == ids[::-1].tolist() and (rows.score - want[rows.index]).abs().max() < .01        # Pillow's pixels, not libvips'
+    assert got.id_code.tolist() == ids[::-1].tolist()
+    assert (rows.score - want[rows.index]).abs().max() < 2e-3        # Pillow's pixels, not libvips'
     assert (got.set_index('id_code').diagnosis[rows.index] == rows.grade).sum() == 19
     assert f'from {at / "input"}' in out and 'pyvips is not installed' in out and 'for 13,000' in out and f'commonest grade: {ids[3]}' in out
 
