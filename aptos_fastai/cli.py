@@ -3,6 +3,7 @@ import argparse
 import inspect
 import os
 import sys
+import textwrap
 from dataclasses import MISSING, fields
 
 from aptos_fastai.files import AptosError
@@ -206,7 +207,7 @@ def get_parser() -> argparse.ArgumentParser:
     subs = p.add_subparsers(dest='command', metavar='COMMAND', required=True)
     for name, f in _commands().items():
         head, _, example = inspect.cleandoc(f.__doc__).partition('\n\n')
-        sub = subs.add_parser(name, help=head.split(';')[0].split('. ')[0].rstrip('.'), description=head, parents=[common],
+        sub = subs.add_parser(name, help=head.split(';')[0].split('. ')[0].rstrip('.'), description=textwrap.fill(head, 80), parents=[common],
                               epilog='example' + ('s:\n  ' if '\n' in example else ':\n  ') + example.replace('\n', '\n  '),
                               formatter_class=argparse.RawDescriptionHelpFormatter)
         for o in _parameters(f): _add_argument(sub, o)

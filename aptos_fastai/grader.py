@@ -90,7 +90,11 @@ def read_model(path: str | Path) -> tuple[Model, Path]:
         return Model(**{**o, 'prep': Prep(**o['prep']), 'members': tuple(Member(**m) for m in o['members'])}), root
     if summary:
         s = summary['submission']
-        return _model(root, f'{summary["recipe"]}/{s["node"]}', s['members'], s['cuts'], [np.inf if r is None else r for r in s['reach']], s['coverage']), root
+        reach = [np.inf if r is None else r for r in s['reach']]
+        model = _model(root, f'{summary["recipe"]}/{s["node"]}', s['members'], s['cuts'], reach, s['coverage'])
+        if {str(Path(m.file).parent): m.sha256 for m in model.members} != s['weights']:
+            raise AptosError(f'{root}: was trained anew since its answers were made; run `all` again, its cuts belong to the old weights')
+        return model, root
     if (root / 'fold0' / FINISHED).is_file():
         how, coverage = read_json(root / 'fold0' / FINISHED)['settings']['cuts'], .9
         o = pd.concat([pd.read_csv(f) for f in root.glob(f'fold*/{PREDS}')])

@@ -8,7 +8,7 @@ from aptos_fastai.config import Stage, parse_cuts
 from aptos_fastai.console import ago, say, table
 from aptos_fastai.files import AptosError, read_json
 from aptos_fastai.metrics import HALF, GradeSets, apply_cuts, kappa_interval, nested_grades, paired_interval, quadratic_kappa
-from aptos_fastai.record import Run
+from aptos_fastai.record import WEIGHTS, Run
 
 SYNTHETIC = 'SYNTHETIC: painted pictures, no medical data; nothing here says anything about eyes'
 KEYS = ['source', 'id_code', 'diagnosis', 'fold']
@@ -61,6 +61,7 @@ def summarise(run: Run, oof: pd.DataFrame) -> dict:
     return dict(recipe=run.recipe.name, synthetic=bool(run.recipe.demo), note=SYNTHETIC if run.recipe.demo else '', stages=rows,
                 submission=dict(
                     file='submission.csv', node=sub.final, members=run.recipe.members(sub.final), coverage=sub.coverage,
+                    weights={f'{m}/fold{k}': run.record(m, k)['files'][WEIGHTS]['sha256'] for m in run.recipe.members(sub.final) for k in run.folds_of(m)},
                     reach=[float(r) if np.isfinite(r) else None for r in reach],
                     cuts=run.cuts(sub.final, sub.cuts).tolist(), pictures=len(run.frames[sub.table])))
 

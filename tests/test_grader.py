@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import fails
-from test_pipeline import copied, run_of  # noqa: F401 (a fixture)
+from test_pipeline import copied, run_of, toy_args  # noqa: F401 (a fixture)
 
 from aptos_fastai.cli import main
 from aptos_fastai.files import AptosError
@@ -38,6 +38,8 @@ def test_a_stage_is_a_model_too_and_an_ensemble_its_weighted_mean(toy, photos, t
     o = json.loads((toy / 'summary.json').read_text())
     o['submission']['members'] = dict(finetune_dense=.2, finetune_256=.3, finetune_512=.5)
     shutil.copytree(toy, tmp_path / 'mixed')
+    o['submission']['weights'] = {f'{m}/fold0': json.loads((toy / m / 'fold0/stage.json').read_text())['files']['weights.safetensors']['sha256']
+                                  for m in o['submission']['members']}
     (tmp_path / 'mixed/summary.json').write_text(json.dumps(o))
     mixed = load_grader(tmp_path / 'mixed').predict(photos[:5]).score
     parts = [w * load_grader(toy / s).predict(photos[:5]).score for s, w in o['submission']['members'].items()]
@@ -120,6 +122,11 @@ def test_weights_that_were_changed_are_not_loaded(copied, photos, capsys):  # no
     fails(capsys, ['predict', copied, photos[0]], f'{w}: is not what was written')
     w.unlink()
     fails(capsys, ['predict', copied, photos[0]], f'{w}: is gone')
+
+
+def test_a_run_that_was_trained_anew_since_is_told(copied, photos, capsys):  # noqa: F811
+    main(['train', 'retrain_512', *toy_args(copied, '--set', 'stage.retrain_512.wd=.3')])
+    fails(capsys, ['predict', copied, photos[0]], 'trained anew since its answers were made', 'run `all` again')
 
 
 def test_a_dicom_photograph_is_graded_as_its_pixels(toy, photos, tmp_path):
