@@ -41,11 +41,11 @@ def contributions(net: torch.nn.Sequential, x: torch.Tensor, layer: torch.nn.Mod
 
 
 def heat(grader: Grader, squares: dict[int, np.ndarray]) -> np.ndarray:
-    "Prepared squares by side -> (n, SIDE, SIDE): the mean over the model's networks and views, each turned back"
+    "Prepared squares by side -> (n, SIDE, SIDE): the mean over the model's networks, or over the views, each turned back, of a single one"
     out = 0.
     for m, net in grader.nets:
-        x = grader.tensor(m, squares[m.size])
-        parts = [unview(contributions(net, v, heat_layer(net)), i) for i, v in enumerate(views(x, m.tta))]
+        x, tta = grader.tensor(m, squares[m.size]), m.tta if len(grader.nets) == 1 else 'none'
+        parts = [unview(contributions(net, v, heat_layer(net)), i) for i, v in enumerate(views(x, tta))]
         mean = torch.stack(parts).mean(0)[:, None]
         out = out + m.weight * F.interpolate(mean, (SIDE, SIDE), mode='bicubic', align_corners=False)[:, 0]
     return out.cpu().numpy()

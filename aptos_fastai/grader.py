@@ -24,6 +24,7 @@ from aptos_fastai.model import body_stats, create_model, keep_freed_memory
 from aptos_fastai.predict import views
 from aptos_fastai.record import FINISHED, PREDS, WEIGHTS
 
+FIXED = 8                                    # pictures at once in OpenVINO
 SUFFIXES = {'.jpg', '.jpeg', '.png', '.tif', '.tiff', '.bmp', '.webp', '.dcm'}
 COLUMNS = ['file', 'score', 'grade', 'grade_name', 'referable', 'spread', 'grade_low', 'grade_high', 'flags', 'error']
 
@@ -90,6 +91,7 @@ def read_model(path: str | Path) -> tuple[Model, Path]:
         return Model(**{**o, 'prep': Prep(**o['prep']), 'members': tuple(Member(**m) for m in o['members'])}), root
     if summary:
         s = summary['submission']
+        if 'weights' not in s: raise AptosError(f'{root / "summary.json"}: was written by an older version; run `all` again')
         reach = [np.inf if r is None else r for r in s['reach']]
         model = _model(root, f'{summary["recipe"]}/{s["node"]}', s['members'], s['cuts'], reach, s['coverage'])
         if {str(Path(m.file).parent): m.sha256 for m in model.members} != s['weights']:
@@ -161,8 +163,15 @@ def onnx_runner(grader: 'Grader', member: Member, precision: str):
 def openvino_runner(grader: 'Grader', member: Member, precision: str):
     def get(file):
         import openvino
-        net = openvino.Core().compile_model(str(file), 'CPU', dict(INFERENCE_PRECISION_HINT=precision, PERFORMANCE_HINT='LATENCY'))
-        return lambda x: net([x])[0].copy()
+        core = openvino.Core()
+        net = core.read_model(str(file))
+        net.reshape([FIXED, member.size, member.size, 3])                    # a tenth faster than any number of pictures
+        net = core.compile_model(net, 'CPU', dict(INFERENCE_PRECISION_HINT=precision, PERFORMANCE_HINT='LATENCY'))
+
+        def one(x):
+            more = np.concatenate([x, np.zeros((-len(x) % FIXED, *x.shape[1:]), x.dtype)])
+            return np.concatenate([net([p])[0] for p in np.split(more, len(more) // FIXED)])[:len(x)]
+        return one
     return _by_onnx(grader, member, 'openvino', get)
 
 

@@ -13,7 +13,7 @@ from aptos_fastai.images import prepare_table, prepared_already, read_prepared, 
 from aptos_fastai.metrics import GRADES, GradeSets, apply_cuts
 from aptos_fastai.record import Run
 from aptos_fastai.report import write_report
-from aptos_fastai.summary import SYNTHETIC, oof_table, show_summary, summarise, tables_text
+from aptos_fastai.summary import SUMMARY_FORMAT, SYNTHETIC, oof_table, show_summary, summarise, tables_text
 from aptos_fastai.tables import add_folds, read_order, read_tables, write_folds
 from aptos_fastai.twins import add_groups, settle_conflicts, twins_frame
 
@@ -183,7 +183,7 @@ def answers_finished(run: Run) -> bool:
 def made_from(run: Run) -> list:
     "What the answers depend on: the test pictures, the recipe, every fold's files"
     r = run.recipe
-    return [run.digests[r.submit.table], repr([r.submit, r.ensembles, r.stages]),
+    return [SUMMARY_FORMAT, run.digests[r.submit.table], repr([r.submit, r.ensembles, r.stages]),
             [[run.record(n, k) and run.record(n, k)['files'] for k in range(s.folds)] for n, s in r.stages.items()]]
 
 

@@ -1,7 +1,7 @@
-"""Pictures a second from original files to grades: python benchmarks/predict.py FOLDER [ARCH SIZE]
+"""Pictures a second from original files to grades: python benchmarks/predict.py FOLDER [ARCH SIZE TTA]
 
 The published way (decode whole, squash, one picture at a time, f32 as PyTorch comes) beside this package's backends on the same files with the same network of
-random weights (default legacy_seresnet50 at 256 px) and the mean of two views, in turns in one run. Then what of the forward rate is left once pictures
+random weights and the same views (default legacy_seresnet50 256 none), in turns in one run. Then what of the forward rate is left once pictures
 are prepared.
 """
 import os
@@ -25,16 +25,17 @@ from aptos_fastai.grader import Grader, Member, Model, find_pictures, load_grade
 from aptos_fastai.images import Prep, prepare, square_of
 from aptos_fastai.metrics import HALF
 from aptos_fastai.model import create_model
+from aptos_fastai.predict import views
 
 WAYS = ('torch', 'f32'), ('torch', 'bf16'), ('onnx', 'f32'), ('openvino', 'f32'), ('openvino', 'bf16')
 ROUNDS = 2
 
 
-def made_up_bundle(folder: Path, arch: str, size: int) -> Path:
+def made_up_bundle(folder: Path, arch: str, size: int, tta: str) -> Path:
     torch.manual_seed(0)
     net = create_model(Stage('x', ('t',), arch=arch, size=size)).eval()
     save_file(net.state_dict(), folder / 'net.safetensors')
-    member = Member('net.safetensors', file_hash(folder / 'net.safetensors'), arch, 'gem', size, 'hflip', (.485, .456, .406), (.229, .224, .225), 1.)
+    member = Member('net.safetensors', file_hash(folder / 'net.safetensors'), arch, 'gem', size, tta, (.485, .456, .406), (.229, .224, .225), 1.)
     write_onnx(net, member, folder / 'net.onnx')
     model = Model('random weights', Prep(size=size), (member,), HALF, (None,) * 5, .9, True)
     write_json(folder / 'bundle.json', dict(model=asdict(model), files={'net.onnx': file_hash(folder / 'net.onnx')}))
@@ -42,14 +43,14 @@ def made_up_bundle(folder: Path, arch: str, size: int) -> Path:
 
 
 def published(files: list[str], net: torch.nn.Module, member: Member) -> list[float]:
-    "One by one, both views one after the other"
+    "One by one, the views one after the other"
     mean, std = (torch.tensor(o)[:, None, None] for o in (member.mean, member.std))
     out = []
     with torch.no_grad():
         for f in files:
-            a = np.asarray(Image.open(f).convert('RGB').resize((member.size, member.size), Image.BILINEAR))
+            a = np.array(Image.open(f).convert('RGB').resize((member.size, member.size), Image.BILINEAR))
             x = ((torch.from_numpy(a).permute(2, 0, 1).float() / 255 - mean) / std)[None]
-            out.append(float((net(x) + net(x.flip(-1))) / 2))
+            out.append(float(sum(net(v) for v in views(x, member.tta)) / len(list(views(x, member.tta)))))
     return out
 
 
@@ -69,10 +70,10 @@ def resident(grader: Grader, jpegs: list[bytes]) -> float:
     return float(np.median([a / b for a, b in both]))
 
 
-def main(folder: str, arch: str = 'legacy_seresnet50', size: str = '256'):
+def main(folder: str, arch: str = 'legacy_seresnet50', size: str = '256', tta: str = 'none'):
     files = find_pictures([folder])
     with tempfile.TemporaryDirectory() as tmp:
-        bundle = made_up_bundle(Path(tmp), arch, int(size))
+        bundle = made_up_bundle(Path(tmp), arch, int(size), tta)
         graders = {w: load_grader(bundle, *w) for w in WAYS}
         first = graders[WAYS[0]]
         net = create_model(Stage('x', ('t',), arch=arch, size=int(size))).eval()
@@ -90,7 +91,7 @@ def main(folder: str, arch: str = 'legacy_seresnet50', size: str = '256'):
             g = next((g for (b, p), g in graders.items() if f'{b} {p}' == n), None)
             rows.append([n, f'{np.median(r):.1f}', f'{np.median(r) / base:.1f}', f'{abs(g.predict(files).score - want).max():.4f}' if g else '',
                          f'{resident(g, jpegs):.0%}' if g else ''])
-    table(f'{arch} {size} px, {len(files)} originals, 2 views; {os.cpu_count()} cores, {platform.machine()}',
+    table(f'{arch} {size} px, {len(files)} originals, tta {tta}; {os.cpu_count()} cores, {platform.machine()}',
           ['way', 'pictures/s', 'ratio', 'largest difference', 'of forward rate'], rows, right=('pictures/s', 'ratio', 'of forward rate'))
 
 
