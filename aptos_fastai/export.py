@@ -39,7 +39,7 @@ def write_onnx(net: nn.Module, member: Member, file: Path):
     "The network of a member as ONNX: input `squares` (n, side, side, 3) uint8 RGB, output `score` (n,)"
     try:
         import onnxscript  # noqa: F401 (the exporter's own dependency)
-    except ImportError: raise AptosError("ONNX needs the extra: pip install 'aptos_fastai[export]'") from None
+    except ImportError: raise AptosError('ONNX needs the extra export: pip install onnx onnxscript onnxruntime') from None
     squares = torch.zeros(2, member.size, member.size, 3, dtype=torch.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')      # the exporter's talk of its own parts

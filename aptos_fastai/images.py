@@ -132,7 +132,7 @@ def decode_dicom(data: bytes) -> tuple[np.ndarray, tuple[int, int]]:
     "`decode` of a DICOM file with one frame, in colour or grey of any depth. Raises `ImageError`, also where the `dicom` extra is not installed"
     try:
         import pydicom
-    except ImportError: raise ImageError("is DICOM; install the extra: pip install 'aptos_fastai[dicom]'") from None
+    except ImportError: raise ImageError('is DICOM, which needs the extra dicom: pip install pydicom') from None
     ds = pydicom.dcmread(io.BytesIO(data))
     if int(ds.get('NumberOfFrames', 1)) != 1: raise ImageError(f'is DICOM of {ds.NumberOfFrames} frames; a photograph has one')
     a = pydicom.pixels.pixel_array(ds)       # RGB where it was YBR

@@ -152,7 +152,8 @@ def grade_shares(groups: dict[str, np.ndarray]) -> Figure:
         ax.bar(np.arange(5) + (i - (len(groups) - 1) / 2) * w, np.bincount(g, minlength=5)[:5] / max(1, len(g)), w * .92,
                color=(INK, *GRADE_COLOURS)[i], alpha=.45 if not i else .85, label=f'{name}, n = {len(g)}')
     ax.set(xlabel='grade', ylabel='share of pictures', xticks=range(5))
-    ax.legend(fontsize=8.5)
+    ax.set_ylim(0, 1.3 * ax.get_ylim()[1])
+    ax.legend(fontsize=8.5, loc='upper right')
     return fig
 
 

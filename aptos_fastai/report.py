@@ -181,8 +181,10 @@ def uncertain(run: Run, given: pd.DataFrame, count: int = 12) -> list[tuple]:
 def shortcuts(run: Run, bars: Bars, kappa: float) -> list:
     n = len(run.oof(run.recipe.submit.final))
     with bars('report: shortcut audit', min(n, MOST), 'pictures') as bar: rows = audit(run, bar)
-    told = [f'{k} alone reaches kappa {q:.2f}: grades go with the camera in these tables, and a network can learn that instead of the eye.'
-            for k, _, q, i in rows if k in CAMERA and i[0] > .1] or ['Neither the camera\'s size nor the shape it leaves tells the grades apart here.']
+    means = dict(zip(CAMERA, ('grades go with the camera in these tables; crop = retina hides that from the network',
+                              'what the camera leaves of the retina tells of grades, and the network sees it'), strict=True))
+    told = [f'{k}: kappa {q:.2f} by this alone, {means[k]}.' for k, _, q, i in rows if k in means and i[0] > 0]
+    told = told or ['Neither the camera\'s geometry nor the shape it leaves tells the grades apart here.']
     told = ' '.join(told) + ' Bytes, colour and contrast go with the camera and with lesions, too.'
     rows = [[k, m, interval_text(q, i)] for k, m, q, i in rows] + [['the answer, for comparison', n, f'{kappa:.3f}'.replace('0.', '.')]]
     return [Table(['a forest that knows of the', 'pictures', 'kappa [95 %]'], rows, told)]

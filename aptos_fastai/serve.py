@@ -145,7 +145,7 @@ def serve(model: str, host: str, port: int):
     try:
         import uvicorn
         from fasthtml.core import FastHTML  # noqa: F401
-    except ImportError: raise AptosError("serve needs the extra: pip install 'aptos_fastai[serve]'") from None
+    except ImportError: raise AptosError('the page needs the extra serve: pip install python-fasthtml uvicorn') from None
     grader = load_grader(model)
     hosts = ['127.0.0.1', 'localhost', '[::1]', host] if host not in ('0.0.0.0', '::') else ['*']
     if '*' in hosts: say(f'{host}: whoever reaches this machine reaches this page; it asks for no password', 'yellow')
