@@ -48,7 +48,7 @@ def write_kaggle(run: str, user: str):
         id=f'{user}/{slug}-answer', title=f'{slug}-answer', code_file='answer.ipynb', language='python', kernel_type='notebook', is_private='true',
         enable_gpu='true', enable_internet='false', dataset_sources=[f'{user}/{slug}'], competition_sources=[COMPETITION], kernel_sources=[]))
     write_bytes(out / 'kernel/answer.ipynb', json.dumps(notebook(), indent=1).encode())
-    say(f'{len(members)} networks, {sum(f.stat().st_size for f in (out / "dataset").rglob("*")) / 1e6:.0f} MB -> {out}. To upload:')
+    say(f'{len(members)} network{"s" * (len(members) > 1)}, {sum(f.stat().st_size for f in (out / "dataset").rglob("*")) / 1e6:.0f} MB -> {out}. To upload:')
     say(f'  kaggle datasets create -p {out / "dataset"} --dir-mode zip\n  kaggle kernels push -p {out / "kernel"}')
 
 

@@ -114,11 +114,11 @@ def compare_runs(first: str, second: str):
         d, lo, hi = paired_interval(both.grade, both.grade_b, both.diagnosis)
         times = [next(s['seconds'] for s in o['stages'] if s['stage'] == k) for o, k in ((a, n), (b, m))]
         rows.append([n, len(both), *(f'{quadratic_kappa(g, both.diagnosis):.3f}' for g in (both.grade, both.grade_b)),
-                     f'{d:+.3f} [{lo:+.3f} {hi:+.3f}]', ' / '.join(map(ago, times)), f'{(both.fold == both.fold_b).mean():.0%}'])
+                     f'{d:+.3f} [{lo:+.3f} {hi:+.3f}]'.replace('0.', '.'), ' / '.join(map(ago, times)), f'{(both.fold == both.fold_b).mean():.0%}'])
     if not rows: raise AptosError(f'{first} and {second}: have validated no picture in common; only runs on the same tables compare')
     rows[-1][0] = 'the answer'
-    table('kappa of each run on the pictures that both validated', ['stage', 'n', 'first', 'second', 'difference [95 %]', 'time', 'same fold'], rows,
-          right=('n', 'first', 'second', 'same fold'), wrap=('time', 'difference [95 %]'))
+    table('kappa of each run on the pictures that both validated', ['stage', 'n', 'first', 'second', 'difference [95 %]', 'time', 'folds'], rows,
+          right=('n', 'first', 'second', 'folds'), wrap=('time',))
     say(f'first: {first}, its answer {pairs[-1][0]}; second: {second}, its answer {pairs[-1][1]}')
-    say('Paired bootstrap over pictures; a difference whose interval holds 0 may be chance.', 'dim')
+    say('Paired bootstrap over pictures; a difference whose interval holds 0 may be chance. folds: pictures that were validated in the same one.', 'dim')
     if a['synthetic'] or b['synthetic']: say(SYNTHETIC, 'yellow')

@@ -28,7 +28,7 @@ def test_oof_holds_every_validated_picture_once(toy):
 def test_a_run_is_as_good_as_itself(toy, capsys):
     main(['compare', str(toy), str(toy)])
     out = capsys.readouterr().out
-    assert out.count('+0.000 [+0.000 +0.000]') == 9 and 'the answer ' in out and 'its answer retrain_512' in out and 'SYNTHETIC' in out
+    assert out.count('+.000 [+.000 +.000]') == 9 and 'the answer ' in out and 'its answer retrain_512' in out and 'SYNTHETIC' in out
 
 
 def test_compare_tells_runs_apart(toy, tmp_path, capsys):
@@ -39,7 +39,7 @@ def test_compare_tells_runs_apart(toy, tmp_path, capsys):
     oof.to_csv(file, index=False)
     main(['compare', str(toy), str(tmp_path / 'other')])
     line = next(o for o in capsys.readouterr().out.splitlines() if o.startswith('retrain_512'))
-    assert '1.000' in line and '+0.000' not in line
+    assert '1.000' in line and '+.000' not in line
 
 
 def test_compare_names_what_is_wrong(toy, tmp_path, capsys):
