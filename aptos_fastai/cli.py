@@ -2,11 +2,13 @@
 import argparse
 import inspect
 import os
+import signal
 import sys
 import textwrap
+import threading
 from dataclasses import MISSING, fields
 
-from aptos_fastai.files import AptosError
+from aptos_fastai.files import AptosError, trust
 
 
 class Commands:
@@ -202,6 +204,8 @@ def get_parser() -> argparse.ArgumentParser:
     common.add_argument('--runs', default='runs', metavar='FOLDER', help='where results go, as FOLDER/<recipe name>/ (default: %(default)s)')
     common.add_argument('--set', dest='sets', action='append', default=[], metavar='SECTION.KEY=VALUE', 
                         help='a key of the recipe, for this run; may be repeated')
+    common.add_argument('--trust', action='append', default=[], metavar='FILE',
+                        help='a pickle that this run did not write and may read all the same; may be repeated')
     p = argparse.ArgumentParser(prog='run.py', description='Grades diabetic retinopathy (0-4) from fundus photographs: staged fastai training.',
                                 epilog='run.py COMMAND --help tells more. No medical device.')
     subs = p.add_subparsers(dest='command', metavar='COMMAND', required=True)
@@ -216,16 +220,29 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None):
     args = vars(get_parser().parse_args(argv))
-    name, common = args.pop('command'), {k: args.pop(k) for k in ('recipe', 'data', 'runs', 'sets')}
+    name, common, trusted = args.pop('command'), {k: args.pop(k) for k in ('recipe', 'data', 'runs', 'sets')}, args.pop('trust')
     f = _commands()[name]
     options = {o.name: args.pop(o.name) for o in _parameters(f) if o.kind is o.KEYWORD_ONLY}
     given = [v for o in _parameters(f) if o.name in args for v in (args[o.name] if o.kind is o.VAR_POSITIONAL else [args[o.name]])]
-    try: f(Commands(**common), *given, **options)
+    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, _terminated)
+    try:
+        trust(trusted)
+        f(Commands(**common), *given, **options)
     except AptosError as e: sys.exit(_failed(str(e)))
-    except KeyboardInterrupt:
-        _failed(f'stopped; what is finished stays: the same command goes on from there ({common["runs"]})')
-        sys.exit(130)
+    except KeyboardInterrupt as e:
+        where = f'{e}; ' if str(e) else ''
+        _failed(f'stopped; {where}what is finished stays: the same command goes on from there ({common["runs"]})')
+        sys.exit(143 if isinstance(e, Terminated) or isinstance(e.__context__, Terminated) else 130)
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # `| head` is no failure
+    except OSError as e: sys.exit(_failed(f'{e.filename or name}: {e.strerror or e}; nothing that was finished is lost'))
+    except MemoryError: sys.exit(_failed(f'{name}: out of memory; set bs or size lower, or close other programs'))
+
+
+class Terminated(KeyboardInterrupt):
+    "SIGTERM: as Ctrl-C"
+
+
+def _terminated(*_): raise Terminated
 
 
 def _failed(line: str) -> int:

@@ -81,6 +81,7 @@ class Stage:
     epochs: int = _key(10, 'epochs with the whole network training', low=1, high=1000)
     freeze_epochs: int = _key(0, 'epochs before them that train the head alone', low=0, high=1000)
     bs: int = _key(16, 'pictures a batch', low=1, high=4096)
+    accumulate: int = _key(1, 'batches whose gradients add up to one step: bs = 8 with 2 is a step of 16 pictures', low=1, high=256)
     schedule: str = _key('one_cycle', 'course of the learning rate', choices=('one_cycle', 'constant'))
     lr: float = _key(1e-3, 'highest learning rate, of the head', low=0, high=10)
     lr_div: float = _key(1., 'the body learns at lr / this', low=1, high=1e4)

@@ -13,7 +13,7 @@ from torch import nn
 
 import aptos_fastai
 from aptos_fastai.console import Bars, say, table
-from aptos_fastai.files import AptosError, file_hash, read_json, write_bytes, write_json
+from aptos_fastai.files import AptosError, file_hash, read_record, write_bytes, write_record
 from aptos_fastai.grader import Grader, Member, Model, load_grader, read_model
 from aptos_fastai.images import Prep, square_of
 from aptos_fastai.metrics import GRADE_NAMES, apply_cuts
@@ -77,13 +77,13 @@ def compare(folder: Path, jpegs: list[bytes]) -> list[dict]:
 
 def lineage(root: Path, member: Member) -> dict:
     "Where a member came from: its record without the settings that the bundle states already"
-    rec = read_json((root / member.file).parent / FINISHED)
+    rec = read_record((root / member.file).parent / FINISHED)
     return {k: rec[k] for k in ('stage', 'fold', 'fingerprint', 'settings', 'augment', 'seed', 'pictures', 'kept_epoch', 'parents', 'versions')}
 
 
 def figures(root: Path) -> dict:
     "What is known of a run's answer: kappa and its interval, from its summary"
-    o = read_json(root / 'summary.json')
+    o = read_record(root / 'summary.json')
     if not o: return {}
     s = next(r for r in o['stages'] if r['stage'] == o['submission']['node'])
     return dict(kappa=s['kappa'], kappa_interval=s['kappa_interval'], validated=s['validated'], node=s['stage'])
@@ -134,6 +134,6 @@ def write_bundle(folder: Path, model: Model, lines: list[dict], metrics: dict, p
     card = render('MODEL_CARD.md', model=model, rows=rows, kappa=kappa, metrics=metrics, parity=parity, pictures=pictures, names=GRADE_NAMES,
                   version=aptos_fastai.__version__)
     write_bytes(folder / 'MODEL_CARD.md', card.encode())
-    write_json(folder / 'bundle.json', dict(
+    write_record(folder / 'bundle.json', dict(
         format=1, classes=list(GRADE_NAMES), licence='code: Apache-2.0; weights: as the tables they were trained on allow',
         model=asdict(model), metrics=metrics, parity=parity, parity_on=pictures, lineage=lines, files=files, aptos_fastai=aptos_fastai.__version__))

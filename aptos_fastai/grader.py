@@ -17,7 +17,7 @@ from safetensors.torch import load
 
 from aptos_fastai.config import Stage, parse_cuts
 from aptos_fastai.console import Bars, say
-from aptos_fastai.files import AptosError, digest, file_hash, read_json, write_bytes
+from aptos_fastai.files import AptosError, digest, file_hash, read_record, write_bytes
 from aptos_fastai.images import ImageError, Prep, prepare, square_of
 from aptos_fastai.metrics import GRADE_NAMES, GRADES, HALF, REFERABLE, GradeSets, apply_cuts, fit_cuts
 from aptos_fastai.model import body_stats, create_model, keep_freed_memory
@@ -60,7 +60,7 @@ class Model:
 
 def _member(root: Path, folder: Path, weight: float) -> tuple[Member, dict]:
     "A finished fold as a member, and its record"
-    rec = read_json(folder / FINISHED)
+    rec = read_record(folder / FINISHED)
     if not rec: raise AptosError(f'{folder}: holds no finished fold; run `all` or `train`')
     s = rec['settings']
     mean, std = body_stats(s['arch'])
@@ -85,7 +85,7 @@ def read_model(path: str | Path) -> tuple[Model, Path]:
     """The model of a bundle (`export`), a run folder <runs>/<recipe> (its final answer) or a stage's folder (the mean of its folds), and the folder
     its weights are relative to. Raises `AptosError` where `path` is none of them."""
     root = Path(path)
-    bundle, summary = (read_json(root / f) for f in ('bundle.json', 'summary.json'))
+    bundle, summary = (read_record(root / f) for f in ('bundle.json', 'summary.json'))
     if bundle:
         o = bundle['model']
         return Model(**{**o, 'prep': Prep(**o['prep']), 'members': tuple(Member(**m) for m in o['members'])}), root
@@ -98,7 +98,7 @@ def read_model(path: str | Path) -> tuple[Model, Path]:
             raise AptosError(f'{root}: was trained anew since its answers were made; run `all` again, its cuts belong to the old weights')
         return model, root
     if (root / 'fold0' / FINISHED).is_file():
-        how, coverage = read_json(root / 'fold0' / FINISHED)['settings']['cuts'], .9
+        how, coverage = read_record(root / 'fold0' / FINISHED)['settings']['cuts'], .9
         o = pd.concat([pd.read_csv(f) for f in root.glob(f'fold*/{PREDS}')])
         cuts = parse_cuts(how) or fit_cuts(how, o.score, o.diagnosis)
         reach = GradeSets(coverage).fit(o.score, o.diagnosis).reach_
@@ -139,7 +139,7 @@ def _by_onnx(grader: 'Grader', member: Member, package: str, get_run: Callable) 
     "The same by a runtime that reads the bundle's ONNX; `get_run` gives (squares) -> scores of a file"
     file = (grader.root / member.file).with_suffix('.onnx')
     if not file.is_file(): raise AptosError(f'{file}: is not there; only a bundle has ONNX: run `export` and name its folder')
-    if file_hash(file) != read_json(grader.root / 'bundle.json')['files'].get(file.name):
+    if file_hash(file) != read_record(grader.root / 'bundle.json')['files'].get(file.name):
         raise AptosError(f'{file}: is not what was written (its hash differs); export again')
     try: one = get_run(file)
     except ImportError: raise AptosError(f'{package} is needed for this backend: pip install {package}') from None
@@ -177,7 +177,7 @@ def openvino_runner(grader: 'Grader', member: Member, precision: str):
 
 def _check_parity(root: Path, backend: str, precision: str):
     "Refuses what `export` found to differ too much"
-    for o in (read_json(root / 'bundle.json') or {}).get('parity', []):
+    for o in (read_record(root / 'bundle.json') or {}).get('parity', []):
         if (o['backend'], o['precision']) == (backend, precision) and not o['fine']:
             changed = f'{o["grades_changed"]} of {o["pictures"]} grades'
             raise AptosError(f'{root}: {backend} {precision} changes scores by up to {o["max_difference"]:.2f} and {changed}; use f32')
@@ -293,9 +293,11 @@ def _of_csv(table: Path) -> list[str]:
     col = next((c for c in ('file', 'path', 'image', 'id_code') if c in df), None)
     if not col: raise AptosError(f'{table}: has no column file, path, image or id_code; it has {", ".join(df.columns)}')
     by_stem = {f.stem: str(f) for f in sorted(table.parent.glob('**/*')) if f.suffix.lower() in SUFFIXES}
-    at = [str(table.parent / o) if (table.parent / o).is_file() else by_stem.get(Path(o).name) or by_stem.get(Path(o).stem) for o in df[col]]
+    inside = table.parent.resolve()
+    at = [by_stem.get(Path(o).name) or by_stem.get(Path(o).stem) if not (p := table.parent / o).is_file()
+          else str(p) if p.resolve().is_relative_to(inside) else None for o in df[col]]
     lost = [o for o, a in zip(df[col], at, strict=True) if a is None]
-    if lost: raise AptosError(f'{table}: {len(lost)} of {len(df)} have no picture beside it: {", ".join(lost[:5])}')
+    if lost: raise AptosError(f'{table}: {len(lost)} of {len(df)} have no picture beside it or in a folder below: {", ".join(lost[:5])}')
     return at
 
 

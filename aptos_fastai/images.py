@@ -314,8 +314,9 @@ def read_square(path: str | Path, prep: Prep, size: int) -> np.ndarray:
     if not path.name.endswith(prep.suffix):
         try: data = prepare(data, prep)[0]
         except ImageError as e: raise ImageError(f'{path}: {e}') from None
-    try: return square_of(data, prep, size)
-    except ImageError: raise ImageError(f'{path}: is damaged; delete it and run again, it will be made anew') from None
+    elif _hash(data) != path.name.removesuffix(prep.suffix).rpartition('.')[2]:
+        raise ImageError(f'{path}: is not what was stored (its hash differs); delete it and run again, it will be made anew')
+    return square_of(data, prep, size)
 
 
 def square_of(data: bytes, prep: Prep, size: int) -> np.ndarray:
@@ -325,24 +326,34 @@ def square_of(data: bytes, prep: Prep, size: int) -> np.ndarray:
     return cv2.resize(im, (size, size), interpolation=cv2.INTER_AREA) if size != len(im) else im
 
 
-# The store: <store>/<prep.name>/<table>-<hash of the folder>/<id><suffix> and prepared.csv
+# The store: <store>/<prep.name>/<table>-<hash of the folder>/<id>.<hash of the file><suffix> and prepared.csv
 
 KEEP_EVERY = 1000                            # pictures: how often prepared.csv is written on the way
 
+def _hash(data: bytes) -> str:
+    "Of a stored file, in its name: who reads it sees whether it is what was written"
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _place(folder: Path, id_code: str, stored: str, prep: Prep) -> Path:
+    return folder / f'{id_code.replace("/", "_").replace(os.sep, "_")}.{stored}{prep.suffix}'
+
+
 def _stored(row, folder: Path, prep: Prep, old: dict) -> dict:
     "The record of one picture, prepared now unless `old` has it and the original is as it was then"
-    src, out = Path(row.path), folder / f'{row.id_code.replace(os.sep, "_")}{prep.suffix}'
+    src = Path(row.path)
     try:
         st = src.stat()
         same = dict(bytes=st.st_size, mtime=st.st_mtime_ns)
         was = old.get(row.id_code)
-        if was and 'look' in was and not was['error'] and out.exists() and all(was[k] == v for k, v in same.items()): return was
+        if was and not was['error'] and _place(folder, row.id_code, was['stored'], prep).exists() and all(was[k] == v for k, v in same.items()): return was
         jpeg, info = prepare(src.read_bytes(), prep)
-        write_bytes(out, jpeg)
-        return dict(id_code=row.id_code, **same, **info, error='')
+        write_bytes(out := _place(folder, row.id_code, _hash(jpeg), prep), jpeg)
+        if was and was['stored'] and (gone := _place(folder, row.id_code, was['stored'], prep)) != out: gone.unlink(missing_ok=True)
+        return dict(id_code=row.id_code, **same, **info, stored=_hash(jpeg), error='')
     except ImageError as e: why = str(e)
     except OSError as e: why, same = f'cannot be read ({e.strerror})', dict(bytes=0, mtime=0)
-    return dict(id_code=row.id_code, **same, width=0, height=0, x=0, y=0, r=0, how='', flags='', look='', pixels='', error=why)
+    return dict(id_code=row.id_code, **same, width=0, height=0, x=0, y=0, r=0, how='', flags='', look='', pixels='', stored='', error=why)
 
 
 def store_folder(frame: pd.DataFrame, store: Path, prep: Prep) -> Path:
@@ -354,7 +365,11 @@ def store_folder(frame: pd.DataFrame, store: Path, prep: Prep) -> Path:
 
 def read_prepared(folder: Path) -> pd.DataFrame | None:
     file = folder / 'prepared.csv'
-    return pd.read_csv(file, dtype=dict(id_code=str), keep_default_na=False) if file.is_file() else None
+    if not file.is_file(): return None
+    try: df = pd.read_csv(file, dtype=dict(id_code=str, stored=str), keep_default_na=False)
+    except (ValueError, OSError) as e:
+        raise ImageError(f'{file}: is damaged ({str(e).splitlines()[0]}); delete it and run again, it will be made anew') from None
+    return df if {'stored', 'look', 'error', 'bytes', 'mtime'} <= set(df) else None        # of an earlier version
 
 
 def prepare_table(frame: pd.DataFrame, store: Path, prep: Prep, bars, *, skip_bad: bool = False) -> pd.DataFrame:
@@ -394,14 +409,14 @@ def prepared_already(frame: pd.DataFrame, store: Path, prep: Prep, *, skip_bad: 
     "What `prepare_table` gives, by its record alone; `frame` itself where that is missing, of other pictures or holds bad ones"
     folder = store_folder(frame, store, prep)
     old = read_prepared(folder)
-    if old is None or 'look' not in old or old.id_code.tolist() != frame.id_code.tolist(): return frame
+    if old is None or old.id_code.tolist() != frame.id_code.tolist(): return frame
     return frame if (old.error != '').any() and not skip_bad else _with_stored(frame, folder, prep, old)
 
 
 def _with_stored(frame: pd.DataFrame, folder: Path, prep: Prep, record: pd.DataFrame) -> pd.DataFrame:
     "`frame` with the columns `stored`, `pixels` and `look` of its store's record, without the rows that could not be read"
     fine = (record.error == '').to_numpy()
-    stored = [str(folder / f'{i.replace(os.sep, "_")}{prep.suffix}') for i in frame.id_code]
+    stored = [str(_place(folder, i, h, prep)) for i, h in zip(frame.id_code, record.stored, strict=True)]
     return frame.assign(stored=stored, pixels=record.pixels.to_numpy(), look=record.look.to_numpy())[fine].reset_index(drop=True)
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 
 from aptos_fastai import images
 from aptos_fastai.console import ago, say
-from aptos_fastai.files import AptosError, write_bytes, write_csv, write_json
+from aptos_fastai.files import AptosError, write_bytes, write_csv, write_json, write_record
 from aptos_fastai.grader import grade_files, load_grader, read_model
 
 COMPETITION = 'aptos2019-blindness-detection'
@@ -42,7 +42,7 @@ def write_kaggle(run: str, user: str):
         write_bytes(out / 'dataset' / file, (root / m.file).read_bytes())
         members.append(replace(m, file=file))
     shutil.copytree(HERE, out / 'dataset/aptos_fastai', ignore=shutil.ignore_patterns('__pycache__'))
-    write_json(out / 'dataset/bundle.json', dict(format=1, model=asdict(replace(model, members=tuple(members))), files={}))
+    write_record(out / 'dataset/bundle.json', dict(format=1, model=asdict(replace(model, members=tuple(members))), files={}))
     write_json(out / 'dataset/dataset-metadata.json', dict(title=slug, id=f'{user}/{slug}', licenses=[dict(name='other')]))
     write_json(out / 'kernel/kernel-metadata.json', dict(
         id=f'{user}/{slug}-answer', title=f'{slug}-answer', code_file='answer.ipynb', language='python', kernel_type='notebook', is_private='true',

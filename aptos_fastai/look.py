@@ -5,7 +5,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from aptos_fastai.console import Bars, say
+from aptos_fastai.console import say
 from aptos_fastai.data import FundusAugment
 from aptos_fastai.files import AptosError, write_bytes
 from aptos_fastai.images import decode, read_prepared, read_square, store_folder
@@ -85,8 +85,7 @@ def look(run: Run, name: str, count: int):
     "`look TABLE [COUNT]`: <run>/look/<table>.html and the contact sheet alone as .png"
     if name not in run.frames: raise AptosError(f'{name}: no such table in {run.recipe.path}; there are {", ".join(run.frames)}')
     if count < 1: raise AptosError(f'{count}: at least one picture must be looked at')
-    with Bars() as bars:
-        run = begin(run, bars)
+    with begin(run) as (run, bars):
         rec = read_prepared(store_folder(run.frames[name], run.store, run.prep))
         df = run.frames[name].merge(rec[['id_code', 'width', 'height', 'x', 'y', 'r', 'how', 'flags']], on='id_code')
         shown, parts = choose(df, count, run.recipe.seed), []

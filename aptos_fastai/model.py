@@ -7,7 +7,7 @@ from fastai.vision.all import *
 from safetensors.torch import load_file
 
 from aptos_fastai.config import Stage, parse_cuts
-from aptos_fastai.files import AptosError
+from aptos_fastai.files import AptosError, is_trusted
 from aptos_fastai.metrics import HALF, ScoreKappa
 
 
@@ -97,6 +97,10 @@ def _from_hub(arch: str) -> dict:
 
 
 def _from_file(file: str) -> dict:
+    if file.endswith('.pkl') and Path(file).is_file():         # a learner that fastai exported
+        if not is_trusted(file):
+            raise WeightsError(f'weights = {file}: is a pickle, which can run any program when it is read; add --trust {file} if you know who wrote it')
+        return load_learner(file, cpu=True).model.state_dict()
     try: return load_file(file) if file.endswith('.safetensors') else torch.load(file, map_location='cpu', weights_only=True)
     except FileNotFoundError: raise WeightsError(f'weights = {file}: no such file; set weights = imagenet, bundled, none or a file') from None
     except Exception as e:   # both loaders raise their own kinds for a file that is no weights file

@@ -1,6 +1,8 @@
 "Walks the graph: tables -> pictures -> stages -> labels -> submission; skips what is finished."
+import os
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pandas as pd
 
 from aptos_fastai.config import ConfigError, Recipe, read_recipe
 from aptos_fastai.console import Bars, ago, say, table
-from aptos_fastai.files import AptosError, read_json, write_bytes, write_csv, write_json
+from aptos_fastai.files import AptosError, alone, read_record, sweep, write_bytes, write_csv, write_record
 from aptos_fastai.images import prepare_table, prepared_already, read_prepared, store_folder
 from aptos_fastai.metrics import GRADES, GradeSets, apply_cuts
 from aptos_fastai.record import Run
@@ -47,9 +49,9 @@ def write_demo_tables(r: Recipe, runs: Path) -> Path:
 
 def check_same_data(root: Path, data: Path, demo: bool):
     "A run folder belongs to one data folder: a second would overwrite what the first trained"
-    was = read_json(root / 'run.json')
-    if was and not demo and was['data'] != str(data.resolve()):
-        raise AptosError(f'{root}: holds a run on {was["data"]}, not on {data}; give another folder with --runs, '
+    was = read_record(root / 'run.json')
+    if was and not demo and was['data'] != _from_root(root, data):
+        raise AptosError(f'{root}: holds a run on {(root / was["data"]).resolve()}, not on {data}; give another folder with --runs, '
                          f'or, if that data was only moved, delete {root / "run.json"}')
 
 
@@ -66,18 +68,28 @@ def with_folds(run: Run) -> Run:
     return replace(run, frames=add_folds(run.recipe, frames, run.root / 'folds.csv'))
 
 
-def begin(run: Run, bars: Bars, nodes: Iterable[str] = ()) -> Run:
-    "The run with its folds written and every picture prepared, once the stages in `nodes` are known to be able to start"
+@contextmanager
+def begin(run: Run, nodes: Iterable[str] = ()) -> Iterator[tuple[Run, Bars]]:
+    """The run, its folds written and every picture prepared, once the stages in `nodes` are known to be able to start; and the bars.
+    Until the block ends no other run may work in its folder. Raises `AptosError`"""
     check_run(run, [n for n in run.recipe.order if n in set(nodes) & set(run.recipe.stages) and not run.record(n, run.recipe.stages[n].folds - 1)])
-    skip = run.recipe.images.skip_bad == 'yes'
-    frames = {n: prepare_table(f, run.store, run.prep, bars, skip_bad=skip) for n, f in read_tables(run.recipe, run.data).items()}
-    run = with_folds(replace(run, frames=frames))
-    write_folds(run.recipe, run.frames, run.root / 'folds.csv')
-    say_twins(run)
-    say_folds(run)
-    if run.recipe.demo: write_bytes(run.root / 'SYNTHETIC.txt', f'{SYNTHETIC}.\n'.encode())
-    write_json(run.root / 'run.json', dict(data=str(run.data.resolve()), recipe=run.recipe.path.name, synthetic=bool(run.recipe.demo)))
-    return run
+    with alone(run.root), Bars() as bars:
+        sweep(run.root, 0)
+        skip = run.recipe.images.skip_bad == 'yes'
+        frames = {n: prepare_table(f, run.store, run.prep, bars, skip_bad=skip) for n, f in read_tables(run.recipe, run.data).items()}
+        run = with_folds(replace(run, frames=frames))
+        write_folds(run.recipe, run.frames, run.root / 'folds.csv')
+        say_twins(run)
+        say_folds(run)
+        if run.recipe.demo: write_bytes(run.root / 'SYNTHETIC.txt', f'{SYNTHETIC}.\n'.encode())
+        write_record(run.root / 'run.json', dict(data=_from_root(run.root, run.data), recipe=run.recipe.path.name, synthetic=bool(run.recipe.demo)))
+        yield run, bars
+
+
+def _from_root(root: Path, data: Path) -> str:
+    "Where the data is, seen from the run folder: the same when both are moved together"
+    try: return Path(os.path.relpath(data.resolve(), root.resolve())).as_posix()
+    except ValueError: return data.resolve().as_posix()      # another drive
 
 
 def say_twins(run: Run):
@@ -175,7 +187,7 @@ def submit(run: Run, scores: pd.DataFrame):
 
 def answers_finished(run: Run) -> bool:
     "True where nothing is to train and the answers were made from the weights that stand"
-    o = read_json(run.root / 'summary.json')
+    o = read_record(run.root / 'summary.json')
     return not run.todo() and bool(o) and o.get('made_from') == made_from(run) and all(
         (run.root / f).is_file() for f in ('submission.csv', 'scores.csv', 'oof.csv', 'report.html'))
 
@@ -191,11 +203,10 @@ def run_all(run: Run):
     "Everything, in order: prepares, trains, labels, predicts, submits, sums up; says so and does nothing where all is done"
     t0 = time.time()
     if run.recipe.demo: say(SYNTHETIC, 'yellow')
-    with Bars() as bars:
-        run = begin(run, bars, run.recipe.stages)
+    with begin(run, run.recipe.stages) as (run, bars):
         if answers_finished(run):
             say(f'Everything is done already: nothing was run. The answer is {run.root / "submission.csv"}')
-            return show_summary(run, read_json(run.root / 'summary.json'))
+            return show_summary(run, read_record(run.root / 'summary.json'))
         train_nodes(run, run.recipe.stages, bars)
         scores = predict(run, bars)
         submit(run, scores)
@@ -203,14 +214,14 @@ def run_all(run: Run):
         write_csv(run.root / 'oof.csv', oof)
         o = dict(summarise(run, oof), seconds=round(time.time() - t0, 1), made_from=made_from(run))
         write_report(run, o, oof, scores, bars)
-        write_json(run.root / 'summary.json', o)
+        write_record(run.root / 'summary.json', o)
     show_summary(run, o)
     say(f'{ago(time.time() - t0)} in all')
 
 
 def prepare_all(run: Run):
     "`prepare`"
-    with Bars() as bars: done = begin(run, bars)
+    with begin(run) as (done, _): pass
     rows = []
     for n, f in run.frames.items():
         rec = read_prepared(store_folder(f, run.store, run.prep))
@@ -230,7 +241,7 @@ def _known(run: Run, name: str, among) -> str:
 def train_stage(run: Run, stage: str):
     "`train STAGE`"
     needed = run.ancestors(_known(run, stage, run.recipe.stages))
-    with Bars() as bars: n = train_nodes(begin(run, bars, needed), needed, bars)
+    with begin(run, needed) as (run, bars): n = train_nodes(run, needed, bars)
     say(f'{stage} -> {run.root / stage}' if n else f'{stage} is finished already: {run.root / stage}')
 
 
@@ -240,46 +251,43 @@ def label_table(run: Run, node: str, name: str):
     if name not in run.frames or run.recipe.tables[name].graded:
         raise AptosError(f'{name}: no ungraded table of {run.recipe.path}; there are {", ".join(t.name for t in run.recipe.used_tables if not t.graded)}')
     needed = run.ancestors(_known(run, node, run.recipe.nodes))
-    with Bars() as bars:
-        run = begin(run, bars, needed)
+    with begin(run, needed) as (run, bars):
         train_nodes(run, needed, bars)
         say(f'labels of {name} by {node}: {label(run, node, name, bars)}')
 
 
-def _answering(run: Run, bars: Bars) -> Run:
-    "The run, ready to answer: every stage that does is finished"
+@contextmanager
+def _answering(run: Run) -> Iterator[tuple[Run, Bars]]:
+    "`begin`, where every stage that answers is finished"
     needed = set().union(*(run.ancestors(m) for m in [run.recipe.submit.final, *run.recipe.submit.also])) & set(run.recipe.stages)
 
     def refuse(lost):
         why = 'not trained yet, or trained with other settings, grades or pictures'
         if lost: raise AptosError(f'{run.root}: {", ".join(lost)} {why}; run `all`, or `train {lost[-1]}`')
     refuse([n for n in run.recipe.order if n in needed and not run.record(n, 0)])
-    run = begin(run, bars)
-    refuse([n for n in run.todo() if n in needed])
-    return run
+    with begin(run) as (run, bars):
+        refuse([n for n in run.todo() if n in needed])
+        yield run, bars
 
 
 def write_scores(run: Run):
     "`predict`"
-    with Bars() as bars: df = predict(_answering(run, bars), bars)
+    with _answering(run) as (run, bars): df = predict(run, bars)
     say(f'{len(df)} pictures scored -> {run.root / "scores.csv"}')
 
 
 def write_submissions(run: Run):
     "`submit`"
-    with Bars() as bars:
-        run = _answering(run, bars)
-        submit(run, predict(run, bars))
+    with _answering(run) as (run, bars): submit(run, predict(run, bars))
     say(f'{run.recipe.submit.final} -> {run.root / "submission.csv"}; each submitted stage and ensemble -> {run.root / "submissions"}')
 
 
 def report_run(run: Run):
     "`report`: anew from what `all` has finished"
-    with Bars() as bars:
-        run = begin(run, bars)
+    with begin(run) as (run, bars):
         if not answers_finished(run): raise AptosError(f'{run.root}: is not finished, or its recipe has changed; run `all` first, it ends with the report')
         oof, scores = (pd.read_csv(run.root / f, dtype=dict(id_code=str)) for f in ('oof.csv', 'scores.csv'))
-        write_report(run, read_json(run.root / 'summary.json'), oof, scores, bars)
+        write_report(run, read_record(run.root / 'summary.json'), oof, scores, bars)
     say(f'{run.recipe.name} -> {run.root / "report.html"}')
 
 
@@ -287,10 +295,10 @@ def suggest_rates(run: Run, stage: str):
     "`lr_find STAGE`"
     _known(run, stage, run.recipe.stages)
     check_run(run, [stage])
-    with Bars() as bars: run = begin(run, bars)
-    from aptos_fastai.stage import find_rates
     plot = run.root / stage / 'lr_find.png'
-    found = find_rates(run, stage, plot)
+    with begin(run) as (run, _):
+        from aptos_fastai.stage import find_rates
+        found = find_rates(run, stage, plot)
     table(f'learning rates for {stage}', ['suggestion', 'lr'], [[k, f'{v:.2g}'] for k, v in found.items()])
     say(f'curve -> {plot}; put the rate into [stage.{stage}] lr')
 

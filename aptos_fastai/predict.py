@@ -7,7 +7,7 @@ import torch
 from fastai.learner import Learner, load_learner
 
 from aptos_fastai.console import Bars
-from aptos_fastai.files import digest, file_hash, read_json, write_csv, write_json
+from aptos_fastai.files import digest, file_hash, read_record, write_csv, write_record
 from aptos_fastai.record import EXPORT, WEIGHTS, Run
 
 
@@ -66,14 +66,14 @@ def stage_scores(run: Run, stage: str, table: str, fold: int, bars: Bars) -> pd.
     s, folder = run.recipe.stages[stage], run.fold_dir(stage, fold)
     csv, note = folder / f'scores_{table}.csv', folder / f'scores_{table}.json'
     key = digest([file_hash(run.verified(stage, fold, WEIGHTS)), run.digests[table], s.tta, 'spread'])
-    old = read_json(note)
+    old = read_record(note)
     if not (old and old['key'] == key and csv.is_file() and file_hash(csv) == old['sha256']):
         learn, frame = read_exported(run, stage, fold), run.frames[table]
         if torch.cuda.is_available(): learn.dls.cuda()
         with bars(f'{stage} fold {fold}  scoring {table}', len(frame), 'pictures') as bar:
             scores = predict_views(learn, frame, s.tta, bar)
         write_csv(csv, pd.DataFrame(dict(id_code=frame.id_code, score=scores.mean(1), spread=scores.std(1))))
-        write_json(note, dict(key=key, sha256=file_hash(csv), tta=s.tta, synthetic=bool(run.recipe.demo)))
+        write_record(note, dict(key=key, sha256=file_hash(csv), tta=s.tta, synthetic=bool(run.recipe.demo)))
     return pd.read_csv(csv, dtype=dict(id_code=str))
 
 

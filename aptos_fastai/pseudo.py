@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 
 from aptos_fastai.console import Bars
-from aptos_fastai.files import digest, file_hash, read_json, write_csv, write_json
+from aptos_fastai.files import digest, file_hash, read_record, write_csv, write_record
 from aptos_fastai.metrics import apply_cuts
 from aptos_fastai.predict import fold_scores
 from aptos_fastai.record import WEIGHTS, RecordError, Run
@@ -19,7 +19,7 @@ def _key(run: Run, node: str, table: str) -> str:
 
 
 def labels_finished(run: Run, node: str, table: str) -> bool:
-    note = read_json(run.label_dir(node, table) / 'provenance.json')
+    note = read_record(run.label_dir(node, table) / 'provenance.json')
     return bool(note) and note['key'] == _key(run, node, table) and all(
         (run.label_dir(node, table) / f).is_file() and file_hash(run.label_dir(node, table) / f) == h for f, h in note['files'].items())
 
@@ -39,7 +39,7 @@ def write_labels(run: Run, node: str, table: str, bars: Bars):
     frames = dict(soft=pd.DataFrame(dict(id_code=ids, diagnosis=mean, **by_fold, **spread)),
                   hard=pd.DataFrame(dict(id_code=ids, diagnosis=apply_cuts(mean, run.cuts(node, how)), **hard, **spread)))
     for kind, df in frames.items(): write_csv(out / FILES[kind], df)
-    write_json(out / 'provenance.json', dict(
+    write_record(out / 'provenance.json', dict(
         key=_key(run, node, table), labelled_by=node, table=table, synthetic=bool(run.recipe.demo), cuts=run.cuts(node, how).tolist(),
         weights={f'{m}/fold{k}': run.record(m, k)['files'][WEIGHTS]['sha256'] for m in run.recipe.members(node) for k in run.folds_of(node)},
         files={f: file_hash(out / f) for f in FILES.values()}))
@@ -47,7 +47,7 @@ def write_labels(run: Run, node: str, table: str, bars: Bars):
 
 def read_labels(run: Run, node: str, table: str, kind: str) -> pd.DataFrame:
     "The soft or hard labels of `table` by `node`. Raises `RecordError` where they are missing or not what was written"
-    path, note = run.label_dir(node, table) / FILES[kind], read_json(run.label_dir(node, table) / 'provenance.json')
+    path, note = run.label_dir(node, table) / FILES[kind], read_record(run.label_dir(node, table) / 'provenance.json')
     if not note or not path.is_file(): raise RecordError(f'{path}: is not there; run `label {node}` first')
     if file_hash(path) != note['files'][path.name]:
         raise RecordError(f'{path}: is not what this run wrote (its hash differs); delete {path.parent} and run again')

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from aptos_fastai.config import Recipe, Stage, parse_cuts
-from aptos_fastai.files import AptosError, digest, file_hash, read_json
+from aptos_fastai.files import AptosError, digest, file_hash, is_trusted, read_record
 from aptos_fastai.images import Prep, get_prep
 from aptos_fastai.metrics import even_parts, fit_cuts
 
@@ -54,7 +54,7 @@ class Run:
 
     def label_cuts(self, node: str) -> str: return self.recipe.stages[node].cuts if node in self.recipe.stages else self.recipe.submit.cuts
 
-    def record(self, stage: str, fold: int) -> dict | None: return read_json(self.fold_dir(stage, fold) / FINISHED)
+    def record(self, stage: str, fold: int) -> dict | None: return read_record(self.fold_dir(stage, fold) / FINISHED)
 
     def finished(self, stage: str, fold: int) -> bool:
         "True where the folder holds the very stage that is asked for, its files whole in size, its parent's weights those it began with"
@@ -86,9 +86,14 @@ class Run:
         o, path = self.record(stage, fold), self.fold_dir(stage, fold) / file
         if not o: raise RecordError(f'{path.parent}: is not finished; run `train {stage}` first')
         if not path.is_file(): raise RecordError(f'{path}: is gone; run `train {stage}` again')
-        if file_hash(path) != o['files'][file]['sha256']:
-            raise RecordError(f'{path}: is not what this run wrote (its hash differs); delete {path.parent} and run again')
+        if file_hash(path) != o['files'][file]['sha256'] and not is_trusted(path):
+            raise RecordError(f'{path}: is not what this run wrote (its hash differs); delete {path.parent} and run again'
+                              + f', or add --trust {path} if it is yours' * (file == EXPORT))
         return path
+
+    def parents_weights(self, stage: str, fold: int) -> dict[str, str]:
+        "Hash of the weights of each stage that a fold is built on"
+        return {m: self.record(m, fold)['files'][WEIGHTS]['sha256'] for p in self.recipe.stages[stage].parents for m in self.recipe.members(p)}
 
     def oof(self, node: str, fold: int | None = None) -> pd.DataFrame:
         "Validation scores of a stage or ensemble, id_code, source, diagnosis, fold, score: each from the fold that did not train on it"

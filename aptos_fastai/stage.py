@@ -12,45 +12,66 @@ from safetensors.torch import save
 from timm.utils import ModelEmaV3
 
 import aptos_fastai
+from aptos_fastai.checkpoint import Checkpoint, clear_checkpoint, epochs_kept
 from aptos_fastai.config import Stage
 from aptos_fastai.console import Bars, ago, console, say
 from aptos_fastai.data import get_dls, start_epoch
-from aptos_fastai.files import AptosError, file_hash, write_bytes, write_csv, write_json
+from aptos_fastai.files import AptosError, digest, file_hash, whole, write_bytes, write_csv, write_record
 from aptos_fastai.model import body_stats, get_learner
 from aptos_fastai.predict import predict_scores, read_exported
 from aptos_fastai.pseudo import read_labels
 from aptos_fastai.record import EXPORT, FINISHED, HISTORY, PREDS, WEIGHTS, Run, training_frame
 
+CHECK_EVERY = 10                             # batches: how often the loss is looked at within an epoch
+
 
 class Reproducible(Callback):
-    "Order and augmentation of an epoch depend on the seed and its number alone"
+    "Order and augmentation of an epoch depend on the seed and its number in the stage alone"
     order = -100                              # before anything draws
-    def __init__(self, seed: int): self.seed, self.n = seed, 0
+    def __init__(self, seed: int): self.seed, self.before = seed, 0
     def before_epoch(self):
-        set_seed(self.seed + self.n)
-        self.dls.train.rng = random.Random(self.seed + self.n)
-        start_epoch(self.dls.train, self.n)
-        self.n += 1
+        n = self.before + self.epoch
+        self.opt.zero_grad()                  # what an epoch accumulated past its last step
+        set_seed(self.seed + n)
+        self.dls.train.rng = random.Random(self.seed + n)
+        start_epoch(self.dls.train, n)
 
 
 class History(Callback):
     "A row an epoch: losses, kappa, rate, time; and the weights of the best by `keep` (kappa, loss or last)"
     order = 60                                # after fastai's Recorder
     def __init__(self, keep: str): self.keep, self.rows, self.best, self.weights = keep, [], -math.inf, None
-    def before_epoch(self): self.t0 = time.time()
+    def before_epoch(self): self.t0 = time.monotonic()
+
+    def after_batch(self):
+        if self.training and self.iter % CHECK_EVERY == 0 and not math.isfinite(self.smooth_loss): self.refuse(f'the loss is {float(self.smooth_loss):g}')
+
     def after_epoch(self):
+        if not self.recorder.values[-1]: return          # skipped on the way to where it stopped
         train, valid, kappa = map(float, self.recorder.values[-1])
+        if not all(map(math.isfinite, (train, valid, kappa))):
+            self.refuse(f'the loss is {train:g} in training, {valid:g} in validation, kappa {kappa:g}')
         n = len(self.rows)
-        if not math.isfinite(train) or not math.isfinite(valid):
-            lr = self.opt.hypers[-1]['lr']
-            raise AptosError(f'epoch {n + 1}: the loss is {train:g} in training, {valid:g} in validation; lower the stage\'s lr ({lr:g} now)')
         worth = dict(kappa=kappa, loss=-valid, last=n)[self.keep]
         if worth > self.best:
             self.best, self.weights = worth, {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
         self.rows.append(dict(epoch=n, train_loss=train, valid_loss=valid, kappa=kappa, lr=self.opt.hypers[-1]['lr'],
-                              seconds=round(time.time() - self.t0, 2), kept=False))
+                              seconds=round(time.monotonic() - self.t0, 2), kept=False))
         if worth == self.best:
             for r in self.rows: r['kept'] = r['epoch'] == n
+
+    def refuse(self, why: str): raise Diverged(f'epoch {len(self.rows) + 1}: {why}; lower the stage\'s lr ({self.opt.hypers[-1]["lr"]:g} now)')
+
+    def state(self) -> dict:
+        "The best epoch's weights only where they are not the last one's, which the checkpoint holds anyhow"
+        return dict(rows=self.rows, best=self.best, weights=None if self.rows[-1]['kept'] else self.weights)
+    def load(self, o: dict, model: nn.Module):
+        self.rows, self.best = o['rows'], o['best']
+        self.weights = o['weights'] or {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+
+
+class Diverged(AptosError):
+    "A training whose loss is no longer a number"
 
 
 class Averaged(Callback):
@@ -66,23 +87,41 @@ class Averaged(Callback):
         self.raw = {k: v.clone() for k, v in self.model.state_dict().items()}
         self.model.load_state_dict(self.ema.module.state_dict())
 
+    def state(self) -> dict: return dict(raw=self.raw, steps=self.steps)     # the average itself is what the checkpoint's model holds
+    def load(self, o: dict, model: nn.Module): self.raw, self.steps = o['raw'], o['steps']
+
+
+class Accumulate(Callback):
+    "A batch in `parts` equal parts, whose gradients add up to the whole one's: for batches that do not fit the device"
+    order, run_valid = MixedPrecision.order - 4, False
+    def __init__(self, parts: int): self.parts = parts
+    def before_epoch(self): self.n = 0
+    def after_loss(self): self.learn.loss_grad = self.loss_grad / self.parts
+    def before_step(self):
+        self.n += 1
+        if self.n % self.parts: raise CancelBatchException
+
 
 class ShowProgress(Callback):
     "Batches as a bar with loss, kappa so far, pictures a second and time left of the stage; epochs as lines"
     order = 70
     def __init__(self, title: str, epochs: int, bar, history: History):
-        self.title, self.epochs, self.bar, self.hist, self.t0, self.n, self.done = title, epochs, bar, history, time.time(), 0, 0
-    def before_train(self): self.seen, self.te = 0, time.time()
+        self.title, self.epochs, self.bar, self.hist, self.t0, self.done = title, epochs, bar, history, time.monotonic(), 0
+        self.first = len(history.rows)
+    @property
+    def n(self): return len(self.hist.rows)
+    def before_train(self): self.seen, self.te, self.done = 0, time.monotonic(), self.n * len(self.dls.train)
     def after_batch(self):
         if not self.training: return
         self.seen, self.done = self.seen + len(self.x), self.done + 1
-        self.rate = self.seen / (time.time() - self.te)
+        if self.iter % CHECK_EVERY and self.iter + 1 < len(self.dls.train): return       # reading the loss waits for the device
+        self.rate = self.seen / max(time.monotonic() - self.te, 1e-6)
         kappa = f'kappa {self.hist.rows[-1]["kappa"]:.3f}  ' if self.hist.rows else ''
         self.bar.to(self.done, f'epoch {self.n + 1}/{self.epochs}  loss {float(self.smooth_loss):.3f}  {kappa}{self.rate:.0f} pictures/s')
     def after_epoch(self):
-        self.n += 1
-        r, done = self.hist.rows[-1], self.n / self.epochs
-        left = (time.time() - self.t0) * (1 - done) / done
+        if self.n == self.first: return
+        r, done = self.hist.rows[-1], self.n - self.first
+        left = (time.monotonic() - self.t0) * (self.epochs - self.n) / done
         say(f'  {self.title}  epoch {self.n}/{self.epochs}  loss {r["train_loss"]:.3f}  valid {r["valid_loss"]:.3f}  kappa {r["kappa"]:.3f}  '
             f'{self.rate:.0f} pictures/s' + (f'  {ago(left)} left' if self.n < self.epochs else ''), 'dim' if console.is_terminal else None)
 
@@ -99,32 +138,43 @@ def stage_learner(run: Run, name: str, fold: int = 0) -> Learner:
     return get_learner(stage, dls, weights=weights)
 
 
-def fit_stage(learn: Learner, stage: Stage, cbs):
-    "The head alone first where `freeze_epochs` says so, then everything; each on the course that `schedule` names"
+def fit_stage(learn: Learner, stage: Stage, cbs: list, done: int = 0, opt: dict | None = None):
+    """The head alone first where `freeze_epochs` says so, then everything; each on the course that `schedule` names.
+
+    `done` epochs are over already, and left the optimizer with the state `opt`.
+    """
     fit = dict(one_cycle=learn.fit_one_cycle, constant=learn.fit)[stage.schedule]
+    phases = [(learn.freeze, stage.freeze_epochs, stage.lr),
+              (learn.unfreeze, stage.epochs, slice(stage.lr / stage.lr_div, stage.lr) if stage.lr_div > 1 else stage.lr)]
+    before = 0
     with learn.no_bar(), learn.no_logging():
-        if stage.freeze_epochs:
-            learn.freeze()
-            fit(stage.freeze_epochs, stage.lr, cbs=cbs)
-        learn.unfreeze()
-        fit(stage.epochs, slice(stage.lr / stage.lr_div, stage.lr) if stage.lr_div > 1 else stage.lr, cbs=cbs)
+        for freeze, epochs, lr in phases:
+            start = max(0, done - before)
+            if start < epochs:
+                freeze()
+                if start: learn.opt.load_state_dict(opt)
+                cbs[0].before = before
+                fit(epochs, lr, cbs=cbs, start_epoch=start)
+            before += epochs
 
 
 def train_fold(run: Run, name: str, fold: int, bars: Bars) -> dict:
-    "Trains one fold of a stage into its run folder and returns its record; `stage.json` is written last"
-    stage, out, t0 = run.recipe.stages[name], run.fold_dir(name, fold), time.time()
-    (out / FINISHED).unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
-    learn = stage_learner(run, name, fold)
-    hist = History(stage.keep)
+    "Trains one fold of a stage into its run folder, from its last finished epoch on, and returns its record; `stage.json` is written last"
+    stage, out = run.recipe.stages[name], run.fold_dir(name, fold)
     title = name if stage.folds == 1 else f'{name} fold {fold}'
-    epochs = stage.freeze_epochs + stage.epochs
-    try:
-        with bars(title, epochs * len(learn.dls.train), 'batches') as bar:
-            average = [Averaged(stage.ema)] if stage.ema else []
-            fit_stage(learn, stage, [Reproducible(run.recipe.seed), *average, hist, ShowProgress(title, epochs, bar, hist)])
-    except AptosError as e:                  # fastai puts the callback's name before a callback's words
-        raise AptosError(f'[stage.{name}] fold {fold}, {str(e).rpartition(chr(9))[2]}') from None
+    (out / FINISHED).unlink(missing_ok=True)
+    hist = History(stage.keep)
+    try: learn, checkpoint = fit_fold(run, name, fold, bars, title, hist)
+    except Diverged as e:
+        best = f'; its best epoch\'s weights are in {keep_best(out, hist)}' if hist.weights else ''
+        raise AptosError(f'[stage.{name}] fold {fold}, {_words(e)}{best}') from None
+    except AptosError as e: raise AptosError(_words(e)) from None
+    except KeyboardInterrupt:
+        n = epochs_kept(out)
+        raise KeyboardInterrupt(f'{title} has finished {n} of {stage.freeze_epochs + stage.epochs} epochs') from None
+    except (RuntimeError, MemoryError) as e: raise AptosError(f'[stage.{name}] fold {fold}, {_fault(e, stage)}') from e
+    t0 = time.monotonic()
+    say_risen(title, hist)
     learn.model.load_state_dict(hist.weights)
     valid = learn.dls.valid.items.copy()
     with bars(f'{title}  validating', len(valid), 'pictures') as bar:
@@ -134,18 +184,62 @@ def train_fold(run: Run, name: str, fold: int, bars: Bars) -> dict:
     record = dict(stage=name, fold=fold, fingerprint=run.fingerprint(name, fold), synthetic=bool(run.recipe.demo), settings=asdict(stage),
                   augment=asdict(run.recipe.augment), prep=asdict(run.prep), seed=run.recipe.seed,
                   pictures=dict(train=len(learn.dls.train_ds), valid=len(valid)), kept_epoch=best['epoch'], kept_kappa=best['kappa'],
-                  parents={m: run.record(m, fold)['files'][WEIGHTS]['sha256'] for p in stage.parents for m in run.recipe.members(p)},
-                  seconds=round(time.time() - t0, 1),
+                  parents=run.parents_weights(name, fold), resumed_after_epochs=checkpoint.resumed,
+                  seconds=round(sum(r['seconds'] for r in hist.rows) + time.monotonic() - t0, 1),
                   files={f: dict(sha256=file_hash(out / f), bytes=(out / f).stat().st_size) for f in (EXPORT, WEIGHTS, PREDS, HISTORY)},
                   versions=versions())
-    write_json(out / FINISHED, record)
+    write_record(out / FINISHED, record)
+    clear_checkpoint(out)
     return record
+
+
+def fit_fold(run: Run, name: str, fold: int, bars: Bars, title: str, hist: History) -> tuple[Learner, Checkpoint]:
+    "The Learner after its epochs, with what kept them"
+    stage, out = run.recipe.stages[name], run.fold_dir(name, fold)
+    learn = stage_learner(run, name, fold)
+    average = [Averaged(stage.ema)] if stage.ema else []
+    more = [Accumulate(stage.accumulate)] if stage.accumulate > 1 else []
+    checkpoint = Checkpoint(out, digest([run.fingerprint(name, fold), run.parents_weights(name, fold)]), [hist, *average])
+    opt, epochs = checkpoint.load(learn), stage.freeze_epochs + stage.epochs
+    if checkpoint.begun: say(f'  {title}: goes on after epoch {checkpoint.begun} of {epochs}, which is finished')
+    with bars(title, epochs * len(learn.dls.train), 'batches') as bar:
+        cbs = [Reproducible(run.recipe.seed), *average, *more, hist, checkpoint, ShowProgress(title, epochs, bar, hist)]
+        fit_stage(learn, stage, cbs, checkpoint.begun, opt)
+    return learn, checkpoint
+
+
+def _words(e: Exception) -> str: return str(e).rpartition('\t')[2]           # fastai puts the callback's name before a callback's words
+
+
+def _fault(e: Exception, stage: Stage) -> str:
+    "What a reader can do about an exception of PyTorch's; raises it again where that is nothing"
+    text = str(e)
+    if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        half = f'set bs = {stage.bs // 2} and accumulate = {2 * stage.accumulate}: the same steps in half the memory' if stage.bs > 1 else 'set size lower'
+        return f'out of memory with bs = {stage.bs} at {stage.size} px: {half}; finished epochs of unchanged settings are kept'
+    if 'DataLoader worker' in text:
+        return 'a process that loads pictures died (killed, or out of memory): run again, it goes on from the last finished epoch; or set workers = 0'
+    raise e
+
+
+def say_risen(title: str, hist: History):
+    "A training that went astray after its best epoch is said; the best one is kept"
+    best, last = min(r['valid_loss'] for r in hist.rows), hist.rows[-1]['valid_loss']
+    if last > 3 * best:
+        kept = next(r['epoch'] for r in hist.rows if r['kept']) + 1
+        say(f'  {title}: the validation loss rose from {best:.3f} to {last:.3f}: its lr may be too high; epoch {kept} is kept', 'yellow')
+
+
+def keep_best(out: Path, hist: History) -> Path:
+    "The best epoch's weights of a training that could not end"
+    write_bytes(out / 'best.safetensors', save({k: v.contiguous() for k, v in hist.weights.items()}))
+    return out / 'best.safetensors'
 
 
 def write_fold(learn: Learner, out: Path, preds: pd.DataFrame, hist: History):
     "The files of a finished fold but for its record"
     learn.dls.path = learn.path = out
-    learn.export(EXPORT)
+    with whole(out / EXPORT) as tmp: learn.export(tmp.name)
     write_bytes(out / WEIGHTS, save({k: v.detach().cpu().contiguous() for k, v in learn.model.state_dict().items()}))
     write_csv(out / PREDS, preds[['id_code', 'source', 'diagnosis', 'fold', 'score']])
     write_csv(out / HISTORY, pd.DataFrame(hist.rows))

@@ -6,7 +6,7 @@ import pandas as pd
 
 from aptos_fastai.config import Stage, parse_cuts
 from aptos_fastai.console import ago, say, table
-from aptos_fastai.files import AptosError, read_json
+from aptos_fastai.files import AptosError, read_record
 from aptos_fastai.metrics import HALF, GradeSets, apply_cuts, kappa_interval, nested_grades, paired_interval, quadratic_kappa
 from aptos_fastai.record import WEIGHTS, Run
 
@@ -94,7 +94,7 @@ def show_summary(run: Run, o: dict):
 def _finished_run(folder: str) -> tuple[dict, pd.DataFrame]:
     "summary.json and oof.csv of a run folder"
     root = Path(folder)
-    summary, oof = read_json(root / 'summary.json'), root / 'oof.csv'
+    summary, oof = read_record(root / 'summary.json'), root / 'oof.csv'
     if not summary or not oof.is_file():
         raise AptosError(f'{root}: is no finished run (it holds no summary.json and oof.csv); name <runs>/<recipe>, or run `all`')
     return summary, pd.read_csv(oof, dtype=dict(id_code=str))

@@ -9,6 +9,8 @@ import pandas as pd
 from aptos_fastai.config import Recipe, Table
 from aptos_fastai.files import AptosError, digest, write_bytes
 
+FOLDS = ['source', 'id_code', 'fold', 'digest']       # columns of folds.csv
+
 
 class TableError(AptosError):
     "A table that cannot be used: names the file, the ids and what to do."
@@ -30,7 +32,10 @@ def _pictures(folder: Path) -> dict[str, Path]:
     "Stem -> path of the pictures in `folder`"
     if not folder.is_dir(): raise TableError(f'{folder}: no such folder of pictures')
     out: dict[str, Path] = {}
-    with os.scandir(folder) as it: names = sorted(o.name for o in it if not o.name.startswith('.') and o.is_file())
+    with os.scandir(folder) as it: found = sorted((o.name, o.is_symlink()) for o in it if not o.name.startswith('.') and o.is_file())
+    names, inside = [n for n, _ in found], folder.resolve().parent
+    for n in [n for n, link in found if link and not (folder / n).resolve().is_relative_to(inside)]:
+        raise TableError(f'{folder / n}: is a link out of {inside}; put the picture itself there, or name its own folder in the recipe')
     for n in names:
         stem = n.rpartition('.')[0] or n
         if stem in out: raise TableError(f'{folder}: both {out[stem].name} and {n} stand for the id {stem}; keep one')
@@ -123,24 +128,40 @@ def add_folds(recipe: Recipe, frames: dict[str, pd.DataFrame], file: Path) -> di
 
     A group has one fold in whichever tables it is: a picture that stands in a second table follows the first, an ungraded one too; else that is -1.
     """
-    old = pd.read_csv(file, dtype=dict(id_code=str)) if file.is_file() else pd.DataFrame(columns=['source', 'id_code', 'fold', 'digest'])
+    old = _read_folds(file) if file.is_file() else pd.DataFrame(columns=FOLDS)
     out, given = {}, {}
     for name, df in frames.items():
         if not recipe.tables[name].graded: continue
-        mine = old[(old.source == name) & (old.digest == _folds_digest(recipe, df))]
-        if len(mine) == len(df) and set(mine.id_code) == set(df.id_code): fold = df.id_code.map(mine.set_index('id_code').fold)
+        mine = old[(old.source == name) & (old.digest.str.partition('-')[0] == _folds_digest(recipe, df))] if len(old) else old
+        if len(mine) == len(df) and set(mine.id_code) == set(df.id_code):
+            fold = df.id_code.map(mine.set_index('id_code').fold)
+            if set(mine.digest) != {_sealed(recipe, df, fold)}:
+                raise TableError(f'{file}: the folds of {name} are not those that a run wrote (their hash differs); restore it, or delete it and run again')
         else: fold = df.group.map(given).fillna(pd.Series(make_folds(df, recipe.splits, recipe.seed)))
         out[name] = df.assign(fold=fold.astype(int))
         given |= dict(zip(df.group, out[name].fold, strict=True))
     return {n: out[n] if n in out else df.assign(fold=df.group.map(given).fillna(-1).astype(int)) for n, df in frames.items()}
 
 
+def _read_folds(file: Path) -> pd.DataFrame:
+    try: df = pd.read_csv(file, dtype=dict(source=str, id_code=str, fold=int, digest=str), keep_default_na=False)
+    except (ValueError, OSError) as e:
+        raise TableError(f'{file}: is damaged ({str(e).splitlines()[0]}); delete it and run again, it will be made anew') from None
+    if list(df) != FOLDS: raise TableError(f'{file}: is not what a run wrote (columns {", ".join(df)}); delete it and run again')
+    return df
+
+
 def _folds_digest(recipe: Recipe, df: pd.DataFrame) -> str:
     return digest([recipe.splits, recipe.seed, df.id_code.tolist(), df.diagnosis.tolist(), df.group.tolist()])[:12]
 
 
+def _sealed(recipe: Recipe, df: pd.DataFrame, fold: pd.Series) -> str:
+    "The table's digest and that of its folds"
+    return f'{_folds_digest(recipe, df)}-{digest(fold.tolist())[:12]}'
+
+
 def write_folds(recipe: Recipe, frames: dict[str, pd.DataFrame], file: Path):
     "The folds of every graded table as `file`, untouched where it holds them"
-    parts = [df[['source', 'id_code', 'fold']].assign(digest=_folds_digest(recipe, df)) for n, df in frames.items() if recipe.tables[n].graded]
+    parts = [df[['source', 'id_code', 'fold']].assign(digest=_sealed(recipe, df, df.fold)) for n, df in frames.items() if recipe.tables[n].graded]
     text = pd.concat(parts).to_csv(index=False, lineterminator='\n')
     if not file.is_file() or file.read_text() != text: write_bytes(file, text.encode())

@@ -21,7 +21,7 @@ from torchvision import transforms as T
 from aptos_fastai.config import Augment
 from aptos_fastai.console import table
 from aptos_fastai.data import FundusAugment
-from aptos_fastai.images import Prep, crop_square, decode, find_retina, prepare, read_square
+from aptos_fastai.images import Prep, _hash, crop_square, decode, find_retina, prepare, read_square
 
 PREP, AUGMENT = Prep(size=512), Augment(on='picture')
 MEAN, STD = (.485, .456, .406), (.229, .224, .225)
@@ -89,8 +89,9 @@ def main(folder: str = ''):
         if not jpegs: sys.exit(f'error: {folder}: holds no JPEG originals')
         pngs, stored = [], []
         for p in jpegs:
-            stored.append(tmp / f'{p.stem}{PREP.suffix}')
-            stored[-1].write_bytes(prepare(p.read_bytes(), PREP)[0])
+            jpeg = prepare(p.read_bytes(), PREP)[0]
+            stored.append(tmp / f'{p.stem}.{_hash(jpeg)}{PREP.suffix}')
+            stored[-1].write_bytes(jpeg)
         for p in jpegs[:6]: pngs.append(tmp / f'{p.stem}.png'); Image.open(p).save(pngs[-1])
         rows = []
 

@@ -8,7 +8,7 @@ from conftest import ROOT
 
 from aptos_fastai.cli import _commands, main
 
-ROOMS = ('files config console tables twins images metrics record demo data model predict pseudo stage summary page plots audit grader '
+ROOMS = ('files config console tables twins images metrics record demo data model checkpoint predict pseudo stage summary page plots audit grader '
          'explain report pipeline plan look export serve kaggle cli').split()
 
 
