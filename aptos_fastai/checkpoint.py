@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
+from fastcore.foundation import L
 
 from aptos_fastai.console import say
 from aptos_fastai.files import file_hash, read_record, write_bytes, write_record
@@ -25,7 +26,7 @@ class Checkpoint(Callback):
         n = len(self.parts[0].rows)
         if n == self.begun: return           # an epoch that is skipped on the way to where it stopped
         buffer, file = io.BytesIO(), f'checkpoint-{n}.pt'
-        torch.save(dict(model=self.model.state_dict(), opt=self.opt.state_dict(), parts=[p.state() for p in self.parts]), buffer)
+        torch.save(dict(model=self.model.state_dict(), opt=_plain(self.opt.state_dict()), parts=[p.state() for p in self.parts]), buffer)
         write_bytes(self.folder / file, buffer.getbuffer())
         write_record(self.folder / NOTE, dict(key=self.key, file=file, hash=file_hash(self.folder / file), epochs=n, resumed=self.resumed))
         self.begun = n
@@ -45,7 +46,12 @@ class Checkpoint(Callback):
         learn.model.load_state_dict(saved['model'])
         for p, s in zip(self.parts, saved['parts'], strict=True): p.load(s, learn.model)
         self.begun, self.resumed = o['epochs'], [*o['resumed'], o['epochs']]
-        return saved['opt']
+        return dict(state=saved['opt']['state'], hypers=L(saved['opt']['hypers']))
+
+
+def _plain(opt: dict) -> dict:
+    "fastai's optimizer state in types that load without a pickle's freedom"
+    return dict(state=[dict(s) for s in opt['state']], hypers=[{k: float(v) for k, v in h.items()} for h in opt['hypers']])
 
 
 def epochs_kept(folder: Path) -> int:

@@ -35,6 +35,14 @@ class Commands:
         from aptos_fastai.plan import show_plan
         show_plan(self.open())
 
+    def doctor(self):
+        """Say what would stop `all` before it does: versions, devices, tables, weights, disk, time; how to get Kaggle's tables where they are missing.
+
+        python run.py doctor --data ~/kaggle
+        """
+        from aptos_fastai.doctor import doctor
+        doctor(self.recipe, self.data, self.runs, self.sets)
+
     def prepare(self):
         """Find, crop and store the retinas of every table, as `all` does by itself; say what was found and what looks bad.
 

@@ -1,6 +1,7 @@
 "What `all` would do, and roughly how long and how large; trains nothing."
 import os
 import time
+from dataclasses import dataclass
 
 from aptos_fastai.config import Stage
 from aptos_fastai.console import ago, say, table
@@ -9,6 +10,7 @@ from aptos_fastai.record import Run
 from aptos_fastai.summary import tables_text
 
 BYTES_PER_PIXEL = .28                        # of a stored JPEG: 74 kB at 512 px, quality 95, 4:4:4 (measured on IDRiD)
+CHECKPOINT = 5.                              # times what a stage leaves: weights, best weights, two moments, twice while one replaces the other
 PREPARE_SECONDS = .03                        # an original of 12 megapixels, one core (benchmarks/images.py)
 
 
@@ -44,27 +46,42 @@ def stage_cost(run: Run, name: str, folds: list[int], measured: dict) -> tuple[i
     return train, valid, len(folds) * ((s.epochs + s.freeze_epochs) * train * step + seen * look), len(folds) * params * 8.
 
 
-def show_plan(run: Run):
-    "The graph as a table: what stands, what would run, on what, for how long"
+@dataclass
+class Costs:
+    "What `all` would still do: a row a node for the table, seconds, bytes on disk, pictures to prepare"
+    rows: list[list]
+    seconds: float
+    disk: float
+    new: int
+
+
+def costs(run: Run) -> Costs:
+    "By one timed step of each network on this machine"
     r, todo, measured = run.recipe, run.todo(), {}
-    if todo: check_run(run, todo)
-    rows, seconds, disk = [], 0., 0.
+    rows, seconds, disk, most = [], 0., 0., 0.
     for n in r.order:
         s = r.stages.get(n)
         if s is None: rows.append([n, 'mean of ' + ', '.join(r.members(n)), '', '', '', '']); continue
         ks = todo.get(n, [])
         train, valid, t, b = stage_cost(run, n, ks or [0], measured)
-        if ks: seconds, disk = seconds + t, disk + b
+        if ks: seconds, disk, most = seconds + t, disk + b, max(most, CHECKPOINT * b / len(ks))
         start = s.init or dict(none='random').get(s.weights, s.weights) + ' weights'
         rows.append([n, f'{start}; {tables_text(s)}', f'{s.arch} {s.size} px', f'{train}+{valid}',
                      f'{s.folds} x {s.freeze_epochs + s.epochs}', f'about {ago(t)}' if ks else 'finished'])
     new = sum(len(f) for f in run.frames.values() if 'pixels' not in f)
-    seconds, disk = seconds + new * PREPARE_SECONDS / (os.cpu_count() or 1), disk + new * r.store_size ** 2 * BYTES_PER_PIXEL
+    return Costs(rows, seconds + new * PREPARE_SECONDS / (os.cpu_count() or 1), disk + most + new * r.store_size ** 2 * BYTES_PER_PIXEL, new)
+
+
+def show_plan(run: Run):
+    "The graph as a table: what stands, what would run, on what, for how long"
+    r, todo = run.recipe, run.todo()
+    if todo: check_run(run, todo)
+    o = costs(run)
     title = f'{r.path} on {run.data}' + (' (SYNTHETIC demo)' if r.demo else '')
-    table(title, ['stage', 'starts from; trains on', 'network', 'pictures', 'epochs', 'to do'], rows,
+    table(title, ['stage', 'starts from; trains on', 'network', 'pictures', 'epochs', 'to do'], o.rows,
           right=('pictures', 'epochs'), wrap=('starts from; trains on', 'network', 'to do'))
     tabs = ', '.join(f'{n} {len(f)}' for n, f in run.frames.items())
-    say(f'tables: {tabs}. To prepare: {new} pictures at {r.store_size} px.')
+    say(f'tables: {tabs}. To prepare: {o.new} pictures at {r.store_size} px.')
     if not todo and answers_finished(run): return say('Everything is done already: `all` would do nothing.')
     say(f'{r.submit.final} answers {r.submit.table}: {run.root / "submission.csv"}')
-    say(f'about {ago(seconds)} (one step of each network timed on this machine just now) and {disk / 1e9:.2f} GB on disk')
+    say(f'about {ago(o.seconds)} (one step of each network timed on this machine just now) and {o.disk / 1e9:.2f} GB on disk')

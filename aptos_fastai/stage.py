@@ -55,7 +55,7 @@ class History(Callback):
         worth = dict(kappa=kappa, loss=-valid, last=n)[self.keep]
         if worth > self.best:
             self.best, self.weights = worth, {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
-        self.rows.append(dict(epoch=n, train_loss=train, valid_loss=valid, kappa=kappa, lr=self.opt.hypers[-1]['lr'],
+        self.rows.append(dict(epoch=n, train_loss=train, valid_loss=valid, kappa=kappa, lr=float(self.opt.hypers[-1]['lr']),
                               seconds=round(time.monotonic() - self.t0, 2), kept=False))
         if worth == self.best:
             for r in self.rows: r['kept'] = r['epoch'] == n

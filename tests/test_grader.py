@@ -92,7 +92,8 @@ def test_pictures_are_found_by_file_folder_glob_and_csv(tmp_path):
     for col, rows in (('id_code', 'b\na\n'), ('image', 'y/b.JPG\na.png\n')):
         (tmp_path / 'x/t.csv').write_text(f'{col}\n{rows}')
         assert find_pictures([str(tmp_path / 'x/t.csv')]) == [b, a]
-    for text, words in (('id_code\nzzz\n', '1 of 1 have no picture beside it or in a folder below: zzz'), ('who\na\n', 'has no column file, path, image or id_code')):
+    for text, words in (('id_code\nzzz\n', '1 of 1 have no picture beside it or in a folder below: zzz'),
+                        ('who\na\n', 'has no column file, path, image or id_code')):
         (tmp_path / 'x/t.csv').write_text(text)
         with pytest.raises(AptosError, match=words): find_pictures([str(tmp_path / 'x/t.csv')])
     with pytest.raises(AptosError, match='names no picture'): find_pictures([str(tmp_path / 'nowhere.png')])
