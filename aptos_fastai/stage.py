@@ -40,8 +40,10 @@ class Reproducible(Callback):
 class History(Callback):
     "A row an epoch: losses, kappa, rate, time; and the weights of the best by `keep` (kappa, loss or last)"
     order = 60                                # after fastai's Recorder
-    def __init__(self, keep: str): self.keep, self.rows, self.best, self.weights = keep, [], -math.inf, None
-    def before_epoch(self): self.t0 = time.monotonic()
+    def __init__(self, keep: str): self.keep, self.rows, self.best, self.weights, self.smooth = keep, [], (-math.inf,), None, None
+    def before_epoch(self):
+        self.t0 = time.monotonic()
+        if self.smooth and self.epoch: self.recorder.smooth_loss.count, self.recorder.smooth_loss.val = self.smooth[0], tensor(self.smooth[1])      # in one fit
 
     def after_batch(self):
         if self.training and self.iter % CHECK_EVERY == 0 and not math.isfinite(self.smooth_loss): self.refuse(f'the loss is {float(self.smooth_loss):g}')
@@ -52,21 +54,24 @@ class History(Callback):
         if not all(map(math.isfinite, (train, valid, kappa))):
             self.refuse(f'the loss is {train:g} in training, {valid:g} in validation, kappa {kappa:g}')
         n = len(self.rows)
-        worth = dict(kappa=kappa, loss=-valid, last=n)[self.keep]
-        if worth > self.best:
+        worth = dict(kappa=(kappa, -valid), loss=(-valid,), last=(n,))[self.keep]
+        better = worth > self.best
+        if better:
             self.best, self.weights = worth, {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
         self.rows.append(dict(epoch=n, train_loss=train, valid_loss=valid, kappa=kappa, lr=float(self.opt.hypers[-1]['lr']),
                               seconds=round(time.monotonic() - self.t0, 2), kept=False))
-        if worth == self.best:
+        if better:
             for r in self.rows: r['kept'] = r['epoch'] == n
+        self.smooth = None
 
     def refuse(self, why: str): raise Diverged(f'epoch {len(self.rows) + 1}: {why}; lower the stage\'s lr ({self.opt.hypers[-1]["lr"]:g} now)')
 
     def state(self) -> dict:
         "The best epoch's weights only where they are not the last one's, which the checkpoint holds anyhow"
-        return dict(rows=self.rows, best=self.best, weights=None if self.rows[-1]['kept'] else self.weights)
+        smooth = self.recorder.smooth_loss
+        return dict(rows=self.rows, best=self.best, smooth=(smooth.count, float(smooth.val)), weights=None if self.rows[-1]['kept'] else self.weights)
     def load(self, o: dict, model: nn.Module):
-        self.rows, self.best = o['rows'], o['best']
+        self.rows, self.best, self.smooth = o['rows'], o['best'], o['smooth']
         self.weights = o['weights'] or {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
 
 

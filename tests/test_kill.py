@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-KEYS = ('demo.pretrain=60 demo.train=60 demo.test=20 demo.shrink=8 stage.tta=hflip demo.stage.epochs=2 demo.stage.freeze_epochs=1 stage.ema=.9 '
+KEYS = ('demo.pretrain=120 demo.train=80 demo.test=20 demo.shrink=8 stage.tta=hflip demo.stage.epochs=6 demo.stage.freeze_epochs=1 stage.ema=.9 '
         'demo.archs=legacy_seresnet50:test_resnet,densenet121:test_resnet').split()
 
 
