@@ -1,6 +1,7 @@
 "The network: a timm body, GeM, one unit; and its fastai Learner."
 import ctypes
 import importlib.resources
+import warnings
 
 import timm
 from fastai.vision.all import *
@@ -96,11 +97,18 @@ def _from_hub(arch: str) -> dict:
                            'weights = FILE, or arch = tf_efficientnet_lite0 with weights = bundled') from e
 
 
+def load_exported(file: str | Path) -> Learner:
+    "A learner that fastai exported: a pickle, so only one whose hash is known or that the user trusts"
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='load_learner. uses Python')
+        return load_learner(file, cpu=not torch.cuda.is_available())
+
+
 def _from_file(file: str) -> dict:
     if file.endswith('.pkl') and Path(file).is_file():         # a learner that fastai exported
         if not is_trusted(file):
             raise WeightsError(f'weights = {file}: is a pickle, which can run any program when it is read; add --trust {file} if you know who wrote it')
-        return load_learner(file, cpu=True).model.state_dict()
+        return load_exported(file).model.state_dict()
     try: return load_file(file) if file.endswith('.safetensors') else torch.load(file, map_location='cpu', weights_only=True)
     except FileNotFoundError: raise WeightsError(f'weights = {file}: no such file; set weights = imagenet, bundled, none or a file') from None
     except Exception as e:   # both loaders raise their own kinds for a file that is no weights file

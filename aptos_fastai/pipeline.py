@@ -208,9 +208,9 @@ def run_all(run: Run):
             say(f'Everything is done already: nothing was run. The answer is {run.root / "submission.csv"}')
             return show_summary(run, read_record(run.root / 'summary.json'))
         train_nodes(run, run.recipe.stages, bars)
+        oof = oof_table(run)                 # first: what is not what was written is told before an answer is
         scores = predict(run, bars)
         submit(run, scores)
-        oof = oof_table(run)
         write_csv(run.root / 'oof.csv', oof)
         o = dict(summarise(run, oof), seconds=round(time.time() - t0, 1), made_from=made_from(run))
         write_report(run, o, oof, scores, bars)

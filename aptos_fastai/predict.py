@@ -1,13 +1,12 @@
 "Exported learners + pictures -> scores, means over views, folds and members."
-import warnings
-
 import numpy as np
 import pandas as pd
 import torch
-from fastai.learner import Learner, load_learner
+from fastai.learner import Learner
 
 from aptos_fastai.console import Bars
 from aptos_fastai.files import digest, file_hash, read_record, write_csv, write_record
+from aptos_fastai.model import load_exported
 from aptos_fastai.record import EXPORT, WEIGHTS, Run
 
 
@@ -55,10 +54,7 @@ def pool(parts: list[tuple[float, pd.DataFrame]]) -> pd.DataFrame:
 
 def read_exported(run: Run, stage: str, fold: int) -> Learner:
     "The exported learner of a finished fold: a pickle, so only if its hash is the one this run recorded"
-    path = run.verified(stage, fold, EXPORT)
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='load_learner. uses Python')     # its hash is known
-        return load_learner(path, cpu=not torch.cuda.is_available())
+    return load_exported(run.verified(stage, fold, EXPORT))
 
 
 def stage_scores(run: Run, stage: str, table: str, fold: int, bars: Bars) -> pd.DataFrame:

@@ -20,7 +20,8 @@ KEYS = ('demo.pretrain=120 demo.train=80 demo.test=20 demo.shrink=8 stage.tta=hf
 def start(runs: Path, log):
     sets = [o for k in KEYS for o in ('--set', k.replace(',', ' '))]
     return subprocess.Popen([sys.executable, '-W', 'ignore', str(ROOT / 'run.py'), 'all', '--recipe', str(ROOT / 'settings.ini'), '--runs', str(runs), *sets],
-                            stdout=log, stderr=subprocess.STDOUT, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+                            stdout=log, stderr=subprocess.STDOUT, env={**os.environ, 'OMP_NUM_THREADS': '1'},
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # a job in the background ignores it
 
 
 def results(runs: Path) -> dict:

@@ -1,7 +1,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, fails, write_table
+from conftest import ROOT, write_table
 
 from aptos_fastai.config import Table, read_recipe
 from aptos_fastai.tables import TableError, add_folds, make_folds, read_order, read_table, read_tables, write_folds
@@ -31,7 +31,7 @@ def edit(tables, **cols):
 
 def bad_csv(tables, text): (tables / 'train.csv').write_text(text)
 
-cases = {
+cases = {                                    # run by test_bad_input.py
     'no csv': (lambda t: (t / 'train.csv').unlink(), ['no train.csv', '--data demo']),
     'empty csv': (lambda t: bad_csv(t, ''), ['train.csv: is empty']),
     'no rows': (lambda t: bad_csv(t, 'id_code,diagnosis\n'), ['has no rows']),
@@ -52,14 +52,6 @@ cases = {
 
 def write_one_grade(t):
     df = pd.read_csv(t / 'train.csv'); df['diagnosis'] = 2; df.to_csv(t / 'train.csv', index=False)
-
-@pytest.mark.parametrize('name', cases)
-def test_a_bad_table_is_named_and_nothing_written(tables, small_recipe, tmp_path, capsys, name):
-    spoil, words = cases[name]
-    spoil(tables)
-    fails(capsys, ['all', '--recipe', small_recipe, '--data', tables, '--runs', tmp_path / 'runs'], *words)
-    assert not (tmp_path / 'runs').exists()
-
 
 def test_folds_are_stratified_grouped_and_deterministic():
     rng = np.random.default_rng(0)
