@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None):
     f = _commands()[name]
     options = {o.name: args.pop(o.name) for o in _parameters(f) if o.kind is o.KEYWORD_ONLY}
     given = [v for o in _parameters(f) if o.name in args for v in (args[o.name] if o.kind is o.VAR_POSITIONAL else [args[o.name]])]
-    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, _terminated)
+    was = signal.signal(signal.SIGTERM, _terminated) if threading.current_thread() is threading.main_thread() else None
     try:
         trust(trusted)
         f(Commands(**common), *given, **options)
@@ -244,6 +244,8 @@ def main(argv: list[str] | None = None):
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # `| head` is no failure
     except OSError as e: sys.exit(_failed(f'{e.filename or name}: {e.strerror or e}; nothing that was finished is lost'))
     except MemoryError: sys.exit(_failed(f'{name}: out of memory; set bs or size lower, or close other programs'))
+    finally:
+        if was is not None: signal.signal(signal.SIGTERM, was)
 
 
 class Terminated(KeyboardInterrupt):

@@ -1,5 +1,4 @@
 "Damaged pictures and requests: an answer or one clear line, never a crash, a hang or a full memory."
-import asyncio
 import os
 import subprocess
 import sys
@@ -11,8 +10,8 @@ import pytest
 from conftest import ROOT, fundus
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_grader import photos  # noqa: F401 (a fixture)
 from test_images import dicom
+from test_serve import address  # noqa: F401 (a fixture)
 
 from aptos_fastai.images import ImageError, Prep, decode, prepare
 
@@ -29,7 +28,9 @@ def seeds() -> dict[str, bytes]:
     return out
 
 SEEDS = seeds()
-edits = st.lists(st.tuples(st.floats(0, 1), st.sampled_from(['flip', 'cut', 'insert', 'zero', 'repeat']), st.binary(min_size=1, max_size=8)), min_size=1, max_size=6)
+HOWS = ['flip', 'cut', 'insert', 'zero', 'repeat']
+SIGNATURES = [b'', b'\x89PNG\r\n\x1a\n', b'\xff\xd8\xff', b'II*\0', b'MM\0*', b'RIFF\0\0\0\0WEBP', b'BM', b'GIF89a', b'\0' * 128 + b'DICM']
+edits = st.lists(st.tuples(st.floats(0, 1), st.sampled_from(HOWS), st.binary(min_size=1, max_size=8)), min_size=1, max_size=6)
 
 
 def damaged(data: bytes, todo) -> bytes:
@@ -59,7 +60,7 @@ def test_damaged_pictures(kind, todo): reads_or_says(damaged(SEEDS[kind], todo))
 
 
 @quiet
-@given(st.binary(max_size=400), st.sampled_from([b'', b'\x89PNG\r\n\x1a\n', b'\xff\xd8\xff', b'II*\0', b'MM\0*', b'RIFF\0\0\0\0WEBP', b'BM', b'GIF89a', b'\0' * 128 + b'DICM']))
+@given(st.binary(max_size=400), st.sampled_from(SIGNATURES))
 def test_noise_behind_any_signature(data, head): reads_or_says(head + data)
 
 
@@ -70,13 +71,12 @@ def test_damaged_real_photographs(idrid):
 import random, resource, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from pathlib import Path
-from test_fuzz import damaged, reads_or_says
+from test_fuzz import HOWS, damaged, reads_or_says
 resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
 files, rng = sorted(Path({str(idrid)!r}).rglob('*.jp*g'))[::20], random.Random(0)
 for i in range(1500):
     data = files[i % len(files)].read_bytes()
-    hows = ['flip', 'cut', 'insert', 'zero', 'repeat']
-    reads_or_says(damaged(data, [(rng.random() ** 3, rng.choice(hows), rng.randbytes(rng.randint(1, 8))) for _ in range(rng.randint(1, 6))]))
+    reads_or_says(damaged(data, [(rng.random() ** 3, rng.choice(HOWS), rng.randbytes(rng.randint(1, 8))) for _ in range(rng.randint(1, 6))]))
 print('whole', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10, 'MB')
 '''
     out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=1200)
@@ -84,40 +84,25 @@ print('whole', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10, 'MB')
     assert int(out.stdout.split()[1]) < 3000
 
 
-@pytest.fixture(scope='module')
-def app(toy):
-    "The server's application asked without a socket; its grader's scores are of no interest here"
-    pytest.importorskip('fasthtml')
-    from aptos_fastai import serve
-    from aptos_fastai.grader import load_grader
-    return serve.get_app(load_grader(toy), ['testserver'])
+def ask(address, **request): return pytest.importorskip('httpx').post(address + '/api/predict', timeout=60, **request)
 
 
-def ask(app, requests):
-    httpx = pytest.importorskip('httpx')
-
-    async def all_of_them():
-        async with app.router.lifespan_context(app), httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url='http://testserver', timeout=60) as c:
-            return [await c.post('/api/predict', **r) for r in requests]
-    return asyncio.run(all_of_them())
-
-
-@settings(quiet, max_examples=max(8, EXAMPLES // 6))
+@settings(quiet, max_examples=max(8, EXAMPLES // 4))
 @given(st.lists(st.tuples(st.sampled_from(sorted(SEEDS)), edits, st.text(max_size=30)), min_size=1, max_size=3))
-def test_uploads_of_damaged_pictures(app, given_):
+def test_uploads_of_damaged_pictures(address, given_):  # noqa: F811
     files = [('files', (name or 'x', damaged(SEEDS[kind], todo))) for kind, todo, name in given_]
-    got, = ask(app, [dict(files=files)])
+    got = ask(address, files=files)
     assert got.status_code in (200, 400), got.text
     if got.status_code == 200:
         assert len(got.json()['rows']) == len(files) and all(r['error'] or r['grade'] in range(5) for r in got.json()['rows'])
         assert not any('/' in r['file'] or '\\' in r['file'] for r in got.json()['rows'])
 
 
-@settings(quiet, max_examples=max(8, EXAMPLES // 6))
+@settings(quiet, max_examples=max(8, EXAMPLES // 4))
 @given(edits, st.sampled_from(['multipart/form-data; boundary=x', 'multipart/form-data', 'multipart/form-data; boundary=', 'text/plain', '']))
-def test_damaged_requests(app, todo, kind):
+def test_damaged_requests(address, todo, kind):  # noqa: F811
     whole = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n' + SEEDS['png'] + b'\r\n--x--\r\n'
-    got, again = ask(app, [dict(content=damaged(whole, todo), headers={'content-type': kind}),
-                           dict(content=whole, headers={'content-type': 'multipart/form-data; boundary=x'})])
+    got = ask(address, content=damaged(whole, todo), headers={'content-type': kind})
     assert got.status_code in (200, 400, 411, 413, 415), (got.status_code, got.text)
+    again = ask(address, content=whole, headers={'content-type': 'multipart/form-data; boundary=x'})
     assert again.status_code == 200 and len(again.json()['rows']) == 1                  # whatever came before, the next is answered
