@@ -1,4 +1,6 @@
 "Heat maps: what they add up to, where they lie, and that they fall on what a network looks at."
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
@@ -71,7 +73,7 @@ def test_pictures_are_explained(toy, photos, tmp_path, capsys):  # noqa: F811
     fails(capsys, ['explain', toy, photos[0], tmp_path / 'bad.png', '-o', tmp_path / 'out'], '1 of 2 pictures could not be explained', 'bad.png')
     made = list((tmp_path / 'out').iterdir())
     g = load_grader(toy)
-    im, over, row = explained(g, open(photos[0], 'rb').read())
+    im, over, row = explained(g, Path(photos[0]).read_bytes())
     assert len(made) == 1 and cv2.imread(str(made[0])).shape == (im.shape[0] + 30, 2 * im.shape[1], 3) and im.shape == over.shape
     assert row['score'] == pytest.approx(g.predict(photos[0]).score[0], abs=1e-5)
     squares = g.read(photos[0])[0]

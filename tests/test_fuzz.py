@@ -84,7 +84,7 @@ print('whole', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10, 'MB')
     assert int(out.stdout.split()[1]) < 3000
 
 
-def ask(address, **request): return pytest.importorskip('httpx').post(address + '/api/predict', timeout=60, **request)
+def ask(url, **request): return pytest.importorskip('httpx').post(url + '/api/predict', timeout=60, **request)
 
 
 @settings(quiet, max_examples=max(8, EXAMPLES // 4))

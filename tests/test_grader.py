@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -56,7 +57,7 @@ def test_bad_pictures_are_rows_with_their_error(toy, photos, tmp_path, capsys):
     (tmp_path / 'a').mkdir()
     shutil.copy(photos[0], tmp_path / 'a/good.png')
     (tmp_path / 'a/bad.png').write_bytes(b'hello')
-    (tmp_path / 'a/short.png').write_bytes(open(photos[1], 'rb').read()[:-60])
+    (tmp_path / 'a/short.png').write_bytes(Path(photos[1]).read_bytes()[:-60])
     fails(capsys, ['predict', toy, tmp_path / 'a', '-o', tmp_path / 'out.csv'], '2 of 3 pictures could not be graded', 'bad.png cannot be decoded', 'out.csv')
     df = pd.read_csv(tmp_path / 'out.csv', keep_default_na=False).set_index('file')
     assert df.loc[str(tmp_path / 'a/bad.png'), 'score'] == '' and 'cut short' in df.loc[str(tmp_path / 'a/short.png'), 'error']
