@@ -10,6 +10,7 @@ from fastcore.foundation import L
 from aptos_fastai.console import say
 from aptos_fastai.files import file_hash, read_record, write_bytes, write_record
 
+BEST = 'best.safetensors'                    # of a training that could not end
 NOTE = 'checkpoint.json'                     # names the file that counts, with its hash; written after it
 
 
@@ -38,7 +39,7 @@ class Checkpoint(Callback):
         self.begun = 0
         o = read_record(self.folder / NOTE)
         if not o or o['key'] != self.key: return None
-        path = self.folder / o['file']
+        path = self.folder / Path(o['file']).name
         if not path.is_file() or file_hash(path) != o['hash']:
             say(f'  {path}: is not what this run wrote (its hash differs): not loaded, the stage begins anew', 'yellow')
             return None
@@ -61,5 +62,5 @@ def epochs_kept(folder: Path) -> int:
 
 
 def clear_checkpoint(folder: Path):
-    "The stage is finished: nothing is left to go on from"
-    for f in [Path(folder) / NOTE, *Path(folder).glob('checkpoint-*.pt')]: f.unlink(missing_ok=True)
+    "The stage is finished: nothing is left to go on from, nor of an earlier attempt that could not end"
+    for f in [Path(folder) / NOTE, Path(folder) / BEST, *Path(folder).glob('checkpoint-*.pt')]: f.unlink(missing_ok=True)

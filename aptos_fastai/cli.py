@@ -243,7 +243,9 @@ def main(argv: list[str] | None = None):
         sys.exit(143 if isinstance(e, Terminated) or isinstance(e.__context__, Terminated) else 130)
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # `| head` is no failure
     except OSError as e: sys.exit(_failed(f'{e.filename or name}: {e.strerror or e}; nothing that was finished is lost'))
-    except MemoryError: sys.exit(_failed(f'{name}: out of memory; set bs or size lower, or close other programs'))
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and type(e).__name__ != 'OutOfMemoryError': raise      # PyTorch's, which is not imported here
+        sys.exit(_failed(f'{name}: out of memory; set bs or size lower, or close other programs'))
     finally:
         if was is not None: signal.signal(signal.SIGTERM, was)
 

@@ -99,11 +99,18 @@ def read_model(path: str | Path) -> tuple[Model, Path]:
         return model, root
     if (root / 'fold0' / FINISHED).is_file():
         how, coverage = read_record(root / 'fold0' / FINISHED)['settings']['cuts'], .9
-        o = pd.concat([pd.read_csv(f) for f in root.glob(f'fold*/{PREDS}')])
+        o = pd.concat([_preds(f) for f in sorted(root.glob(f'fold*/{PREDS}'))])
         cuts = parse_cuts(how) or fit_cuts(how, o.score, o.diagnosis)
         reach = GradeSets(coverage).fit(o.score, o.diagnosis).reach_
         return _model(root.parent, f'{root.parent.name}/{root.name}', {root.name: 1.}, cuts, reach, coverage), root.parent
     raise AptosError(f'{root}: is no model; name a bundle (bundle.json), a finished run (<runs>/<recipe>) or a stage\'s folder in it')
+
+
+def _preds(file: Path) -> pd.DataFrame:
+    "Validation scores of a finished fold, their hash as recorded"
+    rec = read_record(file.parent / FINISHED)
+    if not rec or file_hash(file) != rec['files'][PREDS]['sha256']: raise AptosError(f'{file}: is not what was written (its hash differs); train again')
+    return pd.read_csv(file)
 
 
 def read_net(member: Member, root: Path) -> torch.nn.Module:

@@ -123,6 +123,9 @@ def check_run(run: Run, stages: Collection[str]):
         for k in range(s.folds):
             m = sum(int((run.frames[t].fold != k).sum()) for _, t in s.sources)
             if s.bs > m: raise ConfigError(f'{run.recipe.path} [stage.{n}] bs = {s.bs}: only {m} pictures train in fold {k}; set it to {m} or less')
+            if s.bs * s.accumulate > m:
+                raise ConfigError(f'{run.recipe.path} [stage.{n}] accumulate = {s.accumulate}: only {m} pictures train in fold {k}; '
+                                  f'with bs = {s.bs} set it to {m // s.bs} or less')
         try: check_weights(s)
         except AptosError as e: raise ConfigError(f'{run.recipe.path} [stage.{n}] {e}') from None
 
@@ -201,7 +204,7 @@ def made_from(run: Run) -> list:
 
 def run_all(run: Run):
     "Everything, in order: prepares, trains, labels, predicts, submits, sums up; says so and does nothing where all is done"
-    t0 = time.time()
+    t0 = time.monotonic()
     if run.recipe.demo: say(SYNTHETIC, 'yellow')
     with begin(run, run.recipe.stages) as (run, bars):
         if answers_finished(run):
@@ -212,11 +215,11 @@ def run_all(run: Run):
         scores = predict(run, bars)
         submit(run, scores)
         write_csv(run.root / 'oof.csv', oof)
-        o = dict(summarise(run, oof), seconds=round(time.time() - t0, 1), made_from=made_from(run))
+        o = dict(summarise(run, oof), seconds=round(time.monotonic() - t0, 1), made_from=made_from(run))
         write_report(run, o, oof, scores, bars)
         write_record(run.root / 'summary.json', o)
     show_summary(run, o)
-    say(f'{ago(time.time() - t0)} in all')
+    say(f'{ago(time.monotonic() - t0)} in all')
 
 
 def prepare_all(run: Run):

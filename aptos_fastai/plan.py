@@ -25,12 +25,12 @@ def step_seconds(stage: Stage, n: int = 4) -> tuple[float, float, int]:
     x = torch.randn(n, 3, stage.size, stage.size, device=device)
 
     def timed(train: bool) -> float:
-        t = time.time()
+        t = time.monotonic()
         with torch.set_grad_enabled(train):
             y = model.train(train)(x).mean()
             if train: y.backward(); model.zero_grad()
             y.item()
-        return (time.time() - t) / n
+        return (time.monotonic() - t) / n
     timed(True)                               # the first step builds its buffers
     return timed(True), timed(False), sum(p.numel() for p in model.parameters())
 

@@ -12,7 +12,7 @@ from safetensors.torch import save
 from timm.utils import ModelEmaV3
 
 import aptos_fastai
-from aptos_fastai.checkpoint import Checkpoint, clear_checkpoint, epochs_kept
+from aptos_fastai.checkpoint import BEST, Checkpoint, clear_checkpoint, epochs_kept
 from aptos_fastai.config import Stage
 from aptos_fastai.console import Bars, ago, console, say
 from aptos_fastai.data import get_dls, start_epoch
@@ -237,8 +237,8 @@ def say_risen(title: str, hist: History):
 
 def keep_best(out: Path, hist: History) -> Path:
     "The best epoch's weights of a training that could not end"
-    write_bytes(out / 'best.safetensors', save({k: v.contiguous() for k, v in hist.weights.items()}))
-    return out / 'best.safetensors'
+    write_bytes(out / BEST, save({k: v.contiguous() for k, v in hist.weights.items()}))
+    return out / BEST
 
 
 def write_fold(learn: Learner, out: Path, preds: pd.DataFrame, hist: History):

@@ -184,6 +184,13 @@ def test_too_little_memory_names_a_batch_that_fits(tables, small_recipe, tmp_pat
     fails(capsys, ['train', 'teacher', *small(tables, small_recipe, tmp_path / 'r')], '[stage.teacher] fold 0', *words)
 
 
+def test_a_step_needs_its_batches(tables, small_recipe, tmp_path, capsys):
+    "31 pictures train: more than three batches of 8 would never make a step"
+    args = ['train', 'teacher', *small(tables, small_recipe, tmp_path / 'r')]
+    fails(capsys, [*args, '--set', 'stage.accumulate=4'], 'accumulate = 4: only', 'with bs = 8 set it to 3 or less')
+    assert not (tmp_path / 'r').exists()
+
+
 def test_half_a_batch_accumulated_is_nearly_the_same_step(tables, small_recipe, tmp_path):
     "Equal but for batch normalisation's statistics"
     kappas = []

@@ -126,6 +126,12 @@ def test_weights_that_were_changed_are_not_loaded(copied, photos, capsys):  # no
     fails(capsys, ['predict', copied, photos[0]], f'{w}: is gone')
 
 
+def test_cuts_of_changed_scores_are_not_used(copied, photos, capsys):  # noqa: F811
+    f = copied / 'finetune_256/fold0/preds.csv'
+    f.write_text(f.read_text().replace('0.', '1.'))
+    fails(capsys, ['predict', copied / 'finetune_256', photos[0]], 'preds.csv: is not what was written')
+
+
 def test_a_run_that_was_trained_anew_since_is_told(copied, photos, capsys):  # noqa: F811
     main(['train', 'retrain_512', *toy_args(copied, '--set', 'stage.retrain_512.wd=.3')])
     fails(capsys, ['predict', copied, photos[0]], 'trained anew since its answers were made', 'run `all` again')
