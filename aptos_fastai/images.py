@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from aptos_fastai.config import Recipe
 from aptos_fastai.console import say
-from aptos_fastai.files import AptosError, write_bytes, write_csv
+from aptos_fastai.files import AptosError, sweep, write_bytes, write_csv
 
 Image.MAX_IMAGE_PIXELS = 400_000_000        # a fundus photograph has 5-50 million; more is a bomb
 try:
@@ -378,6 +378,7 @@ def prepare_table(frame: pd.DataFrame, store: Path, prep: Prep, bars, *, skip_ba
     Raises `ImageError` with the list of those that cannot be read; with `skip_bad` they are said and their rows left out.
     """
     folder = store_folder(frame, store, prep)
+    sweep(folder)                            # other runs may be writing here: only what is an hour old
     old = read_prepared(folder)
     known = {o['id_code']: o for o in old.to_dict('records')} if old is not None else {}
     cv2.setNumThreads(1)                     # the pool has the cores

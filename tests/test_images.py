@@ -215,6 +215,16 @@ def test_preparing_twice_reads_nothing_and_a_changed_original_is_redone(frame, t
     rec = read_prepared(store_folder(frame, tmp_path / 's', Prep(size=64)))
     assert (rec.how == 'circle').all() and (rec.width == 120).all() and abs(rec.r - 36).max() < 2
 
+def test_what_a_killed_run_left_in_the_store_goes(frame, tmp_path):
+    first = prep_all(frame, tmp_path / 's')
+    left = Path(first.stored[0]).with_name('.x.jpg.1.tmp')
+    left.write_bytes(b'x')
+    prep_all(frame, tmp_path / 's')
+    assert left.exists()                      # perhaps of a run beside this one
+    os.utime(left, (1, 1))
+    prep_all(frame, tmp_path / 's')
+    assert not left.exists()
+
 def test_preparing_goes_on_where_it_was_stopped(frame, tmp_path, monkeypatch):
     import aptos_fastai.images as images
     real, calls = images.prepare, []
