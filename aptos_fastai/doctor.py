@@ -81,10 +81,11 @@ def work(recipe: str, data: str, runs: str, sets: list[str]) -> Iterator[Finding
     from aptos_fastai.pipeline import check_run, open_run
     from aptos_fastai.plan import costs
     run = open_run(recipe, data, runs, sets)
-    check_run(run, run.todo())
-    o = costs(run)
+    todo = run.todo()
+    check_run(run, todo)
+    o = costs(run, todo)
     free = shutil.disk_usage(next(p for p in [run.root, *run.root.resolve().parents] if p.exists())).free
-    yield 'time', f'about {ago(o.seconds)} left, by one step of each network timed just now' if run.todo() else 'every stage is finished', True
+    yield 'time', f'about {ago(o.seconds)} left, by one step of each network timed just now' if todo else 'every stage is finished', True
     yield 'disk', f'{o.disk / 1e9:.2f} GB needed, {free / 1e9:.1f} GB free', free > 1.1 * o.disk
 
 

@@ -301,8 +301,12 @@ def _of_csv(table: Path) -> list[str]:
     if not col: raise AptosError(f'{table}: has no column file, path, image or id_code; it has {", ".join(df.columns)}')
     by_stem = {f.stem: str(f) for f in sorted(table.parent.glob('**/*')) if f.suffix.lower() in SUFFIXES}
     inside = table.parent.resolve()
-    at = [by_stem.get(Path(o).name) or by_stem.get(Path(o).stem) if not (p := table.parent / o).is_file()
-          else str(p) if p.resolve().is_relative_to(inside) else None for o in df[col]]
+
+    def place(o: str) -> str | None:
+        p = table.parent / o
+        if p.is_file(): return str(p) if p.resolve().is_relative_to(inside) else None
+        return by_stem.get(p.name) or by_stem.get(p.stem)
+    at = [place(o) for o in df[col]]
     lost = [o for o, a in zip(df[col], at, strict=True) if a is None]
     if lost: raise AptosError(f'{table}: {len(lost)} of {len(df)} have no picture beside it or in a folder below: {", ".join(lost[:5])}')
     return at

@@ -55,9 +55,9 @@ class Costs:
     new: int
 
 
-def costs(run: Run) -> Costs:
-    "By one timed step of each network on this machine"
-    r, todo, measured = run.recipe, run.todo(), {}
+def costs(run: Run, todo: dict[str, list[int]]) -> Costs:
+    "Of the folds in `todo`, by one timed step of each network on this machine"
+    r, measured = run.recipe, {}
     rows, seconds, disk, most = [], 0., 0., 0.
     for n in r.order:
         s = r.stages.get(n)
@@ -76,7 +76,7 @@ def show_plan(run: Run):
     "The graph as a table: what stands, what would run, on what, for how long"
     r, todo = run.recipe, run.todo()
     if todo: check_run(run, todo)
-    o = costs(run)
+    o = costs(run, todo)
     title = f'{r.path} on {run.data}' + (' (SYNTHETIC demo)' if r.demo else '')
     table(title, ['stage', 'starts from; trains on', 'network', 'pictures', 'epochs', 'to do'], o.rows,
           right=('pictures', 'epochs'), wrap=('starts from; trains on', 'network', 'to do'))

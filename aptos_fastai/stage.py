@@ -28,13 +28,21 @@ CHECK_EVERY = 10                             # batches: how often the loss is lo
 class Reproducible(Callback):
     "Order and augmentation of an epoch depend on the seed and its number in the stage alone"
     order = -100                              # before anything draws
-    def __init__(self, seed: int): self.seed, self.before = seed, 0
+    def __init__(self, seed: int, history: 'History'): self.seed, self.hist = seed, history
     def before_epoch(self):
-        n = self.before + self.epoch
+        n = len(self.hist.rows)
         self.opt.zero_grad()                  # what an epoch accumulated past its last step
         set_seed(self.seed + n)
         self.dls.train.rng = random.Random(self.seed + n)
         start_epoch(self.dls.train, n)
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    "Its weights as they are now, on the CPU"
+    return {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+
+
+def write_weights(path: Path, weights: dict[str, Tensor]): write_bytes(path, save({k: v.detach().cpu().contiguous() for k, v in weights.items()}))
 
 
 class History(Callback):
@@ -57,7 +65,7 @@ class History(Callback):
         worth = dict(kappa=(kappa, -valid), loss=(-valid,), last=(n,))[self.keep]
         better = worth > self.best
         if better:
-            self.best, self.weights = worth, {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
+            self.best, self.weights = worth, snapshot(self.model)
         self.rows.append(dict(epoch=n, train_loss=train, valid_loss=valid, kappa=kappa, lr=float(self.opt.hypers[-1]['lr']),
                               seconds=round(time.monotonic() - self.t0, 2), kept=False))
         if better:
@@ -72,7 +80,7 @@ class History(Callback):
         return dict(rows=self.rows, best=self.best, smooth=(smooth.count, float(smooth.val)), weights=None if self.rows[-1]['kept'] else self.weights)
     def load(self, o: dict, model: nn.Module):
         self.rows, self.best, self.smooth = o['rows'], o['best'], o['smooth']
-        self.weights = o['weights'] or {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+        self.weights = o['weights'] or snapshot(model)
 
 
 class Diverged(AptosError):
@@ -158,7 +166,6 @@ def fit_stage(learn: Learner, stage: Stage, cbs: list, done: int = 0, opt: dict 
             if start < epochs:
                 freeze()
                 if start: learn.opt.load_state_dict(opt)
-                cbs[0].before = before
                 fit(epochs, lr, cbs=cbs, start_epoch=start)
             before += epochs
 
@@ -208,7 +215,7 @@ def fit_fold(run: Run, name: str, fold: int, bars: Bars, title: str, hist: Histo
     opt, epochs = checkpoint.load(learn), stage.freeze_epochs + stage.epochs
     if checkpoint.begun: say(f'  {title}: goes on after epoch {checkpoint.begun} of {epochs}, which is finished')
     with bars(title, epochs * len(learn.dls.train), 'batches') as bar:
-        cbs = [Reproducible(run.recipe.seed), *average, *more, hist, checkpoint, ShowProgress(title, epochs, bar, hist)]
+        cbs = [Reproducible(run.recipe.seed, hist), *average, *more, hist, checkpoint, ShowProgress(title, epochs, bar, hist)]
         fit_stage(learn, stage, cbs, checkpoint.begun, opt)
     return learn, checkpoint
 
@@ -237,7 +244,7 @@ def say_risen(title: str, hist: History):
 
 def keep_best(out: Path, hist: History) -> Path:
     "The best epoch's weights of a training that could not end"
-    write_bytes(out / BEST, save({k: v.contiguous() for k, v in hist.weights.items()}))
+    write_weights(out / BEST, hist.weights)
     return out / BEST
 
 
@@ -245,7 +252,7 @@ def write_fold(learn: Learner, out: Path, preds: pd.DataFrame, hist: History):
     "The files of a finished fold but for its record"
     learn.dls.path = learn.path = out
     with whole(out / EXPORT) as tmp: learn.export(tmp.name)
-    write_bytes(out / WEIGHTS, save({k: v.detach().cpu().contiguous() for k, v in learn.model.state_dict().items()}))
+    write_weights(out / WEIGHTS, learn.model.state_dict())
     write_csv(out / PREDS, preds[['id_code', 'source', 'diagnosis', 'fold', 'score']])
     write_csv(out / HISTORY, pd.DataFrame(hist.rows))
 

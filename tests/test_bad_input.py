@@ -8,11 +8,8 @@ import pandas as pd
 import pytest
 from conftest import ROOT, TOY, fails
 from test_config import bad as bad_recipes
-from test_pipeline import copied, toy_args  # noqa: F401 (a fixture)
+from test_pipeline import copied, stamps, toy_args  # noqa: F401 (a fixture)
 from test_tables import cases as bad_tables
-
-
-def stamps(folder): return {p: p.stat().st_mtime_ns for p in folder.rglob('*') if p.is_file()}
 
 
 @pytest.mark.parametrize('sets, words', bad_recipes, ids=[str(b[0]) for b in bad_recipes])
@@ -161,5 +158,3 @@ def test_a_changed_picture_of_the_store_is_not_trained_on(copied, capsys):  # no
 
 def test_the_catalogue_is_long():
     assert len(bad_recipes) + len(bad_tables) + len(MORE_TABLES) + len(PICTURES) + len(COMMANDS) + len(ARTEFACTS) >= 100
-
-

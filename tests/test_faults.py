@@ -122,9 +122,8 @@ def test_a_folder_may_move(tables, small_recipe, tmp_path, capsys):
 
 @pytest.mark.parametrize('stop', [1, 2, 3, 4])
 def test_a_stopped_stage_goes_on_and_is_equal_to_the_bit(tables, small_recipe, tmp_path, monkeypatch, capsys, stop):
-    "With a frozen start, a moving average, weighed sources and the worst epoch last, so that the best is not the last"
-    keys = ['--set', 'stage.freeze_epochs=2', '--set', 'stage.epochs=2', '--set', 'stage.ema=.9', '--set', 'stage.accumulate=2', '--set', 'stage.folds=1',
-            '--set', 'stage.dropout=.3', '--set', 'stage.keep=loss']
+    "With a frozen start, a moving average, accumulated steps and dropout"
+    keys = sets('freeze_epochs=2', 'epochs=2', 'ema=.9', 'accumulate=2', 'folds=1', 'dropout=.3', 'keep=loss')
     whole, parts = (['train', 'teacher', *small(tables, small_recipe, tmp_path / n, *keys)] for n in 'ab')
     main(whole)
     real = checkpoint.Checkpoint.after_epoch
