@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
+from fastai.torch_core import get_model
 from fastcore.foundation import L
 
 from aptos_fastai.console import say
@@ -17,7 +18,7 @@ NOTE = 'checkpoint.json'                     # names the file that counts, with 
 class Checkpoint(Callback):
     """Writes after every epoch all that the next one depends on: weights, optimizer, the epochs so far with the best one's weights, the moving average.
 
-    Order and augmentation of an epoch depend on its number alone (`stage.Reproducible`), so that a resumed training is, on the CPU, equal to the bit.
+    Order and augmentation of an epoch depend on its number alone (`callbacks.Reproducible`), so that a resumed training is, on the CPU, equal to the bit.
     `parts` are the callbacks with a state of their own (`state`, `load`).
     """
     order = 65                               # after History
@@ -27,7 +28,7 @@ class Checkpoint(Callback):
         n = len(self.parts[0].rows)
         if n == self.begun: return           # an epoch that is skipped on the way to where it stopped
         buffer, file = io.BytesIO(), f'checkpoint-{n}.pt'
-        torch.save(dict(model=self.model.state_dict(), opt=_plain(self.opt.state_dict()), parts=[p.state() for p in self.parts]), buffer)
+        torch.save(dict(model=get_model(self.model).state_dict(), opt=_plain(self.opt.state_dict()), parts=[p.state() for p in self.parts]), buffer)
         write_bytes(self.folder / file, buffer.getbuffer())
         write_record(self.folder / NOTE, dict(key=self.key, file=file, hash=file_hash(self.folder / file), epochs=n, resumed=self.resumed))
         self.begun = n

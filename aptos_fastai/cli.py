@@ -8,6 +8,7 @@ import textwrap
 import threading
 from dataclasses import MISSING, fields
 
+from aptos_fastai import ranks
 from aptos_fastai.files import AptosError, trust
 
 
@@ -235,15 +236,19 @@ def main(argv: list[str] | None = None):
     was = signal.signal(signal.SIGTERM, _terminated) if threading.current_thread() is threading.main_thread() else None
     try:
         trust(trusted)
-        f(Commands(**common), *given, **options)
+        with ranks.joined() as leads:
+            if leads: f(Commands(**common), *given, **options)
+            else: ranks.follow()
     except AptosError as e: sys.exit(_failed(str(e)))
     except KeyboardInterrupt as e:
+        if ranks.rank(): sys.exit(130)       # the first one says it
         where = f'{e}; ' if str(e) else ''
         _failed(f'stopped; {where}what is finished stays: the same command goes on from there ({common["runs"]})')
         sys.exit(143 if isinstance(e, Terminated) or isinstance(e.__context__, Terminated) else 130)
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # `| head` is no failure
     except OSError as e: sys.exit(_failed(f'{e.filename or name}: {e.strerror or e}; nothing that was finished is lost'))
     except (MemoryError, RuntimeError) as e:
+        if ranks.is_lost(e): sys.exit(_failed(ranks.LOST))
         if not isinstance(e, MemoryError) and type(e).__name__ != 'OutOfMemoryError': raise      # PyTorch's, which is not imported here
         sys.exit(_failed(f'{name}: out of memory; set bs or size lower, or close other programs'))
     finally:
@@ -258,5 +263,6 @@ def _terminated(*_): raise Terminated
 
 
 def _failed(line: str) -> int:
-    print('error: ' + ' '.join(line.split()), file=sys.stderr)
+    who = f'rank {ranks.rank()} of {ranks.size()}: ' if ranks.size() > 1 else ''
+    print('error: ' + who + ' '.join(line.split()), file=sys.stderr, flush=True)
     return 1

@@ -77,6 +77,8 @@ class Stage:
     head: str = _key('gem', 'pooling before the one unit', choices=('gem', 'avg'))
     dropout: float = _key(0., 'before the one unit', low=0, high=.95)
     size: int = _key(256, 'side of the square the network sees, pixels', low=32, high=2048)
+    small_size: int = _key(0, 'progressive resizing: side of the squares of its first epochs, pixels; 0: all at `size`', low=0, high=2048)
+    small_epochs: int = _key(0, 'how many epochs those are; it validates at `size` all along', low=0, high=1000)
     folds: int = _key(1, 'how many of the recipe\'s splits are trained, each with its own validation part', low=1, high=20)
     epochs: int = _key(10, 'epochs with the whole network training', low=1, high=1000)
     freeze_epochs: int = _key(0, 'epochs before them that train the head alone', low=0, high=1000)
@@ -98,6 +100,9 @@ class Stage:
         0., 'pseudo-labelled pictures whose scores in the views have a larger standard deviation, grades, are left out; 0: none', low=0, high=4)
     source_weights: tuple[float, ...] = _key((), 'one for each entry of `train`: how often its pictures are drawn; empty: each once an epoch', low=0, high=1000)
     workers: int = _key(-1, 'processes that load pictures; -1: by the cores and the device', low=-1, high=256)
+    precision: str = _key('auto', 'of training; auto: on a GPU bf16, or fp16 where it lacks that; on a CPU what a few steps measure faster',
+                          choices=('auto', 'f32', 'bf16', 'fp16'))
+    compile: str = _key('no', 'yes: torch.compile the body, which takes a minute or more and a C++ compiler', choices=('no', 'yes'))
 
     @property
     def sources(self) -> list[tuple[str, str]]:
@@ -265,7 +270,8 @@ def _shrunk(path: Path, stage: Stage, demo: Demo) -> Stage:
     "`stage` at the demo's size"
     try: archs = dict(o.split(':') for o in demo.archs)
     except ValueError: raise ConfigError(f'{path} [demo] archs = {" ".join(demo.archs)}: BIG:SMALL pairs are needed') from None
-    return replace(stage, arch=archs.get(stage.arch, stage.arch), size=max(32, stage.size // demo.shrink))
+    small = stage.small_size and max(32, stage.small_size // demo.shrink)
+    return replace(stage, arch=archs.get(stage.arch, stage.arch), size=max(32, stage.size // demo.shrink), small_size=small)
 
 
 def read_recipe(path: str | Path, *, demo: bool = False, sets: Sequence[str] = ()) -> Recipe:
@@ -315,6 +321,10 @@ def _check_stage(r: Recipe, s: Stage, err):
         p = r.stages[s.init]
         if (p.arch, p.head) != (s.arch, s.head):
             err(sec, 'init', s.init, f'that stage is {p.arch} + {p.head}, this one {s.arch} + {s.head}; they must be equal')
+    if bool(s.small_size) != bool(s.small_epochs): err(sec, 'small_epochs', s.small_epochs, f'goes with small_size = {s.small_size}: set both, or neither')
+    if s.small_size and not 32 <= s.small_size < s.size: err(sec, 'small_size', s.small_size, f'from 32 to {s.size - 1} is accepted, below size = {s.size}')
+    if s.small_epochs >= s.epochs + s.freeze_epochs > 0 and s.small_size:
+        err(sec, 'small_epochs', s.small_epochs, f'of {s.epochs + s.freeze_epochs} epochs some must be at size = {s.size}')
     if s.folds > r.splits: err(sec, 'folds', s.folds, f'[recipe] splits = {r.splits} is the most')
     for teacher, table in s.sources:
         if table not in r.tables: err(sec, 'train', table, f'no such table; tables: {", ".join(r.tables)}')

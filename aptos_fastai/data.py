@@ -1,5 +1,4 @@
 "Frame -> DataBlock -> DataLoaders; what is drawn for a training picture."
-import os
 import zlib
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from fastai.vision.all import *
 
 from aptos_fastai.config import Augment, Stage
 from aptos_fastai.images import Prep, read_square
+from aptos_fastai.ranks import cores, rank, size
 
 
 class ReadRetina(Transform):
@@ -90,7 +90,7 @@ class BatchAugment(RandTransform):
         self.aug, self.seed, self.epoch, self.batch = aug, seed, 0, 0
 
     def encodes(self, x: TensorImage):
-        rng = np.random.default_rng([self.seed, self.epoch, self.batch])
+        rng = np.random.default_rng([self.seed, self.epoch, self.batch, *([rank()] if rank() else [])])
         self.batch += 1
         ds = [draw(self.aug, rng, x.shape[-1]) for _ in x]
         def put(o): return torch.tensor(np.array(o), dtype=torch.float32).to(x.device, non_blocking=True)
@@ -119,9 +119,9 @@ def _blur3(x: Tensor, g: Tensor) -> Tensor:
 
 
 def loader_workers(stage: Stage) -> int:
-    "`workers`, or where that is -1: none on the CPU, whose cores the network has; up to 8 beside a GPU"
+    "`workers`, or where that is -1: up to 8 beside a GPU; on the CPU, whose cores the network has, one for 8 of them, none below 4"
     if stage.workers >= 0: return stage.workers
-    return min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 0
+    return min(8, cores()) if torch.cuda.is_available() else -(-cores() // 8) if cores() >= 4 else 0
 
 
 def get_dls(frame: pd.DataFrame, stage: Stage, prep: Prep, aug: Augment, stats: tuple, *, seed: int = 42, path='.') -> DataLoaders:
@@ -136,7 +136,14 @@ def get_dls(frame: pd.DataFrame, stage: Stage, prep: Prep, aug: Augment, stats: 
                       item_tfms=[*([] if on_batch else [FundusAugment(aug, seed)]), ToTensor()],
                       batch_tfms=[IntToFloatTensor(), *([BatchAugment(aug, seed)] if on_batch else []), Normalize.from_stats(*stats, cuda=cuda)])
     get = partial(block.weighted_dataloaders, wgts=frame.weight.to_numpy()) if stage.source_weights else block.dataloaders
-    return get(frame, bs=stage.bs, val_bs=2 * stage.bs, num_workers=loader_workers(stage), path=path)
+    bs = stage.bs // size()                  # the processes' parts of a batch make up the whole
+    return get(frame, bs=bs, val_bs=2 * bs, num_workers=loader_workers(stage), path=path, pin_memory=cuda)
+
+
+def set_size(dl, size: int):
+    "From its next epoch on, the DataLoader gives squares of `size` pixels"
+    for t in dl.dataset.tls[0].tfms.fs:
+        if isinstance(t, ReadRetina): t.size = size
 
 
 def start_epoch(dl, n: int):

@@ -11,6 +11,8 @@ import cv2
 import numpy as np
 import pandas as pd
 
+from aptos_fastai.ranks import cores
+
 VERSION = 1                                   # raised whenever a picture changes: an older demo is then painted anew
 
 
@@ -251,7 +253,7 @@ def write_demo(folder: Path, *, pretrain: int = 600, train: int = 480, test: int
     try:
         plan = _plan(pretrain, train, test, seed, camera_by_grade)
         lesions = []
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             for i, found in enumerate(pool.map(lambda r: _paint_file(tmp, seed, r), plan.itertuples())):
                 lesions += found if plan.table[i] != 'pretrain' else []
                 if progress: progress(i + 1, len(plan))

@@ -10,6 +10,7 @@ from pathlib import Path
 from aptos_fastai.config import Recipe, read_recipe
 from aptos_fastai.console import ago, say
 from aptos_fastai.files import AptosError, alone
+from aptos_fastai.ranks import cores
 from aptos_fastai.tables import TableError, read_table
 
 PACKAGES = 'aptos_fastai fastai torch timm pandas numpy scikit-learn opencv-python-headless pillow'.split()
@@ -36,7 +37,7 @@ def software() -> Iterator[Finding]:
 def devices() -> Iterator[Finding]:
     import torch
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30 if hasattr(os, 'sysconf') else 0
-    yield 'processor', f'{os.cpu_count()} cores, {memory:.0f} GB; {torch.get_num_threads()} threads for the networks', True
+    yield 'processor', f'{cores()} cores, {memory:.0f} GB; {torch.get_num_threads()} threads for the networks', True
     for i in range(torch.cuda.device_count()):
         o = torch.cuda.get_device_properties(i)
         yield f'GPU {i}', f'{o.name}, {o.total_memory / 2**30:.0f} GB, {"bf16" if torch.cuda.is_bf16_supported() else "fp16"}', True

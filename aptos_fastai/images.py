@@ -17,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from aptos_fastai.config import Recipe
 from aptos_fastai.console import say
 from aptos_fastai.files import AptosError, sweep, write_bytes, write_csv
+from aptos_fastai.ranks import collect, cores, everyone, mine, size
 
 Image.MAX_IMAGE_PIXELS = 400_000_000        # a fundus photograph has 5-50 million; more is a bomb
 try:
@@ -328,6 +329,7 @@ def square_of(data: bytes, prep: Prep, size: int) -> np.ndarray:
 
 # The store: <store>/<prep.name>/<table>-<hash of the folder>/<id>.<hash of the file><suffix> and prepared.csv
 
+BATCH = 32                                   # pictures a core between two looks at progress
 KEEP_EVERY = 1000                            # pictures: how often prepared.csv is written on the way
 
 def _hash(data: bytes) -> str:
@@ -372,6 +374,14 @@ def read_prepared(folder: Path) -> pd.DataFrame | None:
     return df if {'stored', 'look', 'error', 'bytes', 'mtime'} <= set(df) else None        # of an earlier version
 
 
+def _prepare_part(_, frame: pd.DataFrame, folder: Path, prep: Prep, old: dict) -> list[dict]:
+    "The records of the rows of `frame`, by all cores of all processes"
+    cv2.setNumThreads(1)                     # the pool has the cores
+    with ThreadPoolExecutor(cores()) as pool:
+        try: return collect(list(pool.map(partial(_stored, folder=folder, prep=prep, old=old), frame.iloc[mine(len(frame))].itertuples())))
+        finally: pool.shutdown(cancel_futures=True)
+
+
 def prepare_table(frame: pd.DataFrame, store: Path, prep: Prep, bars, *, skip_bad: bool = False) -> pd.DataFrame:
     """`frame` with its pictures prepared: columns `stored` (path), `pixels` and `look` (hashes).
 
@@ -381,21 +391,21 @@ def prepare_table(frame: pd.DataFrame, store: Path, prep: Prep, bars, *, skip_ba
     sweep(folder)                            # other runs may be writing here: only what is an hour old
     old = read_prepared(folder)
     known = {o['id_code']: o for o in old.to_dict('records')} if old is not None else {}
-    cv2.setNumThreads(1)                     # the pool has the cores
     done = []
 
     def keep():
         "What is done, and of the others what was known: an interrupted run goes on from here"
         rows = done + [known[i] for i in frame.id_code[len(done):] if i in known]
         if rows and (old is None or rows != old.to_dict('records')): write_csv(folder / 'prepared.csv', pd.DataFrame(rows))
-    with bars(f'preparing {frame.source.iloc[0]}', len(frame), 'pictures') as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+    each = BATCH * cores() * size()
+    with bars(f'preparing {frame.source.iloc[0]}', len(frame), 'pictures') as bar:
         try:
-            for o in pool.map(partial(_stored, folder=folder, prep=prep, old=known), frame.itertuples()):
-                done.append(o); bar.to(len(done))
-                if len(done) % KEEP_EVERY == 0: keep()
-        finally:
-            pool.shutdown(cancel_futures=True)
-            keep()
+            for i in range(0, len(frame), each):
+                part = frame.iloc[i:i + each]
+                done += everyone(_prepare_part, bars, part, folder, prep, {o: known[o] for o in part.id_code if o in known})
+                bar.to(len(done))
+                if len(done) // KEEP_EVERY > i // KEEP_EVERY: keep()
+        finally: keep()
     new = pd.DataFrame(done)
     bad = new[new.error != '']
     if len(bad):

@@ -13,6 +13,7 @@ from aptos_fastai.console import Bars, ago, say, table
 from aptos_fastai.files import AptosError, alone, read_record, sweep, write_bytes, write_csv, write_record
 from aptos_fastai.images import prepare_table, prepared_already, read_prepared, store_folder
 from aptos_fastai.metrics import GRADES, GradeSets, apply_cuts
+from aptos_fastai.ranks import size
 from aptos_fastai.record import Run
 from aptos_fastai.report import write_report
 from aptos_fastai.summary import SUMMARY_FORMAT, SYNTHETIC, oof_table, show_summary, summarise, tables_text
@@ -118,15 +119,19 @@ def check_run(run: Run, stages: Collection[str]):
     "What would stop a stage later is said now: weights out of reach, a batch larger than its table"
     if not stages: return
     from aptos_fastai.model import check_weights
+    from aptos_fastai.precision import precisions
     for n in stages:
         s = run.recipe.stages[n]
+        if s.bs % size():
+            raise ConfigError(f'{run.recipe.path} [stage.{n}] bs = {s.bs}: {size()} processes cannot share it evenly; '
+                              f'set it to {max(1, s.bs // size()) * size()}')
         for k in range(s.folds):
             m = sum(int((run.frames[t].fold != k).sum()) for _, t in s.sources)
             if s.bs > m: raise ConfigError(f'{run.recipe.path} [stage.{n}] bs = {s.bs}: only {m} pictures train in fold {k}; set it to {m} or less')
             if s.bs * s.accumulate > m:
                 raise ConfigError(f'{run.recipe.path} [stage.{n}] accumulate = {s.accumulate}: only {m} pictures train in fold {k}; '
                                   f'with bs = {s.bs} set it to {m // s.bs} or less')
-        try: check_weights(s)
+        try: check_weights(s), precisions(s)
         except AptosError as e: raise ConfigError(f'{run.recipe.path} [stage.{n}] {e}') from None
 
 

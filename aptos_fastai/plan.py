@@ -1,11 +1,10 @@
 "What `all` would do, and roughly how long and how large; trains nothing."
-import os
-import time
 from dataclasses import dataclass
 
 from aptos_fastai.config import Stage
 from aptos_fastai.console import ago, say, table
 from aptos_fastai.pipeline import answers_finished, check_run
+from aptos_fastai.ranks import cores
 from aptos_fastai.record import Run
 from aptos_fastai.summary import tables_text
 
@@ -14,32 +13,19 @@ CHECKPOINT = 5.                              # times what a stage leaves: weight
 PREPARE_SECONDS = .03                        # an original of 12 megapixels, one core (benchmarks/images.py)
 
 
-def step_seconds(stage: Stage, n: int = 4) -> tuple[float, float, int]:
-    "Seconds a picture in training and in prediction, and parameters, by one timed step of `n` random pictures on this machine"
-    import torch
-
-    from aptos_fastai.model import create_model, keep_freed_memory
-    keep_freed_memory()
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    model = create_model(stage).to(device, memory_format=torch.channels_last)
-    x = torch.randn(n, 3, stage.size, stage.size, device=device)
-
-    def timed(train: bool) -> float:
-        t = time.monotonic()
-        with torch.set_grad_enabled(train):
-            y = model.train(train)(x).mean()
-            if train: y.backward(); model.zero_grad()
-            y.item()
-        return (time.monotonic() - t) / n
-    timed(True)                               # the first step builds its buffers
-    return timed(True), timed(False), sum(p.numel() for p in model.parameters())
+def measured_step(s: Stage, measured: dict) -> tuple[float, float, int]:
+    "Seconds a picture of a training step as it would be trained, and of a forward pass; parameters"
+    from aptos_fastai.precision import precisions, step_seconds
+    key = s.arch, s.size, s.precision
+    if key not in measured: measured[key] = step_seconds(s, precisions(s), rounds=1)
+    steps, look, params = measured[key]
+    return min(steps.values()), look, params
 
 
 def stage_cost(run: Run, name: str, folds: list[int], measured: dict) -> tuple[int, int, float, float]:
     "(training pictures, validation pictures, seconds, bytes) of training the folds of a stage"
     s = run.recipe.stages[name]
-    if (s.arch, s.size) not in measured: measured[s.arch, s.size] = step_seconds(s)
-    step, look, params = measured[s.arch, s.size]
+    step, look, params = measured_step(s, measured)
     train = sum(len(run.frames[t]) if teacher else int((run.frames[t].fold != folds[0]).sum()) for teacher, t in s.sources)
     valid = sum(int((run.frames[t].fold == folds[0]).sum()) for teacher, t in s.sources if not teacher)
     seen = dict(none=1, hflip=2, d4=8)[s.tta] * valid + (s.epochs + s.freeze_epochs) * valid
@@ -69,7 +55,8 @@ def costs(run: Run, todo: dict[str, list[int]]) -> Costs:
         rows.append([n, f'{start}; {tables_text(s)}', f'{s.arch} {s.size} px', f'{train}+{valid}',
                      f'{s.folds} x {s.freeze_epochs + s.epochs}', f'about {ago(t)}' if ks else 'finished'])
     new = sum(len(f) for f in run.frames.values() if 'pixels' not in f)
-    return Costs(rows, seconds + new * PREPARE_SECONDS / (os.cpu_count() or 1), disk + most + new * r.store_size ** 2 * BYTES_PER_PIXEL, new)
+    disk += most + new * r.store_size ** 2 * BYTES_PER_PIXEL
+    return Costs(rows, seconds + new * PREPARE_SECONDS / cores(), disk, new)
 
 
 def show_plan(run: Run):

@@ -7,6 +7,7 @@ from fastai.learner import Learner
 from aptos_fastai.console import Bars
 from aptos_fastai.files import digest, file_hash, read_record, write_csv, write_record
 from aptos_fastai.model import load_exported
+from aptos_fastai.ranks import collect, everyone, mine, size
 from aptos_fastai.record import EXPORT, WEIGHTS, Run
 
 
@@ -29,14 +30,13 @@ def unview(x: torch.Tensor, i: int) -> torch.Tensor:
 
 @torch.no_grad()
 def predict_views(learn: Learner, frame: pd.DataFrame, tta: str = 'none', bar=None) -> np.ndarray:
-    "Scores (n, views) float32 of the pictures in column `stored` of `frame`, in its order: never augmented"
-    dl = learn.dls.test_dl(frame, bs=32)
-    model, out, n = learn.model.eval(), [], 0
-    for b in dl:
-        out.append(torch.stack([model(v).float().flatten() for v in views(b[0], tta)], 1).cpu())
-        n += len(out[-1])
-        if bar: bar.to(n)
-    return torch.cat(out).numpy()
+    "Scores (n, views) float32 of the pictures in column `stored` of `frame`, in its order, by all processes: never augmented"
+    part = frame.iloc[mine(len(frame))]
+    model, out = learn.model.eval(), []
+    for b in learn.dls.test_dl(part, bs=32) if len(part) else []:
+        out.extend(torch.stack([model(v).float().flatten() for v in views(b[0], tta)], 1).cpu().numpy())
+        if bar: bar.to(min(len(out) * size(), len(frame)))
+    return np.stack(collect(out))
 
 
 def predict_scores(learn: Learner, frame: pd.DataFrame, tta: str = 'none', bar=None) -> np.ndarray:
@@ -64,13 +64,18 @@ def stage_scores(run: Run, stage: str, table: str, fold: int, bars: Bars) -> pd.
     key = digest([file_hash(run.verified(stage, fold, WEIGHTS)), run.digests[table], s.tta, 'spread'])
     old = read_record(note)
     if not (old and old['key'] == key and csv.is_file() and file_hash(csv) == old['sha256']):
-        learn, frame = read_exported(run, stage, fold), run.frames[table]
-        if torch.cuda.is_available(): learn.dls.cuda()
-        with bars(f'{stage} fold {fold}  scoring {table}', len(frame), 'pictures') as bar:
-            scores = predict_views(learn, frame, s.tta, bar)
+        scores, frame = everyone(score_table, bars, run, stage, table, fold), run.frames[table]
         write_csv(csv, pd.DataFrame(dict(id_code=frame.id_code, score=scores.mean(1), spread=scores.std(1))))
         write_record(note, dict(key=key, sha256=file_hash(csv), tta=s.tta, synthetic=bool(run.recipe.demo)))
     return pd.read_csv(csv, dtype=dict(id_code=str))
+
+
+def score_table(bars: Bars, run: Run, stage: str, table: str, fold: int) -> np.ndarray:
+    "Scores (n, views) of a table by a finished fold, in every process"
+    learn, frame = read_exported(run, stage, fold), run.frames[table]
+    if torch.cuda.is_available(): learn.dls.cuda()
+    with bars(f'{stage} fold {fold}  scoring {table}', len(frame), 'pictures') as bar:
+        return predict_views(learn, frame, run.recipe.stages[stage].tta, bar)
 
 
 def fold_scores(run: Run, node: str, table: str, fold: int, bars: Bars) -> pd.DataFrame:

@@ -8,8 +8,8 @@ from conftest import ROOT
 
 from aptos_fastai.cli import _commands, main
 
-ROOMS = ('files config console tables twins images metrics record demo data model checkpoint predict pseudo stage summary page plots audit grader '
-         'explain report pipeline plan doctor look export serve kaggle cli').split()
+ROOMS = ('files config console ranks tables twins images metrics record demo data model precision checkpoint predict pseudo callbacks parallel '
+         'stage summary page plots audit grader explain report pipeline plan doctor look export serve kaggle cli').split()
 
 
 @pytest.mark.parametrize('args', [['--help'], *([c, '--help'] for c in _commands())])

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_pipeline import STAGES, copied, sets, stamps, toy_args  # noqa: F401 (a fixture)
 
-from aptos_fastai import checkpoint, data, stage
+from aptos_fastai import callbacks, checkpoint, data, stage
 from aptos_fastai.cli import main
 from aptos_fastai.files import AptosError, alone, read_record, sweep, write_bytes, write_record
 
@@ -162,12 +162,12 @@ def test_a_checkpoint_of_other_settings_or_damaged_is_not_gone_on_from(tables, s
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_best_epoch(tables, small_recipe, tmp_path, monkeypatch, capsys):
-    real = stage.History.after_epoch
+    real = callbacks.History.after_epoch
 
     def after(self):
         if len(self.rows) == 2: self.recorder.values[-1][0] = np.nan
         real(self)
-    monkeypatch.setattr(stage.History, 'after_epoch', after)
+    monkeypatch.setattr(callbacks.History, 'after_epoch', after)
     err = fails(capsys, ['train', 'teacher', *small(tables, small_recipe, tmp_path / 'r', *sets('epochs=4', 'folds=1'))],
                 '[stage.teacher] fold 0, epoch 3: the loss is nan', "lower the stage's lr", 'best.safetensors')
     w = load_file(err.split(' are in ')[1].strip())

@@ -232,7 +232,8 @@ def test_preparing_goes_on_where_it_was_stopped(frame, tmp_path, monkeypatch):
         if len(calls) == 3: raise KeyboardInterrupt
         calls.append(1)
         return real(data, prep)
-    monkeypatch.setattr(images.os, 'cpu_count', lambda: 1)
+    monkeypatch.setattr(images, 'cores', lambda: 1)
+    monkeypatch.setattr(images, 'BATCH', 1)
     monkeypatch.setattr(images, 'prepare', stops)
     with pytest.raises(KeyboardInterrupt): prep_all(frame, tmp_path)
     assert len(read_prepared(store_folder(frame, tmp_path, Prep(size=64)))) == 3

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 KEYS = ('demo.pretrain=120 demo.train=80 demo.test=20 demo.shrink=8 stage.tta=hflip demo.stage.epochs=6 demo.stage.freeze_epochs=1 stage.ema=.9 '
-        'demo.archs=legacy_seresnet50:test_resnet,densenet121:test_resnet').split()
+        'stage.precision=bf16 demo.archs=legacy_seresnet50:test_resnet,densenet121:test_resnet').split()
 
 
 def start(runs: Path, log):

@@ -1,0 +1,96 @@
+"How fast a network computes on this machine, and in which precision: measured, recorded, applied."
+import platform
+import time
+from pathlib import Path
+
+import torch
+from fastai.callback.core import Callback
+
+from aptos_fastai.config import Stage
+from aptos_fastai.console import say
+from aptos_fastai.files import AptosError, read_record, write_record
+from aptos_fastai.model import create_model, keep_freed_memory
+
+DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16)
+WORTH = 1.1                                  # times: what bf16 must be faster on the CPU to be taken
+FILE = 'precision.json'
+
+
+class Autocast(Callback):
+    "The body computes in `precision`; pooling, the one unit and the loss stay in float32. fastai's own `to_bf16` does nothing on the CPU"
+    def __init__(self, precision: str): self.dtype = DTYPES[precision]
+    def before_fit(self):
+        self.casts, body = [], self.model[0]
+
+        def enter(*_):
+            self.casts.append(torch.autocast(next(body.parameters()).device.type, self.dtype))
+            self.casts[-1].__enter__()
+
+        def leave(_, __, maps):
+            self.casts.pop().__exit__(None, None, None)
+            return None if maps is None else maps.float()
+        self.hooks = body.register_forward_pre_hook(enter), body.register_forward_hook(leave, always_call=True)
+    def after_fit(self):
+        for h in self.hooks: h.remove()
+
+
+def machine() -> str:
+    "What the figures depend on"
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()
+    return f'{name}, {torch.get_num_threads()} threads, torch {torch.__version__}'
+
+
+def _cpu() -> str:
+    try: return next(o.partition(':')[2].strip() for o in Path('/proc/cpuinfo').read_text().splitlines() if o.startswith('model name'))
+    except (OSError, StopIteration): return platform.processor() or platform.machine()
+
+
+def step_seconds(stage: Stage, precisions=('f32',), n: int = 4, rounds: int = 2) -> tuple[dict[str, float], float, int]:
+    """Seconds a picture of a training step (random pictures, `n` a batch) by precision, the best of `rounds` in turns; of a forward pass in float32;
+    and the number of parameters"""
+    keep_freed_memory()
+    state = torch.random.get_rng_state()
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    model = create_model(stage).to(device, memory_format=torch.channels_last)
+    x = torch.randn(n, 3, stage.size, stage.size, device=device)
+
+    def timed(precision: str, train: bool) -> float:
+        t = time.perf_counter()
+        with torch.set_grad_enabled(train):
+            model.train(train)
+            with torch.autocast(device, DTYPES.get(precision, torch.bfloat16), enabled=precision in DTYPES): maps = model[0](x)
+            y = model[1](maps.float()).mean()
+            if train: y.backward(); model.zero_grad()
+            y.item()
+        return (time.perf_counter() - t) / n
+    steps = {p: [] for p in precisions}
+    for i in range(rounds + 1):
+        for p in precisions: steps[p].append(timed(p, True) if i else (timed(p, True), 1e9)[1])      # the first builds its buffers
+    look = timed('f32', False)
+    torch.random.set_rng_state(state)
+    return {p: min(o) for p, o in steps.items()}, look, sum(o.numel() for o in model.parameters())
+
+
+def precisions(stage: Stage) -> tuple[str, ...]:
+    "Those that come into question on this machine. Raises `AptosError`"
+    gpu = torch.cuda.is_available()
+    if stage.precision == 'fp16' and not gpu: raise AptosError('precision = fp16: needs a GPU; set auto, bf16 or f32')
+    if stage.precision != 'auto': return (stage.precision,)
+    return (('bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16'),) if gpu else ('f32', 'bf16')
+
+
+def precision_of(stage: Stage, folder: Path) -> str:
+    """f32, bf16 or fp16: what `stage.precision` says; for auto, on a GPU bf16 where it knows it, else fp16, on a CPU what a few steps measured faster.
+
+    The measurement stands in `folder`/precision.json and is not made again, so that a resumed training goes on as it began.
+    """
+    which = precisions(stage)
+    if len(which) == 1: return which[0]
+    old, key = read_record(folder / FILE) or {}, f'{stage.arch} {stage.size} px on {machine()}'
+    if key not in old:
+        found, _, _ = step_seconds(stage, which, n=min(8, stage.bs))
+        old[key] = dict(pictures_per_second={p: round(1 / s, 1) for p, s in found.items()}, taken='bf16' if WORTH * found['bf16'] < found['f32'] else 'f32')
+        write_record(folder / FILE, old)
+        say(f'  {stage.arch} {stage.size} px trains ' + ', '.join(f'{r:.0f} pictures/s in {p}' for p, r in old[key]['pictures_per_second'].items())
+            + f' (a few steps, measured now): {old[key]["taken"]} -> {folder / FILE}')
+    return old[key]['taken']

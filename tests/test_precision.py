@@ -1,0 +1,120 @@
+"What a training computes in, and how large its first epochs see."
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import fails
+from fastai.callback.core import Callback
+from fastai.torch_core import set_seed
+from torch import nn
+
+from aptos_fastai import precision
+from aptos_fastai.callbacks import History, Progressive
+from aptos_fastai.cli import main
+from aptos_fastai.config import Augment, Stage
+from aptos_fastai.data import get_dls
+from aptos_fastai.images import Prep
+from aptos_fastai.model import get_learner
+
+KEYS = dict(name='t', train=('a',), arch='test_resnet', weights='none', size=64, bs=4, epochs=2)
+
+
+@pytest.fixture
+def learn(tables, tmp_path):
+    files = sorted((tables / 'train_images').iterdir())
+    i = np.arange(len(files))
+    frame = pd.DataFrame(dict(stored=[str(f) for f in files], diagnosis=i % 5 * 1., valid=i % 4 == 0))
+    s = Stage(**KEYS)
+    return lambda: get_learner(s, get_dls(frame, s, Prep(size=64), Augment(), ((.5,) * 3, (.25,) * 3)))
+
+
+def fit(learn, *cbs, epochs=1):
+    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, 1e-3, cbs=list(cbs))
+
+
+def trained(tables, recipe, tmp_path, how) -> dict:
+    main(['train', 'teacher', '--recipe', str(recipe), '--data', str(tables), '--runs', str(tmp_path / 'r'), '--set', f'stage.precision={how}',
+          '--set', 'stage.folds=1'])
+    return json.loads((tmp_path / 'r/small/teacher/fold0/stage.json').read_text())
+
+
+def test_the_body_computes_in_bf16_and_the_rest_in_float32(learn):
+    o, seen = learn(), {}
+    conv = next(m for m in o.model[0].modules() if isinstance(m, nn.Conv2d))
+    def note_conv(m, x, y): seen['conv'] = y.dtype
+    def note_head(m, x, y): seen['head'] = x[0].dtype, y.dtype
+    hooks = conv.register_forward_hook(note_conv), o.model[1].register_forward_hook(note_head)
+    fit(o, precision.Autocast('bf16'))
+    for h in hooks: h.remove()
+    assert seen == dict(conv=torch.bfloat16, head=(torch.float32, torch.float32))
+    assert all(p.dtype == torch.float32 for p in o.model.parameters())
+    assert not o.model[0]._forward_hooks and not o.model[0]._forward_pre_hooks      # what is exported computes in float32
+    assert not torch.is_autocast_enabled('cpu')
+
+def test_bf16_learns_what_f32_learns(learn):
+    out = []
+    for cbs in ([], [precision.Autocast('bf16')]):
+        set_seed(1)
+        o = learn()
+        fit(o, *cbs)
+        out.append(torch.cat([p.flatten() for p in o.model.parameters()]))
+    assert 0 < (out[0] - out[1]).abs().max() < .05 and torch.corrcoef(torch.stack([o.detach() for o in out]))[0, 1] > .999
+
+
+def test_what_is_faster_is_taken_and_recorded(tmp_path, monkeypatch):
+    s, calls = Stage(**KEYS), []
+    for found, want in [((1., .5), 'bf16'), ((1., .95), 'f32'), ((1., 2.), 'f32')]:
+        monkeypatch.setattr(precision, 'step_seconds', lambda stage, which, n, found=found: (calls.append(n), (dict(zip(which, found, strict=True)), 1., 1))[1])
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+        folder = tmp_path / f'{found}'
+        folder.mkdir()
+        assert precision.precision_of(s, folder) == want == precision.precision_of(s, folder)
+    assert calls == [4, 4, 4]                 # the second time it is read
+    shutil.rmtree(tmp_path / '(1.0, 0.5)')
+
+def test_a_measurement_is_of_this_machine(monkeypatch):
+    steps, look, params = precision.step_seconds(Stage(**KEYS), ('f32', 'bf16'), n=2, rounds=1)
+    assert set(steps) == {'f32', 'bf16'} and 0 < look < 10 and all(0 < o < 10 for o in steps.values()) and params > 1e5
+
+def test_a_measurement_draws_nothing(monkeypatch):
+    torch.manual_seed(3)
+    a = torch.random.get_rng_state()
+    precision.step_seconds(Stage(**KEYS), n=1, rounds=1)
+    assert torch.equal(a, torch.random.get_rng_state())
+
+def test_an_explicit_precision_is_trained_in_and_recorded(tables, small_recipe, tmp_path):
+    assert trained(tables, small_recipe, tmp_path, 'bf16')['precision'] == 'bf16'
+
+def test_fp16_without_a_gpu_is_refused(tables, small_recipe, tmp_path, capsys):
+    if torch.cuda.is_available(): pytest.skip('there is a GPU')
+    fails(capsys, ['train', 'teacher', '--recipe', small_recipe, '--data', tables, '--runs', tmp_path / 'r', '--set', 'stage.precision=fp16'],
+          '[stage.teacher] precision = fp16: needs a GPU; set auto, bf16 or f32')
+
+
+def test_progressive_resizing_trains_small_and_validates_large(learn):
+    o, seen, hist = learn(), [], History('last')
+    class Sizes(Callback):
+        order = 30
+        def after_pred(self): seen.append((len(hist.rows), self.training, self.x.shape[-1]))
+    fit(o, hist, Progressive(32, 1, 64, hist), Sizes(), epochs=2)
+    assert set(seen) == {(0, True, 32), (0, False, 64), (1, True, 64), (1, False, 64)}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which('g++') or shutil.which('clang++')), reason='torch.compile needs a C++ compiler')
+def test_a_compiled_stage_trains_and_exports(tables, small_recipe, tmp_path):
+    args = ['--recipe', str(small_recipe), '--data', str(tables), '--set', 'stage.folds=1']
+    for name in ('no', 'yes'): main(['train', 'teacher', *args, '--runs', str(tmp_path / name), '--set', f'stage.compile={name}'])
+    a, b = (pd.read_csv(tmp_path / n / 'small/teacher/fold0/preds.csv').score for n in ('no', 'yes'))
+    assert np.abs(a - b).max() < .05
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+@pytest.mark.parametrize('how', ['auto', 'bf16', 'fp16', 'f32'])
+def test_a_stage_trains_on_the_gpu(tables, small_recipe, tmp_path, how):
+    o = trained(tables, small_recipe, tmp_path, how)
+    assert o['precision'] in ((how,) if how != 'auto' else ('bf16', 'fp16')) and 'cuda' in o['versions']['device']
