@@ -39,8 +39,8 @@ VARIANTS = {                                 # name -> (stage, keys)
                                          'stage.teacher.epochs=6', 'stage.teacher.freeze_epochs=0', 'stage.teacher.lr=1.5e-3']),
     'mean squared error': ('teacher', ['stage.loss=mse']),
     'moving average of weights': ('teacher', ['stage.ema=.99']),
-    'ours, 4 epochs': ('teacher', ['stage.epochs=3']),
-    'ours, 6 epochs': ('teacher', ['stage.epochs=5']),
+    'four epochs in all': ('teacher', ['stage.epochs=3']),
+    'six epochs in all': ('teacher', ['stage.epochs=5']),
     'one view, not eight': ('teacher', ['stage.tta=none']),
 }
 
