@@ -28,13 +28,14 @@ class Commands:
         from aptos_fastai.pipeline import run_all
         run_all(self.open())
 
-    def plan(self):
+    def plan(self, *, pictures: 'TABLE=N for every table, in quotes: plan for as many pictures as that, which need not be here' = ''):  # noqa: F722
         """Show what `all` would do: stages, tables, pictures, time and disk. Trains nothing and writes nothing but the demo's pictures.
 
         python run.py plan --recipe recipes/one_table.ini --data ~/idrid
+        python run.py plan --pictures "eyepacs2015=35126 aptos_train=3662 aptos_test=1928"
         """
-        from aptos_fastai.plan import show_plan
-        show_plan(self.open())
+        from aptos_fastai.plan import plan_pictures, show_plan
+        plan_pictures(self.recipe, self.sets, pictures) if pictures else show_plan(self.open())
 
     def doctor(self):
         """Say what would stop `all` before it does: versions, devices, tables, weights, disk, time; how to get Kaggle's tables where they are missing.

@@ -1,8 +1,13 @@
 "What `all` would do, and roughly how long and how large; trains nothing."
 from dataclasses import dataclass
+from pathlib import Path
 
-from aptos_fastai.config import Stage
+import numpy as np
+import pandas as pd
+
+from aptos_fastai.config import Recipe, Stage, read_recipe
 from aptos_fastai.console import ago, say, table
+from aptos_fastai.files import AptosError
 from aptos_fastai.pipeline import answers_finished, check_run
 from aptos_fastai.ranks import cores
 from aptos_fastai.record import Run
@@ -22,14 +27,23 @@ def measured_step(s: Stage, measured: dict) -> tuple[float, float, int]:
     return min(steps.values()), look, params
 
 
+def scored_by(r: Recipe, stage: str) -> set[str]:
+    "Ungraded tables that a stage scores: for labels, for the answer"
+    nodes = {(t, name) for s in r.stages.values() for t, name in s.sources if t} | {(n, r.submit.table) for n in [r.submit.final, *r.submit.also]}
+    return {name for n, name in nodes if stage in r.members(n)}
+
+
 def stage_cost(run: Run, name: str, folds: list[int], measured: dict) -> tuple[int, int, float, float]:
-    "(training pictures, validation pictures, seconds, bytes) of training the folds of a stage"
+    "(training pictures, validation pictures, seconds, bytes) of training the folds of a stage, and of what it scores"
     s = run.recipe.stages[name]
     step, look, params = measured_step(s, measured)
     train = sum(len(run.frames[t]) if teacher else int((run.frames[t].fold != folds[0]).sum()) for teacher, t in s.sources)
     valid = sum(int((run.frames[t].fold == folds[0]).sum()) for teacher, t in s.sources if not teacher)
-    seen = dict(none=1, hflip=2, d4=8)[s.tta] * valid + (s.epochs + s.freeze_epochs) * valid
-    return train, valid, len(folds) * ((s.epochs + s.freeze_epochs) * train * step + seen * look), len(folds) * params * 8.
+    epochs = s.epochs + s.freeze_epochs
+    large = epochs - s.small_epochs * (1 - (s.small_size / s.size) ** 2)      # epochs' worth of pictures at full size
+    answers = valid + sum(len(run.frames[t]) for t in scored_by(run.recipe, name))
+    seconds = large * train * step + (epochs * valid + dict(none=1, hflip=2, d4=8)[s.tta] * answers) * look
+    return train, valid, len(folds) * seconds, len(folds) * params * 8.
 
 
 @dataclass
@@ -59,16 +73,42 @@ def costs(run: Run, todo: dict[str, list[int]]) -> Costs:
     return Costs(rows, seconds + new * PREPARE_SECONDS / cores(), disk, new)
 
 
+def made_up(recipe: Recipe, pictures: str) -> Run:
+    "A run on tables of as many pictures as `TABLE=N TABLE=N …` says, none of which need be there"
+    try: counts = {t: int(n) for t, n in (o.split('=') for o in pictures.split())}
+    except ValueError: raise AptosError(f'--pictures "{pictures}": TABLE=NUMBER pairs are needed') from None
+    names = [t.name for t in recipe.used_tables]
+    if set(counts) != set(names) or min(counts.values()) < 1:
+        raise AptosError(f'--pictures "{pictures}": a number above 0 is needed for each table of {recipe.path}: ' + ' '.join(f'{n}=…' for n in names))
+    folds = {n: np.arange(counts[n]) % recipe.splits if recipe.tables[n].graded else np.full(counts[n], -1) for n in names}
+    return Run(recipe, Path('as many pictures as were asked about'), Path('runs') / recipe.name, {n: pd.DataFrame(dict(fold=f)) for n, f in folds.items()})
+
+
+def plan_pictures(recipe: str, sets: list[str], pictures: str):
+    "`plan --pictures`: time and disk of tables that are not here"
+    from aptos_fastai.model import check_arch
+    run = made_up(read_recipe(recipe, sets=sets), pictures)
+    todo = {n: list(range(s.folds)) for n, s in run.recipe.stages.items()}
+    for s in run.recipe.stages.values(): check_arch(s.arch)
+    o = costs(run, todo)
+    show_costs(run, o)
+    say(f'about {ago(o.seconds)}, {ago(o.new * PREPARE_SECONDS / cores())} of it to prepare 12-megapixel originals, and {o.disk / 1e9:.1f} GB on disk, '
+        'by one step of each network timed on this machine just now')
+
+
 def show_plan(run: Run):
     "The graph as a table: what stands, what would run, on what, for how long"
     r, todo = run.recipe, run.todo()
     if todo: check_run(run, todo)
     o = costs(run, todo)
-    title = f'{r.path} on {run.data}' + (' (SYNTHETIC demo)' if r.demo else '')
-    table(title, ['stage', 'starts from; trains on', 'network', 'pictures', 'epochs', 'to do'], o.rows,
-          right=('pictures', 'epochs'), wrap=('starts from; trains on', 'network', 'to do'))
-    tabs = ', '.join(f'{n} {len(f)}' for n, f in run.frames.items())
-    say(f'tables: {tabs}. To prepare: {o.new} pictures at {r.store_size} px.')
+    show_costs(run, o)
     if not todo and answers_finished(run): return say('Everything is done already: `all` would do nothing.')
     say(f'{r.submit.final} answers {r.submit.table}: {run.root / "submission.csv"}')
     say(f'about {ago(o.seconds)} (one step of each network timed on this machine just now) and {o.disk / 1e9:.2f} GB on disk')
+
+
+def show_costs(run: Run, o: Costs):
+    title = f'{run.recipe.path} on {run.data}' + (' (SYNTHETIC demo)' if run.recipe.demo else '')
+    table(title, ['stage', 'starts from; trains on', 'network', 'pictures', 'epochs', 'to do'], o.rows,
+          right=('pictures', 'epochs'), wrap=('starts from; trains on', 'network', 'to do'))
+    say('tables: ' + ', '.join(f'{n} {len(f)}' for n, f in run.frames.items()) + f'. To prepare: {o.new} pictures at {run.recipe.store_size} px.')

@@ -14,6 +14,7 @@ from aptos_fastai.cli import main
 from aptos_fastai.metrics import apply_cuts
 from aptos_fastai.pipeline import open_run
 from aptos_fastai.pseudo import read_labels
+from aptos_fastai.ranks import cores
 from aptos_fastai.record import WEIGHTS, RecordError, training_frame
 
 STAGES = 'pretrain_256 finetune_256 pretrain_512 finetune_512 retrain_512 pretrain_dense finetune_dense'.split()
@@ -364,3 +365,25 @@ def test_real_photographs_through_the_recipe(idrid, tmp_path):
           *sets('size=32', 'folds=1', 'epochs=1', 'freeze_epochs=0', 'arch=test_resnet', 'weights=none', 'tta=none')])
     sub = pd.read_csv(tmp_path / 'one_table/submission.csv')
     assert len(sub) == 103 and sub.id_code[0] == 'test_IDRiD_001'
+
+
+def test_plan_of_pictures_that_are_not_here(small_recipe, tmp_path, monkeypatch, capsys):
+    "Time and disk grow in step with the pictures; nothing is read or written"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('aptos_fastai.precision.step_seconds', lambda stage, which, rounds: ({p: 1. for p in which}, .1, 1000))
+    from aptos_fastai.config import read_recipe
+    from aptos_fastai.plan import costs, made_up
+    found = []
+    for n in (1000, 10000):
+        run = made_up(read_recipe(small_recipe), f'train={n} test={n // 10}')
+        found.append(costs(run, {s: [0, 1] for s in run.recipe.stages}))
+    # 800 pictures an epoch at 1 s; 200 validated each epoch and twice over two views; the test table, scored by both for the answer, over two views
+    assert found[0].new == 1100 and found[1].seconds == pytest.approx(10 * found[0].seconds)
+    teacher, retrain = 800 + .1 * (200 + 2 * (200 + 100)), 900 + .1 * (200 + 2 * (200 + 100))
+    assert found[0].seconds == pytest.approx(2 * (teacher + retrain) + 1100 * .03 / cores())
+    main(['plan', '--recipe', str(small_recipe), '--pictures', 'train=1000000 test=5'])
+    assert 'To prepare: 1000005 pictures' in capsys.readouterr().out and {p.name for p in tmp_path.iterdir()} == {'small.ini'}
+
+@pytest.mark.parametrize('pictures', ['train=5', 'train=5 test=x', 'train=5 test=0', 'train=5 test=3 other=2'])
+def test_plan_of_pictures_wants_every_table(small_recipe, capsys, pictures):
+    fails(capsys, ['plan', '--recipe', small_recipe, '--pictures', pictures], f'--pictures "{pictures}"', 'needed')

@@ -112,3 +112,15 @@ def test_idrid_holds_six_pictures_twice(idrid):
     t = twins_frame(add_groups({n: df[df.source == n] for n in ('train', 'test')}))
     sets = {tuple(int(i.rsplit('_', 1)[1]) for i in o.id_code) for _, o in t.groupby('twin')}
     assert sets >= {(28, 327), (45, 333), (73, 375), (21, 391), (79, 279)} and len(sets) <= 8
+
+
+def test_near_pairs_of_many_that_share_words_stay_few_comparisons(monkeypatch):
+    "Rows that all share a word: each is compared with its neighbours alone, and a copy in which a few bits differ is still found"
+    import aptos_fastai.twins as twins
+    rng = np.random.default_rng(0)
+    words = rng.integers(0, 1 << 16, (3000, 36), dtype=np.uint16)
+    words[:, ::4] = 7                         # as dark corners are
+    words[1500:1530] = words[:30] ^ (np.arange(36) % 9 == 5).astype(np.uint16)
+    monkeypatch.setattr(twins, 'NEIGHBOURS', 3)
+    found = near_pairs(words.view(np.uint8))
+    assert found == [(i, 1500 + i) for i in range(30)]
