@@ -17,8 +17,8 @@ from safetensors.torch import save
 from aptos_fastai.config import read_recipe
 from aptos_fastai.console import Bars, table
 from aptos_fastai.demo import CAMERAS, paint_fundus
-from aptos_fastai.files import file_hash, write_bytes, write_csv, write_json
-from aptos_fastai.images import store_folder
+from aptos_fastai.files import file_hash, write_bytes, write_csv, write_record
+from aptos_fastai.images import _hash, prepare, store_folder
 from aptos_fastai.metrics import HALF, GradeCuts, apply_cuts, kappa_interval, quadratic_kappa
 from aptos_fastai.model import create_model
 from aptos_fastai.record import HISTORY, PREDS, WEIGHTS, Run
@@ -58,9 +58,12 @@ def made_up_run(root: Path, n: int) -> Run:
         f['diagnosis'] = scored(m)[1].astype(np.float32) if name == 'train' else np.float32('nan')
         folder = store_folder(f, run.store, run.prep)
         folder.mkdir(parents=True)
-        files = [str(folder / f'{i}{run.prep.suffix}') for i in range(50)]
-        for i, o in enumerate(files): cv2.imwrite(o, paint_fundus(rng, i % 5, list(CAMERAS)[i % len(CAMERAS)], True)[0][..., ::-1])
-        write_csv(folder / 'prepared.csv', f[['id_code']].assign(width=4288, height=2848, x=2144, y=1424, r=1700, how='circle', flags='', error=''))
+        painted = [prepare(cv2.imencode('.png', paint_fundus(rng, i % 5, list(CAMERAS)[i % len(CAMERAS)], True)[0][..., ::-1])[1].tobytes(), run.prep)
+                   for i in range(50)]
+        files = [str(folder / f'{i}.{_hash(jpeg)}{run.prep.suffix}') for i, (jpeg, _) in enumerate(painted)]
+        for file, (jpeg, _) in zip(files, painted, strict=True): write_bytes(file, jpeg)
+        rows = [dict(id_code=o, bytes=1, mtime=1, **painted[i % 50][1], stored='', error='') for i, o in enumerate(f.id_code)]
+        write_csv(folder / 'prepared.csv', pd.DataFrame(rows))
         run.frames[name] = f.assign(stored=[files[i % 50] for i in range(m)], pixels=f.id_code, target=f.diagnosis, twin=np.arange(m) + (name == 'test') * n,
                                     fold=np.arange(m) // 2 % 5 if name == 'train' else -1)
     for stage, spec in recipe.stages.items(): write_stage(run, stage, spec)
@@ -76,7 +79,7 @@ def write_stage(run: Run, stage: str, spec):
         e = np.arange(12)
         write_csv(out / HISTORY, pd.DataFrame(dict(epoch=e, train_loss=1 / (e + 1), valid_loss=1.1 / (e + 1), kappa=.9 - .5 / (e + 1), lr=1e-3, kept=e == 11)))
         write_bytes(out / WEIGHTS, save(create_model(spec).state_dict()))
-        write_json(out / 'stage.json', dict(
+        write_record(out / 'stage.json', dict(
             files={f: dict(sha256=file_hash(out / f)) for f in (PREDS, WEIGHTS)}, seconds=1., kept_epoch=11, kept_kappa=.85, versions={}, synthetic=True,
             settings=asdict(spec), prep=asdict(run.prep), pictures=dict(train=len(train) - len(mine), valid=len(mine))))
 
