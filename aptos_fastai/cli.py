@@ -162,6 +162,14 @@ class Commands:
         from aptos_fastai.pipeline import suggest_rates
         suggest_rates(self.open(), stage)
 
+    def batch(self, stage: 'the stage'):  # noqa: F722
+        """Find the largest batch of a stage that fits this GPU, with the pictures a second and the memory of each on the way.
+
+        python run.py batch pretrain_512 --data ~/kaggle
+        """
+        from aptos_fastai.pipeline import suggest_batch
+        suggest_batch(self.open(), stage)
+
     def demo(self, folder: 'where to write the tables' = 'demo_data'):  # noqa: F722
         """Write the synthetic demo's tables as Kaggle's folders, to look at or to pass as --data.
 

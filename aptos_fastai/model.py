@@ -175,7 +175,8 @@ def split_body_head(m: nn.Module) -> L: return L(m[0], m[1]).map(params)
 def get_learner(stage: Stage, dls: DataLoaders, *, weights: dict | None = None) -> Learner:
     "The Learner of `stage` on `dls`: its parent's `weights` (a state dict), else those that `stage.weights` names"
     keep_freed_memory()
-    model = create_model(stage).to(memory_format=torch.channels_last)      # 1.6 times as fast on the CPU
+    if torch.cuda.is_available(): torch.set_float32_matmul_precision('high')     # TF32
+    model = create_model(stage).to(memory_format=torch.channels_last)      # 1.2-1.6 times as fast on the CPU
     if weights is None: load_body(model, stage)
     else: load_parent(model, weights, f'init = {stage.init}')
     metric = AccumMetric(ScoreKappa(parse_cuts(stage.cuts) or HALF), name='kappa')

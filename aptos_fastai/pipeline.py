@@ -311,6 +311,17 @@ def suggest_rates(run: Run, stage: str):
     say(f'curve -> {plot}; put the rate into [stage.{stage}] lr')
 
 
+def suggest_batch(run: Run, stage: str):
+    "`batch STAGE`"
+    _known(run, stage, run.recipe.stages)
+    from aptos_fastai.precision import fitting_batches
+    rows = fitting_batches(run.recipe.stages[stage])
+    if not rows: raise AptosError(f'[stage.{stage}] size = {run.recipe.stages[stage].size}: not one picture fits this GPU; set size lower')
+    table(f'training steps of {stage}', ['bs', 'pictures/s', 'GB'], [[n, f'{r:.0f}', f'{g:.1f}'] for n, r, g in rows], right=('bs', 'pictures/s', 'GB'))
+    n, bs = rows[-1][0], run.recipe.stages[stage].bs
+    say(f'{n} fits; [stage.{stage}] bs = {bs}' + (' does, too' if bs <= n else f' does not: bs = {n} and accumulate = {-(-bs // n)} take the same steps'))
+
+
 def write_demo_folder(recipe: str, sets: Iterable[str], folder: str):
     "`demo [FOLDER]`"
     from aptos_fastai.demo import write_demo

@@ -94,3 +94,16 @@ def precision_of(stage: Stage, folder: Path) -> str:
         say(f'  {stage.arch} {stage.size} px trains ' + ', '.join(f'{r:.0f} pictures/s in {p}' for p, r in old[key]['pictures_per_second'].items())
             + f' (a few steps, measured now): {old[key]["taken"]} -> {folder / FILE}')
     return old[key]['taken']
+
+
+def fitting_batches(stage: Stage, most: int = 4096) -> list[tuple[int, float, float]]:
+    "(batch, pictures a second, GB) of training steps at 1, 2, 4, … pictures, as long as they fit the GPU. Raises `AptosError` without one"
+    if not torch.cuda.is_available(): raise AptosError('batch: looks for the largest batch that fits a GPU; there is none here')
+    which, out = precisions(stage), []
+    while (n := 2 ** len(out)) <= most:
+        torch.cuda.reset_peak_memory_stats()
+        try: seconds = step_seconds(stage, which, n=n, rounds=1)[0][which[0]]
+        except torch.OutOfMemoryError: break
+        out.append((n, 1 / seconds, torch.cuda.max_memory_allocated() / 1e9))
+    torch.cuda.empty_cache()
+    return out

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import fails
+from conftest import ROOT, TOY, fails
 from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
 from torch import nn
@@ -118,3 +118,19 @@ def test_a_compiled_stage_trains_and_exports(tables, small_recipe, tmp_path):
 def test_a_stage_trains_on_the_gpu(tables, small_recipe, tmp_path, how):
     o = trained(tables, small_recipe, tmp_path, how)
     assert o['precision'] in ((how,) if how != 'auto' else ('bf16', 'fp16')) and 'cuda' in o['versions']['device']
+
+
+def test_the_largest_batch_is_looked_for_until_memory_is_out(toy, monkeypatch, capsys):
+    def steps(stage, which, n, rounds):
+        if n > 8: raise torch.OutOfMemoryError('no more')
+        return {which[0]: 1 / n}, 1., 1
+    for name, f in dict(is_available=lambda: True, is_bf16_supported=lambda **_: True, reset_peak_memory_stats=lambda: None, empty_cache=lambda: None,
+                        max_memory_allocated=lambda: 5e9).items(): monkeypatch.setattr(torch.cuda, name, f)
+    monkeypatch.setattr(precision, 'step_seconds', steps)
+    main(['batch', 'pretrain_256', '--recipe', str(ROOT / 'settings.ini'), '--runs', str(toy.parent), *TOY])
+    assert '8 fits; [stage.pretrain_256] bs = 16 does not: bs = 8 and accumulate = 2 take the same steps' in capsys.readouterr().out
+
+def test_without_a_gpu_no_batch_is_looked_for(toy, capsys):
+    if torch.cuda.is_available(): pytest.skip('there is a GPU')
+    args = ['batch', 'pretrain_256', '--recipe', ROOT / 'settings.ini', '--runs', toy.parent, *TOY]
+    fails(capsys, args, 'batch: looks for the largest batch that fits a GPU')
