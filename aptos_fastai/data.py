@@ -150,3 +150,12 @@ def start_epoch(dl, n: int):
     "The DataLoader's augmentation draws as in epoch `n`"
     for t in [*dl.after_item.fs, *dl.after_batch.fs]:
         if isinstance(t, (FundusAugment, BatchAugment)): t.epoch, t.batch = n, 0
+
+
+@dispatch
+def show_results(x: TensorImage, y: Tensor, samples, outs, ctxs=None, max_n=6, nrows=None, ncols=None, figsize=None, **kwargs):
+    "Pictures with their grade and score, for `learn.show_results()`: fastai's own for regression on pictures does not run on its present dispatch"
+    n = min(len(samples), max_n)
+    if ctxs is None: ctxs = get_grid(n, nrows=nrows, ncols=ncols, figsize=figsize)
+    for ax, s, o in zip(ctxs, samples[:n], outs[:n], strict=False): s[0].show(ctx=ax, title=f'grade {float(s[1]):.0f}, score {np.ravel(o[0])[0]:.2f}', **kwargs)
+    return ctxs
