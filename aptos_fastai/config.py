@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 from aptos_fastai.files import AptosError
 
@@ -107,7 +108,7 @@ class Stage:
     @property
     def sources(self) -> list[tuple[str, str]]:
         "(teacher or '', table) of each entry of `train`"
-        return [tuple(o.split(':', 1)) if ':' in o else ('', o) for o in self.train]
+        return [(t, name) for t, _, name in (o.rpartition(':') for o in self.train)]
 
     @property
     def parents(self) -> list[str]: return [o for o in [self.init, *(t for t, _ in self.sources)] if o]
@@ -206,7 +207,7 @@ def parse_cuts(text: str) -> tuple[float, ...] | None:
 def _value(f, text: str):
     "`text` as the type of the dataclass field `f`; raises ValueError with what would be accepted"
     m, kind = f.metadata, f.type
-    many = str(kind).startswith('tuple')
+    many, out = str(kind).startswith('tuple'), list[Any]()
     kind = float if 'float' in str(kind) else int if kind in (int, 'int') else str
     words = text.split() if many else [text]
     try: out = [kind(o) for o in words]
@@ -245,7 +246,7 @@ def _read_ini(path: Path, sets: Sequence[str]) -> dict[str, dict[str, str]]:
     "Sections of the file as plain strings, with `SECTION.KEY=VALUE` of `sets` on top, over the demo's own stage keys too"
     if not path.is_file(): raise ConfigError(f'{path}: no such recipe; give one with --recipe FILE (settings.ini)')
     cp = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=None, default_section='\0')
-    cp.optionxform = str
+    cp.optionxform = str      # type: ignore
     try: cp.read_string(path.read_text(encoding='utf-8'), source=str(path))
     except (configparser.Error, UnicodeDecodeError) as e: raise ConfigError(f'{path}: {" ".join(str(e).split())}') from None
     ini = {s: dict(cp[s]) for s in cp.sections()}
@@ -336,7 +337,7 @@ def _check_stage(r: Recipe, s: Stage, err):
     if s.source_weights and (len(s.source_weights) != len(s.train) or not all(s.source_weights)):
         err(sec, 'source_weights', ' '.join(map(str, s.source_weights)), f'{len(s.train)} numbers above 0 are needed, one for each of {" ".join(s.train)}')
     if all(t for t, _ in s.sources): err(sec, 'train', ' '.join(s.train), 'a graded table is needed beside the pseudo-labelled')
-    for p in s.parents:
-        for m in r.members(p):
+    for parent in s.parents:
+        for m in r.members(parent):
             if m in r.stages and r.stages[m].folds < s.folds:
                 err(sec, 'folds', s.folds, f'{m}, which it builds on, has only {r.stages[m].folds}')

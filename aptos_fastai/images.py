@@ -112,8 +112,9 @@ def decode(data: bytes, min_side: int = 0) -> tuple[np.ndarray, tuple[int, int]]
         if data[128:132] == b'DICM': return decode_dicom(data)
         with warnings.catch_warnings():
             warnings.simplefilter('error', Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as im:
-                size, fmt, mode = im.size, im.format, im.mode
+            with Image.open(io.BytesIO(data)) as file:
+                im: Image.Image = file
+                size, fmt, mode = im.size, im.format or '', im.mode
                 if not _complete(data, fmt): raise ImageError('is cut short')
                 out = FAST[fmt](data, _shrink(min(size), min_side)) if fmt in FAST and mode in ('RGB', 'L') else None
                 if out is not None: return out, size
@@ -282,7 +283,7 @@ def look_hash(sq: np.ndarray) -> str:
     """
     g = cv2.resize(sq[..., 1], (64, 64), interpolation=cv2.INTER_AREA).astype(np.float32)
     d = cv2.dct(g - cv2.GaussianBlur(g, (0, 0), 6))[1:25, 1:25]
-    return base64.b64encode(np.packbits(d > np.median(d))).decode()
+    return base64.b64encode(np.packbits(d > np.median(d)).tobytes()).decode()
 
 
 def _seen(c: Circle, h: int, w: int) -> float:
@@ -301,7 +302,7 @@ def prepare(data: bytes, prep: Prep) -> tuple[bytes, dict]:
     sq = crop_square(im, c, prep)
     info = dict(width=w, height=h, x=round(c.x * k, 1), y=round(c.y * k, 1), r=round(c.r * k, 1), how=c.how,
                 flags=quality_flags(sq, _seen(c, *im.shape[:2]) if c.how == 'circle' else 1.),
-                look=look_hash(sq), pixels=hashlib.sha256(np.ascontiguousarray(im)).hexdigest()[:24])
+                look=look_hash(sq), pixels=hashlib.sha256(np.ascontiguousarray(im).data).hexdigest()[:24])
     if prep.colour == 'graham': sq = graham(sq)
     opts = [cv2.IMWRITE_JPEG_QUALITY, prep.quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
     return cv2.imencode('.jpg', cv2.cvtColor(sq, cv2.COLOR_RGB2BGR), opts)[1].tobytes(), info
@@ -391,7 +392,7 @@ def prepare_table(frame: pd.DataFrame, store: Path, prep: Prep, bars, *, skip_ba
     sweep(folder)                            # other runs may be writing here: only what is an hour old
     old = read_prepared(folder)
     known = {o['id_code']: o for o in old.to_dict('records')} if old is not None else {}
-    done = []
+    done: list[dict] = []
 
     def keep():
         "What is done, and of the others what was known: an interrupted run goes on from here"

@@ -129,7 +129,8 @@ def add_folds(recipe: Recipe, frames: dict[str, pd.DataFrame], file: Path) -> di
     A group has one fold in whichever tables it is: a picture that stands in a second table follows the first, an ungraded one too; else that is -1.
     """
     old = _read_folds(file) if file.is_file() else pd.DataFrame(columns=FOLDS)
-    out, given = {}, {}
+    out: dict[str, pd.DataFrame] = {}
+    given: dict[str, int] = {}
     for name, df in frames.items():
         if not recipe.tables[name].graded: continue
         mine = old[(old.source == name) & (old.digest.str.partition('-')[0] == _folds_digest(recipe, df))] if len(old) else old
