@@ -178,6 +178,18 @@ class Commands:
         from aptos_fastai.pipeline import write_demo_folder
         write_demo_folder(self.recipe, self.sets, folder)
 
+    def init(self, folder: 'where to write them' = '.'):  # noqa: F722
+        """Write settings.ini and recipes/ as they were shipped, to start from where there is no clone.
+
+        python run.py init ~/dr
+        aptos-fastai init ~/dr && cd ~/dr && aptos-fastai all        (installed without a clone, run.py is aptos-fastai)
+        """
+        from pathlib import Path
+
+        from aptos_fastai.config import write_recipes
+        from aptos_fastai.console import say
+        for f in write_recipes(Path(folder)): say(str(f))
+
     def keys(self):
         """List every section and key of a recipe with its default, unit and accepted values.
 

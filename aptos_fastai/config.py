@@ -7,7 +7,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-from aptos_fastai.files import AptosError
+from aptos_fastai.files import AptosError, write_bytes
 
 
 class ConfigError(AptosError):
@@ -103,6 +103,8 @@ class Stage:
     workers: int = _key(-1, 'processes that load pictures; -1: by the cores and the device', low=-1, high=256)
     precision: str = _key('auto', 'of training; auto: on a GPU bf16, or fp16 where it lacks that; on a CPU what a few steps measure faster',
                           choices=('auto', 'f32', 'bf16', 'fp16'))
+    track: str = _key('no', 'losses, kappa and rates as they come, beside history.csv: tensorboard (in the run folder) or wandb (asks its host)',
+                      choices=('no', 'tensorboard', 'wandb'))
     compile: str = _key('no', 'yes: torch.compile the body, which takes a minute or more and a C++ compiler', choices=('no', 'yes'))
 
     @property
@@ -244,7 +246,7 @@ def _build(path: Path, section: str, cls, keys: dict[str, str], **given):
 
 def _read_ini(path: Path, sets: Sequence[str]) -> dict[str, dict[str, str]]:
     "Sections of the file as plain strings, with `SECTION.KEY=VALUE` of `sets` on top, over the demo's own stage keys too"
-    if not path.is_file(): raise ConfigError(f'{path}: no such recipe; give one with --recipe FILE (settings.ini)')
+    if not path.is_file(): raise ConfigError(f'{path}: no such recipe; give one with --recipe FILE, or write settings.ini with `init`')
     cp = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=None, default_section='\0')
     cp.optionxform = str      # type: ignore
     try: cp.read_string(path.read_text(encoding='utf-8'), source=str(path))
@@ -256,6 +258,17 @@ def _read_ini(path: Path, sets: Sequence[str]) -> dict[str, dict[str, str]]:
         if not eq or not dot: raise ConfigError(f'--set {o}: SECTION.KEY=VALUE is needed (stage.finetune_256.epochs=5)')
         for at in [section, f'demo.{section}'] if section.partition('.')[0] == 'stage' else [section]: ini.setdefault(at, {})[k] = value.strip()
     return ini
+
+
+def write_recipes(folder: Path) -> list[Path]:
+    "`init`: settings.ini and recipes/ as they were shipped, into `folder`. Raises `ConfigError` rather than write over anything"
+    package = Path(__file__).parent
+    source = package / 'recipes' if (package / 'recipes').is_dir() else package.parent      # of a wheel, of a clone
+    found = [f.relative_to(source) for f in [source / 'settings.ini', *sorted((source / 'recipes').glob('*.ini'))]]
+    there = [folder / f for f in found if (folder / f).exists()]
+    if there: raise ConfigError(f'{there[0]}: is there already; give another folder')
+    for f in found: write_bytes(folder / f, (source / f).read_bytes())
+    return [folder / f for f in found]
 
 
 def _check_sections(path: Path, ini: dict):

@@ -35,6 +35,7 @@ def scored_by(r: Recipe, stage: str) -> set[str]:
 
 def stage_cost(run: Run, name: str, folds: list[int], measured: dict) -> tuple[int, int, float, float]:
     "(training pictures, validation pictures, seconds, bytes) of training the folds of a stage, and of what it scores"
+    from aptos_fastai.predict import VIEWS
     s = run.recipe.stages[name]
     step, look, params = measured_step(s, measured)
     train = sum(len(run.frames[t]) if teacher else int((run.frames[t].fold != folds[0]).sum()) for teacher, t in s.sources)
@@ -42,7 +43,7 @@ def stage_cost(run: Run, name: str, folds: list[int], measured: dict) -> tuple[i
     epochs = s.epochs + s.freeze_epochs
     large = epochs - s.small_epochs * (1 - (s.small_size / s.size) ** 2)      # epochs' worth of pictures at full size
     answers = valid + sum(len(run.frames[t]) for t in scored_by(run.recipe, name))
-    seconds = large * train * step + (epochs * valid + dict(none=1, hflip=2, d4=8)[s.tta] * answers) * look
+    seconds = large * train * step + (epochs * valid + VIEWS[s.tta] * answers) * look
     return train, valid, len(folds) * seconds, len(folds) * params * 8.
 
 

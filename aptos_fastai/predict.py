@@ -10,6 +10,9 @@ from aptos_fastai.model import load_exported
 from aptos_fastai.ranks import collect, everyone, mine, size
 from aptos_fastai.record import EXPORT, WEIGHTS, Run
 
+VIEWS = dict(none=1, hflip=2, d4=8)
+CHUNK = 8192                                 # pictures: a test DataLoader keeps 5 kB of each
+
 
 def views(x: torch.Tensor, tta: str):
     "The views of a batch (N, C, H, W) that a prediction is the mean of: itself; with its mirror; the 8 of the square's symmetry (D4)"
@@ -32,11 +35,15 @@ def unview(x: torch.Tensor, i: int) -> torch.Tensor:
 def predict_views(learn: Learner, frame: pd.DataFrame, tta: str = 'none', bar=None) -> np.ndarray:
     "Scores (n, views) float32 of the pictures in column `stored` of `frame`, in its order, by all processes: never augmented"
     part = frame.iloc[mine(len(frame))]
-    model, out = learn.model.eval(), []
-    for b in learn.dls.test_dl(part, bs=32) if len(part) else []:
-        out.extend(torch.stack([model(v).float().flatten() for v in views(b[0], tta)], 1).cpu().numpy())
-        if bar: bar.to(min(len(out) * size(), len(frame)))
-    return np.stack(collect(out))
+    model, n = learn.model.eval(), 0
+    scores = np.empty((len(part), VIEWS[tta]), np.float32)     # at once: small pieces between large buffers keep those from being used again
+    for i in range(0, len(part), CHUNK):
+        for b in learn.dls.test_dl(part.iloc[i:i + CHUNK], bs=32):
+            new = torch.stack([model(v).float().flatten() for v in views(b[0], tta)], 1).cpu().numpy()
+            scores[n:n + len(new)] = new
+            n += len(new)
+            if bar: bar.to(min(n * size(), len(frame)))
+    return scores if size() == 1 else np.stack(collect(scores))
 
 
 def predict_scores(learn: Learner, frame: pd.DataFrame, tta: str = 'none', bar=None) -> np.ndarray:

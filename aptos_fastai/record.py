@@ -46,7 +46,7 @@ class Run:
         "Digest of all that a fold of a stage is made from: its settings, its tables, and the same of its parents"
         r, s = self.recipe, self.recipe.stages.get(node)
         if s is None: return digest([node, {m: [self.fingerprint(m, fold), w] for m, w in r.members(node).items()}])
-        settings = {k: v for k, v in asdict(s).items() if k not in ('name', 'folds', 'workers', 'compile', 'init', 'train', 'cuts')}
+        settings = {k: v for k, v in asdict(s).items() if k not in ('name', 'folds', 'workers', 'compile', 'track', 'init', 'train', 'cuts')}
         return digest(dict(settings=settings, augment=asdict(r.augment), prep=asdict(self.prep), seed=r.seed, fold=fold,
                            init=s.init and self.fingerprint(s.init, fold),
                            train=[[t and self.fingerprint(t, fold), t and s.labels == 'hard' and self.label_cuts(t), self.digests[n]]

@@ -101,7 +101,7 @@ def fit_fold(run: Run, name: str, fold: int, precision: str, bars: Bars, title: 
     opt, epochs = checkpoint.load(learn), stage.freeze_epochs + stage.epochs
     if checkpoint.begun: say(f'  {title}: goes on after epoch {checkpoint.begun} of {epochs}, which is finished')
     with bars(title, epochs * (len(learn.dls.train) // size()), 'batches') as bar:
-        writes = [] if rank() else [checkpoint, ShowProgress(title, epochs, bar, hist)]
+        writes = [] if rank() else [checkpoint, ShowProgress(title, epochs, bar, hist), *tracked(run, name, fold)]
         fit_stage(learn, stage, [Reproducible(run.recipe.seed, hist), *average, *asked_for(stage, precision, hist), hist, *writes], checkpoint.begun, opt)
     return learn, checkpoint
 
@@ -117,6 +117,22 @@ def asked_for(stage: Stage, precision: str, hist: History) -> list[Callback]:
         from aptos_fastai.parallel import InParts
         out.append(InParts())
     return out
+
+
+def tracked(run: Run, name: str, fold: int) -> list[Callback]:
+    "fastai's own callback of the tracker that the stage names. Raises `AptosError` where it is not installed"
+    how = run.recipe.stages[name].track
+    try:
+        if how == 'tensorboard':
+            from fastai.callback.tensorboard import TensorBoardCallback
+            return [TensorBoardCallback(run.root / how / name / f'fold{fold}', trace_model=False, log_preds=False)]
+        if how == 'wandb':
+            import wandb
+            from fastai.callback.wandb import WandbCallback
+            wandb.init(project='aptos_fastai', name=f'{run.recipe.name} {name} fold{fold}', dir=run.root, reinit='finish_previous')
+            return [WandbCallback(log_preds=False)]
+    except ImportError: raise AptosError(f'[stage.{name}] track = {how}: pip install "aptos_fastai[{how}]", or set track = no') from None
+    return []
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def show_summary(run: Run, o: dict):
     columns, rows = ['stage', 'tables', 'pictures', 'px', 'epochs', 'best', 'kappa [95 %]', 'time'], []
     for s in o['stages']:
         stage, kappa = run.recipe.stages.get(s['stage']), interval_text(s['kappa'], s['kappa_interval'])
-        if stage is None: rows.append([s['stage'], 'mean of ' + ', '.join(s['tables']), s['validated'], '', '', '', kappa, '']); continue
+        if stage is None: rows.append([s['stage'], f'mean of {len(s["tables"])}', s['validated'], '', '', '', kappa, '']); continue
         rows.append([s['stage'], tables_text(stage), f'{s["pictures"]["train"]}+{s["pictures"]["valid"]}', s['size'],
                      (f'{s["folds"]}x' if s['folds'] > 1 else '') + str(s['epochs']), f'{s["best_kappa"]:.3f}'.lstrip('0'), kappa, ago(s['seconds'])])
     table(run.recipe.name + (' (SYNTHETIC demo)' if run.recipe.demo else ''), columns, rows,

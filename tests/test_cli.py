@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, fails
 
 from aptos_fastai.cli import _commands, main
 
@@ -47,3 +47,11 @@ def test_no_stage_is_asked_for_by_name():
             if isinstance(n, ast.Compare):
                 for o in [n.left, *n.comparators]:
                     assert not (isinstance(o, ast.Constant) and str(o.value).startswith(('pretrain_', 'finetune_', 'retrain'))), f'{p.name}:{n.lineno}'
+
+
+def test_init_writes_what_is_shipped_and_nothing_over(tmp_path, capsys):
+    main(['init', str(tmp_path)])
+    for f in [ROOT / 'settings.ini', *(ROOT / 'recipes').glob('*.ini')]: assert (tmp_path / f.relative_to(ROOT)).read_bytes() == f.read_bytes()
+    (tmp_path / 'settings.ini').write_text('mine')
+    fails(capsys, ['init', tmp_path], 'settings.ini: is there already; give another folder')
+    assert (tmp_path / 'settings.ini').read_text() == 'mine'

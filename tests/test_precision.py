@@ -134,3 +134,13 @@ def test_without_a_gpu_no_batch_is_looked_for(toy, capsys):
     if torch.cuda.is_available(): pytest.skip('there is a GPU')
     args = ['batch', 'pretrain_256', '--recipe', ROOT / 'settings.ini', '--runs', toy.parent, *TOY]
     fails(capsys, args, 'batch: looks for the largest batch that fits a GPU')
+
+
+def test_a_stage_is_tracked_where_asked(tables, small_recipe, tmp_path):
+    pytest.importorskip('tensorboard')
+    args = ['train', 'teacher', '--recipe', str(small_recipe), '--data', str(tables), '--runs', str(tmp_path / 'r'), '--set', 'stage.folds=1']
+    main([*args, '--set', 'stage.track=tensorboard'])
+    assert [f.stat().st_size > 200 for f in (tmp_path / 'r/small/tensorboard/teacher/fold0').iterdir()] == [True]
+    stamp = (tmp_path / 'r/small/teacher/fold0/stage.json').stat().st_mtime_ns
+    main(args)                                # how it is watched is no part of what it is
+    assert (tmp_path / 'r/small/teacher/fold0/stage.json').stat().st_mtime_ns == stamp
