@@ -27,6 +27,7 @@ Finding = tuple[str, str, bool]              # what was looked at, what was foun
 
 
 def software() -> Iterator[Finding]:
+    "Python, packages, extras"
     yield 'python', platform.python_version(), True
     yield 'packages', ', '.join(f'{p} {metadata.version(p)}' for p in PACKAGES), True
     missing = [e for e, m in EXTRAS.items() if find_spec(m) is None]
@@ -35,6 +36,7 @@ def software() -> Iterator[Finding]:
 
 
 def devices() -> Iterator[Finding]:
+    "Processor, memory, GPUs"
     import torch
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30 if hasattr(os, 'sysconf') else 0
     yield 'processor', f'{cores()} cores, {memory:.0f} GB; {torch.get_num_threads()} threads for the networks', True
@@ -42,9 +44,8 @@ def devices() -> Iterator[Finding]:
         o = torch.cuda.get_device_properties(i)
         yield f'GPU {i}', f'{o.name}, {o.total_memory / 2**30:.0f} GB, {"bf16" if torch.cuda.is_bf16_supported() else "fp16"}', True
     if not torch.cuda.is_available(): yield 'GPU', 'none: networks run on the processor', True
-    try: flags = Path('/proc/cpuinfo').read_text()
-    except OSError: flags = ''
-    yield 'bf16 on the processor', 'yes' if 'avx512_bf16' in flags or 'amx_bf16' in flags else 'not in hardware', True
+    from aptos_fastai.precision import cpu_has_bf16
+    yield 'bf16 on the processor', 'yes' if cpu_has_bf16() else 'no: networks on it train and answer in float32', True
 
 
 def tables(r: Recipe, data: Path) -> Iterator[Finding]:
@@ -60,6 +61,7 @@ def tables(r: Recipe, data: Path) -> Iterator[Finding]:
 
 
 def weights(r: Recipe) -> Iterator[Finding]:
+    "Whether the weights that stages start from can be had; a few seconds at most"
     from aptos_fastai.model import check_weights
     for what, s in {(s.arch, s.weights): s for s in r.stages.values() if not s.init}.items():
         try: check_weights(s)
@@ -68,6 +70,7 @@ def weights(r: Recipe) -> Iterator[Finding]:
 
 
 def folder(root: Path) -> Iterator[Finding]:
+    "Whether the run folder can be written; what is made to find out is removed again"
     made = [p for p in [root, *root.parents] if not p.exists()]
     try:
         with alone(root): yield 'run folder', f'{root}: can be written, nobody is at work in it', True
@@ -91,6 +94,7 @@ def work(recipe: str, data: str, runs: str, sets: list[str]) -> Iterator[Finding
 
 
 def examine(recipe: str, data: str, runs: str, sets: Iterable[str]) -> Iterator[Finding]:
+    "Every finding, in the order in which a run would meet it"
     sets, demo = list(sets), data == 'demo'
     yield from software()
     yield from devices()

@@ -18,6 +18,7 @@ from aptos_fastai.grader import Grader, Member, Model, load_grader, read_model
 from aptos_fastai.images import Prep, square_of
 from aptos_fastai.metrics import GRADE_NAMES, apply_cuts
 from aptos_fastai.page import render
+from aptos_fastai.precision import has_bf16
 from aptos_fastai.record import FINISHED
 from aptos_fastai.summary import interval_text
 
@@ -60,13 +61,13 @@ def parity_squares(root: Path, prep: Prep) -> tuple[list[bytes], str]:
 
 
 def compare(folder: Path, jpegs: list[bytes]) -> list[dict]:
-    """Every way to run the bundle in `folder` that is installed here, against PyTorch in f32 on the same pictures: largest and mean difference of a
+    """Every way to run the bundle in `folder` that this machine has, against PyTorch in f32 on the same pictures: largest and mean difference of a
     score, grades that change, and whether that is within the bounds"""
     first = load_grader(folder)
     squares = {n: np.stack([square_of(j, first.model.prep, n) for j in jpegs]) for n in {m.size for m in first.model.members}}
     want, out = first.scores(squares)[0], []
     for backend, precision in WAYS:
-        if find_spec(dict(onnx='onnxruntime').get(backend, backend)) is None: continue
+        if find_spec(dict(onnx='onnxruntime').get(backend, backend)) is None or (precision == 'bf16' and not has_bf16()): continue
         got = load_grader(folder, backend, precision).scores(squares)[0]
         d, changed = np.abs(got - want), int((apply_cuts(got, first.model.cuts) != apply_cuts(want, first.model.cuts)).sum())
         fine = d.max() <= BOUNDS[precision] and changed <= max(1, .01 * len(jpegs)) * (precision != 'f32')
@@ -122,6 +123,7 @@ def export_run(path: str):
     table(f'scores against PyTorch f32 on {len(jpegs)} {what}', ['backend', 'largest difference', 'mean', 'grades that change', 'within bounds'],
           [[f'{o["backend"]} {o["precision"]}', f'{o["max_difference"]:.1e}', f'{o["mean_difference"]:.1e}', o['grades_changed'], 'yes' if o['fine'] else 'no']
            for o in parity])
+    if not has_bf16(): say('bf16 was not compared: this machine has none', 'yellow')
     say(f'{len(members)} network{"s" * (len(members) > 1)}, {size:.0f} MB -> {out}: bundle.json, weights, ONNX, MODEL_CARD.md')
 
 

@@ -21,6 +21,7 @@ from aptos_fastai.files import AptosError, digest, file_hash, read_record, write
 from aptos_fastai.images import ImageError, Prep, prepare, square_of
 from aptos_fastai.metrics import GRADE_NAMES, GRADES, HALF, REFERABLE, GradeSets, apply_cuts, fit_cuts
 from aptos_fastai.model import body_stats, create_model, keep_freed_memory
+from aptos_fastai.precision import has_bf16
 from aptos_fastai.predict import views
 from aptos_fastai.record import FINISHED, PREDS, WEIGHTS
 
@@ -158,6 +159,7 @@ def _by_onnx(grader: 'Grader', member: Member, package: str, get_run: Callable) 
 
 
 def onnx_runner(grader: 'Grader', member: Member, precision: str):
+    "Squares (n, side, side, 3) uint8 -> scores (views, n) by ONNX Runtime"
     if precision != 'f32': raise AptosError(f'backend onnx with precision {precision}: ONNX Runtime computes in f32 on the CPU; choose openvino or f32')
 
     def get(file):
@@ -168,6 +170,7 @@ def onnx_runner(grader: 'Grader', member: Member, precision: str):
 
 
 def openvino_runner(grader: 'Grader', member: Member, precision: str):
+    "Squares (n, side, side, 3) uint8 -> scores (views, n) by OpenVINO"
     def get(file):
         import openvino
         core = openvino.Core()
@@ -202,6 +205,7 @@ class Grader:
         if backend not in BACKENDS: raise AptosError(f'backend {backend}: there is no such; accepted: {", ".join(BACKENDS)}')
         if precision not in ('f32', 'bf16'): raise AptosError(f'precision {precision}: accepted: f32, bf16')
         _check_parity(root, backend, precision)
+        if precision == 'bf16' and not has_bf16(): say('bf16: this machine has none: PyTorch is slower in it than in f32, OpenVINO answers in f32', 'yellow')
         keep_freed_memory()
         self.model, self.root, self.device = model, root, torch.device('cuda' if torch.cuda.is_available() else 'cpu')
         self.runners = [(m, BACKENDS[backend](self, m, precision)) for m in model.members]

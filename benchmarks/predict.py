@@ -20,14 +20,15 @@ from safetensors.torch import save_file
 from aptos_fastai.config import Stage
 from aptos_fastai.console import table
 from aptos_fastai.export import write_onnx
-from aptos_fastai.files import file_hash, write_json
+from aptos_fastai.files import file_hash, write_record
 from aptos_fastai.grader import Grader, Member, Model, find_pictures, load_grader
 from aptos_fastai.images import Prep, prepare, square_of
 from aptos_fastai.metrics import HALF
 from aptos_fastai.model import create_model
+from aptos_fastai.precision import has_bf16
 from aptos_fastai.predict import views
 
-WAYS = ('torch', 'f32'), ('torch', 'bf16'), ('onnx', 'f32'), ('openvino', 'f32'), ('openvino', 'bf16')
+WAYS = [o for o in (('torch', 'f32'), ('torch', 'bf16'), ('onnx', 'f32'), ('openvino', 'f32'), ('openvino', 'bf16')) if o[1] == 'f32' or has_bf16()]
 ROUNDS = 2
 
 
@@ -38,7 +39,7 @@ def made_up_bundle(folder: Path, arch: str, size: int, tta: str) -> Path:
     member = Member('net.safetensors', file_hash(folder / 'net.safetensors'), arch, 'gem', size, tta, (.485, .456, .406), (.229, .224, .225), 1.)
     write_onnx(net, member, folder / 'net.onnx')
     model = Model('random weights', Prep(size=size), (member,), HALF, (None,) * 5, .9, True)
-    write_json(folder / 'bundle.json', dict(model=asdict(model), files={'net.onnx': file_hash(folder / 'net.onnx')}))
+    write_record(folder / 'bundle.json', dict(model=asdict(model), files={'net.onnx': file_hash(folder / 'net.onnx')}))
     return folder
 
 

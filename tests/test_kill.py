@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from aptos_fastai.precision import cpu_has_bf16
+
 ROOT = Path(__file__).parents[1]
 KEYS = ('demo.pretrain=120 demo.train=80 demo.test=20 demo.shrink=8 stage.tta=hflip demo.stage.epochs=6 demo.stage.freeze_epochs=1 stage.ema=.9 '
-        'stage.precision=bf16 demo.archs=legacy_seresnet50:test_resnet,densenet121:test_resnet').split()
+        f'stage.precision={"bf16" if cpu_has_bf16() else "f32"} demo.archs=legacy_seresnet50:test_resnet,densenet121:test_resnet').split()
 
 
 def start(runs: Path, log):
@@ -62,7 +64,7 @@ def table(folder: Path, n: int, seed: int = 0) -> list[dict]:
     print(f'undisturbed: {seconds:.0f} s, {len(want)} files compared', flush=True)
     rows = []
     for i in range(n):
-        after, how = rng.uniform(.2, seconds), (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[i % 4]
+        after, how = rng.uniform(.2, seconds), (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT)[i % 4]
         o = killed(folder, i, after, how)
         o |= dict(after=after, how=how.name, equal=o['results'] == want)
         on = 'everything done' if o['idle'] else f'after {o["stages"]} stages' + ''.join(f', {s} after epoch {k} of {m}' for s, k, m in o['on'])
@@ -78,7 +80,7 @@ def check(rows: list[dict]):
             assert o['code'] in (130, 143) and 'stopped; ' in o['before'] and 'goes on from there' in o['before'], o['before']
 
 
-def test_killed_and_run_again_it_ends_with_the_same(tmp_path): check(table(tmp_path, 3, seed=1))
+def test_killed_and_run_again_it_ends_with_the_same(tmp_path): check(table(tmp_path, 2, seed=1))
 
 
 @pytest.mark.slow

@@ -69,11 +69,19 @@ def test_what_is_faster_is_taken_and_recorded(tmp_path, monkeypatch):
     for found, want in [((1., .5), 'bf16'), ((1., .95), 'f32'), ((1., 2.), 'f32')]:
         monkeypatch.setattr(precision, 'step_seconds', lambda stage, which, n, found=found: (calls.append(n), (dict(zip(which, found, strict=True)), 1., 1))[1])
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+        monkeypatch.setattr(precision, 'cpu_has_bf16', lambda: True)
         folder = tmp_path / f'{found}'
         folder.mkdir()
         assert precision.precision_of(s, folder) == want == precision.precision_of(s, folder)
     assert calls == [4, 4, 4]                 # the second time it is read
-    shutil.rmtree(tmp_path / '(1.0, 0.5)')
+
+
+def test_where_the_processor_has_no_bf16_none_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(precision, 'cpu_has_bf16', lambda: False)
+    monkeypatch.setattr(precision, 'step_seconds', lambda *_, **__: pytest.fail('a step in bf16 may take a minute there'))
+    assert precision.precision_of(Stage(**KEYS), tmp_path) == 'f32' and not list(tmp_path.iterdir())
+    assert precision.precision_of(Stage(**KEYS, precision='bf16'), tmp_path) == 'bf16' and 'this machine has none' in capsys.readouterr().out
 
 def test_a_measurement_is_of_this_machine(monkeypatch):
     steps, look, params = precision.step_seconds(Stage(**KEYS), ('f32', 'bf16'), n=2, rounds=1)
