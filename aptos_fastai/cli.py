@@ -1,18 +1,22 @@
-"The commands. Each method of `Commands` is one: its docstring is the help, its parameters the arguments."
+"The command line: its commands, and the parser that is made from them."
 import argparse
 import inspect
 import os
+import re
 import signal
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
 from dataclasses import MISSING, fields
+from functools import partial
 
 from aptos_fastai import ranks
 from aptos_fastai.files import AptosError, trust
 
 
 class Commands:
+    "What `run.py COMMAND` does. Each method is a command: its docstring is the help, its parameters the arguments; static ones are on no recipe"
     def __init__(self, recipe: str, data: str, runs: str, sets: list[str]): self.recipe, self.data, self.runs, self.sets = recipe, data, runs, sets
 
     def open(self):
@@ -110,7 +114,8 @@ class Commands:
         from aptos_fastai.pipeline import report_run
         report_run(self.open())
 
-    def compare(self, first: 'a finished run\'s folder, <runs>/<recipe>', second: 'the other one'):  # noqa: F722
+    @staticmethod
+    def compare(first: 'a finished run\'s folder, <runs>/<recipe>', second: 'the other one'):  # noqa: F722
         """Put two finished runs side by side: kappa of their common stages and answers on the same pictures, by a paired bootstrap.
 
         python run.py compare runs/one_table ~/other-runs/one_table
@@ -118,7 +123,8 @@ class Commands:
         from aptos_fastai.summary import compare_runs
         compare_runs(first, second)
 
-    def export(self, run: 'a run\'s folder <runs>/<recipe>, or a stage\'s in it'):  # noqa: F722
+    @staticmethod
+    def export(run: 'a run\'s folder <runs>/<recipe>, or a stage\'s in it'):  # noqa: F722
         """Write a bundle that answers elsewhere: weights as safetensors and ONNX, bundle.json, model card; compares ONNX with PyTorch.
 
         python run.py export runs/one_table
@@ -126,7 +132,8 @@ class Commands:
         from aptos_fastai.export import export_run
         export_run(run)
 
-    def explain(self, model: 'a bundle, a run\'s folder <runs>/<recipe>, or a stage\'s in it',  # noqa: F722
+    @staticmethod
+    def explain(model: 'a bundle, a run\'s folder <runs>/<recipe>, or a stage\'s in it',  # noqa: F722
                 *pictures: 'files, folders, a glob in quotes, or a CSV that names them', output: 'the folder to write into' = 'explained'):  # noqa: F722
         """Show where in photographs their scores come from: the original and its heat map side by side, with the grade in words.
 
@@ -136,7 +143,8 @@ class Commands:
         if not pictures: raise AptosError(f'explain {model}: name the pictures, too: files, folders, a glob in quotes or a CSV')
         explain_files(model, pictures, output)
 
-    def serve(self, model: 'a bundle, a run\'s folder <runs>/<recipe>, or a stage\'s in it', *, host: 'address to listen on' = '127.0.0.1',  # noqa: F722
+    @staticmethod
+    def serve(model: 'a bundle, a run\'s folder <runs>/<recipe>, or a stage\'s in it', *, host: 'address to listen on' = '127.0.0.1',  # noqa: F722
               port: 'port to listen on' = '8000'):  # noqa: F722
         """Open a local page that grades photographs: drop them, read grade, score and heat map, save a CSV; /api/predict for programs.
 
@@ -146,7 +154,8 @@ class Commands:
         if not port.isdigit() or not 0 < int(port) < 65536: raise AptosError(f'--port {port}: a number from 1 to 65535 is needed')
         serve(model, host, int(port))
 
-    def kaggle(self, run: 'a run\'s folder <runs>/<recipe>, or a stage\'s in it', *, user: 'your Kaggle user name' = 'your-name'):  # noqa: F722
+    @staticmethod
+    def kaggle(run: 'a run\'s folder <runs>/<recipe>, or a stage\'s in it', *, user: 'your Kaggle user name' = 'your-name'):  # noqa: F722
         """Write the folders to upload for the offline code competition: a dataset (weights, this package) and a notebook that answers its test.csv.
 
         python run.py kaggle runs/settings --user me
@@ -178,7 +187,8 @@ class Commands:
         from aptos_fastai.pipeline import write_demo_folder
         write_demo_folder(self.recipe, self.sets, folder)
 
-    def init(self, folder: 'where to write them' = '.'):  # noqa: F722
+    @staticmethod
+    def init(folder: 'where to write them' = '.'):  # noqa: F722
         """Write settings.ini and recipes/ as they were shipped, to start from where there is no clone.
 
         python run.py init ~/dr
@@ -190,7 +200,8 @@ class Commands:
         from aptos_fastai.console import say
         for f in write_recipes(Path(folder)): say(str(f))
 
-    def keys(self):
+    @staticmethod
+    def keys():
         """List every section and key of a recipe with its default, unit and accepted values.
 
         python run.py keys
@@ -199,72 +210,91 @@ class Commands:
 
 
 def show_keys():
-    from aptos_fastai.config import _kinds, _named
+    "`keys`, at 80 columns"
+    from aptos_fastai.config import KINDS, NAMED
     from aptos_fastai.console import say
-    for name, cls in _kinds.items():
-        say(f'\n[{name}.NAME]' if name in _named else f'\n[{name}]', 'bold')
+    for name, cls in KINDS.items():
+        say(f'\n[{name}.NAME]' if name in NAMED else f'\n[{name}]', 'bold')
         for f in fields(cls):
-            if f.name == 'name' : continue
+            if f.name == 'name': continue
             m = f.metadata
             default = 'needed' if f.default is MISSING else ' '.join(map(str, f.default)) if isinstance(f.default, tuple) else str(f.default)
-            more = f' ({", ".join(m["choices"])})' if m['choices'] else f' ({m["low"]:g} to {m["high"]:g})' if m['low'] is not None else ''
-            say(f'  {f.name:<14} {default or "empty":<18} {m["help"]}{more}')
+            accepted = f' ({", ".join(m["choices"])})' if m['choices'] else f' ({m["low"]} to {m["high"]})' if m['low'] is not None else ''
+            head = f'  {f.name:<14} {default or "empty":<18}'
+            say(textwrap.fill(m['help'] + accepted, 80, initial_indent=f'{head} ', subsequent_indent=' ' * 36))
 
 
-def _commands() -> dict: return {n: f for n, f in vars(Commands).items() if not n.startswith('_') and n != 'open'}
+def _commands() -> list[str]: return [n for n in vars(Commands) if not n.startswith('_') and n != 'open']
+def _on_a_recipe(command: str) -> bool: return not isinstance(vars(Commands)[command], staticmethod)
 
 
-def _parameters(f) -> list[inspect.Parameter]: return list(inspect.signature(f).parameters.values())[1:]
+def _parameters(command: str) -> list[inspect.Parameter]:
+    return list(inspect.signature(getattr(Commands, command)).parameters.values())[_on_a_recipe(command):]
 
 
 def _add_argument(sub: argparse.ArgumentParser, o: inspect.Parameter):
     "A parameter of a command as its argument: *many, needed, with a default, or keyword-only as an option"
     if o.kind is o.KEYWORD_ONLY:
         short = ['-o'] if o.name == 'output' else []
-        sub.add_argument(*short, f'--{o.name}', metavar=o.name.upper(), default=o.default, help=f'{o.annotation} (default: %(default)s)')
+        sub.add_argument(*short, f'--{o.name}', metavar=o.name.upper(), default=o.default, help=o.annotation + ' (default: %(default)s)' * bool(o.default))
     elif o.kind is o.VAR_POSITIONAL: sub.add_argument(o.name, nargs='*', help=o.annotation)
     elif o.default is o.empty: sub.add_argument(o.name, help=o.annotation)
     else: sub.add_argument(o.name, nargs='?', default=o.default, help=o.annotation)
 
 
-def get_parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument('--recipe', default='settings.ini', metavar='FILE', help='the recipe (default: %(default)s)')
-    common.add_argument('--data', default='demo', metavar='FOLDER', help='folder of the tables, or demo: synthetic pictures (default: %(default)s)')
-    common.add_argument('--runs', default='runs', metavar='FOLDER', help='where results go, as FOLDER/<recipe name>/ (default: %(default)s)')
-    common.add_argument('--set', dest='sets', action='append', default=[], metavar='SECTION.KEY=VALUE', 
-                        help='a key of the recipe, for this run; may be repeated')
-    common.add_argument('--trust', action='append', default=[], metavar='FILE',
-                        help='a pickle that this run did not write and may read all the same; may be repeated')
-    p = argparse.ArgumentParser(prog='run.py', description='Grades diabetic retinopathy (0-4) from fundus photographs: staged fastai training.',
-                                epilog='run.py COMMAND --help tells more. No medical device.')
-    subs = p.add_subparsers(dest='command', metavar='COMMAND', required=True)
-    for name, f in _commands().items():
-        head, _, example = inspect.cleandoc(f.__doc__).partition('\n\n')
-        sub = subs.add_parser(name, help=head.split(';')[0].split('. ')[0].rstrip('.'), description=textwrap.fill(head, 80), parents=[common],
-                              epilog='example' + ('s:\n  ' if '\n' in example else ':\n  ') + example.replace('\n', '\n  '),
-                              formatter_class=argparse.RawDescriptionHelpFormatter)
-        for o in _parameters(f): _add_argument(sub, o)
+def _recipe_options() -> argparse.ArgumentParser:
+    "What every command on a recipe takes"
+    p = argparse.ArgumentParser(add_help=False)
+    add = p.add_argument_group('the run').add_argument
+    add('--recipe', default='settings.ini', metavar='FILE', help='the recipe (default: %(default)s)')
+    add('--data', default='demo', metavar='FOLDER', help='folder of the tables, or demo: synthetic pictures (default: %(default)s)')
+    add('--runs', default='runs', metavar='FOLDER', help='where results go, as FOLDER/<recipe name>/ (default: %(default)s)')
+    add('--set', dest='sets', action='append', default=[], metavar='SECTION.KEY=VALUE', help='a key of the recipe, for this run; may be repeated')
+    add('--trust', action='append', default=[], metavar='FILE', help='a pickle that this run did not write and may read all the same; may be repeated')
     return p
 
 
-def main(argv: list[str] | None = None):
+def get_parser() -> argparse.ArgumentParser:
+    "The command line, made from the methods of `Commands`; it goes by the name it was called by"
+    called = 'aptos-fastai' if os.path.basename(sys.argv[0]).startswith('aptos-fastai') else 'run.py'
+    p = argparse.ArgumentParser(prog=called, description='Grades diabetic retinopathy (0-4) from fundus photographs: staged fastai training.',
+                                epilog=f'{called} COMMAND --help tells more. No medical device.')
+    subs, options = p.add_subparsers(dest='command', metavar='COMMAND', required=True), _recipe_options()
+    for name in _commands():
+        head, _, example = inspect.cleandoc(getattr(Commands, name).__doc__).partition('\n\n')
+        if called != 'run.py': example = example.replace('python run.py', called)
+        sub = subs.add_parser(name, help=re.split(r'[;:.] |\.$', head)[0], description=textwrap.fill(head, 80),
+                              parents=[options] if _on_a_recipe(name) else [],
+                              epilog='example' + ('s:\n  ' if '\n' in example else ':\n  ') + example.replace('\n', '\n  '),
+                              formatter_class=argparse.RawDescriptionHelpFormatter)
+        for o in _parameters(name): _add_argument(sub, o)
+    return p
+
+
+def _asked_for(argv: list[str] | None) -> tuple[str, Callable[[], None], list[str], str]:
+    "The command's name, the command itself with its arguments, what is trusted, and where a run goes"
     args = vars(get_parser().parse_args(argv))
-    name, common, trusted = args.pop('command'), {k: args.pop(k) for k in ('recipe', 'data', 'runs', 'sets')}, args.pop('trust')
-    f = _commands()[name]
-    options = {o.name: args.pop(o.name) for o in _parameters(f) if o.kind is o.KEYWORD_ONLY}
-    given = [v for o in _parameters(f) if o.name in args for v in (args[o.name] if o.kind is o.VAR_POSITIONAL else [args[o.name]])]
+    name, trusted = args.pop('command'), args.pop('trust', [])
+    common = {k: args.pop(k) for k in ('recipe', 'data', 'runs', 'sets') if k in args}
+    options = {o.name: args.pop(o.name) for o in _parameters(name) if o.kind is o.KEYWORD_ONLY}
+    given = [v for o in _parameters(name) if o.name in args for v in (args[o.name] if o.kind is o.VAR_POSITIONAL else [args[o.name]])]
+    return name, partial(getattr(Commands(**common) if common else Commands, name), *given, **options), trusted, common.get('runs', '')
+
+
+def main(argv: list[str] | None = None):
+    "Runs the command that `argv` (default: the program's own) names; a failure is one line on stderr and exit status 1, Ctrl-C 130, SIGTERM 143"
+    name, command, trusted, runs = _asked_for(argv)
     was = signal.signal(signal.SIGTERM, _terminated) if threading.current_thread() is threading.main_thread() else None
     try:
         trust(trusted)
         with ranks.joined() as leads:
-            if leads: f(Commands(**common), *given, **options)
+            if leads: command()
             else: ranks.follow()
     except AptosError as e: sys.exit(_failed(str(e)))
     except KeyboardInterrupt as e:
         if ranks.rank(): sys.exit(130)       # the first one says it
-        where = f'{e}; ' if str(e) else ''
-        _failed(f'stopped; {where}what is finished stays: the same command goes on from there ({common["runs"]})')
+        where, to = f'{e}; ' if str(e) else '', f' ({runs})' if runs else ''
+        _failed(f'stopped; {where}what is finished stays: the same command goes on from there{to}')
         sys.exit(143 if isinstance(e, Terminated) or isinstance(e.__context__, Terminated) else 130)
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # `| head` is no failure
     except OSError as e: sys.exit(_failed(f'{e.filename or name}: {e.strerror or e}; nothing that was finished is lost'))

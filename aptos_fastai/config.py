@@ -101,7 +101,7 @@ class Stage:
         0., 'pseudo-labelled pictures whose scores in the views have a larger standard deviation, grades, are left out; 0: none', low=0, high=4)
     source_weights: tuple[float, ...] = _key((), 'one for each entry of `train`: how often its pictures are drawn; empty: each once an epoch', low=0, high=1000)
     workers: int = _key(-1, 'processes that load pictures; -1: by the cores and the device', low=-1, high=256)
-    precision: str = _key('auto', 'of training; auto: on a GPU bf16, or fp16 where it lacks that; on a CPU what a few steps measure faster',
+    precision: str = _key('auto', 'of training; auto: on a GPU bf16, or fp16 where it lacks that; on a CPU that knows bf16 what a few steps measure faster',
                           choices=('auto', 'f32', 'bf16', 'fp16'))
     track: str = _key('no', 'losses, kappa and rates as they come, beside history.csv: tensorboard (in the run folder) or wandb (asks its host)',
                       choices=('no', 'tensorboard', 'wandb'))
@@ -149,6 +149,7 @@ class Demo:
 
 @dataclass(frozen=True)
 class Recipe:
+    "A recipe file, checked: its tables, stages and ensembles by name, and the `order` in which they can run"
     name: str
     path: Path
     demo: Demo | None                        # set where the recipe is run on the demo
@@ -192,9 +193,9 @@ class _General:
                           choices=('keep', 'drop', 'mean'))
 
 
-_kinds = dict(recipe=_General, images=Images, augment=Augment, table=Table, stage=Stage, ensemble=Ensemble,
+KINDS = dict(recipe=_General, images=Images, augment=Augment, table=Table, stage=Stage, ensemble=Ensemble,
               submit=Submit, demo=Demo)
-_named = ('table', 'stage', 'ensemble')
+NAMED = ('table', 'stage', 'ensemble')
 _wanted = {int: 'a whole number', float: 'a number'}
 
 
@@ -274,7 +275,7 @@ def write_recipes(folder: Path) -> list[Path]:
 def _check_sections(path: Path, ini: dict):
     for s in ini:
         head, _, name = s.removeprefix('demo.').partition('.')
-        ok = head in _kinds and bool(name) <= (head in _named) and (bool(name) or head not in ('table', 'ensemble'))
+        ok = head in KINDS and bool(name) <= (head in NAMED) and (bool(name) or head not in ('table', 'ensemble'))
         if not ok or (s.startswith('demo.') and head != 'stage') or (name and not re.fullmatch(r'[A-Za-z]\w*', name)):
             raise ConfigError(f'{path} [{s}]: no such section; accepted: [recipe] [images] [augment] [table.NAME] [stage] '
                               '[stage.NAME] [ensemble.NAME] [submit] [demo] [demo.stage] [demo.stage.NAME]')
@@ -293,15 +294,15 @@ def read_recipe(path: str | Path, *, demo: bool = False, sets: Sequence[str] = (
     path = Path(path)
     ini = _read_ini(path, sets)
     _check_sections(path, ini)
-    names = {kind: [s.partition('.')[2] for s in ini if s.startswith(f'{kind}.')] for kind in _named}
+    names = {kind: [s.partition('.')[2] for s in ini if s.startswith(f'{kind}.')] for kind in NAMED}
     for o in [s for s in ini if s.startswith('demo.stage.') and s.removeprefix('demo.stage.') not in names['stage']]:
         raise ConfigError(f'{path} [{o}]: there is no such stage; stages: {", ".join(names["stage"])}')
     over = {n: {**ini.get('demo.stage', {}), **ini.get(f'demo.stage.{n}', {})} if demo else {} for n in names['stage']}
-    named = {kind: {n: _build(path, f'{kind}.{n}', _kinds[kind], ini[f'{kind}.{n}'], name=n) for n in names[kind]}
+    named = {kind: {n: _build(path, f'{kind}.{n}', KINDS[kind], ini[f'{kind}.{n}'], name=n) for n in names[kind]}
              for kind in ('table', 'ensemble')}
     stages = {n: _build(path, f'stage.{n}', Stage, {**ini.get('stage', {}), **ini[f'stage.{n}'], **over[n]}, name=n)
               for n in names['stage']}
-    one = {k: _build(path, k, _kinds[k], ini.get(k, {})) for k in ('images', 'augment', 'submit', 'demo', 'recipe')}
+    one = {k: _build(path, k, KINDS[k], ini.get(k, {})) for k in ('images', 'augment', 'submit', 'demo', 'recipe')}
     if demo: stages = {n: _shrunk(path, s, one['demo']) for n, s in stages.items()}
     recipe = Recipe(path.stem + ('-demo' if demo else ''), path, one['demo'] if demo else None, one['images'], one['augment'],
                     named['table'], stages, named['ensemble'], one['submit'], **vars(one['recipe']))

@@ -10,7 +10,9 @@ from rich.table import Table
 console = Console(highlight=False, soft_wrap=True)
 
 
-def say(line: str, style: str | None = None): console.print(line, style=style, markup=False)
+def say(line: str, style: str | None = None):
+    "A line on the terminal; square brackets in it stay as they are"
+    console.print(line, style=style, markup=False)
 
 
 def ago(seconds: float) -> str:

@@ -31,6 +31,7 @@ class Draw:
 
 
 def draw(aug: Augment, rng: np.random.Generator, side: int) -> Draw:
+    "What is done to the next training picture of `side` pixels, drawn from `rng`"
     return Draw(draw_warp(aug, rng, side), *draw_colour(aug, rng), rng.uniform(*aug.blur_sigma) if rng.random() < aug.blur else 0.)
 
 

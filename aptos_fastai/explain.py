@@ -81,6 +81,7 @@ def explained(grader: Grader, data: bytes) -> tuple[np.ndarray, np.ndarray, dict
 
 
 def words(row: dict) -> str:
+    "A grade for people"
     g = row['grade']
     return f'grade {g} {GRADE_NAMES[g]} ({row["grade_low"]}-{row["grade_high"]}), score {row["score"]:.2f} {row["flags"]}'
 

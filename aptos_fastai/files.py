@@ -85,13 +85,18 @@ def sweep(folder: Path, hours: float = 1.):
 
 
 def write_bytes(path: Path, data: bytes):
+    "`data` as the file at `path`, whole or not at all"
     with whole(path) as tmp: tmp.write_bytes(data)
 
 
-def write_json(path: Path, o): write_bytes(path, (json.dumps(o, indent=1, default=str) + '\n').encode())
+def write_json(path: Path, o):
+    "JSON, whole or not at all"
+    write_bytes(path, (json.dumps(o, indent=1, default=str) + '\n').encode())
 
 
-def write_csv(path: Path, df): write_bytes(path, df.to_csv(index=False, lineterminator='\n').encode())
+def write_csv(path: Path, df):
+    "A frame as CSV without its index, whole or not at all"
+    write_bytes(path, df.to_csv(index=False, lineterminator='\n').encode())
 
 
 def write_record(path: Path, o: dict):
@@ -122,4 +127,6 @@ def trust(files):
     TRUSTED.update(Path(f).resolve() for f in files)
 
 
-def is_trusted(path: Path) -> bool: return Path(path).resolve() in TRUSTED
+def is_trusted(path: Path) -> bool:
+    "Whether `--trust` named this file"
+    return Path(path).resolve() in TRUSTED

@@ -59,6 +59,7 @@ class Circle:
 
 
 def get_prep(recipe: Recipe) -> Prep:
+    "How a recipe prepares its pictures"
     i = recipe.images
     return Prep(i.crop, i.aspect, recipe.store_size, i.quality, i.colour, i.cut_off)
 
@@ -367,6 +368,7 @@ def store_folder(frame: pd.DataFrame, store: Path, prep: Prep) -> Path:
 
 
 def read_prepared(folder: Path) -> pd.DataFrame | None:
+    "The record of a prepared table, a row a picture; None where there is none of this version. Raises `ImageError`"
     file = folder / 'prepared.csv'
     if not file.is_file(): return None
     try: df = pd.read_csv(file, dtype=dict(id_code=str, stored=str), keep_default_na=False)

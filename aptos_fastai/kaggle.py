@@ -53,6 +53,7 @@ def write_kaggle(run: str, user: str):
 
 
 def notebook() -> dict:
+    "The notebook as its JSON"
     run = dict(code=dict(outputs=[], execution_count=None), markdown={})
     cells = [dict(cell_type=kind, id=f'cell{i}', metadata={}, source=text.splitlines(keepends=True), **run[kind]) for i, (kind, text) in enumerate(CELLS)]
     return dict(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python')), nbformat=4, nbformat_minor=5)

@@ -169,7 +169,9 @@ def keep_freed_memory():
 losses = dict(smooth_l1=nn.SmoothL1Loss, mse=nn.MSELoss)
 
 
-def split_body_head(m: nn.Module) -> L: return L(m[0], m[1]).map(params)
+def split_body_head(m: nn.Module) -> L:
+    "The two parameter groups: body, head"
+    return L(m[0], m[1]).map(params)
 
 
 def get_learner(stage: Stage, dls: DataLoaders, *, weights: dict | None = None) -> Learner:

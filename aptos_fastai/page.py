@@ -51,7 +51,9 @@ def picture(im: np.ndarray, alt: str, quality: int = 85) -> Picture:
     return Picture(f'data:image/jpeg;base64,{data}', alt, im.shape[1], im.shape[0])
 
 
-def render(template: str, **values) -> str: return _templates.get_template(template).render(**values)
+def render(template: str, **values) -> str:
+    "A template with its values; one that is missing is an error"
+    return _templates.get_template(template).render(**values)
 
 
 def write_page(path: Path, template: str, **values):

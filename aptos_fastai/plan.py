@@ -109,6 +109,7 @@ def show_plan(run: Run):
 
 
 def show_costs(run: Run, o: Costs):
+    "The table of `plan`, and what there is to prepare"
     title = f'{run.recipe.path} on {run.data}' + (' (SYNTHETIC demo)' if run.recipe.demo else '')
     table(title, ['stage', 'starts from; trains on', 'network', 'pictures', 'epochs', 'to do'], o.rows,
           right=('pictures', 'epochs'), wrap=('starts from; trains on', 'network', 'to do'))

@@ -68,6 +68,7 @@ def confusion_matrix(cm: np.ndarray) -> Figure:
 
 @styled
 def recall_bars(recall, intervals, counts) -> Figure:
+    "Share of each grade (5,) that is graded right, its intervals (5, 2) and how many there are (5,)"
     fig, ax = figure(4.6, 3.4)
     x = np.arange(5)
     ax.bar(x, np.nan_to_num(recall), .62, color=GRADE_COLOURS, alpha=.85)

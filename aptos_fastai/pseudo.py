@@ -19,6 +19,7 @@ def _key(run: Run, node: str, table: str) -> str:
 
 
 def labels_finished(run: Run, node: str, table: str) -> bool:
+    "True where the label files stand and are of these weights, pictures and cuts"
     note = read_record(run.label_dir(node, table) / 'provenance.json')
     return bool(note) and note['key'] == _key(run, node, table) and all(
         (run.label_dir(node, table) / f).is_file() and file_hash(run.label_dir(node, table) / f) == h for f, h in note['files'].items())

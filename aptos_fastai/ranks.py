@@ -12,9 +12,19 @@ LOST = 'another process of this run has ended; its own line, or the launcher, sa
 _jobs = None                                 # the group that jobs are handed out by: waits as long as the leader is at work by itself
 
 
-def size() -> int: return int(os.environ.get('WORLD_SIZE') or 1)
-def rank() -> int: return int(os.environ.get('RANK') or 0)
-def neighbours() -> int: return int(os.environ.get('LOCAL_WORLD_SIZE') or size())     # processes on this machine
+def size() -> int:
+    "Processes of this run"
+    return int(os.environ.get('WORLD_SIZE') or 1)
+
+
+def rank() -> int:
+    "Which of them this is; 0 leads"
+    return int(os.environ.get('RANK') or 0)
+
+
+def neighbours() -> int:
+    "Those of them on this machine"
+    return int(os.environ.get('LOCAL_WORLD_SIZE') or size())
 
 
 def cores() -> int:
@@ -73,7 +83,9 @@ def everyone(job: Callable, bars: Bars, *args):
     return job(bars, *args)
 
 
-def mine(n: int) -> range: return range(rank(), n, size())      # of `n` things those that this process does
+def mine(n: int) -> range:
+    "Of `n` things those that this process does"
+    return range(rank(), n, size())
 
 
 def collect(parts: Sequence) -> list:

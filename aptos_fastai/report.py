@@ -29,10 +29,13 @@ from aptos_fastai.summary import SYNTHETIC, cuts_of, honest_grades, interval_tex
 from aptos_fastai.twins import twins_frame
 
 
-def fig(title: str, drawn, caption: str = '') -> Figure: return Figure(title, plots.svg(drawn, title), caption)
+def fig(title: str, drawn, caption: str = '') -> Figure:
+    "A drawing with its title and caption"
+    return Figure(title, plots.svg(drawn, title), caption)
 
 
 def kappas(run: Run, summary: dict) -> list:
+    "Kappa of each stage, as a plot and a table"
     rows = summary['stages']
     ns = sorted({r['validated'] for r in rows})
     return [fig(f'Quadratic weighted kappa of each stage, n = {" to ".join(map(str, dict.fromkeys((ns[0], ns[-1]))))} pictures',
@@ -46,6 +49,7 @@ def kappas(run: Run, summary: dict) -> list:
 
 
 def cut_choices(run: Run, oof: pd.DataFrame) -> list:
+    "Kappa of each stage by each way to choose cuts"
     rows = []
     for n in run.recipe.order:
         o = validated(oof, n)
@@ -58,6 +62,7 @@ def cut_choices(run: Run, oof: pd.DataFrame) -> list:
 
 
 def mistakes(v: pd.DataFrame) -> list:
+    "Confusion and recall of the answer"
     cm = confusion(v.grade, v.diagnosis)
     right, n = np.diag(cm), cm.sum(1)
     return [fig(f'Confusion of grades, n = {len(v)}', plots.confusion_matrix(cm), 'Pictures, and their share of the true grade.'),
@@ -91,6 +96,7 @@ def _sens_spec(called, pos) -> list[str]:
 
 
 def scores(run: Run, v: pd.DataFrame, given: pd.DataFrame, cuts) -> list:
+    "Scores by true grade, calibration, shares of grades"
     r = np.corrcoef(v.score, v.diagnosis)[0, 1]
     graded = np.concatenate([run.frames[n].diagnosis.dropna().astype(int) for n in v.source.unique()])
     shares = {'graded tables, true': graded, 'validation, given': v.grade.to_numpy(), 'answer, given': given.grade.to_numpy()}
@@ -123,6 +129,7 @@ def certainty(v: pd.DataFrame, parts: np.ndarray, given: pd.DataFrame, coverage:
 
 
 def learning(run: Run) -> list:
+    "Learning curves, four stages a figure"
     hist = {n: [pd.read_csv(run.fold_dir(n, k) / HISTORY) for k in range(s.folds)] for n, s in run.recipe.stages.items()}
     names = list(hist)
     return [fig('Learning curves' + (f' ({i // 4 + 1})' if len(names) > 4 else ''), plots.curves({n: hist[n] for n in names[i:i + 4]}),
@@ -131,6 +138,7 @@ def learning(run: Run) -> list:
 
 
 def stage_graph(run: Run, summary: dict) -> Figure:
+    "The graph of the recipe with what came out"
     depth, info = {}, {r['stage']: r for r in summary['stages']}
     for n in run.recipe.order: depth[n] = 1 + max((depth[p] for p in run.recipe.nodes[n].parents), default=-1)
     def words(n):
@@ -144,6 +152,7 @@ def stage_graph(run: Run, summary: dict) -> Figure:
 
 
 def tables(run: Run) -> Table:
+    "What the tables hold, and their warnings"
     twins, rows = twins_frame(run.frames), []
     for n, f in run.frames.items():
         rec, t = read_prepared(store_folder(f, run.store, run.prep)), twins[twins.source == n]
@@ -169,16 +178,19 @@ def gallery(run: Run, df: pd.DataFrame, words) -> list[tuple]:
 
 
 def worst(run: Run, v: pd.DataFrame, count: int = 12) -> list[tuple]:
+    "The mistakes that are farthest off"
     v = v.assign(off=(v.score - v.diagnosis).abs())
     return gallery(run, v[v.grade != v.diagnosis].nlargest(count, 'off'), lambda o: f'{o.id_code}: true {o.diagnosis}, given {o.grade} (score {o.score:.2f})')
 
 
 def uncertain(run: Run, given: pd.DataFrame, count: int = 12) -> list[tuple]:
+    "The answers of the largest spread"
     df = given[given.spread.notna()].assign(source=run.recipe.submit.table, score=given['mean'], fold=0).nlargest(count, 'spread')
     return gallery(run, df, lambda o: f'{o.id_code}: given {o.grade} ({o.grade_low}-{o.grade_high}), score {o.score:.2f} ± {o.spread:.2f}')
 
 
 def shortcuts(run: Run, bars: Bars, kappa: float) -> list:
+    "The audit as a table, with what it means"
     n = len(run.oof(run.recipe.submit.final))
     with bars('report: shortcut audit', min(n, MOST), 'pictures') as bar: rows = audit(run, bar)
     means = dict(zip(CAMERA, ('grades go with the camera in these tables; crop = retina hides that from the network',

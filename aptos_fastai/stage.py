@@ -25,7 +25,9 @@ from aptos_fastai.ranks import everyone, is_lost, rank, size
 from aptos_fastai.record import EXPORT, FINISHED, HISTORY, PREDS, WEIGHTS, Run, training_frame
 
 
-def write_weights(path: Path, weights: dict[str, Tensor]): write_bytes(path, save({k: v.detach().cpu().contiguous() for k, v in weights.items()}))
+def write_weights(path: Path, weights: dict[str, Tensor]):
+    "A state dict as safetensors"
+    write_bytes(path, save({k: v.detach().cpu().contiguous() for k, v in weights.items()}))
 
 
 def stage_learner(run: Run, name: str, fold: int = 0) -> Learner:

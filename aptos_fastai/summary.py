@@ -72,10 +72,13 @@ def tables_text(stage: Stage) -> str:
     return ', '.join(f'{name} by {teacher}' if teacher else name for teacher, name in stage.sources)
 
 
-def interval_text(value: float, interval) -> str: return '{:.3f} [{:.2f} {:.2f}]'.format(value, *interval).replace('0.', '.')
+def interval_text(value: float, interval) -> str:
+    "0.833, (.80, .86) -> '.833 [.80 .86]'"
+    return '{:.3f} [{:.2f} {:.2f}]'.format(value, *interval).replace('0.', '.')
 
 
 def show_summary(run: Run, o: dict):
+    "The summary on the terminal"
     columns, rows = ['stage', 'tables', 'pictures', 'px', 'epochs', 'best', 'kappa [95 %]', 'time'], []
     for s in o['stages']:
         stage, kappa = run.recipe.stages.get(s['stage']), interval_text(s['kappa'], s['kappa_interval'])

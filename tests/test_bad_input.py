@@ -11,6 +11,8 @@ from test_config import bad as bad_recipes
 from test_pipeline import copied, stamps, toy_args  # noqa: F401 (a fixture)
 from test_tables import cases as bad_tables
 
+from aptos_fastai.cli import _on_a_recipe
+
 
 @pytest.mark.parametrize('sets, words', bad_recipes, ids=[str(b[0]) for b in bad_recipes])
 def test_recipes(tables, tmp_path, capsys, sets, words):
@@ -108,9 +110,10 @@ COMMANDS = {
 def test_command_lines(tmp_path, monkeypatch, capsys, name):
     args, words = COMMANDS[name]
     monkeypatch.chdir(ROOT)
-    more = [] if '--runs' in args else ['--runs', tmp_path / 'runs']
+    given = {'--runs': tmp_path / 'runs', '--recipe': ROOT / 'settings.ini'} if _on_a_recipe(args[0]) else {}
+    more = [o for k, v in given.items() if k not in args for o in (k, v)] + TOY * bool(given)
     before = set(os.listdir(ROOT))
-    fails(capsys, [*args, *more, *([] if '--recipe' in args else ['--recipe', ROOT / 'settings.ini']), *TOY], *words)
+    fails(capsys, [*args, *more], *words)
     assert not (tmp_path / 'runs/settings-demo').exists() and set(os.listdir(ROOT)) == before
 
 

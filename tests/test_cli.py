@@ -41,6 +41,11 @@ def test_a_room_imports_only_rooms_above_it():
         low = imports(ROOT / f'aptos_fastai/{room}.py') - set(ROOMS[:i])
         assert not low, f'{room} imports {low}'
 
+@pytest.mark.parametrize('room', ROOMS)
+def test_public_names_are_documented(room):
+    for o in ast.parse((ROOT / f'aptos_fastai/{room}.py').read_text()).body:
+        if isinstance(o, ast.FunctionDef | ast.ClassDef) and not o.name.startswith('_'): assert ast.get_docstring(o), f'{room}.{o.name} has no docstring'
+
 def test_no_stage_is_asked_for_by_name():
     for p in (ROOT / 'aptos_fastai').glob('*.py'):
         for n in ast.walk(ast.parse(p.read_text())):
