@@ -15,7 +15,6 @@ from aptos_fastai.images import prepare_table, prepared_already, read_prepared, 
 from aptos_fastai.metrics import GRADES, GradeSets, apply_cuts
 from aptos_fastai.ranks import size
 from aptos_fastai.record import Run
-from aptos_fastai.report import write_report
 from aptos_fastai.summary import SUMMARY_FORMAT, SYNTHETIC, oof_table, show_summary, summarise, tables_text
 from aptos_fastai.tables import add_folds, read_order, read_tables, write_folds
 from aptos_fastai.twins import add_groups, settle_conflicts, twins_frame
@@ -220,6 +219,7 @@ def run_all(run: Run):
         scores = predict(run, bars)
         submit(run, scores)
         write_csv(run.root / 'oof.csv', oof)
+        from aptos_fastai.report import write_report
         o = dict(summarise(run, oof), seconds=round(time.monotonic() - t0, 1), made_from=made_from(run))
         write_report(run, o, oof, scores, bars)
         write_record(run.root / 'summary.json', o)
@@ -295,6 +295,7 @@ def report_run(run: Run):
     with begin(run) as (run, bars):
         if not answers_finished(run): raise AptosError(f'{run.root}: is not finished, or its recipe has changed; run `all` first, it ends with the report')
         oof, scores = (pd.read_csv(run.root / f, dtype=dict(id_code=str)) for f in ('oof.csv', 'scores.csv'))
+        from aptos_fastai.report import write_report
         write_report(run, read_record(run.root / 'summary.json'), oof, scores, bars)
     say(f'{run.recipe.name} -> {run.root / "report.html"}')
 

@@ -68,6 +68,14 @@ def test_a_second_all_does_nothing_and_says_so(toy, capsys):
     assert set(changed) <= {'run.json', 'SYNTHETIC.txt'}
 
 
+def test_a_second_all_loads_no_network_library(toy):
+    "It would take longer to load than the whole of it"
+    code = (f'import sys\nfrom aptos_fastai.cli import main\nmain({["all", *toy_args(toy)]!r})\n'
+            'assert not {"torch", "fastai", "timm", "sklearn", "matplotlib"} & set(sys.modules), "loaded"')
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
+    assert out.returncode == 0 and 'nothing was run' in out.stdout, out.stderr
+
+
 def test_a_changed_stage_reruns_itself_and_its_descendants_only(toy):
     run = open_run(str(ROOT / 'settings.ini'), 'demo', str(toy.parent), [o for o in TOY if o != '--set'] + ['stage.finetune_256.wd=0.5'])
     assert list(run.todo()) == ['finetune_256', 'retrain_512']
