@@ -96,6 +96,12 @@ class Averaged(Callback):
     def load(self, o: dict, model: nn.Module): self.raw, self.steps = o['raw'], o['steps']
 
 
+class Scaled(MixedPrecision):
+    "fastai's loss scaling for fp16, whose casting `precision.Autocast` does: pooling, the one unit and the loss stay in float32"
+    def before_batch(self): pass
+    def after_loss(self): pass
+
+
 class Accumulate(Callback):
     "A batch in `parts` equal parts, whose gradients add up to the whole one's: for batches that do not fit the device"
     order, run_valid = MixedPrecision.order - 4, False
@@ -119,7 +125,7 @@ class ShowProgress(Callback):
     def after_batch(self):
         if not self.training: return
         self.seen, self.done = self.seen + len(self.x) * size(), self.done + 1
-        if self.iter % CHECK_EVERY and self.iter + 1 < len(self.dls.train): return       # reading the loss waits for the device
+        if self.iter % CHECK_EVERY and self.iter + 1 < len(self.dls.train): return
         self.rate = self.seen / max(time.monotonic() - self.te, 1e-6)
         kappa = f'kappa {self.hist.rows[-1]["kappa"]:.3f}  ' if self.hist.rows else ''
         self.bar.to(self.done, f'epoch {self.n + 1}/{self.epochs}  loss {float(self.smooth_loss):.3f}  {kappa}{self.rate:.0f} pictures/s')

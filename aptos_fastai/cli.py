@@ -172,7 +172,7 @@ class Commands:
         suggest_rates(self.open(), stage)
 
     def batch(self, stage: 'the stage'):  # noqa: F722
-        """Find the largest batch of a stage that fits this GPU, with the pictures a second and the memory of each on the way.
+        """Find the largest batch (2, 4, 8, …) of a stage that fits this GPU, with the pictures a second and the memory of each.
 
         python run.py batch pretrain_512 --data ~/kaggle
         """
@@ -299,7 +299,7 @@ def main(argv: list[str] | None = None):
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # `| head` is no failure
     except OSError as e: sys.exit(_failed(f'{e.filename or name}: {e.strerror or e}; nothing that was finished is lost'))
     except (MemoryError, RuntimeError) as e:
-        if ranks.is_lost(e): sys.exit(_failed(ranks.LOST))
+        if ranks.is_lost(e): sys.exit(_failed(f'{ranks.LOST} ({str(e).splitlines()[0][:200]})'))
         if not isinstance(e, MemoryError) and type(e).__name__ != 'OutOfMemoryError': raise      # PyTorch's, which is not imported here
         sys.exit(_failed(f'{name}: out of memory; set bs or size lower, or close other programs'))
     finally:

@@ -14,7 +14,8 @@ from aptos_fastai.ranks import cores
 from aptos_fastai.tables import TableError, read_table
 
 PACKAGES = 'aptos_fastai fastai torch timm pandas numpy scikit-learn opencv-python-headless pillow'.split()
-EXTRAS = dict(dicom='pydicom', export='onnxruntime', openvino='openvino', serve='fasthtml', test='pytest')
+EXTRAS = dict(dicom='pydicom', export='onnxruntime', openvino='openvino', serve='fasthtml', parallel='accelerate', tensorboard='tensorboard', wandb='wandb',
+              test='pytest')
 KAGGLE = {                                   # folder that a recipe names -> how its archive comes to stand there
     'aptos2019-blindness-detection': 'kaggle competitions download -c aptos2019-blindness-detection -p {data} && '
                                      'unzip -q {data}/aptos2019-blindness-detection.zip -d {data}/aptos2019-blindness-detection',
@@ -38,13 +39,14 @@ def software() -> Iterator[Finding]:
 def devices() -> Iterator[Finding]:
     "Processor, memory, GPUs"
     import torch
+
+    from aptos_fastai.precision import cpu_has_bf16, has_bf16
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30 if hasattr(os, 'sysconf') else 0
     yield 'processor', f'{cores()} cores, {memory:.0f} GB; {torch.get_num_threads()} threads for the networks', True
     for i in range(torch.cuda.device_count()):
         o = torch.cuda.get_device_properties(i)
-        yield f'GPU {i}', f'{o.name}, {o.total_memory / 2**30:.0f} GB, {"bf16" if torch.cuda.is_bf16_supported() else "fp16"}', True
+        yield f'GPU {i}', f'{o.name}, {o.total_memory / 2**30:.0f} GB, {"bf16" if has_bf16() else "fp16"}', True
     if not torch.cuda.is_available(): yield 'GPU', 'none: networks run on the processor', True
-    from aptos_fastai.precision import cpu_has_bf16
     yield 'bf16 on the processor', 'yes' if cpu_has_bf16() else 'no: networks on it train and answer in float32', True
 
 

@@ -20,6 +20,7 @@ class PartDL(DistributedDL):
 
 class InParts(DistributedTrainer):
     """Every process trains its part of each batch, gradients are averaged (`DistributedDataParallel`), validation scores are gathered:
-    the recipe's steps, whatever the number of processes. Batch normalisation counts each process's part."""
-    def __init__(self): super().__init__(sync_bn=False, cpu=not cuda.is_available())
+    the recipe's steps, whatever the number of processes. Batch normalisation counts each process's part. Precision and compilation are the recipe's, whatever
+    `accelerate config` says."""
+    def __init__(self): super().__init__(sync_bn=False, cpu=not cuda.is_available(), mixed_precision='no', dynamo_backend='no')
     def _wrap_dl(self, dl: TfmdDL) -> PartDL: return dl if isinstance(dl, PartDL) else PartDL(dl, device=self.learn.model.device)

@@ -1,14 +1,16 @@
 "Walks the graph: tables -> pictures -> stages -> labels -> submission; skips what is finished."
 import os
+import shutil
 import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
 
-from aptos_fastai.config import ConfigError, Recipe, read_recipe
+from aptos_fastai.config import ConfigError, Recipe, Stage, read_recipe
 from aptos_fastai.console import Bars, ago, say, table
 from aptos_fastai.files import AptosError, alone, read_record, sweep, write_bytes, write_csv, write_record
 from aptos_fastai.images import prepare_table, prepared_already, read_prepared, store_folder
@@ -130,8 +132,16 @@ def check_run(run: Run, stages: Collection[str]):
             if s.bs * s.accumulate > m:
                 raise ConfigError(f'{run.recipe.path} [stage.{n}] accumulate = {s.accumulate}: only {m} pictures train in fold {k}; '
                                   f'with bs = {s.bs} set it to {m // s.bs} or less')
-        try: check_weights(s), precisions(s)
+        try: check_weights(s), precisions(s), check_extras(s)
         except AptosError as e: raise ConfigError(f'{run.recipe.path} [stage.{n}] {e}') from None
+
+
+def check_extras(s: Stage):
+    "Raises `AptosError` for what a stage asks for and is not installed here"
+    if size() > 1 and find_spec('accelerate') is None: raise AptosError(f'in {size()} processes: needs the extra parallel: pip install accelerate')
+    if s.track != 'no' and find_spec(s.track) is None: raise AptosError(f'track = {s.track}: pip install {s.track}, or set track = no')
+    if s.compile == 'yes' and not any(map(shutil.which, ('c++', 'g++', 'clang++', 'cl'))):
+        raise AptosError('compile = yes: needs a C++ compiler (g++ or clang++); install one, or set compile = no')
 
 
 def train_nodes(run: Run, nodes: Iterable[str], bars: Bars) -> int:
@@ -317,7 +327,7 @@ def suggest_batch(run: Run, stage: str):
     _known(run, stage, run.recipe.stages)
     from aptos_fastai.precision import fitting_batches
     rows = fitting_batches(run.recipe.stages[stage])
-    if not rows: raise AptosError(f'[stage.{stage}] size = {run.recipe.stages[stage].size}: not one picture fits this GPU; set size lower')
+    if not rows: raise AptosError(f'[stage.{stage}] size = {run.recipe.stages[stage].size}: not two pictures fit this GPU; set size lower')
     table(f'training steps of {stage}', ['bs', 'pictures/s', 'GB'], [[n, f'{r:.0f}', f'{g:.1f}'] for n, r, g in rows], right=('bs', 'pictures/s', 'GB'))
     n, bs = rows[-1][0], run.recipe.stages[stage].bs
     say(f'{n} fits; [stage.{stage}] bs = {bs}' + (' does, too' if bs <= n else f' does not: bs = {n} and accumulate = {-(-bs // n)} take the same steps'))

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 from aptos_fastai.console import Bars, console
 
-LOST = 'another process of this run has ended; its own line, or the launcher, says why'
+LOST = 'lost touch with another process of this run; if that has ended, its own line, or the launcher, says why'
 _jobs = None                                 # the group that jobs are handed out by: waits as long as the leader is at work by itself
 
 
@@ -28,7 +28,7 @@ def neighbours() -> int:
 
 
 def cores() -> int:
-    "CPU cores that this process may use: those of its machine (or container, or Slurm task) shared with its neighbours"
+    "CPU cores that this process may use: those of its machine (or Slurm task, or set of processors) shared with its neighbours"
     try: n = len(os.sched_getaffinity(0))
     except AttributeError: n = os.cpu_count() or 1     # macOS, Windows
     return max(1, n // neighbours())

@@ -1,5 +1,6 @@
 "One stage, one fold -> its run folder."
 import platform
+import shutil
 import subprocess
 import time
 import warnings
@@ -11,7 +12,7 @@ from fastai.vision.all import *
 from safetensors.torch import save
 
 import aptos_fastai
-from aptos_fastai.callbacks import Accumulate, Averaged, Diverged, History, Progressive, Reproducible, ShowProgress
+from aptos_fastai.callbacks import Accumulate, Averaged, Diverged, History, Progressive, Reproducible, Scaled, ShowProgress
 from aptos_fastai.checkpoint import BEST, Checkpoint, clear_checkpoint, epochs_kept
 from aptos_fastai.config import Stage
 from aptos_fastai.console import Bars, say
@@ -56,7 +57,7 @@ def fit_stage(learn: Learner, stage: Stage, cbs: list, done: int = 0, opt: dict 
             start = max(0, done - before)
             if start < epochs:
                 freeze()
-                if start: learn.opt.load_state_dict(opt)
+                if start: learn.opt.load_state_dict(dict(opt, state=to_device(opt['state'], learn.dls.device)))
                 fit(epochs, lr, cbs=cbs, start_epoch=start)
             before += epochs
 
@@ -111,8 +112,8 @@ def fit_fold(run: Run, name: str, fold: int, precision: str, bars: Bars, title: 
 def asked_for(stage: Stage, precision: str, hist: History) -> list[Callback]:
     "The callbacks that keys of the stage and the machine ask for"
     out = []
-    if precision == 'bf16': out.append(Autocast(precision))
-    if precision == 'fp16': out.append(MixedPrecision())               # fastai's, with its loss scaling
+    if precision != 'f32': out.append(Autocast(precision))
+    if precision == 'fp16': out.append(Scaled())
     if stage.accumulate > 1: out.append(Accumulate(stage.accumulate))
     if stage.small_size: out.append(Progressive(stage.small_size, stage.small_epochs, stage.size, hist))
     if size() > 1:
@@ -122,18 +123,16 @@ def asked_for(stage: Stage, precision: str, hist: History) -> list[Callback]:
 
 
 def tracked(run: Run, name: str, fold: int) -> list[Callback]:
-    "fastai's own callback of the tracker that the stage names. Raises `AptosError` where it is not installed"
+    "fastai's own callback of the tracker that the stage names"
     how = run.recipe.stages[name].track
-    try:
-        if how == 'tensorboard':
-            from fastai.callback.tensorboard import TensorBoardCallback
-            return [TensorBoardCallback(run.root / how / name / f'fold{fold}', trace_model=False, log_preds=False)]
-        if how == 'wandb':
-            import wandb
-            from fastai.callback.wandb import WandbCallback
-            wandb.init(project='aptos_fastai', name=f'{run.recipe.name} {name} fold{fold}', dir=run.root, reinit='finish_previous')
-            return [WandbCallback(log_preds=False)]
-    except ImportError: raise AptosError(f'[stage.{name}] track = {how}: pip install "aptos_fastai[{how}]", or set track = no') from None
+    if how == 'tensorboard':
+        from fastai.callback.tensorboard import TensorBoardCallback
+        return [TensorBoardCallback(run.root / how / name / f'fold{fold}', trace_model=False, log_preds=False)]
+    if how == 'wandb':
+        import wandb
+        from fastai.callback.wandb import WandbCallback
+        wandb.init(project='aptos_fastai', name=f'{run.recipe.name} {name} fold{fold}', dir=run.root, reinit='finish_previous')
+        return [WandbCallback(log_preds=False)]
     return []
 
 
@@ -193,7 +192,9 @@ def write_fold(learn: Learner, out: Path, preds: pd.DataFrame, hist: History):
 def versions() -> dict:
     "What the record says it was made with"
     import fastai
-    git = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    clone, git = Path(__file__).parents[1], ''
+    if (clone / '.git').exists() and shutil.which('git'):
+        git = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, cwd=clone, check=False).stdout.strip()
     return dict(aptos_fastai=aptos_fastai.__version__, git=git, fastai=fastai.__version__, torch=torch.__version__, timm=timm.__version__,
                 python=platform.python_version(), device=str(default_device()))
 

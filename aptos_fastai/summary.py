@@ -79,17 +79,17 @@ def interval_text(value: float, interval) -> str:
 
 def show_summary(run: Run, o: dict):
     "The summary on the terminal"
-    columns, rows = ['stage', 'tables', 'pictures', 'px', 'epochs', 'best', 'kappa [95 %]', 'time'], []
+    columns, rows = ['stage', 'tables', 'pictures', 'px', 'epochs', 'kappa [95 %]', 'time'], []
     for s in o['stages']:
         stage, kappa = run.recipe.stages.get(s['stage']), interval_text(s['kappa'], s['kappa_interval'])
-        if stage is None: rows.append([s['stage'], f'mean of {len(s["tables"])}', s['validated'], '', '', '', kappa, '']); continue
+        if stage is None: rows.append([s['stage'], f'mean of {len(s["tables"])}', s['validated'], '', '', kappa, '']); continue
         rows.append([s['stage'], tables_text(stage), f'{s["pictures"]["train"]}+{s["pictures"]["valid"]}', s['size'],
-                     (f'{s["folds"]}x' if s['folds'] > 1 else '') + str(s['epochs']), f'{s["best_kappa"]:.3f}'.lstrip('0'), kappa, ago(s['seconds'])])
+                     (f'{s["folds"]}x' if s['folds'] > 1 else '') + str(s['epochs']), kappa, ago(s['seconds'])])
     table(run.recipe.name + (' (SYNTHETIC demo)' if run.recipe.demo else ''), columns, rows,
-          right=('pictures', 'px', 'epochs', 'best'), wrap=('tables',))
-    say('pictures: training + validation (one fold). best: the kept epoch, at the fixed cuts used while training. kappa: all validation pictures, each\n'
-        'graded by cuts fitted on others, or by fixed ones; bootstrap interval. With keep = kappa or loss the epoch was chosen on these pictures.', 'dim')
-    say(f'{o["submission"]["node"]} -> {run.root / "submission.csv"} ({o["submission"]["pictures"]} pictures); '
+          right=('pictures', 'px', 'epochs'), wrap=('tables',))
+    say('pictures: training + validation (one fold). kappa: all validation pictures, each\ngraded by cuts fitted on others, or by fixed ones; bootstrap '
+        'interval. With keep =\nkappa or loss the epoch was chosen on these pictures.', 'dim')
+    say(f'{o["submission"]["node"]} -> {run.root / "submission.csv"} ({o["submission"]["pictures"]} pictures);\n'
         'also report.html, submissions/, scores.csv, oof.csv, summary.json')
     if run.recipe.demo: say(SYNTHETIC, 'yellow')
 

@@ -35,7 +35,7 @@ def near_pairs(bits: np.ndarray, near: int = NEAR) -> list[tuple[int, int]]:
 
     Only rows that share one of the 36 16-bit words are compared: a pair at 58 bits shares one with probability .999, at 84 with .95. Of the rows that share
     a word, sorted by the two words after it, each is compared with the `NEIGHBOURS` next ones: all of them up to some 40,000 pictures, and the work
-    stays linear for a million.
+    stays linear for a million, where .82 of the pairs at 58 bits are found, .99 at 40 (simulated with words of 500 values).
     """
     words, longs, found = bits.view(np.uint16).T, bits.view(np.uint64), set()
     for k, w in enumerate(words):
