@@ -55,13 +55,19 @@ def test_the_body_computes_in_bf16_and_the_rest_in_float32(learn):
     assert not torch.is_autocast_enabled('cpu')
 
 def test_bf16_learns_what_f32_learns(learn):
+    "The first steps' gradients are nearly those of float32, and nearer than another batch's"
     out = []
+    class Keep(Callback):
+        order = 100
+        def before_step(self): out[-1].append(torch.cat([p.grad.flatten().clone() for p in self.model.parameters()]))
     for cbs in ([], [precision.Autocast('bf16')]):
         set_seed(1)
         o = learn()
-        fit(o, *cbs)
-        out.append(torch.cat([p.flatten() for p in o.model.parameters()]))
-    assert 0 < (out[0] - out[1]).abs().max() < .05 and torch.corrcoef(torch.stack([o.detach() for o in out]))[0, 1] > .999
+        out.append([])
+        fit(o, *cbs, Keep())
+    (a, second, *_), (b, *_) = out
+    def alike(x, y): return float(torch.corrcoef(torch.stack([x, y]))[0, 1])
+    assert alike(a, second) < .9 < .98 < alike(a, b) < 1
 
 
 def test_what_is_faster_is_taken_and_recorded(tmp_path, monkeypatch):
@@ -128,6 +134,22 @@ def test_a_stage_trains_on_the_gpu(tables, small_recipe, tmp_path, how):
     assert o['precision'] in ((how,) if how != 'auto' else ('bf16', 'fp16')) and 'cuda' in o['versions']['device']
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+def test_a_stage_goes_on_inside_a_phase_on_the_gpu(tables, small_recipe, tmp_path, monkeypatch):
+    real = History.after_epoch
+    def stops(self):
+        real(self)
+        if len(self.rows) == 3: raise KeyboardInterrupt
+    args = ['train', 'teacher', '--recipe', str(small_recipe), '--data', str(tables), '--runs', str(tmp_path / 'r'), '--set', 'stage.folds=1',
+            '--set', 'stage.epochs=4']
+    monkeypatch.setattr(History, 'after_epoch', stops)
+    with pytest.raises(SystemExit): main(args)
+    monkeypatch.setattr(History, 'after_epoch', real)
+    main(args)
+    assert json.loads((tmp_path / 'r/small/teacher/fold0/stage.json').read_text())['resumed_after_epochs']
+
+
 def test_the_largest_batch_is_looked_for_until_memory_is_out(toy, monkeypatch, capsys):
     def steps(stage, which, n, rounds):
         if n > 8: raise torch.OutOfMemoryError('no more')
@@ -142,6 +164,14 @@ def test_without_a_gpu_no_batch_is_looked_for(toy, capsys):
     if torch.cuda.is_available(): pytest.skip('there is a GPU')
     args = ['batch', 'pretrain_256', '--recipe', ROOT / 'settings.ini', '--runs', toy.parent, *TOY]
     fails(capsys, args, 'batch: looks for the largest batch that fits a GPU')
+
+
+@pytest.mark.parametrize('key, words', [('track=wandb', 'pip install wandb, or set track = no'), ('compile=yes', 'needs a C++ compiler')])
+def test_what_is_not_installed_is_told_before_anything_trains(tables, small_recipe, tmp_path, capsys, monkeypatch, key, words):
+    monkeypatch.setattr('aptos_fastai.pipeline.find_spec', lambda name: None)
+    monkeypatch.setattr('aptos_fastai.pipeline.shutil.which', lambda name: None)
+    fails(capsys, ['all', '--recipe', small_recipe, '--data', tables, '--runs', tmp_path / 'r', '--set', f'stage.{key}'], '[stage.teacher]', words)
+    assert not (tmp_path / 'r').exists()
 
 
 def test_a_stage_is_tracked_where_asked(tables, small_recipe, tmp_path):
