@@ -3,6 +3,7 @@ import configparser
 import re
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
+from difflib import get_close_matches
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -229,11 +230,17 @@ def _value(f, text: str):
     return tuple(out) if many else out[0]
 
 
+def near(word: str, words) -> str:
+    "', did you mean …?' where one of `words` is like `word`, else nothing"
+    found = get_close_matches(word, list(words), 1)
+    return f', did you mean {found[0]}?' if found else ''
+
+
 def _build(path: Path, section: str, cls, keys: dict[str, str], **given):
     "The dataclass `cls` from the strings of one section"
     known = {f.name: f for f in fields(cls) if f.name != 'name'}
     for k in keys:
-        if k not in known: raise ConfigError(f'{path} [{section}] {k}: no such key; accepted: {", ".join(known)}')
+        if k not in known: raise ConfigError(f'{path} [{section}] {k}: no such key{near(k, known)}; accepted: {", ".join(known)}')
     vals = {}
     for k, f in known.items():
         if k not in keys:

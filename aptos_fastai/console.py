@@ -16,9 +16,10 @@ def say(line: str, style: str | None = None):
 
 
 def ago(seconds: float) -> str:
-    "A duration for people: 42 s, 3 min 05 s, 2 h 10 min"
+    "A duration for people: 42 s, 3 min 05 s, 2 h 10 min, 4 days 3 h"
     s = int(round(seconds))
-    return f'{s} s' if s < 60 else f'{s // 60} min {s % 60:02} s' if s < 3600 else f'{s // 3600} h {s % 3600 // 60:02} min'
+    if s < 3600: return f'{s} s' if s < 60 else f'{s // 60} min {s % 60:02} s'
+    return f'{s // 3600} h {s % 3600 // 60:02} min' if s < 172800 else f'{s // 86400} days {s % 86400 // 3600} h'
 
 
 def table(title: str, columns: list[str], rows: list[list], *, right=(), wrap=()):

@@ -1,6 +1,7 @@
 "What would go wrong, before it does: versions, devices, disk, tables, weights, the run folder, time."
 import os
 import platform
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator
 from importlib import metadata
@@ -20,9 +21,10 @@ KAGGLE = {                                   # folder that a recipe names -> how
     'aptos2019-blindness-detection': 'kaggle competitions download -c aptos2019-blindness-detection -p {data} && '
                                      'unzip -q {data}/aptos2019-blindness-detection.zip -d {data}/aptos2019-blindness-detection',
     'diabetic-retinopathy-detection': 'kaggle competitions download -c diabetic-retinopathy-detection -p {data} && '
-                                      'unzip -q {data}/diabetic-retinopathy-detection.zip -d {data}/diabetic-retinopathy-detection && '
-                                      'cd {data}/diabetic-retinopathy-detection && cat train.zip.0* > train.zip && unzip -q train.zip && '
-                                      'unzip -q trainLabels.csv.zip'}
+                                      'unzip -q {data}/diabetic-retinopathy-detection.zip "train.zip.*" trainLabels.csv.zip '
+                                      '-d {data}/diabetic-retinopathy-detection && '
+                                      '(cd {data}/diabetic-retinopathy-detection && cat train.zip.0* > train.zip && unzip -q train.zip && '
+                                      'unzip -q trainLabels.csv.zip)'}
 
 Finding = tuple[str, str, bool]              # what was looked at, what was found, whether it is well
 
@@ -55,11 +57,16 @@ def tables(r: Recipe, data: Path) -> Iterator[Finding]:
     for t in r.used_tables:
         try: df = read_table(t, data)
         except TableError as e:
-            how = [h.format(data=data) for f, h in KAGGLE.items() if f in t.folder and not any((data / o / t.csv).is_file() for o in t.folder)]
-            yield f'table {t.name}', str(e) + ''.join(f'. To get it: {h}' for h in how), False
+            yield f'table {t.name}', str(e), False
             continue
         grades = ', grades ' + '/'.join(str(int((df.diagnosis == g).sum())) for g in range(5)) if t.graded else ''
         yield f'table {t.name}', f'{len(df)} pictures, {df.group.nunique()} patients or pictures{grades}', True
+
+
+def downloads(r: Recipe, data: Path) -> list[str]:
+    "The commands that put the archives of missing tables where they are looked for, each archive once"
+    missing = {f for t in r.used_tables if not any((data / f / t.csv).is_file() for f in t.folder) for f in t.folder}
+    return [h.format(data=shlex.quote(str(data))) for f, h in KAGGLE.items() if f in missing]
 
 
 def weights(r: Recipe) -> Iterator[Finding]:
@@ -118,5 +125,8 @@ def doctor(recipe: str, data: str, runs: str, sets: Iterable[str]):
     for what, found, ok in examine(recipe, data, runs, sets):
         say(f'{"ok  " if ok else "BAD "} {what}: {found}', None if ok else 'red')
         bad += not ok
+    lines = downloads(read_recipe(recipe, sets=list(sets)), Path(data)) if bad and data != 'demo' and Path(recipe).is_file() else []
+    if lines: say('To get Kaggle\'s tables (pip install kaggle, its API token in place, both competitions\' rules accepted on their pages):')
+    for o in lines: say('  ' + o.replace(' && ', ' && \\\n    '))
     if bad: raise AptosError(f'{bad} thing{"s" * (bad > 1)} would stop `all`: the lines above that begin with BAD say what to do')
     say('Nothing found that would stop `all`.')

@@ -49,7 +49,9 @@ def write_kaggle(run: str, user: str):
         enable_gpu='true', enable_internet='false', dataset_sources=[f'{user}/{slug}'], competition_sources=[COMPETITION], kernel_sources=[]))
     write_bytes(out / 'kernel/answer.ipynb', json.dumps(notebook(), indent=1).encode())
     say(f'{len(members)} network{"s" * (len(members) > 1)}, {sum(f.stat().st_size for f in (out / "dataset").rglob("*")) / 1e6:.0f} MB -> {out}. To upload:')
-    say(f'  kaggle datasets create -p {out / "dataset"} --dir-mode zip\n  kaggle kernels push -p {out / "kernel"}')
+    if model.synthetic: say('SYNTHETIC: this model was trained on painted pictures; its answers say nothing about eyes', 'yellow')
+    say(f'  kaggle datasets create -p {out / "dataset"} --dir-mode zip\n  kaggle kernels push -p {out / "kernel"}\n'
+        'The second once the dataset is processed; then submit the notebook on the competition\'s page. Later: kaggle datasets version -m TEXT -p …')
 
 
 def notebook() -> dict:

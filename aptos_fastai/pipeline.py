@@ -12,7 +12,7 @@ import pandas as pd
 
 from aptos_fastai.config import ConfigError, Recipe, Stage, read_recipe
 from aptos_fastai.console import Bars, ago, say, table
-from aptos_fastai.files import AptosError, alone, read_record, sweep, write_bytes, write_csv, write_record
+from aptos_fastai.files import AptosError, alone, file_hash, read_record, sweep, write_bytes, write_csv, write_record
 from aptos_fastai.images import prepare_table, prepared_already, read_prepared, store_folder
 from aptos_fastai.metrics import GRADES, GradeSets, apply_cuts
 from aptos_fastai.ranks import size
@@ -205,8 +205,8 @@ def submit(run: Run, scores: pd.DataFrame):
 def answers_finished(run: Run) -> bool:
     "True where nothing is to train and the answers were made from the weights that stand"
     o = read_record(run.root / 'summary.json')
-    return not run.todo() and bool(o) and o.get('made_from') == made_from(run) and all(
-        (run.root / f).is_file() for f in ('submission.csv', 'scores.csv', 'oof.csv', 'report.html'))
+    return not run.todo() and bool(o) and o.get('made_from') == made_from(run) and (run.root / 'report.html').is_file() and all(
+        (run.root / f).is_file() and file_hash(run.root / f) == h for f, h in o['answers'].items())
 
 
 def made_from(run: Run) -> list:
@@ -230,7 +230,8 @@ def run_all(run: Run):
         submit(run, scores)
         write_csv(run.root / 'oof.csv', oof)
         from aptos_fastai.report import write_report
-        o = dict(summarise(run, oof), seconds=round(time.monotonic() - t0, 1), made_from=made_from(run))
+        answers = {f: file_hash(run.root / f) for f in ('submission.csv', 'scores.csv', 'oof.csv')}
+        o = dict(summarise(run, oof), seconds=round(time.monotonic() - t0, 1), made_from=made_from(run), answers=answers)
         write_report(run, o, oof, scores, bars)
         write_record(run.root / 'summary.json', o)
     show_summary(run, o)
@@ -297,7 +298,12 @@ def write_scores(run: Run):
 def write_submissions(run: Run):
     "`submit`"
     with _answering(run) as (run, bars): submit(run, predict(run, bars))
-    say(f'{run.recipe.submit.final} -> {run.root / "submission.csv"}; each submitted stage and ensemble -> {run.root / "submissions"}')
+    sub, o = run.recipe.submit, read_record(run.root / 'summary.json')
+    cuts = ' '.join(f'{c:.3g}' for c in run.cuts(sub.final, sub.cuts))
+    say(f'{sub.final}, by cuts {cuts} -> {run.root / "submission.csv"}; each submitted stage and ensemble -> {run.root / "submissions"}')
+    if o and o['submission']['cuts'] != run.cuts(sub.final, sub.cuts).tolist():
+        say('report.html, predict, export and kaggle keep to the cuts of the last `all`: ' + ' '.join(f'{c:.3g}' for c in o['submission']['cuts'])
+            + '; to change them, too, set [submit] cuts in the recipe and run `all`', 'yellow')
 
 
 def report_run(run: Run):

@@ -22,7 +22,7 @@ def measured_step(s: Stage, measured: dict) -> tuple[float, float, int]:
     "Seconds a picture of a training step as it would be trained, and of a forward pass; parameters"
     from aptos_fastai.precision import precisions, step_seconds
     key = s.arch, s.size, s.precision
-    if key not in measured: measured[key] = step_seconds(s, precisions(s), rounds=1)
+    if key not in measured: measured[key] = step_seconds(s, precisions(s), n=min(s.bs, max(4, 2 ** 18 // s.size ** 2)))
     steps, look, params = measured[key]
     return min(steps.values()), look, params
 
@@ -67,8 +67,8 @@ def costs(run: Run, todo: dict[str, list[int]]) -> Costs:
         train, valid, t, b = stage_cost(run, n, ks or [0], measured)
         if ks: seconds, disk, most = seconds + t, disk + b, max(most, CHECKPOINT * b / len(ks))
         start = s.init or dict(none='random').get(s.weights, s.weights) + ' weights'
-        rows.append([n, f'{start}; {tables_text(s)}', f'{s.arch} {s.size} px', f'{train}+{valid}',
-                     f'{s.folds} x {s.freeze_epochs + s.epochs}', f'about {ago(t)}' if ks else 'finished'])
+        rows.append([n, f'{start}; {tables_text(s)}', f'{s.arch}\n{s.size} px', f'{train}+{valid}',
+                     f'{s.folds} x {s.freeze_epochs + s.epochs}', ago(t) if ks else 'finished'])
     new = sum(len(f) for f in run.frames.values() if 'pixels' not in f)
     disk += most + new * r.store_size ** 2 * BYTES_PER_PIXEL
     return Costs(rows, seconds + new * PREPARE_SECONDS / cores(), disk, new)
@@ -94,23 +94,23 @@ def plan_pictures(recipe: str, sets: list[str], pictures: str):
     o = costs(run, todo)
     show_costs(run, o)
     say(f'about {ago(o.seconds)}, {ago(o.new * PREPARE_SECONDS / cores())} of it to prepare 12-megapixel originals, and {o.disk / 1e9:.1f} GB on disk, '
-        'by one step of each network timed on this machine just now')
+        'by a few steps of each network timed on this machine just now')
 
 
 def show_plan(run: Run):
     "The graph as a table: what stands, what would run, on what, for how long"
     r, todo = run.recipe, run.todo()
-    if todo: check_run(run, todo)
     o = costs(run, todo)
     show_costs(run, o)
     if not todo and answers_finished(run): return say('Everything is done already: `all` would do nothing.')
     say(f'{r.submit.final} answers {r.submit.table}: {run.root / "submission.csv"}')
-    say(f'about {ago(o.seconds)} (one step of each network timed on this machine just now) and {o.disk / 1e9:.2f} GB on disk')
+    say(f'about {ago(o.seconds)} (a few steps of each network timed just now: more, where the machine is busy) and {o.disk / 1e9:.2f} GB on disk')
+    check_run(run, todo)                     # what would stop `all` comes last, as an error
 
 
 def show_costs(run: Run, o: Costs):
     "The table of `plan`, and what there is to prepare"
     title = f'{run.recipe.path} on {run.data}' + (' (SYNTHETIC demo)' if run.recipe.demo else '')
     table(title, ['stage', 'starts from; trains on', 'network', 'pictures', 'epochs', 'to do'], o.rows,
-          right=('pictures', 'epochs'), wrap=('starts from; trains on', 'network', 'to do'))
+          right=('pictures', 'epochs'), wrap=('starts from; trains on',))
     say('tables: ' + ', '.join(f'{n} {len(f)}' for n, f in run.frames.items()) + f'. To prepare: {o.new} pictures at {run.recipe.store_size} px.')

@@ -11,7 +11,7 @@ from aptos_fastai.metrics import HALF, GradeSets, apply_cuts, kappa_interval, ne
 from aptos_fastai.record import WEIGHTS, Run
 
 SYNTHETIC = 'SYNTHETIC: painted pictures, no medical data; nothing here says anything about eyes'
-SUMMARY_FORMAT = 2                           # of summary.json; a run with an older one answers anew
+SUMMARY_FORMAT = 3                           # of summary.json; a run with an older one answers anew
 KEYS = ['source', 'id_code', 'diagnosis', 'fold']
 
 

@@ -24,8 +24,8 @@ def find_folder(table: Table, data: Path) -> Path:
     tried = [data / f for f in table.folder]
     for o in tried:
         if (o / table.csv).is_file(): return o
-    raise TableError(f'[table.{table.name}]: no {table.csv} in {" or ".join(map(str, tried))}; name the folder that holds it with '
-                     f'--data FOLDER (--data demo runs on synthetic pictures)')
+    raise TableError(f'[table.{table.name}]: no {table.csv} in {" or ".join(map(str, tried))}; --data is to name the folder '
+                     f'that holds {" or ".join(table.folder) if table.folder != (".",) else table.csv} (--data demo runs on synthetic pictures)')
 
 
 def _pictures(folder: Path) -> dict[str, Path]:
