@@ -293,8 +293,8 @@ def main(argv: list[str] | None = None):
     except AptosError as e: sys.exit(_failed(str(e)))
     except KeyboardInterrupt as e:
         if ranks.rank(): sys.exit(130)       # the first one says it
-        where, to = f'{e}; ' if str(e) else '', f' ({runs})' if runs else ''
-        _failed(f'stopped; {where}what is finished stays: the same command goes on from there{to}')
+        where = f'{e}; ' if str(e) else ''
+        _failed(f'stopped; {where}what is finished stays: the same command goes on from there ({runs})' if runs else 'stopped')
         sys.exit(143 if isinstance(e, Terminated) or isinstance(e.__context__, Terminated) else 130)
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # `| head` is no failure
     except OSError as e: sys.exit(_failed(f'{e.filename or name}: {e.strerror or e}; nothing that was finished is lost'))
