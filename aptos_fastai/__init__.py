@@ -4,6 +4,7 @@ import warnings
 __version__ = '0.1.0'
 
 warnings.filterwarnings('ignore', message='.torch.jit.script. is deprecated', category=FutureWarning)     # timm's own use of it
+warnings.filterwarnings('ignore', message='IProgress not found')                                          # in notebooks: the bars of libraries, none of ours
 warnings.filterwarnings('ignore', message="The 'mode.chained_assignment' option is deprecated")           # fastai's own use of it
 
 

@@ -20,9 +20,12 @@ class Reproducible(Callback):
         n = len(self.hist.rows)
         self.opt.zero_grad()                  # what an epoch accumulated past its last step
         set_seed(self.seed + n)
-        dl = getattr(self.dls.train, 'dl', self.dls.train) if size() > 1 else self.dls.train
-        dl.rng = random.Random(self.seed + n)
-        start_epoch(dl, n)
+        self.train_dl.rng = random.Random(self.seed + n)
+        start_epoch(self.train_dl, n)
+    def after_fit(self): start_epoch(self.train_dl, None)
+
+    @property
+    def train_dl(self): return getattr(self.dls.train, 'dl', self.dls.train) if size() > 1 else self.dls.train
 
 
 class Progressive(Callback):
@@ -50,7 +53,7 @@ class History(Callback):
 
     def after_epoch(self):
         if not self.recorder.values[-1]: return          # skipped on the way to where it stopped
-        train, valid, kappa = map(float, self.recorder.values[-1])
+        train, valid, kappa, *more = map(float, self.recorder.values[-1])
         if not all(map(math.isfinite, (train, valid, kappa))):
             self.refuse(f'the loss is {train:g} in training, {valid:g} in validation, kappa {kappa:g}')
         n = len(self.rows)
@@ -58,7 +61,8 @@ class History(Callback):
         better = worth > self.best
         if better:
             self.best, self.weights = worth, snapshot(self.model)
-        self.rows.append(dict(epoch=n, train_loss=train, valid_loss=valid, kappa=kappa, lr=float(self.opt.hypers[-1]['lr']),
+        others = dict(zip(self.recorder.metric_names[4:], more, strict=False))      # the last of the names is the time
+        self.rows.append(dict(epoch=n, train_loss=train, valid_loss=valid, kappa=kappa, **others, lr=float(self.opt.hypers[-1]['lr']),
                               seconds=round(time.monotonic() - self.t0, 2), kept=False))
         if better:
             for r in self.rows: r['kept'] = r['epoch'] == n

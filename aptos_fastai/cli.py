@@ -19,9 +19,9 @@ class Commands:
     "What `run.py COMMAND` does. Each method is a command: its docstring is the help, its parameters the arguments; static ones are on no recipe"
     def __init__(self, recipe: str, data: str, runs: str, sets: list[str]): self.recipe, self.data, self.runs, self.sets = recipe, data, runs, sets
 
-    def open(self):
+    def open(self, node: str = ''):
         from aptos_fastai.pipeline import open_run
-        return open_run(self.recipe, self.data, self.runs, self.sets)
+        return open_run(self.recipe, self.data, self.runs, self.sets, node)
 
     def all(self):
         """Train the recipe's whole graph and write submission.csv; what is finished is not done again.
@@ -73,7 +73,7 @@ class Commands:
         python run.py train finetune_256
         """
         from aptos_fastai.pipeline import train_stage
-        train_stage(self.open(), stage)
+        train_stage(self.open(stage), stage)
 
     def label(self, stage: 'the stage or ensemble that labels', table: 'the ungraded table; left out: the submission\'s' = ''):  # noqa: F722
         """Write soft_pseudo_label.csv and hard_pseudo_label.csv for an ungraded table, training what is needed first.
@@ -81,7 +81,7 @@ class Commands:
         python run.py label finetune_256
         """
         from aptos_fastai.pipeline import label_table
-        label_table(self.open(), stage, table)
+        label_table(self.open(stage), stage, table)
 
     def predict(self, model: 'a bundle, a run\'s folder <runs>/<recipe>, or a stage\'s in it' = '',  # noqa: F722
                 *pictures: 'files, folders, a glob in quotes, or a CSV that names them', output: 'the CSV to write' = 'grades.csv',  # noqa: F722
@@ -169,7 +169,7 @@ class Commands:
         python run.py lr_find pretrain_256
         """
         from aptos_fastai.pipeline import suggest_rates
-        suggest_rates(self.open(), stage)
+        suggest_rates(self.open(stage), stage)
 
     def batch(self, stage: 'the stage'):  # noqa: F722
         """Find the largest batch (2, 4, 8, …) of a stage that fits this GPU, with the pictures a second and the memory of each.
@@ -177,7 +177,7 @@ class Commands:
         python run.py batch pretrain_512 --data ~/kaggle
         """
         from aptos_fastai.pipeline import suggest_batch
-        suggest_batch(self.open(), stage)
+        suggest_batch(self.open(stage), stage)
 
     def demo(self, folder: 'where to write the tables' = 'demo_data'):  # noqa: F722
         """Write the synthetic demo's tables as Kaggle's folders, to look at or to pass as --data.
@@ -299,7 +299,7 @@ def main(argv: list[str] | None = None):
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # `| head` is no failure
     except OSError as e: sys.exit(_failed(f'{e.filename or name}: {e.strerror or e}; nothing that was finished is lost'))
     except (MemoryError, RuntimeError) as e:
-        if ranks.is_lost(e): sys.exit(_failed(f'{ranks.LOST} ({str(e).splitlines()[0][:200]})'))
+        if ranks.is_lost(e): sys.exit(_failed(f'{ranks.LOST} ({str(e).splitlines()[0].partition(". ")[0][:200]})'))
         if not isinstance(e, MemoryError) and type(e).__name__ != 'OutOfMemoryError': raise      # PyTorch's, which is not imported here
         sys.exit(_failed(f'{name}: out of memory; set bs or size lower, or close other programs'))
     finally:

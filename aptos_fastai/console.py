@@ -43,7 +43,7 @@ class _Bar:
         if self.live: self.live.update(self.id, completed=n, note=note)
         elif now - self.said > self.every and n < self.total:
             left = (now - self.t0) / max(n, 1) * (self.total - n)
-            say(f'{self.title}: {n}/{self.total} {self.unit} {note}, {ago(left)} left'.replace(' ,', ','))
+            say(' '.join(f'{self.title}: {n}/{self.total} {self.unit} {note}'.split()) + f', {ago(left)} left')
             self.said = now
 
     def close(self):

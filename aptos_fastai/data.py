@@ -56,6 +56,11 @@ def draw_colour(aug: Augment, rng: np.random.Generator) -> tuple[np.ndarray, flo
     return b * c * (s * np.eye(3) + (1 - s) * _grey) @ np.linalg.inv(_yiq) @ turn @ _yiq, b * (1 - c)
 
 
+def _seed(seed: int, epoch: int | None, *what: int) -> list[int] | int:
+    "What a draw depends on; outside a stage's training, where no epoch is counted (`start_epoch`), on chance, as fastai's own transforms"
+    return random.getrandbits(63) if epoch is None else [seed, epoch, *what]
+
+
 class FundusAugment(RandTransform):
     """One affine warp, one colour matrix and at times a blur, drawn from (`seed`, `epoch`, picture): the same whatever the number of workers.
 
@@ -64,14 +69,14 @@ class FundusAugment(RandTransform):
     order, split_idx = 2, 0
     def __init__(self, aug: Augment, seed: int = 0):
         super().__init__()
-        self.aug, self.seed, self.epoch = aug, seed, 0
+        self.aug, self.seed, self.epoch = aug, seed, None
 
     def encodes(self, im: PILImage):
-        out = PILImage.create(self.apply(np.asarray(im), [self.seed, self.epoch, im.key]))
+        out = PILImage.create(self.apply(np.asarray(im), _seed(self.seed, self.epoch, im.key)))
         out.key = im.key
         return out
 
-    def apply(self, a: np.ndarray, seed: list[int]) -> np.ndarray:
+    def apply(self, a: np.ndarray, seed: list[int] | int) -> np.ndarray:
         "uint8 (side, side, 3) -> the same, as drawn from `seed`"
         h, w = a.shape[:2]
         d = draw(self.aug, np.random.default_rng(seed), w)
@@ -88,10 +93,10 @@ class BatchAugment(RandTransform):
     order, split_idx = 11, 0                  # after IntToFloatTensor
     def __init__(self, aug: Augment, seed: int = 0):
         super().__init__()
-        self.aug, self.seed, self.epoch, self.batch = aug, seed, 0, 0
+        self.aug, self.seed, self.epoch, self.batch = aug, seed, None, 0
 
     def encodes(self, x: TensorImage):
-        rng = np.random.default_rng([self.seed, self.epoch, self.batch, *([rank()] if rank() else [])])
+        rng = np.random.default_rng(_seed(self.seed, self.epoch, self.batch, *([rank()] if rank() else [])))
         self.batch += 1
         ds = [draw(self.aug, rng, x.shape[-1]) for _ in x]
         def put(o): return torch.tensor(np.array(o), dtype=torch.float32).to(x.device, non_blocking=True)
@@ -147,8 +152,8 @@ def set_size(dl, size: int):
         if isinstance(t, ReadRetina): t.size = size
 
 
-def start_epoch(dl, n: int):
-    "The DataLoader's augmentation draws as in epoch `n`"
+def start_epoch(dl, n: int | None):
+    "The DataLoader's augmentation draws as in epoch `n`; None: at random"
     for t in [*dl.after_item.fs, *dl.after_batch.fs]:
         if isinstance(t, (FundusAugment, BatchAugment)): t.epoch, t.batch = n, 0
 

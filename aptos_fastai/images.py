@@ -72,7 +72,7 @@ def _complete(data: bytes, fmt: str) -> bool:
 
 
 def _shrink(side: int, least: int) -> int:
-    "How many times smaller, of 8, 4, 2 and 1, `side` may become without falling under `least`; 0: not at all"
+    "How many times smaller, of 8, 4, 2 and 1, `side` may become without falling under `least`; 1 where `least` is 0"
     return next((k for k in (8, 4, 2) if least and side // k >= least), 1)
 
 
@@ -230,7 +230,7 @@ def crop_square(im: np.ndarray, c: Circle, prep: Prep) -> np.ndarray:
     """The square of side `prep.size` around the circle `c`, black outside a found one.
 
     Where the picture cuts the circle off, its content is mirrored (`cut_off` = mirror), so that every retina is a whole disc: the shape of what is
-    missing belongs to the camera, and cameras go with grades (a forest on that shape alone scores .575 on squashed APTOS).
+    missing belongs to the camera, and cameras go with grades (`audit` measures it).
     """
     h, w = im.shape[:2]
     x0, x1, y0, y1 = crop_box(h, w, c, prep)

@@ -22,13 +22,14 @@ from aptos_fastai.tables import add_folds, read_order, read_tables, write_folds
 from aptos_fastai.twins import add_groups, settle_conflicts, twins_frame
 
 
-def open_run(recipe: str = 'settings.ini', data: str = 'demo', runs: str = 'runs', sets: Iterable[str] = ()) -> Run:
+def open_run(recipe: str = 'settings.ini', data: str = 'demo', runs: str = 'runs', sets: Iterable[str] = (), node: str = '') -> Run:
     """The run of a recipe on a data folder, its tables read and checked. Writes nothing but the demo's pictures; `begin` does.
 
-    Raises `AptosError`: whatever is wrong with recipe, tables or folders.
+    Raises `AptosError`: whatever is wrong with recipe, tables or folders; first, where the recipe has no stage or ensemble `node`.
     """
     demo = data == 'demo'
     r, runs = read_recipe(recipe, demo=demo, sets=list(sets)), Path(runs)
+    if node and node not in r.nodes: raise AptosError(f'{node}: no such stage in {r.path}; there are {", ".join(r.nodes)}')
     if runs.exists() and not runs.is_dir(): raise AptosError(f'{runs}: is a file; give a folder with --runs')
     data = write_demo_tables(r, runs) if demo else Path(data)
     frames = read_tables(r, data)
@@ -220,6 +221,7 @@ def run_all(run: Run):
     "Everything, in order: prepares, trains, labels, predicts, submits, sums up; says so and does nothing where all is done"
     t0 = time.monotonic()
     if run.recipe.demo: say(SYNTHETIC, 'yellow')
+    if size() > 1: say(f'{size()} processes share every batch, the preparing and the scoring')
     with begin(run, run.recipe.stages) as (run, bars):
         if answers_finished(run):
             say(f'Everything is done already: nothing was run. The answer is {run.root / "submission.csv"}')

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 from aptos_fastai.console import Bars, console
 
-LOST = 'lost touch with another process of this run; if that has ended, its own line, or the launcher, says why'
+LOST = 'lost touch with another process of this run; if that has ended, its own line, or the launcher, says why; the same command goes on from there'
 _jobs = None                                 # the group that jobs are handed out by: waits as long as the leader is at work by itself
 
 

@@ -50,7 +50,7 @@ def test_what_is_set_wins_over_the_demos_keys():
 
 
 bad = [                                      # run by test_bad_input.py
-    (['stage.teacher.epoch=3'], 'stage.teacher] epoch: no such key; accepted'),
+    (['stage.teacher.epoch=3'], 'stage.teacher] epoch: no such key, did you mean epochs?; accepted'),
     (['stage.epochs=three'], 'epochs = three: a whole number is needed'),
     (['stage.epochs=1.5'], 'a whole number is needed'),
     (['stage.lr=fast'], 'lr = fast: a number is needed'),

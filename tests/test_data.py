@@ -52,6 +52,13 @@ def test_an_epoch_is_drawn_from_its_number_whatever_the_workers(frame):
     assert torch.equal(epoch(d, 3), epoch(d, 3)) and not torch.equal(epoch(d, 3), epoch(d, 4))
     assert torch.equal(epoch(d, 3), epoch(d, 3, num_workers=2))
 
+@pytest.mark.parametrize('on', ['picture', 'batch'])
+def test_where_no_epoch_is_counted_every_draw_is_new(frame, on):
+    "`learn.fit`, `learn.tta` and `show_batch` outside a stage's training"
+    train = dls(frame, Augment(on=on)).train.new(shuffle=False, drop_last=False)
+    a, b = (torch.cat([o[0] for o in train]) for _ in range(2))
+    assert not torch.equal(a, b)
+
 def test_no_change_is_the_picture():
     rng = np.random.default_rng(0)
     assert np.allclose(draw_warp(still, rng, 64), [[1, 0, 0], [0, 1, 0]])
