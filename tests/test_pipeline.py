@@ -378,7 +378,7 @@ def test_real_photographs_through_the_recipe(idrid, tmp_path):
 def test_plan_of_pictures_that_are_not_here(small_recipe, tmp_path, monkeypatch, capsys):
     "Time and disk grow in step with the pictures; nothing is read or written"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr('aptos_fastai.precision.step_seconds', lambda stage, which, rounds: ({p: 1. for p in which}, .1, 1000))
+    monkeypatch.setattr('aptos_fastai.precision.step_seconds', lambda stage, which, n: ({p: 1. for p in which}, .1, 1000))
     from aptos_fastai.config import read_recipe
     from aptos_fastai.plan import costs, made_up
     found = []
