@@ -301,10 +301,11 @@ def write_submissions(run: Run):
     "`submit`"
     with _answering(run) as (run, bars): submit(run, predict(run, bars))
     sub, o = run.recipe.submit, read_record(run.root / 'summary.json')
-    cuts = ' '.join(f'{c:.3g}' for c in run.cuts(sub.final, sub.cuts))
-    say(f'{sub.final}, by cuts {cuts} -> {run.root / "submission.csv"}; each submitted stage and ensemble -> {run.root / "submissions"}')
-    if o and o['submission']['cuts'] != run.cuts(sub.final, sub.cuts).tolist():
-        say('report.html, predict, export and kaggle keep to the cuts of the last `all`: ' + ' '.join(f'{c:.3g}' for c in o['submission']['cuts'])
+    cuts = run.cuts(sub.final, sub.cuts).tolist()
+    def text(cuts): return ' '.join(f'{c:.3g}' for c in cuts)
+    say(f'{sub.final}, by cuts {text(cuts)} -> {run.root / "submission.csv"}; each submitted stage and ensemble -> {run.root / "submissions"}')
+    if o and o['submission']['cuts'] != cuts:
+        say('report.html, predict, export and kaggle keep to the cuts of the last `all`: ' + text(o['submission']['cuts'])
             + '; to change them, too, set [submit] cuts in the recipe and run `all`', 'yellow')
 
 

@@ -80,7 +80,7 @@ def check(rows: list[dict]):
             assert o['code'] in (130, 143) and 'stopped; ' in o['before'] and 'goes on from there' in o['before'], o['before']
 
 
-def test_killed_and_run_again_it_ends_with_the_same(tmp_path): check(table(tmp_path, 2, seed=1))
+def test_killed_and_run_again_it_ends_with_the_same(tmp_path): check(table(tmp_path, 3, seed=1))
 
 
 @pytest.mark.slow
