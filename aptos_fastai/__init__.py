@@ -1,4 +1,4 @@
-"Grades diabetic retinopathy (0-4) from fundus photographs with staged fastai training."
+"Grades diabetic retinopathy (0-4) from fundus images with staged fastai training."
 import warnings
 
 __version__ = '0.1.0'
@@ -10,5 +10,5 @@ warnings.filterwarnings('ignore', message="The 'mode.chained_assignment' option 
 
 def load_grader(path, backend='torch', precision='f32'):
     "The `aptos_fastai.grader.Grader` of a bundle, a run folder or a stage's folder: `load_grader(path).predict(files)` gives a DataFrame"
-    from aptos_fastai.grader import load_grader as load  # PyTorch is only imported where it is used
+    from aptos_fastai.inference.grader import load_grader as load  # PyTorch is only imported where it is used
     return load(path, backend, precision)

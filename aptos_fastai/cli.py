@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields
 from functools import partial
 
-from aptos_fastai import ranks
-from aptos_fastai.files import AptosError, trust
+from aptos_fastai.common import distributed
+from aptos_fastai.common.io import AptosError, trust
 
 
 class Commands:
@@ -20,7 +20,7 @@ class Commands:
     def __init__(self, recipe: str, data: str, runs: str, sets: list[str]): self.recipe, self.data, self.runs, self.sets = recipe, data, runs, sets
 
     def open(self, node: str = ''):
-        from aptos_fastai.pipeline import open_run
+        from aptos_fastai.pipeline.graph import open_run
         return open_run(self.recipe, self.data, self.runs, self.sets, node)
 
     def all(self):
@@ -29,24 +29,24 @@ class Commands:
         python run.py all
         python run.py all --data ~/kaggle --runs ~/aptos-runs
         """
-        from aptos_fastai.pipeline import run_all
+        from aptos_fastai.commands import run_all
         run_all(self.open())
 
-    def plan(self, *, pictures: 'TABLE=N for every table, in quotes: plan for as many pictures as that, which need not be here' = ''):  # noqa: F722
-        """Show what `all` would do: stages, tables, pictures, time and disk. Trains nothing and writes nothing but the demo's pictures.
+    def plan(self, *, images: 'TABLE=N for every table, in quotes: plan for as many images as that, which need not be here' = ''):  # noqa: F722
+        """Show what `all` would do: stages, tables, images, time and disk. Trains nothing and writes nothing but the demo's images.
 
         python run.py plan --recipe recipes/one_table.ini --data ~/idrid
-        python run.py plan --pictures "eyepacs2015=35126 aptos_train=3662 aptos_test=1928"
+        python run.py plan --images "eyepacs2015=35126 aptos_train=3662 aptos_test=1928"
         """
-        from aptos_fastai.plan import plan_pictures, show_plan
-        plan_pictures(self.recipe, self.sets, pictures) if pictures else show_plan(self.open())
+        from aptos_fastai.pipeline.plan import plan_images, show_plan
+        plan_images(self.recipe, self.sets, images) if images else show_plan(self.open())
 
     def doctor(self):
         """Say what would stop `all` before it does: versions, devices, tables, weights, disk, time; how to get Kaggle's tables where they are missing.
 
         python run.py doctor --data ~/kaggle
         """
-        from aptos_fastai.doctor import doctor
+        from aptos_fastai.pipeline.doctor import doctor
         doctor(self.recipe, self.data, self.runs, self.sets)
 
     def prepare(self):
@@ -54,25 +54,25 @@ class Commands:
 
         python run.py prepare --data ~/kaggle
         """
-        from aptos_fastai.pipeline import prepare_all
+        from aptos_fastai.commands import prepare_all
         prepare_all(self.open())
 
-    def look(self, table: 'the table', count: 'how many pictures are shown' = '24'):  # noqa: F722
-        """Make a page of what a table holds: grades, sizes, quality flags, twins, and pictures with their circle, crop and augmentation.
+    def inspect(self, table: 'the table', count: 'how many images are shown' = '24'):  # noqa: F722
+        """Make a page of what a table holds: grades, sizes, quality flags, duplicates, and images with their circle, crop and augmentation.
 
-        python run.py look aptos_train
-        python run.py look train 413 --recipe recipes/one_table.ini --data ~/idrid
+        python run.py inspect aptos_train
+        python run.py inspect train 413 --recipe recipes/one_table.ini --data ~/idrid
         """
-        from aptos_fastai.look import look
-        if not count.isdigit(): raise AptosError(f'{count}: a number of pictures is needed')
-        look(self.open(), table, int(count))
+        from aptos_fastai.reports.table_report import inspect_table
+        if not count.isdigit(): raise AptosError(f'{count}: a number of images is needed')
+        inspect_table(self.open(), table, int(count))
 
     def train(self, stage: 'the stage'):   # noqa: F722 (a help text, not a type)
         """Train one stage and whatever it builds on that is not finished.
 
         python run.py train finetune_256
         """
-        from aptos_fastai.pipeline import train_stage
+        from aptos_fastai.commands import train_stage
         train_stage(self.open(stage), stage)
 
     def label(self, stage: 'the stage or ensemble that labels', table: 'the ungraded table; left out: the submission\'s' = ''):  # noqa: F722
@@ -80,30 +80,30 @@ class Commands:
 
         python run.py label finetune_256
         """
-        from aptos_fastai.pipeline import label_table
+        from aptos_fastai.commands import label_table
         label_table(self.open(stage), stage, table)
 
     def predict(self, model: 'a bundle, a run\'s folder <runs>/<recipe>, or a stage\'s in it' = '',  # noqa: F722
-                *pictures: 'files, folders, a glob in quotes, or a CSV that names them', output: 'the CSV to write' = 'grades.csv',  # noqa: F722
+                *images: 'files, folders, a glob in quotes, or a CSV that names them', output: 'the CSV to write' = 'grades.csv',  # noqa: F722
                 backend: 'torch, or for a bundle onnx or openvino' = 'torch', precision: 'f32, or bf16: faster on CPUs that know it' = 'f32'):  # noqa: F722
-        """Grade pictures of your own by a trained model; without arguments write scores.csv: the test pictures by each submitted stage and ensemble.
+        """Grade images of your own by a trained model; without arguments write scores.csv: the test images by each submitted stage and ensemble.
 
-        python run.py predict runs/one_table ~/clinic/photographs -o grades.csv
+        python run.py predict runs/one_table ~/clinic/images -o grades.csv
         python run.py predict
         """
         if not model:
-            from aptos_fastai.pipeline import write_scores
+            from aptos_fastai.commands import write_scores
             return write_scores(self.open())
-        if not pictures: raise AptosError(f'predict {model}: name the pictures, too: files, folders, a glob in quotes or a CSV')
-        from aptos_fastai.grader import grade_files
-        grade_files(model, pictures, output, backend, precision)
+        if not images: raise AptosError(f'predict {model}: name the images, too: files, folders, a glob in quotes or a CSV')
+        from aptos_fastai.inference.grade_files import grade_files
+        grade_files(model, images, output, backend, precision)
 
     def submit(self):
         """Write submission.csv and submissions/ from the finished stages.
 
-        python run.py submit --set "submit.cuts=0.75 1.5 2.5 3.5"
+        python run.py submit --set "submit.thresholds=0.75 1.5 2.5 3.5"
         """
-        from aptos_fastai.pipeline import write_submissions
+        from aptos_fastai.commands import write_submissions
         write_submissions(self.open())
 
     def report(self):
@@ -111,16 +111,16 @@ class Commands:
 
         python run.py report
         """
-        from aptos_fastai.pipeline import report_run
+        from aptos_fastai.commands import report_run
         report_run(self.open())
 
     @staticmethod
     def compare(first: 'a finished run\'s folder, <runs>/<recipe>', second: 'the other one'):  # noqa: F722
-        """Put two finished runs side by side: kappa of their common stages and answers on the same pictures, by a paired bootstrap.
+        """Put two finished runs side by side: kappa of their common stages and answers on the same images, by a paired bootstrap.
 
         python run.py compare runs/one_table ~/other-runs/one_table
         """
-        from aptos_fastai.summary import compare_runs
+        from aptos_fastai.pipeline.summary import compare_runs
         compare_runs(first, second)
 
     @staticmethod
@@ -129,28 +129,28 @@ class Commands:
 
         python run.py export runs/one_table
         """
-        from aptos_fastai.export import export_run
+        from aptos_fastai.deploy.bundle import export_run
         export_run(run)
 
     @staticmethod
     def explain(model: 'a bundle, a run\'s folder <runs>/<recipe>, or a stage\'s in it',  # noqa: F722
-                *pictures: 'files, folders, a glob in quotes, or a CSV that names them', output: 'the folder to write into' = 'explained'):  # noqa: F722
-        """Show where in photographs their scores come from: the original and its heat map side by side, with the grade in words.
+                *images: 'files, folders, a glob in quotes, or a CSV that names them', output: 'the folder to write into' = 'explained'):  # noqa: F722
+        """Show where in images their scores come from: the original and its heat map side by side, with the grade in words.
 
         python run.py explain runs/one_table ~/clinic/eye.jpg -o explained
         """
-        from aptos_fastai.explain import explain_files
-        if not pictures: raise AptosError(f'explain {model}: name the pictures, too: files, folders, a glob in quotes or a CSV')
-        explain_files(model, pictures, output)
+        from aptos_fastai.inference.explain import explain_files
+        if not images: raise AptosError(f'explain {model}: name the images, too: files, folders, a glob in quotes or a CSV')
+        explain_files(model, images, output)
 
     @staticmethod
     def serve(model: 'a bundle, a run\'s folder <runs>/<recipe>, or a stage\'s in it', *, host: 'address to listen on' = '127.0.0.1',  # noqa: F722
               port: 'port to listen on' = '8000'):  # noqa: F722
-        """Open a local page that grades photographs: drop them, read grade, score and heat map, save a CSV; /api/predict for programs.
+        """Open a local page that grades images: drop them, read grade, score and heat map, save a CSV; /api/predict for programs.
 
         python run.py serve runs/one_table
         """
-        from aptos_fastai.serve import serve
+        from aptos_fastai.deploy.serve import serve
         if not port.isdigit() or not 0 < int(port) < 65536: raise AptosError(f'--port {port}: a number from 1 to 65535 is needed')
         serve(model, host, int(port))
 
@@ -160,7 +160,7 @@ class Commands:
 
         python run.py kaggle runs/settings --user me
         """
-        from aptos_fastai.kaggle import write_kaggle
+        from aptos_fastai.deploy.kaggle import write_kaggle
         write_kaggle(run, user)
 
     def lr_find(self, stage: 'the stage'):  # noqa: F722
@@ -168,15 +168,15 @@ class Commands:
 
         python run.py lr_find pretrain_256
         """
-        from aptos_fastai.pipeline import suggest_rates
+        from aptos_fastai.commands import suggest_rates
         suggest_rates(self.open(stage), stage)
 
     def batch(self, stage: 'the stage'):  # noqa: F722
-        """Find the largest batch (2, 4, 8, …) of a stage that fits this GPU, with the pictures a second and the memory of each.
+        """Find the largest batch (2, 4, 8, …) of a stage that fits this GPU, with the images a second and the memory of each.
 
         python run.py batch pretrain_512 --data ~/kaggle
         """
-        from aptos_fastai.pipeline import suggest_batch
+        from aptos_fastai.commands import suggest_batch
         suggest_batch(self.open(stage), stage)
 
     def demo(self, folder: 'where to write the tables' = 'demo_data'):  # noqa: F722
@@ -184,7 +184,7 @@ class Commands:
 
         python run.py demo /tmp/demo
         """
-        from aptos_fastai.pipeline import write_demo_folder
+        from aptos_fastai.commands import write_demo_folder
         write_demo_folder(self.recipe, self.sets, folder)
 
     @staticmethod
@@ -196,8 +196,8 @@ class Commands:
         """
         from pathlib import Path
 
-        from aptos_fastai.config import write_recipes
-        from aptos_fastai.console import say
+        from aptos_fastai.common.console import say
+        from aptos_fastai.recipe import write_recipes
         for f in write_recipes(Path(folder)): say(str(f))
 
     @staticmethod
@@ -211,8 +211,8 @@ class Commands:
 
 def show_keys():
     "`keys`, at 80 columns"
-    from aptos_fastai.config import KINDS, NAMED
-    from aptos_fastai.console import say
+    from aptos_fastai.common.console import say
+    from aptos_fastai.recipe import KINDS, NAMED
     for name, cls in KINDS.items():
         say(f'\n[{name}.NAME]' if name in NAMED else f'\n[{name}]', 'bold')
         for f in fields(cls):
@@ -247,7 +247,7 @@ def _recipe_options() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(add_help=False)
     add = p.add_argument_group('the run').add_argument
     add('--recipe', default='settings.ini', metavar='FILE', help='the recipe (default: %(default)s)')
-    add('--data', default='demo', metavar='FOLDER', help='folder of the tables, or demo: synthetic pictures (default: %(default)s)')
+    add('--data', default='demo', metavar='FOLDER', help='folder of the tables, or demo: synthetic images (default: %(default)s)')
     add('--runs', default='runs', metavar='FOLDER', help='where results go, as FOLDER/<recipe name>/ (default: %(default)s)')
     add('--set', dest='sets', action='append', default=[], metavar='SECTION.KEY=VALUE', help='a key of the recipe, for this run; may be repeated')
     add('--trust', action='append', default=[], metavar='FILE', help='a pickle that this run did not write and may read all the same; may be repeated')
@@ -257,7 +257,7 @@ def _recipe_options() -> argparse.ArgumentParser:
 def get_parser() -> argparse.ArgumentParser:
     "The command line, made from the methods of `Commands`; it goes by the name it was called by"
     called = 'aptos-fastai' if os.path.basename(sys.argv[0]).startswith('aptos-fastai') else 'run.py'
-    p = argparse.ArgumentParser(prog=called, description='Grades diabetic retinopathy (0-4) from fundus photographs: staged fastai training.',
+    p = argparse.ArgumentParser(prog=called, description='Grades diabetic retinopathy (0-4) from fundus images: staged fastai training.',
                                 epilog=f'{called} COMMAND --help tells more. No medical device.')
     subs, options = p.add_subparsers(dest='command', metavar='COMMAND', required=True), _recipe_options()
     for name in _commands():
@@ -287,19 +287,19 @@ def main(argv: list[str] | None = None):
     was = signal.signal(signal.SIGTERM, _terminated) if threading.current_thread() is threading.main_thread() else None
     try:
         trust(trusted)
-        with ranks.joined() as leads:
+        with distributed.process_group() as leads:
             if leads: command()
-            else: ranks.follow()
+            else: distributed.worker_loop()
     except AptosError as e: sys.exit(_failed(str(e)))
     except KeyboardInterrupt as e:
-        if ranks.rank(): sys.exit(130)       # the first one says it
+        if distributed.rank(): sys.exit(130)       # the first one says it
         where = f'{e}; ' if str(e) else ''
         _failed(f'stopped; {where}what is finished stays: the same command goes on from there ({runs})' if runs else 'stopped')
         sys.exit(143 if isinstance(e, Terminated) or isinstance(e.__context__, Terminated) else 130)
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # `| head` is no failure
     except OSError as e: sys.exit(_failed(f'{e.filename or name}: {e.strerror or e}; nothing that was finished is lost'))
     except (MemoryError, RuntimeError) as e:
-        if ranks.is_lost(e): sys.exit(_failed(f'{ranks.LOST} ({str(e).splitlines()[0].partition(". ")[0][:200]})'))
+        if distributed.is_peer_lost(e): sys.exit(_failed(f'{distributed.LOST} ({str(e).splitlines()[0].partition(". ")[0][:200]})'))
         if not isinstance(e, MemoryError) and type(e).__name__ != 'OutOfMemoryError': raise      # PyTorch's, which is not imported here
         sys.exit(_failed(f'{name}: out of memory; set bs or size lower, or close other programs'))
     finally:
@@ -314,6 +314,6 @@ def _terminated(*_): raise Terminated
 
 
 def _failed(line: str) -> int:
-    who = f'rank {ranks.rank()} of {ranks.size()}: ' if ranks.size() > 1 else ''
+    who = f'rank {distributed.rank()} of {distributed.world_size()}: ' if distributed.world_size() > 1 else ''
     print('error: ' + who + ' '.join(line.split()), file=sys.stderr, flush=True)
     return 1

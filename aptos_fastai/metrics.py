@@ -1,14 +1,14 @@
-"Quadratic weighted kappa, the cuts that turn scores into grades, what is told of referable retinopathy, sets of grades, and intervals."
+"Quadratic weighted kappa, the thresholds that turn scores into grades, what is told of referable retinopathy, prediction sets, and intervals."
 import numpy as np
 
-from aptos_fastai.files import AptosError
+from aptos_fastai.common.io import AptosError
 
 GRADES = 5
 GRADE_NAMES = ('no DR', 'mild', 'moderate', 'severe', 'proliferative')
 REFERABLE = 2                                # moderate and above is referred (ICO 2017)
-HALF = (.5, 1.5, 2.5, 3.5)
-PUBLISHED = (.75, 1.5, 2.5, 3.5)             # of the published code
-PRIOR = 100                                  # pictures that the halves count for in `shrunken` cuts
+MIDPOINTS = (.5, 1.5, 2.5, 3.5)
+PUBLISHED_THRESHOLDS = (.75, 1.5, 2.5, 3.5)             # of the published code
+PRIOR_IMAGES = 100                                  # images that the midpoints count for in `regularised` thresholds
 
 
 def confusion(grades, targs) -> np.ndarray:
@@ -32,7 +32,7 @@ def quadratic_kappa(grades, targs) -> float:
 
 
 def kappa_interval(grades, targs, *, n: int = 10_000, level: float = .95, seed: int = 0) -> tuple[float, float]:
-    "Bootstrap interval (percentile) of kappa: resampling pictures is drawing the confusion matrix from a multinomial"
+    "Bootstrap interval (percentile) of kappa: resampling images is drawing the confusion matrix from a multinomial"
     cm = confusion(grades, targs)
     draws = np.random.default_rng(seed).multinomial(cm.sum(), cm.ravel() / cm.sum(), n).reshape(n, GRADES, GRADES)
     lo, hi = np.nanquantile(kappa_of(draws), [(1 - level) / 2, (1 + level) / 2])
@@ -40,7 +40,7 @@ def kappa_interval(grades, targs, *, n: int = 10_000, level: float = .95, seed: 
 
 
 def paired_interval(a, b, targs, *, n: int = 10_000, level: float = .95, seed: int = 0) -> tuple[float, float, float]:
-    "Kappa of grades `b` minus kappa of grades `a` of the same pictures, and its bootstrap interval: the table (true, a, b) drawn from a multinomial"
+    "Kappa of grades `b` minus kappa of grades `a` of the same images, and its bootstrap interval: the table (true, a, b) drawn from a multinomial"
     y, a, b = (np.asarray(o, int).ravel() for o in (targs, a, b))
     cells = np.bincount((y * GRADES + a) * GRADES + b, minlength=GRADES**3)
     draws = np.vstack([cells, np.random.default_rng(seed).multinomial(cells.sum(), cells / cells.sum(), n)]).reshape(-1, GRADES, GRADES, GRADES)
@@ -49,29 +49,29 @@ def paired_interval(a, b, targs, *, n: int = 10_000, level: float = .95, seed: i
     return float(d[0]), float(lo), float(hi)
 
 
-def apply_cuts(scores, cuts) -> np.ndarray:
+def apply_thresholds(scores, thresholds) -> np.ndarray:
     "Grades 0-4 of scores: a score at a cut belongs to the grade above it"
-    return np.searchsorted(np.asarray(cuts), np.asarray(scores), side='right')
+    return np.searchsorted(np.asarray(thresholds), np.asarray(scores), side='right')
 
 
-class GradeCuts:
-    """The four cuts that maximise quadratic weighted kappa: the global optimum, not a local one.
+class GradeThresholds:
+    """The four thresholds that maximise quadratic weighted kappa: the global optimum, not a local one.
 
-    1 - kappa = sum (y-g)^2 / sum (E[y^2] - 2 E[y] g + g^2), both sums over pictures, so for a given ratio the best monotone grades follow
+    1 - kappa = sum (y-g)^2 / sum (E[y^2] - 2 E[y] g + g^2), both sums over images, so for a given ratio the best monotone grades follow
     from a dynamic programme over the sorted scores, and Dinkelbach's iteration (1967) finds the smallest ratio.
-    Fitted state: `cuts_` (4,), `kappa_` (in-sample: report it only as such).
+    Fitted state: `thresholds_` (4,), `kappa_` (in-sample: report it only as such).
     """
-    def fit(self, scores, grades) -> 'GradeCuts':
+    def fit(self, scores, grades) -> 'GradeThresholds':
         s, y = np.asarray(scores, float).ravel(), np.asarray(grades, float).ravel()
-        if not len(s) or len(s) != len(y): raise AptosError(f'cuts cannot be fitted: {len(s)} scores and {len(y)} grades')
-        if not np.isfinite(s).all(): raise AptosError(f'cuts cannot be fitted: {(~np.isfinite(s)).sum()} of {len(s)} scores are not numbers')
-        if s.min() == s.max(): raise AptosError(f'cuts cannot be fitted: all {len(s)} scores are {s[0]:g}')
-        if y.min() == y.max(): raise AptosError(f'cuts cannot be fitted: all {len(y)} grades are {y[0]:g}')
+        if not len(s) or len(s) != len(y): raise AptosError(f'thresholds cannot be fitted: {len(s)} scores and {len(y)} grades')
+        if not np.isfinite(s).all(): raise AptosError(f'thresholds cannot be fitted: {(~np.isfinite(s)).sum()} of {len(s)} scores are not numbers')
+        if s.min() == s.max(): raise AptosError(f'thresholds cannot be fitted: all {len(s)} scores are {s[0]:g}')
+        if y.min() == y.max(): raise AptosError(f'thresholds cannot be fitted: all {len(y)} grades are {y[0]:g}')
         o = np.argsort(s, kind='stable')
         s, y = s[o], y[o]
         g = np.arange(GRADES)
         seen, chance = (y[:, None] - g) ** 2, (y ** 2).mean() - 2 * y.mean() * g + g ** 2
-        places = np.r_[0, np.flatnonzero(np.diff(s)) + 1, len(s)]      # cuts fall only between different scores
+        places = np.r_[0, np.flatnonzero(np.diff(s)) + 1, len(s)]      # thresholds fall only between different scores
         sums = np.vstack([np.zeros(GRADES), np.cumsum(seen, 0)])[places]
         ratio, cut = np.inf, self._best(sums - places[:, None] * chance)
         while True:
@@ -81,12 +81,12 @@ class GradeCuts:
             ratio, at = new, places[cut]
             cut = self._best(sums - ratio * places[:, None] * chance)
         ends = np.r_[s[0] - 1, s, s[-1] + 1]                             # a grade that nothing gets lies beyond the scores
-        self.cuts_, self.kappa_ = (ends[at] + ends[at + 1]) / 2, float(1 - ratio)
+        self.thresholds_, self.kappa_ = (ends[at] + ends[at + 1]) / 2, float(1 - ratio)
         return self
 
     @staticmethod
     def _best(cost: np.ndarray) -> np.ndarray:
-        "Indices into the places of the four cuts of least total cost; `cost` (places, 5) are running sums"
+        "Indices into the places of the four thresholds of least total cost; `cost` (places, 5) are running sums"
         v, back = cost[:, 0], []
         for k in range(1, GRADES):
             gain = v - cost[:, k]
@@ -97,24 +97,24 @@ class GradeCuts:
         for b in reversed(back): cut.append(b[cut[-1]])
         return np.array(cut[:0:-1])
 
-    def predict(self, scores) -> np.ndarray: return apply_cuts(scores, self.cuts_)
+    def predict(self, scores) -> np.ndarray: return apply_thresholds(scores, self.thresholds_)
 
 
-def fit_cuts(how: str, scores, grades) -> np.ndarray:
-    """The cuts that `how` names: optimal, or shrunken, their mean with the halves (.5 1.5 2.5 3.5), which count for `PRIOR` pictures:
-    few pictures stay near the halves, many reach the optimum."""
-    best = GradeCuts().fit(scores, grades).cuts_
+def fit_thresholds(how: str, scores, grades) -> np.ndarray:
+    """The thresholds that `how` names: optimal, or regularised, their mean with the midpoints (.5 1.5 2.5 3.5), which count for `PRIOR_IMAGES` images:
+    few images stay near the midpoints, many reach the optimum."""
+    best = GradeThresholds().fit(scores, grades).thresholds_
     n = np.size(scores)
-    return best if how == 'optimal' else (n * best + PRIOR * np.array(HALF)) / (n + PRIOR)
+    return best if how == 'optimal' else (n * best + PRIOR_IMAGES * np.array(MIDPOINTS)) / (n + PRIOR_IMAGES)
 
 
 def nested_grades(scores, targs, parts, how: str = 'optimal') -> np.ndarray:
-    "Grades by cuts that never saw the picture they grade, nor its part (`parts`, a label for each): fitted on all other parts"
+    "Grades by thresholds that never saw the image they grade, nor its part (`parts`, a label for each): fitted on all other parts"
     s, y, parts = np.asarray(scores, float), np.asarray(targs, int), np.asarray(parts)
     out = np.empty(len(y), int)
     for k in np.unique(parts):
         mine = parts == k
-        out[mine] = apply_cuts(s[mine], fit_cuts(how, s[~mine], y[~mine]))
+        out[mine] = apply_thresholds(s[mine], fit_thresholds(how, s[~mine], y[~mine]))
     return out
 
 
@@ -160,35 +160,35 @@ def share_interval(k, n, z: float = 1.96) -> tuple[float, float]:
     return float((p + c / 2 - half) / (1 + c)), float((p + c / 2 + half) / (1 + c))
 
 
-class GradeSets:
+class PredictionSets:
     """Runs of grades that hold the true one with probability `coverage`, whichever grade is the true one.
 
     Label-conditional split conformal prediction (Vovk 2012; Sadinle, Lei and Wasserman 2019) with distance |score - grade|: `fit` on out-of-fold scores;
-    a grade with too few pictures to promise anything is in every set. `predict` fills gaps and adds the given grade, which only raises coverage.
-    Fitted state: `reach_` (5,), the distance up to which each grade is in the set.
+    a grade with too few images to promise anything is in every set. `predict` fills gaps and adds the given grade, which only raises coverage.
+    Fitted state: `radius_` (5,), the distance up to which each grade is in the set.
     """
     def __init__(self, coverage: float = .9): self.coverage = coverage
 
-    def fit(self, scores, grades) -> 'GradeSets':
+    def fit(self, scores, grades) -> 'PredictionSets':
         s, y = np.asarray(scores, float), np.asarray(grades, int)
-        self.reach_ = np.full(GRADES, np.inf)
+        self.radius_ = np.full(GRADES, np.inf)
         for g in range(GRADES):
             d = np.sort(np.abs(s[y == g] - g))
             k = int(np.ceil((len(d) + 1) * self.coverage))
-            if k <= len(d): self.reach_[g] = d[k - 1]
+            if k <= len(d): self.radius_[g] = d[k - 1]
         return self
 
     def predict(self, scores, given) -> tuple[np.ndarray, np.ndarray]:
         "(lowest, highest) grade of each set; `given` are the grades answered"
-        inside = np.abs(np.asarray(scores, float)[:, None] - np.arange(GRADES)) <= self.reach_
+        inside = np.abs(np.asarray(scores, float)[:, None] - np.arange(GRADES)) <= self.radius_
         inside[np.arange(len(inside)), np.asarray(given, int)] = True
         return inside.argmax(1), GRADES - 1 - inside[:, ::-1].argmax(1)
 
 
 class ScoreKappa:
-    "Kappa of score tensors at fixed `cuts`, for fastai's `AccumMetric`; 0 instead of nan, so that epochs can be compared"
+    "Kappa of score tensors at fixed `thresholds`, for fastai's `AccumMetric`; 0 instead of nan, so that epochs can be compared"
     __name__ = 'kappa'
-    def __init__(self, cuts=HALF): self.cuts = cuts
+    def __init__(self, thresholds=MIDPOINTS): self.thresholds = thresholds
     def __call__(self, preds, targs) -> float:
-        k = quadratic_kappa(apply_cuts(preds.float().cpu().numpy(), self.cuts), targs.cpu().numpy().round())
+        k = quadratic_kappa(apply_thresholds(preds.float().cpu().numpy(), self.thresholds), targs.cpu().numpy().round())
         return k if np.isfinite(k) else 0.

@@ -1,7 +1,7 @@
 """The pointing game (Zhang et al. 2018) on the demo's lesions: python benchmarks/explain.py [RUN] [DEMO FOLDER]
 
 How often the hottest place of a heat map lies on a lesion, give or take 3 % of the retina's radius, beside how often a place at random does:
-test pictures of grade 1 and above, which no network was trained on with a grade. Defaults: runs/settings-demo and its demo folder beside it.
+test images of grade 1 and above, which no network was trained on with a grade. Defaults: runs/settings-demo and its demo folder beside it.
 """
 import sys
 from pathlib import Path
@@ -10,12 +10,12 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from aptos_fastai.console import table
-from aptos_fastai.explain import heat
-from aptos_fastai.grader import load_grader
-from aptos_fastai.images import Circle, crop_box
+from aptos_fastai.common.console import table
+from aptos_fastai.data.retina import Circle, crop_box
+from aptos_fastai.inference.explain import heat
+from aptos_fastai.inference.grader import load_grader
 from aptos_fastai.metrics import share_interval
-from aptos_fastai.summary import interval_text
+from aptos_fastai.pipeline.summary import interval_text
 
 TOLERANCE = .03
 
@@ -44,7 +44,7 @@ def main(run: str = 'runs/settings-demo', demo: str = ''):
     df = pd.DataFrame(rows)
     lines = [[name, len(d), interval_text(d.hit.mean(), share_interval(d.hit.sum(), len(d))), f'{d.chance.mean():.2f}', f'{d.hit.mean() / d.chance.mean():.1f}']
              for name, d in [('all', df), *((f'grade {g}', d) for g, d in df.groupby('grade'))]]
-    table(f'pointing game, {grader.model.name} (SYNTHETIC demo)', ['pictures', 'n', 'hits [95 %]', 'at random', 'factor'], lines,
+    table(f'pointing game, {grader.model.name} (SYNTHETIC demo)', ['images', 'n', 'hits [95 %]', 'at random', 'factor'], lines,
           right=('n', 'at random', 'factor'))
 
 

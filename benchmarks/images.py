@@ -1,7 +1,7 @@
-"""What preparing pictures once is worth: python benchmarks/images.py FOLDER-OF-ORIGINALS
+"""What preparing images once is worth: python benchmarks/images.py FOLDER-OF-ORIGINALS
 
 One core, ratios against the published loader (whole decode, square bilinear resize, augmentation in Pillow, every epoch), which is restated here.
-Both sides take turns on each picture, so that a busy machine slows both. Without a folder the synthetic demo, enlarged to 12 megapixels, is measured.
+Both sides take turns on each image, so that a busy machine slows both. Without a folder the synthetic demo, enlarged to 12 megapixels, is measured.
 """
 import io
 import os
@@ -18,12 +18,14 @@ import torch
 from PIL import Image
 from torchvision import transforms as T
 
-from aptos_fastai.config import Augment
-from aptos_fastai.console import table
-from aptos_fastai.data import FundusAugment
-from aptos_fastai.images import Prep, _hash, crop_square, decode, find_retina, prepare, read_square
+from aptos_fastai.common.console import table
+from aptos_fastai.data.decode import decode
+from aptos_fastai.data.retina import Prep, crop_square, find_retina, prepare
+from aptos_fastai.data.store import _hash, read_square
+from aptos_fastai.recipe import Augment
+from aptos_fastai.training.loaders import FundusAugment
 
-PREP, AUGMENT = Prep(size=512), Augment(on='picture')
+PREP, AUGMENT = Prep(size=512), Augment(on='image')
 MEAN, STD = (.485, .456, .406), (.229, .224, .225)
 
 
@@ -33,13 +35,13 @@ published_augment = T.Compose([T.ColorJitter(.1, .2, .2, .1), T.RandomApply([T.G
                                T.RandomAffine(180, (.2, .2), (.8, 1.2), .2), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(MEAN, STD)])
 
 
-def our_picture(path: Path, size: int, i: int) -> torch.Tensor:
+def our_image(path: Path, size: int, i: int) -> torch.Tensor:
     a = FundusAugment(AUGMENT).apply(read_square(path, PREP, size), [0, 0, i])
     return (torch.from_numpy(a).permute(2, 0, 1).float() / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
 def race(theirs, ours, paths: list[tuple], rounds: int) -> tuple[float, float]:
-    "Median milliseconds of both, in turns over (their argument, our argument) of each picture"
+    "Median milliseconds of both, in turns over (their argument, our argument) of each image"
     took = [], []
     for k in range(rounds):
         for pair in paths:
@@ -51,8 +53,8 @@ def race(theirs, ours, paths: list[tuple], rounds: int) -> tuple[float, float]:
 
 
 def demo_originals(folder: Path, n: int = 6):
-    "Painted pictures at 4000 x 3000"
-    from aptos_fastai.demo import write_demo
+    "Painted images at 4000 x 3000"
+    from aptos_fastai.data.demo import write_demo
     d = write_demo(folder / 'demo', pretrain=20, train=20, test=5)
     for p in sorted(d.rglob('*.png'))[:n]:
         cv2.imwrite(str(folder / f'{p.stem}.jpg'), cv2.resize(cv2.imread(str(p)), (4000, 3000), interpolation=cv2.INTER_CUBIC))
@@ -60,7 +62,7 @@ def demo_originals(folder: Path, n: int = 6):
 
 
 def store_error(paths: list[Path]) -> tuple[float, float]:
-    "(mean kB a picture of the store, mean grey-level error against the same crop kept losslessly)"
+    "(mean kB an image of the store, mean grey-level error against the same crop kept losslessly)"
     sizes, errors = [], []
     for p in paths:
         data = p.read_bytes()
@@ -73,7 +75,7 @@ def store_error(paths: list[Path]) -> tuple[float, float]:
 
 
 def memory_growth(data: list[bytes], n: int = 1000) -> tuple[float, float]:
-    "Peak MB of this process after `n` / 5 and after `n` pictures prepared"
+    "Peak MB of this process after `n` / 5 and after `n` images prepared"
     def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     for i in range(n):
         prepare(data[i % len(data)], PREP)
@@ -102,16 +104,16 @@ def main(folder: str = ''):
         pairs = list(zip(jpegs, stored, strict=True))
         for size in (512, 256):
             def theirs(p, _, s=size): return published_augment(published_read(p, s))
-            def mine(p, k, s=size): return our_picture(p, s, k)
-            row(f'a training picture at {size} px', race(theirs, mine, pairs, 3))
+            def ours_at(p, k, s=size): return our_image(p, s, k)
+            row(f'a training image at {size} px', race(theirs, ours_at, pairs, 3))
         row('read alone at 512 px', race(lambda p, _: np.asarray(published_read(p, 512)), lambda p, _: read_square(p, PREP, 512), pairs, 3))
         kb, error = store_error(jpegs)
         first, last = memory_growth([p.read_bytes() for p in jpegs])
     sizes = {Image.open(io.BytesIO(p.read_bytes())).size for p in jpegs} if folder else {(4000, 3000)}
     table(f'{len(jpegs)} originals of {", ".join(f"{w} x {h}" for w, h in sorted(sizes))}; one core of {os.cpu_count()}, {platform.machine()}',
-          ['milliseconds a picture', 'published', 'here', 'ratio'], rows, right=('published', 'here', 'ratio'))
-    print(f'store at 512 px: {kb:.0f} kB a picture (35,126: {kb * 35126 / 1e6:.1f} GB), {error:.2f} grey levels off a lossless one on average')
-    print(f'peak memory of one worker: {first:.0f} MB after 200 pictures, {last:.0f} MB after 1,000')
+          ['milliseconds an image', 'published', 'here', 'ratio'], rows, right=('published', 'here', 'ratio'))
+    print(f'store at 512 px: {kb:.0f} kB an image (35,126: {kb * 35126 / 1e6:.1f} GB), {error:.2f} grey levels off a lossless one on average')
+    print(f'peak memory of one worker: {first:.0f} MB after 200 images, {last:.0f} MB after 1,000')
 
 
 if __name__ == '__main__': main(*sys.argv[1:])

@@ -1,7 +1,7 @@
-"""Pictures a second from original files to grades: python benchmarks/predict.py FOLDER [ARCH SIZE TTA]
+"""Images a second from original files to grades: python benchmarks/predict.py FOLDER [ARCH SIZE TTA]
 
-The published way (decode whole, squash, one picture at a time, f32 as PyTorch comes) beside this package's backends on the same files with the same network of
-random weights and the same views (default legacy_seresnet50 256 none), in turns in one run. Then what of the forward rate is left once pictures
+The published way (decode whole, squash, one image at a time, f32 as PyTorch comes) beside this package's backends on the same files with the same network of
+random weights and the same views (default legacy_seresnet50 256 none), in turns in one run. Then what of the forward rate is left once images
 are prepared.
 """
 import os
@@ -17,16 +17,18 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from aptos_fastai.config import Stage
-from aptos_fastai.console import table
-from aptos_fastai.export import write_onnx
-from aptos_fastai.files import file_hash, write_record
-from aptos_fastai.grader import Grader, Member, Model, find_pictures, load_grader
-from aptos_fastai.images import Prep, prepare, square_of
-from aptos_fastai.metrics import HALF
-from aptos_fastai.model import create_model
-from aptos_fastai.precision import has_bf16
-from aptos_fastai.predict import views
+from aptos_fastai.common.console import table
+from aptos_fastai.common.io import file_hash, write_record
+from aptos_fastai.data.retina import Prep, prepare, square_of
+from aptos_fastai.deploy.bundle import write_onnx
+from aptos_fastai.inference.grade_files import find_images
+from aptos_fastai.inference.grader import Grader, load_grader
+from aptos_fastai.inference.model_spec import MemberSpec, ModelSpec
+from aptos_fastai.inference.views import views
+from aptos_fastai.metrics import MIDPOINTS
+from aptos_fastai.recipe import Stage
+from aptos_fastai.training.model import create_model
+from aptos_fastai.training.precision import has_bf16
 
 WAYS = [o for o in (('torch', 'f32'), ('torch', 'bf16'), ('onnx', 'f32'), ('openvino', 'f32'), ('openvino', 'bf16')) if o[1] == 'f32' or has_bf16()]
 ROUNDS = 2
@@ -36,14 +38,14 @@ def made_up_bundle(folder: Path, arch: str, size: int, tta: str) -> Path:
     torch.manual_seed(0)
     net = create_model(Stage('x', ('t',), arch=arch, size=size)).eval()
     save_file(net.state_dict(), folder / 'net.safetensors')
-    member = Member('net.safetensors', file_hash(folder / 'net.safetensors'), arch, 'gem', size, tta, (.485, .456, .406), (.229, .224, .225), 1.)
+    member = MemberSpec('net.safetensors', file_hash(folder / 'net.safetensors'), arch, 'gem', size, tta, (.485, .456, .406), (.229, .224, .225), 1.)
     write_onnx(net, member, folder / 'net.onnx')
-    model = Model('random weights', Prep(size=size), (member,), HALF, (None,) * 5, .9, True)
+    model = ModelSpec('random weights', Prep(size=size), (member,), MIDPOINTS, (None,) * 5, .9, True)
     write_record(folder / 'bundle.json', dict(model=asdict(model), files={'net.onnx': file_hash(folder / 'net.onnx')}))
     return folder
 
 
-def published(files: list[str], net: torch.nn.Module, member: Member) -> list[float]:
+def published(files: list[str], net: torch.nn.Module, member: MemberSpec) -> list[float]:
     "One by one, the views one after the other"
     mean, std = (torch.tensor(o)[:, None, None] for o in (member.mean, member.std))
     out = []
@@ -72,7 +74,7 @@ def resident(grader: Grader, jpegs: list[bytes]) -> float:
 
 
 def main(folder: str, arch: str = 'legacy_seresnet50', size: str = '256', tta: str = 'none'):
-    files = find_pictures([folder])
+    files = find_images([folder])
     with tempfile.TemporaryDirectory() as tmp:
         bundle = made_up_bundle(Path(tmp), arch, int(size), tta)
         graders = {w: load_grader(bundle, *w) for w in WAYS}
@@ -93,7 +95,7 @@ def main(folder: str, arch: str = 'legacy_seresnet50', size: str = '256', tta: s
             rows.append([n, f'{np.median(r):.1f}', f'{np.median(r) / base:.1f}', f'{abs(g.predict(files).score - want).max():.4f}' if g else '',
                          f'{resident(g, jpegs):.0%}' if g else ''])
     table(f'{arch} {size} px, {len(files)} originals, tta {tta}; {os.cpu_count()} cores, {platform.machine()}',
-          ['way', 'pictures/s', 'ratio', 'largest difference', 'of forward rate'], rows, right=('pictures/s', 'ratio', 'of forward rate'))
+          ['way', 'images/s', 'ratio', 'largest difference', 'of forward rate'], rows, right=('images/s', 'ratio', 'of forward rate'))
 
 
 if __name__ == '__main__': main(*sys.argv[1:])

@@ -1,8 +1,8 @@
 """What each ingredient of recipes/one_table.ini is worth, out of fold, on one graded table: python benchmarks/recipes.py --data ~/idrid [VARIANT ...]
 
 Every variant is a run of its own under --runs (default runs/ablation), on the same folds and the same network; what is finished is not trained again.
-The table gives kappa by cuts fitted on the other folds, its difference to ours on the same pictures (paired bootstrap),
-kappa at fixed cuts, and the time to train.
+The table gives kappa by thresholds fitted on the other folds, its difference to ours on the same images (paired bootstrap),
+kappa at fixed thresholds, and the time to train.
 """
 import argparse
 import json
@@ -13,9 +13,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from aptos_fastai.console import ago, table
-from aptos_fastai.metrics import HALF, PUBLISHED, apply_cuts, kappa_interval, nested_grades, paired_interval, quadratic_kappa
-from aptos_fastai.summary import interval_text
+from aptos_fastai.common.console import format_duration, table
+from aptos_fastai.metrics import (
+    MIDPOINTS,
+    PUBLISHED_THRESHOLDS,
+    apply_thresholds,
+    kappa_interval,
+    nested_grades,
+    paired_interval,
+    quadratic_kappa,
+)
+from aptos_fastai.pipeline.summary import interval_text
 
 REFERENCE = 'ours'
 RECIPE = Path(__file__).parents[1] / 'recipes/one_table.ini'
@@ -25,10 +33,10 @@ CONSTANT = ['stage.schedule=constant', 'stage.lr_div=1', 'stage.freeze_epochs=0'
 NO_AUGMENT = [f'augment.{k}=0' for k in ('brightness', 'contrast', 'saturation', 'hue', 'rotate', 'shift', 'hflip')] + ['augment.scale=1 1']
 VARIANTS = {                                 # name -> (stage, keys)
     'published recipe': ('teacher', [*PUBLISHED_PICTURE, *PUBLISHED_AUGMENT, *CONSTANT, 'stage.lr=2e-4', 'stage.wd=0', 'stage.epochs=30', 'stage.sqr_mom=.999',
-                                     'stage.eps=1e-8', 'stage.tta=hflip', 'stage.cuts=.75 1.5 2.5 3.5']),
+                                     'stage.eps=1e-8', 'stage.tta=hflip', 'stage.thresholds=.75 1.5 2.5 3.5']),
     'ours': ('teacher', []),
     'ours, retrained with soft labels': ('retrain', []),
-    'squashed whole picture': ('teacher', PUBLISHED_PICTURE),
+    'squashed whole image': ('teacher', PUBLISHED_PICTURE),
     'constant rate': ('teacher', [*CONSTANT, 'stage.lr=1e-3', 'stage.epochs=12']),
     'average pooling': ('teacher', ['stage.head=avg']),
     'published augmentation': ('teacher', PUBLISHED_AUGMENT),
@@ -69,15 +77,15 @@ def row(name: str, runs: Path, reference: np.ndarray | None) -> tuple[list, np.n
     o, seconds = validated(name, runs)
     grades = nested_grades(o.score, o.diagnosis, o.fold)
     d = '' if reference is None else '{:+.3f} [{:+.3f} {:+.3f}]'.format(*paired_interval(reference, grades, o.diagnosis))
-    fixed = [f'{quadratic_kappa(apply_cuts(o.score, c), o.diagnosis):.3f}' for c in (HALF, PUBLISHED)]
-    return [name, interval_text(quadratic_kappa(grades, o.diagnosis), kappa_interval(grades, o.diagnosis)), d, *fixed, ago(seconds)], grades
+    fixed = [f'{quadratic_kappa(apply_thresholds(o.score, c), o.diagnosis):.3f}' for c in (MIDPOINTS, PUBLISHED_THRESHOLDS)]
+    return [name, interval_text(quadratic_kappa(grades, o.diagnosis), kappa_interval(grades, o.diagnosis)), d, *fixed, format_duration(seconds)], grades
 
 
 def main(data: str, runs: Path, names: list[str]):
     for n in names: train(n, data, runs)
     reference = row(REFERENCE, runs, None)[1] if REFERENCE in names else None
     rows = [row(n, runs, reference)[0] for n in names]
-    table(f'{RECIPE.name}, out of fold; the difference is to "{REFERENCE}" on the same pictures',
+    table(f'{RECIPE.name}, out of fold; the difference is to "{REFERENCE}" on the same images',
           ['variant', 'kappa, nested', 'difference', 'at .5', 'at .75', 'time'], rows, right=('at .5', 'at .75'), wrap=('variant', 'time'))
 
 

@@ -1,4 +1,4 @@
-"""Pictures a second of a training step on this machine, as PyTorch comes and as this app trains: python benchmarks/step.py [ARCH SIZE]
+"""Images a second of a training step on this machine, as PyTorch comes and as this app trains: python benchmarks/step.py [ARCH SIZE]
 
 Each variant runs in a process of its own, in turn; the table gives ratios against the first. Memory kept: `model.keep_freed_memory`.
 """
@@ -15,7 +15,7 @@ def rate(arch: str, size: int, last: bool, keep: bool, bs: int = 16, steps: int 
     import timm
     import torch
 
-    from aptos_fastai.model import keep_freed_memory
+    from aptos_fastai.training.model import keep_freed_memory
     if keep: keep_freed_memory()
     model = timm.create_model(arch, num_classes=1)
     if last: model = model.to(memory_format=torch.channels_last)
@@ -31,15 +31,15 @@ def rate(arch: str, size: int, last: bool, keep: bool, bs: int = 16, steps: int 
 
 
 def main(arch: str = 'tf_efficientnet_lite0', size: str = '224'):
-    from aptos_fastai.console import table
+    from aptos_fastai.common.console import table
     rates = {}
     for name in VARIANTS:
         out = subprocess.run([sys.executable, '-W', 'ignore', __file__, '--one', name, arch, size], capture_output=True, text=True, check=True)
         rates[name] = float(out.stdout.split()[-1])
     first = next(iter(rates.values()))
     machine = f'{os.cpu_count()} cores, {platform.processor() or platform.machine()}'
-    table(f'{arch} {size} px, batch 16, a training step; {machine}', ['variant', 'pictures/s', 'ratio'],
-          [[n, f'{r:.1f}', f'{r / first:.2f}'] for n, r in rates.items()], right=('pictures/s', 'ratio'))
+    table(f'{arch} {size} px, batch 16, a training step; {machine}', ['variant', 'images/s', 'ratio'],
+          [[n, f'{r:.1f}', f'{r / first:.2f}'] for n, r in rates.items()], right=('images/s', 'ratio'))
 
 
 if __name__ == '__main__':

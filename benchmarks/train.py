@@ -1,7 +1,7 @@
-"""Pictures a second of training, from original photographs: python benchmarks/train.py FOLDER-OF-ORIGINALS [ARCH SIZE BATCH]
+"""Images a second of training, from original images: python benchmarks/train.py FOLDER-OF-ORIGINALS [ARCH SIZE BATCH]
 
 The published loop (PyTorch's DataLoader, a process a core; whole decode, square resize and augmentation in Pillow every epoch; float32, Adam), restated here;
-ours (the Learner, callbacks and store that `run.py train` uses); a bare PyTorch loop over our DataLoader with our settings; and that on pictures in memory, the
+ours (the Learner, callbacks and store that `run.py train` uses); a bare PyTorch loop over our DataLoader with our settings; and that on images in memory, the
 limit. Same network of random weights, size, batch and originals (each under four ids). Every way runs in a process of its own, in turns, two rounds.
 """
 import json
@@ -27,15 +27,15 @@ def published(folder: Path, stage) -> dict:
     from images import published_augment, published_read
     from torch import nn
 
-    from aptos_fastai.model import create_model
+    from aptos_fastai.training.model import create_model
 
-    class Pictures(torch.utils.data.Dataset):
+    class Images(torch.utils.data.Dataset):
         rows = rows_of(folder)
         def __len__(self): return len(self.rows)
         def __getitem__(self, i): return published_augment(published_read(self.rows[i][0], stage.size)), self.rows[i][1]
     cuda = torch.cuda.is_available()
     device = torch.device('cuda' if cuda else 'cpu')
-    loader = torch.utils.data.DataLoader(Pictures(), stage.bs, shuffle=True, drop_last=True, num_workers=os.cpu_count(), pin_memory=cuda)
+    loader = torch.utils.data.DataLoader(Images(), stage.bs, shuffle=True, drop_last=True, num_workers=os.cpu_count(), pin_memory=cuda)
     net, loss = create_model(stage).to(device), nn.SmoothL1Loss()
     opt, seconds = torch.optim.Adam(net.parameters(), 1e-4), []
     for _ in range(EPOCHS):
@@ -50,15 +50,16 @@ def published(folder: Path, stage) -> dict:
 
 @contextmanager
 def our_learner(folder: Path, stage):
-    "The Learner as a stage makes it, with its pictures prepared now; how long preparing took, the precision, and how long choosing that took"
+    "The Learner as a stage makes it, with its images prepared now; how long preparing took, the precision, and how long choosing that took"
     import pandas as pd
 
-    from aptos_fastai.config import Augment
-    from aptos_fastai.console import Bars
-    from aptos_fastai.data import get_dls
-    from aptos_fastai.images import Prep, prepare_table
-    from aptos_fastai.model import body_stats, get_learner
-    from aptos_fastai.precision import precision_of
+    from aptos_fastai.common.console import Bars
+    from aptos_fastai.data.retina import Prep
+    from aptos_fastai.data.store import prepare_table
+    from aptos_fastai.recipe import Augment
+    from aptos_fastai.training.loaders import get_dls
+    from aptos_fastai.training.model import body_stats, get_learner
+    from aptos_fastai.training.precision import precision_of
     t = time.perf_counter()
     files, prep = rows_of(folder), Prep(size=stage.size)
     frame = pd.DataFrame([(Path(f).stem, f, g, 'originals') for f, g in files], columns=['id_code', 'path', 'diagnosis', 'source'])
@@ -75,8 +76,8 @@ def ours(folder: Path, stage) -> dict:
     import torch
     from fastai.callback.core import Callback
 
-    from aptos_fastai.callbacks import History, Reproducible
-    from aptos_fastai.stage import asked_for, fit_stage
+    from aptos_fastai.pipeline.stage import fit_stage, optional_callbacks
+    from aptos_fastai.training.callbacks import History, Reproducible
 
     class Clock(Callback):
         order = 1000
@@ -90,7 +91,7 @@ def ours(folder: Path, stage) -> dict:
     with our_learner(folder, stage) as (learn, took, precision, measuring):
         clock, hist = Clock(), History('last')
         clock.waits, clock.seconds = [], []
-        fit_stage(learn, stage, [Reproducible(0, hist), *asked_for(stage, precision, hist), hist, clock])
+        fit_stage(learn, stage, [Reproducible(0, hist), *optional_callbacks(stage, precision, hist), hist, clock])
         i = min(range(1, EPOCHS), key=lambda i: clock.seconds[i])
         return dict(first=took + clock.seconds[0], steady=clock.seconds[i], waiting=clock.waits[i] / clock.seconds[i], precision=precision,
                     preparing=took, measuring=measuring, memory=torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0)
@@ -100,7 +101,7 @@ def loop(folder: Path, stage, resident: bool) -> dict:
     "Our DataLoader, network, precision and schedule without fastai's Learner; `resident`: on one batch in memory"
     import torch
 
-    from aptos_fastai.precision import DTYPES
+    from aptos_fastai.training.precision import DTYPES
     with our_learner(folder, stage) as (learn, _, precision, _):
         dls, net, loss, device = learn.dls, learn.model, torch.nn.SmoothL1Loss(), learn.dls.device
         opt, steps, seconds = torch.optim.AdamW(net.parameters(), stage.lr, weight_decay=stage.wd), len(dls.train), []
@@ -120,8 +121,8 @@ def loop(folder: Path, stage, resident: bool) -> dict:
 
 
 def one(way: str, folder: str, arch: str, size: str, bs: str) -> dict:
-    from aptos_fastai.config import Stage
-    from aptos_fastai.console import console
+    from aptos_fastai.common.console import console
+    from aptos_fastai.recipe import Stage
     console.quiet = True
     stage = Stage('benchmark', ('t',), arch=arch, size=int(size), bs=int(bs), weights='none', epochs=EPOCHS, keep='last')
     folder = Path(folder)
@@ -140,8 +141,8 @@ def libjpeg(files: list[Path]) -> float:
 
 
 def main(folder: str, arch: str = 'legacy_seresnet50', size: str = '256', bs: str = '16'):
-    from aptos_fastai.console import say, table
-    from aptos_fastai.precision import machine
+    from aptos_fastai.common.console import say, table
+    from aptos_fastai.training.precision import machine
     files = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in ('.jpg', '.jpeg'))
     if not files: sys.exit(f'error: {folder}: holds no JPEG originals')
     found: dict[str, list[dict]] = {w: [] for w in WAYS}
@@ -162,10 +163,10 @@ def main(folder: str, arch: str = 'legacy_seresnet50', size: str = '256', bs: st
             [f'ours, steady epoch ({o["precision"]}, channels last)', f'{rate["ours"]:.1f}', f'x {rate["ours"] / base:.2f}'],
             ['ours, first epoch with preparing', f'{first["ours"]:.1f}', f'x {first["ours"] / first["published"]:.2f}'],
             ['bare PyTorch loop, our settings', f'{rate["bare loop"]:.1f}', f'ours is {rate["bare loop"] / rate["ours"] - 1:+.1%} slower'],
-            ['limit: pictures in memory', f'{rate["resident"]:.1f}', f'ours has {rate["ours"] / rate["resident"]:.0%}'],
+            ['limit: images in memory', f'{rate["resident"]:.1f}', f'ours has {rate["ours"] / rate["resident"]:.0%}'],
             ['limit: libjpeg alone, whole, one core', f'{libjpeg(files):.1f}', '']]
-    table(f'{arch} {size} px, batch {bs}, {n} pictures from {len(files)} originals; {machine()}, {platform.machine()}',
-          ['training', 'pictures/s', 'ratio'], rows, right=('pictures/s',), wrap=('training',))
+    table(f'{arch} {size} px, batch {bs}, {n} images from {len(files)} originals; {machine()}, {platform.machine()}',
+          ['training', 'images/s', 'ratio'], rows, right=('images/s',), wrap=('training',))
     say(f'waiting for data: {o["waiting"]:.1%} of a steady epoch; preparing {n} originals: {o["preparing"]:.1f} s; '
         f'choosing the precision, once a network and size, in no epoch here: {o["measuring"]:.1f} s')
     if best('ours', 'memory'): say(f'peak memory: published {best("published", "memory"):.1f} GB, ours {best("ours", "memory"):.1f} GB')

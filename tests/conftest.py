@@ -1,5 +1,10 @@
-"What tests share: a tiny table on disk, real photographs where they are, and one whole toy run of the shipped settings.ini."
+"What tests share: a tiny table on disk, real images where they are, and one whole toy run of the shipped settings.ini."
+import io
 import os
+import shutil
+import socket
+import threading
+import time
 from pathlib import Path
 
 import cv2
@@ -9,6 +14,7 @@ import pytest
 import torch
 
 from aptos_fastai.cli import main
+from aptos_fastai.pipeline.graph import open_run
 
 ROOT = Path(__file__).parents[1]
 IDRID = Path(os.environ.get('IDRID', ROOT.parent / 'shared/data/idrid'))
@@ -34,7 +40,7 @@ def fundus(rng, side=96, grade=0):
 
 
 def write_table(folder: Path, n=40, graded=True, seed=0, name='train'):
-    "`name`.csv and `name`_images/ of `n` pictures with grades in turn"
+    "`name`.csv and `name`_images/ of `n` images with grades in turn"
     rng = np.random.default_rng(seed)
     (folder / f'{name}_images').mkdir(parents=True, exist_ok=True)
     ids = [f'{name}{i:03}' for i in range(n)]
@@ -77,7 +83,7 @@ def toy(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def idrid():
-    if not (IDRID / 'train.csv').is_file(): pytest.skip(f'the IDRiD photographs are not at {IDRID}; set IDRID to their folder')
+    if not (IDRID / 'train.csv').is_file(): pytest.skip(f'the IDRiD images are not at {IDRID}; set IDRID to their folder')
     return IDRID
 
 
@@ -89,3 +95,55 @@ def fails(capsys, args, *words):
     assert err.startswith('error: ') and err.count('\n') == 1, err
     for w in words: assert str(w) in err, f'{w!r} is not in: {err}'
     return err
+
+
+STAGES = 'pretrain_256 finetune_256 pretrain_512 finetune_512 retrain_512 pretrain_dense finetune_dense'.split()
+
+
+def run_of(toy): return open_run(str(ROOT / 'settings.ini'), 'demo', str(toy.parent), [o for o in TOY if o != '--set'])
+def toy_args(toy, *more): return ['--recipe', str(ROOT / 'settings.ini'), '--runs', str(toy.parent), *TOY, *more]
+def sets(*stage_keys): return [o for k in stage_keys for o in ('--set', f'stage.{k}')]
+def stamps(folder): return {p: p.stat().st_mtime_ns for p in folder.rglob('*') if p.is_file()}
+
+
+@pytest.fixture
+def copied(toy, tmp_path):
+    "A copy of the toy run that a test may spoil"
+    shutil.copytree(toy.parent, tmp_path / 'runs')
+    return tmp_path / 'runs' / toy.name
+
+
+@pytest.fixture(scope='session')
+def photos(toy): return run_of(toy).frames['aptos_test'].path.tolist()
+
+
+@pytest.fixture(scope='session')
+def address(toy):
+    "A server of the toy run in a thread; its url"
+    uvicorn = pytest.importorskip('uvicorn')
+    from aptos_fastai.deploy import serve
+    from aptos_fastai.inference.grader import load_grader
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(serve.get_app(load_grader(toy), ['127.0.0.1']), port=port, log_level='warning'))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started: time.sleep(.05)
+    yield f'http://127.0.0.1:{port}'
+    server.should_exit = True
+    thread.join(10)
+
+
+def dicom(a, photometric, stored, frames=None, signed=0, syntax=None):
+    "A DICOM file's bytes with the pixels of `a`"
+    pydicom = pytest.importorskip('pydicom')
+    ds = pydicom.dataset.FileDataset(None, {}, preamble=b'\0' * 128)
+    ds.file_meta = pydicom.dataset.FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = syntax or pydicom.uid.ExplicitVRLittleEndian
+    ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID = '1.2.840.10008.5.1.4.1.1.77.1.5.1'       # ophthalmic photography, 8 bit
+    ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = '1.2.3.4'
+    ds.Rows, ds.Columns, ds.SamplesPerPixel, ds.PhotometricInterpretation = *a.shape[:2], 3 if a.ndim == 3 else 1, photometric
+    if a.ndim == 3: ds.PlanarConfiguration = 0
+    if frames: ds.NumberOfFrames = frames
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation, ds.PixelData = a.itemsize * 8, stored, stored - 1, signed, a.tobytes()
+    f = io.BytesIO(); ds.save_as(f, enforce_file_format=True)
+    return f.getvalue()

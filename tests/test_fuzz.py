@@ -1,4 +1,4 @@
-"Damaged pictures and requests: an answer or one clear line, never a crash, a hang or a full memory."
+"Damaged images and requests: an answer or one clear line, never a crash, a hang or a full memory."
 import os
 import subprocess
 import sys
@@ -7,13 +7,12 @@ import time
 import cv2
 import numpy as np
 import pytest
-from conftest import ROOT, fundus
+from conftest import ROOT, dicom, fundus
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_images import dicom
-from test_serve import address  # noqa: F401 (a fixture)
 
-from aptos_fastai.images import ImageError, Prep, decode, prepare
+from aptos_fastai.data.decode import ImageError, decode
+from aptos_fastai.data.retina import Prep, prepare
 
 EXAMPLES = int(os.environ.get('FUZZ', 60))   # of each; FUZZ=5000 is the long run
 quiet = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
@@ -56,7 +55,7 @@ def reads_or_says(data: bytes):
 
 @quiet
 @given(st.sampled_from(sorted(SEEDS)), edits)
-def test_damaged_pictures(kind, todo): reads_or_says(damaged(SEEDS[kind], todo))
+def test_damaged_images(kind, todo): reads_or_says(damaged(SEEDS[kind], todo))
 
 
 @quiet
@@ -65,7 +64,7 @@ def test_noise_behind_any_signature(data, head): reads_or_says(head + data)
 
 
 @pytest.mark.slow
-def test_damaged_real_photographs(idrid):
+def test_damaged_real_images(idrid):
     "Of IDRiD, in a process of 3 GB that must not die"
     code = f'''
 import random, resource, sys
@@ -89,7 +88,7 @@ def ask(url, **request): return pytest.importorskip('httpx').post(url + '/api/pr
 
 @settings(quiet, max_examples=max(8, EXAMPLES // 4))
 @given(st.lists(st.tuples(st.sampled_from(sorted(SEEDS)), edits, st.text(max_size=30)), min_size=1, max_size=3))
-def test_uploads_of_damaged_pictures(address, given_):  # noqa: F811
+def test_uploads_of_damaged_images(address, given_):
     files = [('files', (name or 'x', damaged(SEEDS[kind], todo))) for kind, todo, name in given_]
     got = ask(address, files=files)
     assert got.status_code in (200, 400), got.text
@@ -100,7 +99,7 @@ def test_uploads_of_damaged_pictures(address, given_):  # noqa: F811
 
 @settings(quiet, max_examples=max(8, EXAMPLES // 4))
 @given(edits, st.sampled_from(['multipart/form-data; boundary=x', 'multipart/form-data', 'multipart/form-data; boundary=', 'text/plain', '']))
-def test_damaged_requests(address, todo, kind):  # noqa: F811
+def test_damaged_requests(address, todo, kind):
     whole = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n' + SEEDS['png'] + b'\r\n--x--\r\n'
     got = ask(address, content=damaged(whole, todo), headers={'content-type': kind})
     assert got.status_code in (200, 400, 411, 413, 415), (got.status_code, got.text)

@@ -8,16 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score
 
-from aptos_fastai.files import AptosError
+from aptos_fastai.common.io import AptosError
 from aptos_fastai.metrics import (
-    HALF,
-    GradeCuts,
-    GradeSets,
+    MIDPOINTS,
+    GradeThresholds,
+    PredictionSets,
     ScoreKappa,
-    apply_cuts,
+    apply_thresholds,
     auc,
     even_parts,
-    fit_cuts,
+    fit_thresholds,
     kappa_interval,
     nested_grades,
     paired_interval,
@@ -28,7 +28,7 @@ from aptos_fastai.metrics import (
 
 
 def test_kappa_by_hand():
-    # 4 pictures, grades 0 0 1 2 given 0 1 1 2: seen 1; chance = sum over pairs of (row n)(column n)(difference)^2 / 4 = 18 / 4
+    # 4 images, grades 0 0 1 2 given 0 1 1 2: seen 1; chance = sum over pairs of (row n)(column n)(difference)^2 / 4 = 18 / 4
     rows, cols = np.bincount([0, 0, 1, 2], minlength=5), np.bincount([0, 1, 1, 2], minlength=5)
     chance = sum(rows[i] * cols[j] * (i - j) ** 2 for i in range(5) for j in range(5)) / 4
     assert quadratic_kappa([0, 1, 1, 2], [0, 0, 1, 2]) == pytest.approx(1 - 1 / chance)
@@ -43,50 +43,50 @@ def test_kappa_is_sklearns(pairs):
 
 
 def naive_best(s, y):
-    "The best kappa over every placing of four cuts between different scores"
+    "The best kappa over every placing of four thresholds between different scores"
     u = np.unique(s)
     places = np.r_[u[0] - 1, (u[1:] + u[:-1]) / 2, u[-1] + 1]
-    return max(quadratic_kappa(apply_cuts(s, c), y) for c in itertools.combinations_with_replacement(places, 4))
+    return max(quadratic_kappa(apply_thresholds(s, c), y) for c in itertools.combinations_with_replacement(places, 4))
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(-3, 12), st.integers(0, 4)), min_size=3, max_size=10))
-def test_cuts_are_the_global_optimum(pairs):
+def test_thresholds_are_the_global_optimum(pairs):
     s, y = np.array(pairs, float).T
     if s.min() == s.max() or y.min() == y.max(): return
-    c = GradeCuts().fit(s, y)
+    c = GradeThresholds().fit(s, y)
     assert c.kappa_ == pytest.approx(naive_best(s, y), abs=1e-9)
     assert quadratic_kappa(c.predict(s), y) == pytest.approx(c.kappa_, abs=1e-9)
-    assert (np.diff(c.cuts_) >= 0).all()
+    assert (np.diff(c.thresholds_) >= 0).all()
 
 
 @pytest.mark.parametrize('scores, grades, words', [
     ([1, 1, 1], [0, 1, 2], 'all 3 scores are 1'), ([0, 1, 2], [2, 2, 2], 'all 3 grades are 2'),
     ([0, np.nan, 2], [0, 1, 2], '1 of 3 scores are not numbers'), ([], [], '0 scores'), ([1, 2], [1], '2 scores and 1 grades')])
-def test_cuts_refuse(scores, grades, words):
-    with pytest.raises(AptosError, match=words): GradeCuts().fit(scores, grades)
+def test_thresholds_refuse(scores, grades, words):
+    with pytest.raises(AptosError, match=words): GradeThresholds().fit(scores, grades)
 
 
-def test_a_score_at_a_cut_goes_up(): assert apply_cuts([.69, .7, 1.5, 9], (.7, 1.5, 2.5, 3.5)).tolist() == [0, 1, 2, 4]
+def test_a_score_at_a_cut_goes_up(): assert apply_thresholds([.69, .7, 1.5, 9], (.7, 1.5, 2.5, 3.5)).tolist() == [0, 1, 2, 4]
 
 
-def test_nested_cuts_never_saw_their_picture():
-    "Changing one picture's grade may change the others' grades but never its own part's cuts"
+def test_nested_thresholds_never_saw_their_image():
+    "Changing one image's grade may change the others' grades but never its own part's thresholds"
     rng = np.random.default_rng(0)
     y = rng.integers(0, 5, 100); s = y + rng.normal(0, .8, 100)
-    optimist = GradeCuts().fit(s, y).kappa_
+    optimist = GradeThresholds().fit(s, y).kappa_
     part = np.arange(100) % 4
     got = nested_grades(s, y, part)
     assert quadratic_kappa(got, y) <= optimist
-    for k in range(4): assert (got[part == k] == apply_cuts(s[part == k], GradeCuts().fit(s[part != k], y[part != k]).cuts_)).all()
+    for k in range(4): assert (got[part == k] == apply_thresholds(s[part == k], GradeThresholds().fit(s[part != k], y[part != k]).thresholds_)).all()
     noise = rng.normal(size=200); random = rng.integers(0, 5, 200)
-    assert abs(quadratic_kappa(nested_grades(noise, random, np.arange(200) % 5), random)) < .15 < GradeCuts().fit(noise[:30], random[:30]).kappa_
+    assert abs(quadratic_kappa(nested_grades(noise, random, np.arange(200) % 5), random)) < .15 < GradeThresholds().fit(noise[:30], random[:30]).kappa_
 
 
-def test_shrunken_cuts_lie_between():
+def test_shrunken_thresholds_lie_between():
     rng = np.random.default_rng(0)
     y = rng.integers(0, 5, 50); s = .6 * y + rng.normal(0, .3, 50)
-    assert fit_cuts('shrunken', s, y) == pytest.approx((fit_cuts('optimal', s, y) + 2 * np.array(HALF)) / 3)      # 50 pictures against 100
+    assert fit_thresholds('regularised', s, y) == pytest.approx((fit_thresholds('optimal', s, y) + 2 * np.array(MIDPOINTS)) / 3)      # 50 images against 100
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 30)), min_size=6, max_size=80), st.randoms())
@@ -103,7 +103,7 @@ def test_even_parts_share_the_grades_out():
     assert (pd.crosstab(y, even_parts(y, np.arange(100))) == 4).all().all()
 
 
-def test_paired_interval_is_that_of_resampled_pictures():
+def test_paired_interval_is_that_of_resampled_images():
     rng = np.random.default_rng(1)
     y = rng.integers(0, 5, 300); a, b = (np.clip(y + rng.integers(-k, k + 1, 300), 0, 4) for k in (2, 1))
     rows = rng.integers(0, 300, (2000, 300))
@@ -143,7 +143,7 @@ def test_grade_sets_hold_each_grade_as_often_as_promised():
         y = rng.choice(5, n, p=(.5, .1, .2, .1, .1))
         return .7 * y + .3 + rng.normal(0, .5, n) * (1 + .3 * y), y
     s, y = draw(4000)
-    low, high = GradeSets(.9).fit(s, y).predict(*(o := draw(20000))[:1], np.clip(o[0].round(), 0, 4).astype(int))
+    low, high = PredictionSets(.9).fit(s, y).predict(*(o := draw(20000))[:1], np.clip(o[0].round(), 0, 4).astype(int))
     held = (low <= o[1]) & (o[1] <= high)
     for g in range(5): assert held[o[1] == g].mean() > .88                              # filled gaps and the given grade only add
     assert (high - low + 1).mean() < 3.5
@@ -151,11 +151,11 @@ def test_grade_sets_hold_each_grade_as_often_as_promised():
 
 def test_grade_sets_promise_nothing_of_a_grade_they_hardly_saw():
     y = np.array([0] * 50 + [3] * 5); s = y + .01
-    low, high = GradeSets(.9).fit(s, y).predict([0., 0.], [0, 1])
+    low, high = PredictionSets(.9).fit(s, y).predict([0., 0.], [0, 1])
     assert (low == 0).all() and (high == 4).all()                                        # grades 1, 2 and 4 were never seen
 
 
-def test_interval_is_that_of_resampled_pictures():
+def test_interval_is_that_of_resampled_images():
     rng = np.random.default_rng(1)
     y = rng.integers(0, 5, 300); g = np.clip(y + rng.integers(-1, 2, 300), 0, 4)
     rows = rng.integers(0, 300, (2000, 300))

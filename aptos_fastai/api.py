@@ -1,0 +1,1 @@
+"The Python API: what `from aptos_fastai import …` gives."

@@ -1,0 +1,1 @@
+"Files, console and processes: knows no images, grades or stages."

@@ -1,0 +1,1 @@
+"Tables, folds, images: everything before PyTorch."

@@ -1,0 +1,1 @@
+"Bundles, Kaggle folders and the local server."

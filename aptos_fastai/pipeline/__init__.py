@@ -1,0 +1,1 @@
+"Stages, graph, scores, pseudo-labels, summary."

@@ -1,0 +1,1 @@
+"What a fastai user would import: loaders, model, callbacks."
