@@ -1,14 +1,40 @@
-"Grades diabetic retinopathy (0-4) from fundus images with staged fastai training."
+"""Grade diabetic retinopathy (0-4) from fundus images with staged fastai training.
+
+`import aptos_fastai` imports no PyTorch; each name below is imported at its first use.
+"""
 import warnings
+from importlib import import_module
+from typing import Any
 
 __version__ = '0.1.0'
 
-warnings.filterwarnings('ignore', message='.torch.jit.script. is deprecated', category=FutureWarning)     # timm's own use of it
-warnings.filterwarnings('ignore', message='IProgress not found')                                          # in notebooks: the bars of libraries, none of ours
-warnings.filterwarnings('ignore', message="The 'mode.chained_assignment' option is deprecated")           # fastai's own use of it
+_MODULES = dict(                             # name -> module that defines it
+    open_run='api',
+    load_grader='inference.grader',
+    read_recipe='recipe',
+    stage_learner='pipeline.stage',
+    get_dls='training.loaders',
+    create_model='training.model',
+    GeM='training.model',
+    QuadraticKappa='training.model',
+    quadratic_kappa='metrics',
+    GradeThresholds='metrics',
+    PredictionSets='metrics',
+    find_retina='data.retina',
+)
+__all__ = list(_MODULES)
+
+warnings.filterwarnings('ignore', message='.torch.jit.script. is deprecated', category=FutureWarning)     # timm uses it
+warnings.filterwarnings('ignore', message='IProgress not found')     # progress bars of other packages in notebooks
+warnings.filterwarnings('ignore', message="The 'mode.chained_assignment' option is deprecated")     # fastai uses it
 
 
-def load_grader(path, backend='torch', precision='f32'):
-    "The `aptos_fastai.grader.Grader` of a bundle, a run folder or a stage's folder: `load_grader(path).predict(files)` gives a DataFrame"
-    from aptos_fastai.inference.grader import load_grader as load  # PyTorch is only imported where it is used
-    return load(path, backend, precision)
+def __getattr__(name: str) -> Any:
+    "Import a name of the API at its first use"
+    if name not in _MODULES: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    value = getattr(import_module(f'{__name__}.{_MODULES[name]}'), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]: return sorted([*globals(), *_MODULES])

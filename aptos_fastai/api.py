@@ -1,1 +1,70 @@
-"The Python API: what `from aptos_fastai import …` gives."
+"""The Python API of a run: `open_run(...)` in a notebook or script.
+
+    from aptos_fastai import open_run
+    run = open_run('settings.ini', data='demo')      # reads the recipe, prepares every image
+    run.train('pretrain_256')                        # trains the stage and what it builds on
+    learn = run.learner('finetune_256')              # a fastai Learner
+    run.oof('finetune_256')                          # out-of-fold scores
+    run.grader().predict('eye.jpg')                  # grades of new images
+"""
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aptos_fastai.common.io import read_record
+from aptos_fastai.pipeline.graph import load_run, require_name, start_run, train_nodes
+from aptos_fastai.run_folder import RecordError, Run
+
+if TYPE_CHECKING:
+    from fastai.learner import Learner
+
+    from aptos_fastai.inference.grader import Grader
+
+
+class PreparedRun(Run):
+    """A run whose images are prepared.
+
+    Attributes: `recipe`, `data` and `root` (folders), `frames` (table name -> DataFrame, a row an image).
+    Any function that takes a `Run` takes this one. The run folder is locked only while `train` works in it.
+    """
+    @property
+    def folder(self) -> Path:
+        "The run folder, `<runs>/<recipe name>`"
+        return self.root
+
+    def train(self, stage: str) -> Path:
+        "Train a stage and the unfinished stages that it builds on; return the stage's folder"
+        needed = self.ancestors(require_name(self.recipe, stage, self.recipe.stages))
+        with start_run(self, needed) as (run, bars): train_nodes(run, needed, bars)
+        return self.root / stage
+
+    def learner(self, stage: str, fold: int = 0) -> 'Learner':
+        "Return the fastai Learner of a stage as its training starts. Raises `AptosError` if its parent is not trained"
+        from aptos_fastai.pipeline.stage import stage_learner
+        return stage_learner(self, require_name(self.recipe, stage, self.recipe.stages), fold)
+
+    def grader(self, stage: str = '', backend: str = 'torch', precision: str = 'f32') -> 'Grader':
+        "Return the `Grader` of the submitted model, once `all` is finished, or of one trained stage"
+        from aptos_fastai.inference.grader import load_grader
+        folder = self.root / require_name(self.recipe, stage, self.recipe.stages) if stage else self.root
+        return load_grader(folder, backend, precision)
+
+    def summary(self) -> dict:
+        """Return summary.json: `stages` (a dict each, with kappa and kappa_interval) and `submission`.
+
+        Raises `RecordError` before `all` has finished.
+        """
+        summary = read_record(self.root / 'summary.json')
+        if not summary: raise RecordError(f'{self.root}: no summary.json. Run `all` first.')
+        return summary
+
+
+def open_run(recipe: str | Path = 'settings.ini', data: str | Path = 'demo', runs: str | Path = 'runs',
+             sets: Iterable[str] = ()) -> PreparedRun:
+    """Read a recipe and its tables, prepare every image, write the folds; return the `PreparedRun`.
+
+    `data` is the folder of the tables, or 'demo' for generated images; results go to `<runs>/<recipe name>`;
+    `sets` change keys of the recipe: ['stage.epochs=5']. Trains nothing. Raises `AptosError`.
+    """
+    with start_run(load_run(recipe, data, runs, sets)) as (run, _):
+        return PreparedRun(run.recipe, run.data, run.root, run.frames)

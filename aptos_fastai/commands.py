@@ -1,9 +1,12 @@
-"What each command does."
+"What each command does, with the functions of the other modules. `cli.py` parses its arguments."
+import textwrap
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from aptos_fastai.common.console import Bars, format_duration, say, table
@@ -11,153 +14,203 @@ from aptos_fastai.common.distributed import world_size
 from aptos_fastai.common.io import AptosError, file_hash, read_record, write_csv, write_record
 from aptos_fastai.data.store import read_prepared, store_folder
 from aptos_fastai.pipeline.graph import (
+    OUTPUTS,
     check_run,
-    label,
-    made_from,
-    predict,
-    predictions_up_to_date,
+    inputs_digest,
+    outputs_up_to_date,
+    require_name,
+    score_test_table,
     start_run,
-    submit,
+    submitted_nodes,
     train_nodes,
+    write_demo_tables,
+    write_missing_labels,
+    write_submissions,
 )
 from aptos_fastai.pipeline.summary import SYNTHETIC, oof_table, show_summary, summarise
-from aptos_fastai.recipe import Recipe, read_recipe
+from aptos_fastai.recipe import NAMED_SECTIONS, SECTIONS, read_recipe
 from aptos_fastai.run_folder import Run
 
 
-def run_all(run: Run):
-    "Everything, in order: prepares, trains, labels, predicts, submits, sums up; says so and does nothing where all is done"
-    t0 = time.monotonic()
+def run_all(run: Run) -> None:
+    "Prepare, train, label, score, submit and report; do nothing if every output is up to date"
+    start = time.monotonic()
     if run.recipe.demo: say(SYNTHETIC, 'yellow')
-    if world_size() > 1: say(f'{world_size()} processes share every batch, the preparing and the scoring')
+    if world_size() > 1: say(f'{world_size()} processes share preparing, training and scoring')
     with start_run(run, run.recipe.stages) as (run, bars):
-        if predictions_up_to_date(run):
-            say(f'Everything is done already: nothing was run. The answer is {run.root / "submission.csv"}')
-            return show_summary(run, read_record(run.root / 'summary.json'))
+        if outputs_up_to_date(run):
+            say(f'Nothing to do: every stage is up to date. Submission: {run.root / "submission.csv"}')
+            show_summary(run, read_record(run.root / 'summary.json') or {})
+            return
         train_nodes(run, run.recipe.stages, bars)
-        oof = oof_table(run)                 # first: what is not what was written is told before an answer is
-        scores = predict(run, bars)
-        submit(run, scores)
-        write_csv(run.root / 'oof.csv', oof)
-        from aptos_fastai.reports.run_report import write_report
-        answers = {f: file_hash(run.root / f) for f in ('submission.csv', 'scores.csv', 'oof.csv')}
-        o = dict(summarise(run, oof), seconds=round(time.monotonic() - t0, 1), made_from=made_from(run), answers=answers)
-        write_report(run, o, oof, scores, bars)
-        write_record(run.root / 'summary.json', o)
-    show_summary(run, o)
-    say(f'{format_duration(time.monotonic() - t0)} in all')
+        summary = write_outputs(run, bars, start)
+    show_summary(run, summary)
+    say(f'{format_duration(time.monotonic() - start)} in all')
 
 
-def prepare_all(run: Run):
-    "`prepare`"
-    with start_run(run) as (done, _): pass
+def write_outputs(run: Run, bars: Bars, start: float) -> dict:
+    "Write oof.csv, scores.csv, submissions, report.html and, last, summary.json, which is returned"
+    from aptos_fastai.reports.run_report import write_report
+    oof = oof_table(run)                     # first: it checks the validation scores before anything is written
+    scores = score_test_table(run, bars)
+    write_submissions(run, scores)
+    write_csv(run.root / 'oof.csv', oof)
+    hashes = {name: file_hash(run.root / name) for name in OUTPUTS}
+    summary = dict(summarise(run, oof), seconds=round(time.monotonic() - start, 1),
+                   inputs_digest=inputs_digest(run), outputs=hashes)
+    write_report(run, summary, oof, scores, bars)
+    write_record(run.root / 'summary.json', summary)
+    return summary
+
+
+def prepare_run(run: Run) -> None:
+    "Prepare the images of every table; print how their retinas were found and which look bad"
+    with start_run(run) as (prepared, _): pass
     rows = []
-    for n, f in run.frames.items():
-        rec = read_prepared(store_folder(f, run.store, run.prep))
-        flags = rec['flags'].str.split().explode().value_counts()
-        rows.append([n, len(rec), int((rec.error != '').sum()), ' '.join(f'{k} {v}' for k, v in rec.how.value_counts().items() if k),
-                     ' '.join(f'{k} {v}' for k, v in flags.items()) or 'none'])
-    table(f'images prepared at {run.prep.size} px',
-          ['table', 'images', 'bad', 'retina found as', 'flags'], rows, right=('images', 'bad'), wrap=('flags',))
-    for n, f in done.frames.items(): say(f'{n}: {Path(f.stored.iloc[0]).parent / "prepared.csv"}')
+    for name, frame in prepared.frames.items():
+        record = read_prepared(store_folder(frame, run.store, run.prep))
+        assert record is not None
+        flags = record['flags'].str.split().explode()
+        rows.append([name, len(record), int((record.error != '').sum()), counts_text(record.how[record.how != '']),
+                     counts_text(flags) or 'none'])
+    table(f'images prepared at {run.prep.size} px', ['table', 'images', 'unreadable', 'retina found as', 'flags'], rows,
+          right=('images', 'unreadable'), wrap=('flags',))
+    for name, frame in prepared.frames.items():
+        say(f'{name}: {Path(frame.stored.iloc[0]).parent / "prepared.csv"}')
 
 
-def _known(run: Run, name: str, among) -> str:
-    if name not in among: raise AptosError(f'{name}: no such stage in {run.recipe.path}; there are {", ".join(among)}')
-    return name
+def counts_text(values: pd.Series) -> str:
+    "Return how often each value occurs, the most frequent first: 'circle 40 box 2'"
+    return ' '.join(f'{value} {count}' for value, count in values.value_counts().items())
 
 
-def train_stage(run: Run, stage: str):
-    "`train STAGE`"
-    needed = run.ancestors(_known(run, stage, run.recipe.stages))
-    with start_run(run, needed) as (run, bars): n = train_nodes(run, needed, bars)
-    say(f'{stage} -> {run.root / stage}' if n else f'{stage} is finished already: {run.root / stage}')
+def train_stage(run: Run, stage: str) -> None:
+    "Train one stage and the unfinished stages that it builds on"
+    needed = run.ancestors(require_name(run.recipe, stage, run.recipe.stages))
+    with start_run(run, needed) as (run, bars): trained = train_nodes(run, needed, bars)
+    say(f'{stage} -> {run.root / stage}' if trained else f'Nothing to do: {stage} is up to date in {run.root / stage}')
 
 
-def label_table(run: Run, node: str, name: str):
-    "`label STAGE [TABLE]`"
+def label_table(run: Run, node: str, name: str) -> None:
+    "Write the pseudo-labels of an ungraded table (default: the submission's); train what they need first"
     name = name or run.recipe.submit.table
     if name not in run.frames or run.recipe.tables[name].graded:
-        raise AptosError(f'{name}: no ungraded table of {run.recipe.path}; there are {", ".join(t.name for t in run.recipe.used_tables if not t.graded)}')
-    needed = run.ancestors(_known(run, node, run.recipe.nodes))
+        ungraded = [t.name for t in run.recipe.used_tables if not t.graded]
+        raise AptosError(f'{name}: no such ungraded table in {run.recipe.path}. Choose from: {", ".join(ungraded)}.')
+    needed = run.ancestors(require_name(run.recipe, node, run.recipe.nodes))
     with start_run(run, needed) as (run, bars):
         train_nodes(run, needed, bars)
-        say(f'labels of {name} by {node}: {label(run, node, name, bars)}')
+        say(f'pseudo-labels of {name} by {node}: {write_missing_labels(run, node, name, bars)}')
 
 
 @contextmanager
-def _answering(run: Run) -> Iterator[tuple[Run, Bars]]:
-    "`start_run`, where every stage that answers is finished"
-    needed = set().union(*(run.ancestors(m) for m in [run.recipe.submit.final, *run.recipe.submit.also])) & set(run.recipe.stages)
-
-    def refuse(lost):
-        why = 'not trained yet, or trained with other settings, grades or images'
-        if lost: raise AptosError(f'{run.root}: {", ".join(lost)} {why}; run `all`, or `train {lost[-1]}`')
-    refuse([n for n in run.recipe.order if n in needed and not run.record(n, 0)])
+def start_trained_run(run: Run) -> Iterator[tuple[Run, Bars]]:
+    "`start_run`. Raises `AptosError` if a stage that the submission needs is not finished"
+    needed = set().union(*(run.ancestors(n) for n in submitted_nodes(run.recipe))) & set(run.recipe.stages)
+    require_finished(run, [n for n in run.recipe.order if n in needed and not run.record(n, 0)])
     with start_run(run) as (run, bars):
-        refuse([n for n in run.todo() if n in needed])
+        require_finished(run, [n for n in run.todo() if n in needed])
         yield run, bars
 
 
-def write_scores(run: Run):
-    "`predict`"
-    with _answering(run) as (run, bars): df = predict(run, bars)
-    say(f'{len(df)} images scored -> {run.root / "scores.csv"}')
+def require_finished(run: Run, unfinished: list[str]) -> None:
+    "Raise `AptosError` if any stage is unfinished"
+    if not unfinished: return
+    raise AptosError(f'{run.root}: {", ".join(unfinished)} not trained yet, or trained with other settings, grades or '
+                     f'images. Run `all`, or `train {unfinished[-1]}`.')
 
 
-def write_submissions(run: Run):
-    "`submit`"
-    with _answering(run) as (run, bars): submit(run, predict(run, bars))
-    sub, o = run.recipe.submit, read_record(run.root / 'summary.json')
-    thresholds = run.thresholds(sub.final, sub.thresholds).tolist()
-    def text(thresholds): return ' '.join(f'{c:.3g}' for c in thresholds)
-    say(f'{sub.final}, by thresholds {text(thresholds)} -> {run.root / "submission.csv"}; each submitted stage and ensemble -> {run.root / "submissions"}')
-    if o and o['submission']['thresholds'] != thresholds:
-        say('report.html, predict, export and kaggle keep to the thresholds of the last `all`: ' + text(o['submission']['thresholds'])
-            + '; to change them, too, set [submit] thresholds in the recipe and run `all`', 'yellow')
+def score_run(run: Run) -> None:
+    "Score the test table with the finished stages and write scores.csv"
+    with start_trained_run(run) as (run, bars): scores = score_test_table(run, bars)
+    say(f'{len(scores)} images scored -> {run.root / "scores.csv"}')
 
 
-def report_run(run: Run):
-    "`report`: anew from what `all` has finished"
+def submit_run(run: Run) -> None:
+    "Score the test table and write submission.csv and submissions/"
+    with start_trained_run(run) as (run, bars): write_submissions(run, score_test_table(run, bars))
+    submit, summary = run.recipe.submit, read_record(run.root / 'summary.json')
+    thresholds = run.thresholds(submit.final, submit.thresholds)
+    say(f'{submit.final}, thresholds {thresholds_text(thresholds)} -> {run.root / "submission.csv"}\n'
+        f'each submitted stage and ensemble -> {run.root / "submissions"}')
+    if not summary or summary['submission']['thresholds'] == thresholds.tolist(): return
+    say('report.html and the commands predict, export, serve and kaggle still use the thresholds of the last `all`:\n'
+        f'{thresholds_text(summary["submission"]["thresholds"])}. '
+        'To change these too, set [submit] thresholds in the recipe and run `all`.', 'yellow')
+
+
+def thresholds_text(thresholds: Iterable[float] | np.ndarray) -> str:
+    "Return thresholds for people: '0.52 1.48 2.5 3.41'"
+    return ' '.join(f'{t:.3g}' for t in thresholds)
+
+
+def report_run(run: Run) -> None:
+    "Write report.html again from the results of `all`"
+    from aptos_fastai.reports.run_report import write_report
     with start_run(run) as (run, bars):
-        if not predictions_up_to_date(run): raise AptosError(f'{run.root}: is not finished, or its recipe has changed; run `all` first, it ends with the report')
+        summary = read_record(run.root / 'summary.json')
+        if not summary or not outputs_up_to_date(run):
+            raise AptosError(f'{run.root}: not finished, or the recipe has changed. Run `all`; it writes the report.')
         oof, scores = (pd.read_csv(run.root / f, dtype=dict(id_code=str)) for f in ('oof.csv', 'scores.csv'))
-        from aptos_fastai.reports.run_report import write_report
-        write_report(run, read_record(run.root / 'summary.json'), oof, scores, bars)
+        write_report(run, summary, oof, scores, bars)
     say(f'{run.recipe.name} -> {run.root / "report.html"}')
 
 
-def suggest_rates(run: Run, stage: str):
-    "`lr_find STAGE`"
-    _known(run, stage, run.recipe.stages)
+def find_learning_rate(run: Run, stage: str) -> None:
+    "Print learning rates that fastai's LR finder suggests for a stage, and save its curve"
+    require_name(run.recipe, stage, run.recipe.stages)
     check_run(run, [stage])
     plot = run.root / stage / 'lr_find.png'
     with start_run(run) as (run, _):
         from aptos_fastai.pipeline.stage import find_rates
         found = find_rates(run, stage, plot)
-    table(f'learning rates for {stage}', ['suggestion', 'lr'], [[k, f'{v:.2g}'] for k, v in found.items()])
-    say(f'curve -> {plot}; put the rate into [stage.{stage}] lr')
+    table(f'learning rates for {stage}', ['suggestion', 'lr'], [[name, f'{lr:.2g}'] for name, lr in found.items()])
+    say(f'curve -> {plot}. Set the rate you choose as [stage.{stage}] lr.')
 
 
-def suggest_batch(run: Run, stage: str):
-    "`batch STAGE`"
-    _known(run, stage, run.recipe.stages)
+def find_batch_size(run: Run, name: str) -> None:
+    "Print speed and memory of a stage's training steps for growing batches, and the largest batch that fits the GPU"
+    stage = run.recipe.stages[require_name(run.recipe, name, run.recipe.stages)]
     from aptos_fastai.training.precision import fitting_batches
-    rows = fitting_batches(run.recipe.stages[stage])
-    if not rows: raise AptosError(f'[stage.{stage}] size = {run.recipe.stages[stage].size}: not two images fit this GPU; set size lower')
-    table(f'training steps of {stage}', ['bs', 'images/s', 'GB'], [[n, f'{r:.0f}', f'{g:.1f}'] for n, r, g in rows], right=('bs', 'images/s', 'GB'))
-    n, bs = rows[-1][0], run.recipe.stages[stage].bs
-    say(f'{n} fits; [stage.{stage}] bs = {bs}' + (' does, too' if bs <= n else f' does not: bs = {n} and accumulate = {-(-bs // n)} take the same steps'))
+    found = fitting_batches(stage)
+    if not found:
+        raise AptosError(f'[stage.{name}] size = {stage.size}: a batch of 2 images does not fit this GPU. Lower size.')
+    rows = [[bs, f'{speed:.0f}', f'{memory:.1f}'] for bs, speed, memory in found]
+    table(f'training steps of {name}', ['bs', 'images/s', 'GB'], rows, right=('bs', 'images/s', 'GB'))
+    largest = found[-1][0]
+    advice = f'bs = {stage.bs} fits too'
+    if stage.bs > largest:
+        steps = -(-stage.bs // largest)
+        advice = f'bs = {stage.bs} does not fit: bs = {largest} and accumulate = {steps} take the same steps'
+    say(f'[stage.{name}] largest bs that fits: {largest}; {advice}')
 
 
-def write_demo_folder(recipe: str, sets: Iterable[str], folder: str):
-    "`demo [FOLDER]`"
-    from aptos_fastai.data.demo import write_demo
-    d: Recipe = read_recipe(recipe, demo=True, sets=list(sets))
-    total = d.demo.pretrain + d.demo.train + d.demo.test
-    try:
-        with Bars() as bars, bars(f'painting into {folder}', total, 'images') as bar:
-            write_demo(Path(folder), pretrain=d.demo.pretrain, train=d.demo.train, test=d.demo.test, seed=d.seed, progress=lambda n, _: bar.to(n))
-    except FileExistsError as e: raise AptosError(f'{e}; give another folder') from None
-    except OSError as e: raise AptosError(f'{folder}: cannot be written ({e.strerror})') from None
-    say(f'{total} synthetic images -> {folder}')
+def write_demo_folder(recipe: str, sets: Iterable[str], folder: str) -> None:
+    "Write the synthetic demo's tables to a folder"
+    demo = read_recipe(recipe, demo=True, sets=list(sets))
+    write_demo_tables(demo, Path(folder), 'Choose another folder.')
+    say(f'synthetic images -> {folder}')
+
+
+def show_keys() -> None:
+    "Print every section and key of a recipe with default, unit and accepted values, in lines of 80 characters"
+    for name, section in SECTIONS.items():
+        say(f'\n[{name}.NAME]' if name in NAMED_SECTIONS else f'\n[{name}]', 'bold')
+        for key in fields(section):
+            if key.name == 'name': continue
+            head = f'  {key.name:<14} {default_text(key) or "empty":<18} '
+            text = key.metadata['help'] + accepted_text(key)
+            say(textwrap.fill(text, 80, initial_indent=head, subsequent_indent=' ' * 36))
+
+
+def default_text(key: Field) -> str:
+    "Return the default of a key as it is written in a recipe"
+    if key.default is MISSING: return 'required'
+    return ' '.join(map(str, key.default)) if isinstance(key.default, tuple) else str(key.default)
+
+
+def accepted_text(key: Field) -> str:
+    "Return the accepted values of a key: ' (yes, no)', ' (0 to 1)' or ''"
+    limits = key.metadata
+    if limits['choices']: return f' ({", ".join(limits["choices"])})'
+    return f' ({limits["low"]} to {limits["high"]})' if limits['low'] is not None else ''

@@ -1,115 +1,174 @@
-"The recipe: settings.ini read into frozen dataclasses and checked as a graph before anything runs."
+"""Read a recipe (settings.ini) into frozen dataclasses and check it before anything runs.
+
+From top to bottom: the sections and their keys; parsing one value; reading the file; checking the graph of stages.
+"""
 import configparser
 import re
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from difflib import get_close_matches
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, get_args, get_origin
 
 from aptos_fastai.common.io import AptosError, write_bytes
 
+Ini = dict[str, dict[str, str]]              # section -> key -> text
+
 
 class ConfigError(AptosError):
-    "A recipe that cannot run: names file, section, key and the accepted values."
+    "A recipe cannot run: the message names file, section, key and the accepted values."
 
 
-def _key(default=MISSING, help='', choices=None, low=None, high=None):
-    "A setting: its default, what it means with its unit, and the values it accepts"
-    return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
+# Checks of single keys. Each takes the text and the parsed value and raises ValueError with what to enter
+
+def parse_thresholds(text: str) -> tuple[float, ...] | None:
+    "Return four fixed thresholds, or None for `optimal` and `regularised`. Raises ValueError for any other text"
+    if text in ('optimal', 'regularised'): return None
+    thresholds = tuple(float(o) for o in text.split())
+    increasing = sorted(set(thresholds)) == list(thresholds)
+    if len(thresholds) != 4 or not increasing: raise ValueError(text)
+    return thresholds
+
+
+def _check_thresholds(text: str, _: Any) -> None:
+    try: parse_thresholds(text)
+    except ValueError: raise ValueError('enter optimal, regularised or four increasing numbers.') from None
+
+
+def _check_range(_: str, value: tuple[float, ...]) -> None:
+    if len(value) != 2 or value[0] > value[1]: raise ValueError('enter two numbers, the smaller one first.')
+
+
+def _check_regex(text: str, _: Any) -> None:
+    try: re.compile(text)
+    except re.error as e:
+        raise ValueError(rf'invalid regular expression ({e}). Example: ^(\d+)_(left|right)$') from None
+
+
+# The sections and their keys
+
+def _key(default: Any = MISSING, help: str = '', choices: tuple[str, ...] | None = None, low: float | None = None,
+         high: float | None = None, check: Callable[[str, Any], None] | None = None) -> Any:
+    "Declare a key: its default (none: required), its meaning with the unit, and the values it accepts"
+    return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high, check=check))
+
+
+@dataclass(frozen=True)
+class General:
+    "[recipe]: random seed and folds"
+    seed: int = _key(42, 'random seed of folds, shuffling, augmentation and the demo', low=0, high=2**31)
+    splits: int = _key(5, 'number of equal parts of the graded tables; fold k is validated on part k', low=2, high=20)
+    conflicts: str = _key('keep', 'duplicate images with different grades. keep: train on both; drop: train on none; '
+                          'mean: train on the mean grade', choices=('keep', 'drop', 'mean'))
 
 
 @dataclass(frozen=True)
 class Images:
     "[images]: how every image of the run is prepared"
-    crop: str = _key('retina', 'retina: crop to the circle found; none: the whole image', choices=('retina', 'none'))
-    aspect: str = _key('pad', 'pad: keep the aspect; squash: stretch to a square (published)', choices=('pad', 'squash'))
-    cut_off: str = _key('mirror', 'where the image cuts the retina off: mirror its content up to the circle, or black (the shape then tells the camera)',
-                        choices=('mirror', 'black'))
-    size: int = _key(0, 'side of the stored square, pixels; 0: the largest that any stage asks for', low=0, high=4096)
-    quality: int = _key(95, 'JPEG quality of the store, chroma kept whole', low=50, high=100)
-    skip_unreadable: str = _key('no', 'yes: go on without images that cannot be read; no: stop and list them', choices=('no', 'yes'))
+    crop: str = _key('retina', 'retina: crop to the detected circle of the retina; none: keep the whole image',
+                     choices=('retina', 'none'))
+    aspect: str = _key('pad', 'pad: keep the aspect ratio; squash: stretch to a square, as the published code does',
+                       choices=('pad', 'squash'))
+    cut_off: str = _key('mirror', 'how to fill the circle where the image ends inside it. mirror: mirror the image; '
+                        'black: leave black, which lets the network identify the camera', choices=('mirror', 'black'))
+    size: int = _key(0, 'side of the prepared square, pixels; 0: the largest size of any stage', low=0, high=4096)
+    quality: int = _key(95, 'JPEG quality of the prepared images, without chroma subsampling', low=50, high=100)
+    skip_unreadable: str = _key('no', 'no: stop and list unreadable images; yes: continue without them',
+                                choices=('no', 'yes'))
 
 
 @dataclass(frozen=True)
 class Augment:
-    "[augment]: what is drawn for every training image; never for validation or prediction"
-    brightness: float = _key(.1, 'factor 1 ± this', low=0, high=1)
-    contrast: float = _key(.2, 'factor 1 ± this', low=0, high=1)
-    saturation: float = _key(.2, 'factor 1 ± this', low=0, high=1)
-    hue: float = _key(.1, 'turn of the colour circle, ± this part of it', low=0, high=.5)
+    "[augment]: random changes of training images; validation and prediction use none"
+    brightness: float = _key(.1, 'brightness factor: 1 ± at most this', low=0, high=1)
+    contrast: float = _key(.2, 'contrast factor: 1 ± at most this', low=0, high=1)
+    saturation: float = _key(.2, 'saturation factor: 1 ± at most this', low=0, high=1)
+    hue: float = _key(.1, 'hue rotation: ± at most this fraction of the colour circle', low=0, high=.5)
     blur: float = _key(.5, 'probability of a Gaussian blur', low=0, high=1)
-    blur_sigma: tuple[float, ...] = _key((.1, 2.), 'its sigma, from-to, pixels', low=.01, high=20)
-    rotate: float = _key(180., 'degrees, ± this', low=0, high=180)
-    shift: float = _key(.2, 'part of the side, ± this, each way', low=0, high=.9)
-    scale: tuple[float, ...] = _key((.8, 1.2), 'from-to', low=.1, high=10)
-    shear: float = _key(.2, 'degrees, ± this', low=0, high=45)
-    hflip: float = _key(.5, 'probability of a left-right flip', low=0, high=1)
-    vflip: float = _key(0., 'probability of an up-down flip', low=0, high=1)
-    on: str = _key('auto', 'image: one by one as they are loaded; batch: together on the device; auto: batch where there is a GPU',
-                   choices=('auto', 'image', 'batch'))
+    blur_sigma: tuple[float, ...] = _key((.1, 2.), 'standard deviation of the blur, from and to, pixels', low=.01,
+                                         high=20, check=_check_range)
+    rotate: float = _key(180., 'rotation: ± at most this, degrees', low=0, high=180)
+    shift: float = _key(.2, 'horizontal and vertical shift: ± at most this fraction of the side', low=0, high=.9)
+    scale: tuple[float, ...] = _key((.8, 1.2), 'zoom factor, from and to', low=.1, high=10, check=_check_range)
+    shear: float = _key(.2, 'shear: ± at most this, degrees', low=0, high=45)
+    hflip: float = _key(.5, 'probability of a horizontal flip', low=0, high=1)
+    vflip: float = _key(0., 'probability of a vertical flip', low=0, high=1)
+    on: str = _key('auto', 'image: one by one on the CPU while loading; batch: whole batches on the device; '
+                   'auto: batch on a GPU, image on a CPU', choices=('auto', 'image', 'batch'))
 
 
 @dataclass(frozen=True)
 class Table:
-    "[table.NAME]: one CSV and its folder of images"
+    "[table.NAME]: one CSV file and its folder of images"
     name: str
-    csv: str = _key(help='the CSV, inside one of `folder`')
-    images: str = _key(help='the folder of its images, inside the same `folder`')
-    id: str = _key('id_code', 'column of the image ids (file names, with or without extension)')
-    grade: str = _key('', 'column of the grades 0-4; empty: ungraded')
-    folder: tuple[str, ...] = _key(('.',), 'folders under --data to look in, the first that holds the CSV')
-    group: str = _key('', 'regular expression: the part of an id that images of one patient share')
-    order: str = _key('', 'CSV whose ids and order the submission takes (sample_submission.csv)')
+    csv: str = _key(help='CSV file, inside one of the folders in `folder`')
+    images: str = _key(help='folder of the images, inside the same folder as the CSV')
+    id: str = _key('id_code', 'column of image ids: file names with or without extension')
+    grade: str = _key('', 'column of grades 0-4; empty: the table is ungraded')
+    folder: tuple[str, ...] = _key(('.',), 'folders inside --data to search; the first one with the CSV is used')
+    group: str = _key('', 'regular expression; its first group is the patient part of an image id', check=_check_regex)
+    order: str = _key('', 'CSV with the ids and their order in the submission (sample_submission.csv)')
 
     @property
-    def graded(self): return bool(self.grade)
+    def graded(self) -> bool:
+        "Whether the table has grades"
+        return bool(self.grade)
 
 
 @dataclass(frozen=True)
 class Stage:
-    "[stage.NAME], with [stage] as the defaults of all: one training"
+    "[stage.NAME]: one training; [stage] holds the defaults of all stages"
     name: str
-    train: tuple[str, ...] = _key(help='tables; NODE:TABLE is TABLE pseudo-labelled by that stage or ensemble')
-    init: str = _key('', 'stage whose weights it starts from; empty: `weights`')
-    weights: str = _key('imagenet', 'imagenet (timm\'s hub), bundled, none, or a weights file')
-    arch: str = _key('legacy_seresnet50', 'any timm network that gives feature maps')
-    head: str = _key('gem', 'pooling before the one unit', choices=('gem', 'avg'))
-    dropout: float = _key(0., 'before the one unit', low=0, high=.95)
-    size: int = _key(256, 'side of the square the network sees, pixels', low=32, high=2048)
-    folds: int = _key(1, 'how many of the recipe\'s splits are trained, each with its own validation part', low=1, high=20)
-    epochs: int = _key(10, 'epochs with the whole network training', low=1, high=1000)
-    freeze_epochs: int = _key(0, 'epochs before them that train the head alone', low=0, high=1000)
-    bs: int = _key(16, 'images a batch', low=1, high=4096)
-    accumulate: int = _key(1, 'batches whose gradients add up to one step: bs = 8 with 2 is a step of 16 images', low=1, high=256)
-    schedule: str = _key('one_cycle', 'course of the learning rate', choices=('one_cycle', 'constant'))
-    lr: float = _key(1e-3, 'highest learning rate, of the head', low=0, high=10)
-    lr_div: float = _key(1., 'the body learns at lr / this', low=1, high=1e4)
-    sqr_mom: float = _key(.99, 'Adam\'s second beta (fastai .99, PyTorch .999)', low=0, high=.99999)
+    train: tuple[str, ...] = _key(help='tables to train on; NODE:TABLE is TABLE with pseudo-labels by that stage '
+                                  'or ensemble')
+    init: str = _key('', 'stage whose trained weights this stage starts from; empty: see `weights`')
+    weights: str = _key('imagenet', 'initial weights: imagenet (downloaded by timm), bundled (installed by pip), '
+                        'none (random), or a file')
+    arch: str = _key('legacy_seresnet50', 'any timm network that returns feature maps')
+    head: str = _key('gem', 'pooling before the single output: gem (generalised mean) or avg', choices=('gem', 'avg'))
+    dropout: float = _key(0., 'dropout probability before the output', low=0, high=.95)
+    size: int = _key(256, 'side of the square input, pixels', low=32, high=2048)
+    folds: int = _key(1, 'number of folds to train: folds 0 … folds-1 of [recipe] splits', low=1, high=20)
+    epochs: int = _key(10, 'epochs with all layers trainable', low=1, high=1000)
+    freeze_epochs: int = _key(0, 'epochs before those that train the head only', low=0, high=1000)
+    bs: int = _key(16, 'batch size, images', low=1, high=4096)
+    accumulate: int = _key(1, 'batches per optimizer step (gradient accumulation): bs = 8 with accumulate = 2 makes '
+                           'steps of 16 images', low=1, high=256)
+    schedule: str = _key('one_cycle', 'learning rate schedule', choices=('one_cycle', 'constant'))
+    lr: float = _key(1e-3, 'maximum learning rate, of the head', low=0, high=10)
+    lr_div: float = _key(1., 'the body trains with lr divided by this', low=1, high=10_000)
+    sqr_mom: float = _key(.99, 'Adam\'s second beta (fastai 0.99, PyTorch 0.999)', low=0, high=.99999)
     eps: float = _key(1e-5, 'Adam\'s epsilon (fastai 1e-5, PyTorch 1e-8)', low=1e-12, high=1)
     wd: float = _key(.01, 'weight decay (decoupled)', low=0, high=10)
-    loss: str = _key('smooth_l1', 'on the grade as a number', choices=('smooth_l1', 'mse'))
-    keep: str = _key('kappa', 'which epoch is kept: best by kappa or by loss, or the last', choices=('kappa', 'loss', 'last'))
-    tta: str = _key('none', 'mean over views at prediction: none, hflip (2), d4 (8)', choices=('none', 'hflip', 'd4'))
-    ema: float = _key(0., 'the kept weights are a moving average over steps with this decay; 0: none', low=0, high=.99999)
-    thresholds: str = _key('optimal', 'of its grades: optimal or regularised (fitted out of fold), or four rising numbers')
-    labels: str = _key('soft', 'pseudo-labels it learns from: scores or grades', choices=('soft', 'hard'))
-    source_weights: tuple[float, ...] = _key((), 'one for each entry of `train`: how often its images are drawn; empty: each once an epoch', low=0, high=1000)
-    workers: int = _key(-1, 'processes that load images; -1: by the cores and the device', low=-1, high=256)
-    precision: str = _key('auto', 'of training; auto: on a GPU bf16, or fp16 where it lacks that; on a CPU that knows bf16 what a few steps measure faster',
-                          choices=('auto', 'f32', 'bf16', 'fp16'))
-    track: str = _key('no', 'losses, kappa and rates as they come, beside history.csv: tensorboard (in the run folder) or wandb (asks its host)',
+    loss: str = _key('smooth_l1', 'loss between score and grade', choices=('smooth_l1', 'mse'))
+    keep: str = _key('kappa', 'epoch to keep: highest validation kappa, lowest validation loss, or the last',
+                     choices=('kappa', 'loss', 'last'))
+    tta: str = _key('none', 'test-time augmentation, mean over views: none (1), hflip (2), d4 (8)',
+                    choices=('none', 'hflip', 'd4'))
+    ema: float = _key(0., 'decay per step of an exponential moving average of the weights; 0: off', low=0, high=.99999)
+    thresholds: str = _key('optimal', 'thresholds of this stage\'s grades: optimal or regularised (fitted out of '
+                           'fold), or four increasing numbers', check=_check_thresholds)
+    labels: str = _key('soft', 'pseudo-labels to train on: soft (scores) or hard (grades)', choices=('soft', 'hard'))
+    source_weights: tuple[float, ...] = _key((), 'sampling weight of the images of each entry of `train`; '
+                                             'empty: every image once per epoch', low=0, high=1000)
+    workers: int = _key(-1, 'processes that load images; -1: chosen by cores and device', low=-1, high=256)
+    precision: str = _key('auto', 'training precision; auto: on a GPU bf16, or fp16 if bf16 is unsupported; on a CPU '
+                          'with bf16 the faster of f32 and bf16, measured', choices=('auto', 'f32', 'bf16', 'fp16'))
+    track: str = _key('no', 'live tracking beside history.csv: tensorboard (in the run folder) or wandb (online)',
                       choices=('no', 'tensorboard', 'wandb'))
-    compile: str = _key('no', 'yes: torch.compile the body, which takes a minute or more and a C++ compiler', choices=('no', 'yes'))
+    compile: str = _key('no', 'yes: torch.compile the body; takes a minute or more and needs a C++ compiler',
+                        choices=('no', 'yes'))
 
     @property
     def sources(self) -> list[tuple[str, str]]:
-        "(teacher or '', table) of each entry of `train`"
-        return [(t, name) for t, _, name in (o.rpartition(':') for o in self.train)]
+        "The (teacher, table) of each entry of `train`; the teacher is '' for a graded table"
+        return [(teacher, table) for teacher, _, table in (entry.rpartition(':') for entry in self.train)]
 
     @property
-    def parents(self) -> list[str]: return [o for o in [self.init, *(t for t, _ in self.sources)] if o]
+    def parents(self) -> list[str]:
+        "Stages and ensembles that must be finished before this stage: `init` and the teachers"
+        return [o for o in [self.init, *(teacher for teacher, _ in self.sources)] if o]
 
 
 @dataclass(frozen=True)
@@ -117,38 +176,51 @@ class Ensemble:
     "[ensemble.NAME]: weighted mean of the scores of stages"
     name: str
     members: tuple[str, ...] = _key(help='stages')
-    weights: tuple[float, ...] = _key((), 'one for each member; empty: equal', low=0, high=1e6)
+    weights: tuple[float, ...] = _key((), 'weight of each member; empty: equal weights', low=0, high=1_000_000)
 
     @property
-    def parents(self): return list(self.members)
+    def parents(self) -> list[str]:
+        "The stages it averages"
+        return list(self.members)
 
 
 @dataclass(frozen=True)
 class Submit:
-    "[submit]: what is answered for the test images"
-    table: str = _key(help='the ungraded table')
+    "[submit]: what is predicted for the test images"
+    table: str = _key(help='ungraded table to predict')
     final: str = _key(help='stage or ensemble that becomes submission.csv')
-    also: tuple[str, ...] = _key((), 'further stages and ensembles, each its own file in submissions/')
-    thresholds: str = _key('optimal', 'optimal or regularised (fitted out of fold), or four rising numbers')
-    coverage: float = _key(.9, 'grade_low to grade_high of scores.csv hold the true grade with this probability', low=.5, high=.99)
+    also: tuple[str, ...] = _key((), 'further stages and ensembles, each with its own file in submissions/')
+    thresholds: str = _key('optimal', 'thresholds of the submission: optimal or regularised (fitted out of fold), or '
+                           'four increasing numbers', check=_check_thresholds)
+    coverage: float = _key(.9, 'probability that the prediction set (grade_low to grade_high in scores.csv) contains '
+                           'the true grade', low=.5, high=.99)
 
 
 @dataclass(frozen=True)
 class Demo:
-    "[demo]: how the same graph is run on the synthetic demo; [demo.stage] and [demo.stage.NAME] override stage keys"
-    pretrain: int = _key(600, 'images of the 2015 table', low=20, high=100000)
-    train: int = _key(480, 'of the 2019 train table', low=20, high=100000)
-    test: int = _key(160, 'of the 2019 test table', low=5, high=100000)
-    shrink: int = _key(1, 'every size is divided by this', low=1, high=16)
-    archs: tuple[str, ...] = _key((), 'BIG:SMALL pairs: the small network that stands in for the big one')
+    "[demo]: the same graph on synthetic images; [demo.stage] and [demo.stage.NAME] override keys of stages"
+    pretrain: int = _key(600, 'number of images of the 2015 table', low=20, high=100000)
+    train: int = _key(480, 'number of images of the 2019 train table', low=20, high=100000)
+    test: int = _key(160, 'number of images of the 2019 test table', low=5, high=100000)
+    shrink: int = _key(1, 'divisor of the size of every stage', low=1, high=16)
+    archs: tuple[str, ...] = _key((), 'BIG:SMALL pairs: network SMALL replaces network BIG')
+
+
+SECTIONS: dict[str, type] = dict(recipe=General, images=Images, augment=Augment, table=Table, stage=Stage,
+                                 ensemble=Ensemble, submit=Submit, demo=Demo)
+NAMED_SECTIONS = ('table', 'stage', 'ensemble')
+SECTION_NAME = re.compile(r'(recipe|images|augment|submit|stage|demo|demo\.stage)'
+                          r'|(table|stage|ensemble|demo\.stage)\.[A-Za-z]\w*')
+ACCEPTED_SECTIONS = ('[recipe] [images] [augment] [table.NAME] [stage] [stage.NAME] [ensemble.NAME] [submit] '
+                     '[demo] [demo.stage] [demo.stage.NAME]')
 
 
 @dataclass(frozen=True)
 class Recipe:
-    "A recipe file, checked: its tables, stages and ensembles by name, and the `order` in which they can run"
+    "A checked recipe: its tables, stages and ensembles by name, and the `order` in which they can run"
     name: str
     path: Path
-    demo: Demo | None                        # set where the recipe is run on the demo
+    demo: Demo | None                        # None unless the recipe runs on the demo
     images: Images
     augment: Augment
     tables: dict[str, Table]
@@ -161,194 +233,255 @@ class Recipe:
     order: tuple[str, ...] = ()              # stages and ensembles, parents first
 
     @property
-    def nodes(self) -> dict: return {**self.stages, **self.ensembles}
+    def nodes(self) -> dict[str, Stage | Ensemble]:
+        "Stages and ensembles by name"
+        return {**self.stages, **self.ensembles}
 
     @property
-    def store_size(self) -> int: return self.images.size or max(s.size for s in self.stages.values())
+    def store_size(self) -> int:
+        "Side of the prepared squares, pixels"
+        return self.images.size or max(s.size for s in self.stages.values())
 
     @property
     def used_tables(self) -> list[Table]:
-        "The tables that some stage or the submission needs, in the recipe's order"
-        names = {t for s in self.stages.values() for _, t in s.sources} | {self.submit.table}
-        return [t for n, t in self.tables.items() if n in names]
+        "Tables that a stage or the submission needs, in the order of the recipe"
+        names = {table for s in self.stages.values() for _, table in s.sources} | {self.submit.table}
+        return [t for name, t in self.tables.items() if name in names]
 
     def members(self, node: str) -> dict[str, float]:
-        "The stages whose mean `node` is, with weights that add up to 1"
+        "Return the stages whose scores `node` averages, with weights that add up to 1"
         if node in self.stages: return {node: 1.}
         e = self.ensembles[node]
-        ws = e.weights or (1.,) * len(e.members)
-        return {m: w / sum(ws) for m, w in zip(e.members, ws, strict=True)}
+        weights = e.weights or (1.,) * len(e.members)
+        return {m: w / sum(weights) for m, w in zip(e.members, weights, strict=True)}
 
 
-@dataclass(frozen=True)
-class _General:
-    "[recipe]"
-    seed: int = _key(42, 'of the folds, the order, the augmentation and the demo', low=0, high=2**31)
-    splits: int = _key(5, 'equal parts that the graded tables are cut into; part k validates fold k', low=2, high=20)
-    conflicts: str = _key('keep', 'unequal grades of one image that stands there twice: keep both, drop both, mean: train on their mean',
-                          choices=('keep', 'drop', 'mean'))
+# Parsing one value
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    "Return ', did you mean X?' if one of `known` is similar to `word`, else '.'"
+    similar = get_close_matches(word, list(known), 1)
+    return f', did you mean {similar[0]}?' if similar else '.'
 
 
-KINDS = dict(recipe=_General, images=Images, augment=Augment, table=Table, stage=Stage, ensemble=Ensemble,
-              submit=Submit, demo=Demo)
-NAMED = ('table', 'stage', 'ensemble')
-_wanted = {int: 'a whole number', float: 'a number'}
+def _parse_value(key: Field, text: str) -> Any:
+    "Return `text` as the type of the key. Raises ValueError with what to enter"
+    accepts = key.metadata
+    is_tuple = get_origin(key.type) is tuple
+    kind: Any = get_args(key.type)[0] if is_tuple else key.type
+    words = text.split() if is_tuple else [text]
+    if accepts['choices'] and text not in accepts['choices']:
+        raise ValueError(f'no such value. Accepted: {", ".join(accepts["choices"])}.')
+    values = words if kind is str else [_parse_number(kind, word, accepts['low'], accepts['high']) for word in words]
+    value = tuple(values) if is_tuple else values[0]
+    if accepts['check']: accepts['check'](text, value)
+    return value
 
 
-def parse_thresholds(text: str) -> tuple[float, ...] | None:
-    "'optimal', 'regularised' -> None; '0.7 1.5 2.5 3.5' -> those numbers; anything else raises ValueError"
-    if text in ('optimal', 'regularised'): return None
-    thresholds = tuple(float(o) for o in text.split())
-    if len(thresholds) != 4 or sorted(set(thresholds)) != list(thresholds): raise ValueError(text)
-    return thresholds
+def _parse_number(kind: type, word: str, low: float, high: float) -> float:
+    "Return `word` as int or float between `low` and `high`. Raises ValueError with what to enter"
+    what = 'a whole number' if kind is int else 'a number'
+    problem = ValueError(f'enter {what} from {low} to {high}.')
+    try: number = kind(word)
+    except ValueError: raise problem from None
+    if not low <= number <= high: raise problem
+    return number
 
 
-def _value(f, text: str):
-    "`text` as the type of the dataclass field `f`; raises ValueError with what would be accepted"
-    m, kind = f.metadata, f.type
-    many, out = str(kind).startswith('tuple'), list[Any]()
-    kind = float if 'float' in str(kind) else int if kind in (int, 'int') else str
-    words = text.split() if many else [text]
-    try: out = [kind(o) for o in words]
-    except ValueError: raise ValueError(f'{_wanted[kind]} is needed') from None
-    if m['choices'] and text not in m['choices']: raise ValueError(f'accepted: {", ".join(m["choices"])}')
-    if kind is not str and any(not m['low'] <= o <= m['high'] for o in out):
-        raise ValueError(f'from {m["low"]:g} to {m["high"]:g} is accepted')
-    if f.name in ('blur_sigma', 'scale') and (len(out) != 2 or out[0] > out[1]):
-        raise ValueError('two rising numbers are needed')
-    if f.name == 'thresholds':
-        try: parse_thresholds(text)
-        except ValueError: raise ValueError('accepted: optimal, regularised, or four rising numbers') from None
-    if f.name == 'group':
-        try: re.compile(text)
-        except re.error as e: raise ValueError(f'not a regular expression ({e})') from None
-    return tuple(out) if many else out[0]
-
-
-def near(word: str, words) -> str:
-    "', did you mean …?' where one of `words` is like `word`, else nothing"
-    found = get_close_matches(word, list(words), 1)
-    return f', did you mean {found[0]}?' if found else ''
-
-
-def _build(path: Path, section: str, cls, keys: dict[str, str], **given):
-    "The dataclass `cls` from the strings of one section"
+def _build(path: Path, section: str, cls: type, texts: dict[str, str], **given: str) -> Any:
+    "Return the dataclass `cls` from the texts of one section"
     known = {f.name: f for f in fields(cls) if f.name != 'name'}
-    for k in keys:
-        if k not in known: raise ConfigError(f'{path} [{section}] {k}: no such key{near(k, known)}; accepted: {", ".join(known)}')
-    vals = {}
+    for k in texts:
+        if k not in known:
+            raise ConfigError(f'{path} [{section}] {k}: no such key{did_you_mean(k, known)} '
+                              f'Accepted keys: {", ".join(known)}.')
+    values: dict[str, Any] = dict(given)
     for k, f in known.items():
-        if k not in keys:
-            if f.default is MISSING: raise ConfigError(f'{path} [{section}] {k}: is missing ({f.metadata["help"]})')
+        required, text = f.default is MISSING, texts.get(k)
+        if text is None:
+            if required: raise ConfigError(f'{path} [{section}] {k}: missing. Enter: {f.metadata["help"]}.')
             continue
-        try: vals[k] = _value(f, keys[k].strip())
-        except ValueError as e: raise ConfigError(f'{path} [{section}] {k} = {keys[k]}: {e}') from None
-        if f.default is MISSING and not vals[k]: raise ConfigError(f'{path} [{section}] {k}: is empty')
-    return cls(**given, **vals)
+        try: values[k] = _parse_value(f, text.strip())
+        except ValueError as e: raise ConfigError(f'{path} [{section}] {k} = {text}: {e}') from None
+        if required and not values[k]:
+            raise ConfigError(f'{path} [{section}] {k}: empty. Enter: {f.metadata["help"]}.')
+    return cls(**values)
 
 
-def _read_ini(path: Path, sets: Sequence[str]) -> dict[str, dict[str, str]]:
-    "Sections of the file as plain strings, with `SECTION.KEY=VALUE` of `sets` on top, over the demo's own stage keys too"
-    if not path.is_file(): raise ConfigError(f'{path}: no such recipe; give one with --recipe FILE, or write settings.ini with `init`')
-    cp = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=None, default_section='\0')
-    cp.optionxform = str      # type: ignore
-    try: cp.read_string(path.read_text(encoding='utf-8'), source=str(path))
-    except (configparser.Error, UnicodeDecodeError) as e: raise ConfigError(f'{path}: {" ".join(str(e).split())}') from None
-    ini = {s: dict(cp[s]) for s in cp.sections()}
-    for o in sets:
-        name, eq, value = o.partition('=')
-        section, dot, k = name.strip().rpartition('.')
-        if not eq or not dot: raise ConfigError(f'--set {o}: SECTION.KEY=VALUE is needed (stage.finetune_256.epochs=5)')
-        for at in [section, f'demo.{section}'] if section.partition('.')[0] == 'stage' else [section]: ini.setdefault(at, {})[k] = value.strip()
-    return ini
-
-
-def write_recipes(folder: Path) -> list[Path]:
-    "`init`: settings.ini and recipes/ as they were shipped, into `folder`. Raises `ConfigError` rather than write over anything"
-    package = Path(__file__).parent
-    source = package / 'recipes' if (package / 'recipes').is_dir() else package.parent      # of a wheel, of a clone
-    found = [f.relative_to(source) for f in [source / 'settings.ini', *sorted((source / 'recipes').glob('*.ini'))]]
-    there = [folder / f for f in found if (folder / f).exists()]
-    if there: raise ConfigError(f'{there[0]}: is there already; give another folder')
-    for f in found: write_bytes(folder / f, (source / f).read_bytes())
-    return [folder / f for f in found]
-
-
-def _check_sections(path: Path, ini: dict):
-    for s in ini:
-        head, _, name = s.removeprefix('demo.').partition('.')
-        ok = head in KINDS and bool(name) <= (head in NAMED) and (bool(name) or head not in ('table', 'ensemble'))
-        if not ok or (s.startswith('demo.') and head != 'stage') or (name and not re.fullmatch(r'[A-Za-z]\w*', name)):
-            raise ConfigError(f'{path} [{s}]: no such section; accepted: [recipe] [images] [augment] [table.NAME] [stage] '
-                              '[stage.NAME] [ensemble.NAME] [submit] [demo] [demo.stage] [demo.stage.NAME]')
-
-
-def _shrunk(path: Path, stage: Stage, demo: Demo) -> Stage:
-    "`stage` at the demo's size"
-    try: archs = dict(o.split(':') for o in demo.archs)
-    except ValueError: raise ConfigError(f'{path} [demo] archs = {" ".join(demo.archs)}: BIG:SMALL pairs are needed') from None
-    return replace(stage, arch=archs.get(stage.arch, stage.arch), size=max(32, stage.size // demo.shrink))
-
+# Reading the file
 
 def read_recipe(path: str | Path, *, demo: bool = False, sets: Sequence[str] = ()) -> Recipe:
-    "The checked recipe of the file at `path`; with `demo`, as the demo runs it. Raises `ConfigError`"
+    """Return the checked recipe of the file at `path`; with `demo`, as it runs on the demo.
+
+    `sets` are SECTION.KEY=VALUE strings (from --set) that override the file. Raises `ConfigError`.
+    """
     path = Path(path)
-    ini = _read_ini(path, sets)
-    _check_sections(path, ini)
-    names = {kind: [s.partition('.')[2] for s in ini if s.startswith(f'{kind}.')] for kind in NAMED}
-    for o in [s for s in ini if s.startswith('demo.stage.') and s.removeprefix('demo.stage.') not in names['stage']]:
-        raise ConfigError(f'{path} [{o}]: there is no such stage; stages: {", ".join(names["stage"])}')
-    over = {n: {**ini.get('demo.stage', {}), **ini.get(f'demo.stage.{n}', {})} if demo else {} for n in names['stage']}
-    named = {kind: {n: _build(path, f'{kind}.{n}', KINDS[kind], ini[f'{kind}.{n}'], name=n) for n in names[kind]}
-             for kind in ('table', 'ensemble')}
-    stages = {n: _build(path, f'stage.{n}', Stage, {**ini.get('stage', {}), **ini[f'stage.{n}'], **over[n]}, name=n)
-              for n in names['stage']}
-    one = {k: _build(path, k, KINDS[k], ini.get(k, {})) for k in ('images', 'augment', 'submit', 'demo', 'recipe')}
-    if demo: stages = {n: _shrunk(path, s, one['demo']) for n, s in stages.items()}
-    recipe = Recipe(path.stem + ('-demo' if demo else ''), path, one['demo'] if demo else None, one['images'], one['augment'],
-                    named['table'], stages, named['ensemble'], one['submit'], **vars(one['recipe']))
+    ini = _read_ini(path)
+    for text in sets: _override(ini, text)
+    _check_section_names(path, ini)
+    tables = {n: _build(path, f'table.{n}', Table, ini[f'table.{n}'], name=n) for n in _names(ini, 'table')}
+    ensembles = {n: _build(path, f'ensemble.{n}', Ensemble, ini[f'ensemble.{n}'], name=n)
+                 for n in _names(ini, 'ensemble')}
+    stages = {n: _build(path, f'stage.{n}', Stage, _stage_texts(ini, n, demo), name=n) for n in _names(ini, 'stage')}
+    single = {s: _build(path, s, SECTIONS[s], ini.get(s, {})) for s in SECTIONS if s not in NAMED_SECTIONS}
+    if demo: stages = {n: _demo_stage(path, s, single['demo']) for n, s in stages.items()}
+    recipe = Recipe(name=f'{path.stem}-demo' if demo else path.stem, path=path,
+                    demo=single['demo'] if demo else None, images=single['images'], augment=single['augment'],
+                    tables=tables, stages=stages, ensembles=ensembles, submit=single['submit'],
+                    **vars(single['recipe']))
     return replace(recipe, order=_check_graph(recipe))
 
 
+def _read_ini(path: Path) -> Ini:
+    "Return the sections of the file as plain text"
+    if not path.is_file():
+        raise ConfigError(f'{path}: no such recipe. Name one with --recipe FILE, or write settings.ini with `init`.')
+    parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=None, default_section='\0')
+    parser.optionxform = str                 # type: ignore  # keys are case-sensitive
+    try: parser.read_string(path.read_text(encoding='utf-8'), source=str(path))
+    except (configparser.Error, UnicodeDecodeError) as e:
+        raise ConfigError(f'{path}: invalid recipe ({" ".join(str(e).split())}). Correct this line.') from None
+    return {section: dict(parser[section]) for section in parser.sections()}
+
+
+def _override(ini: Ini, text: str) -> None:
+    "Put SECTION.KEY=VALUE into `ini`; a stage's key also overrides the demo's value of it"
+    name, equals, value = text.partition('=')
+    section, dot, key = name.strip().rpartition('.')
+    if not equals or not dot:
+        raise ConfigError(f'--set {text}: enter SECTION.KEY=VALUE, for example stage.finetune_256.epochs=5.')
+    sections = [section]
+    if section.partition('.')[0] == 'stage': sections.append(f'demo.{section}')
+    for s in sections: ini.setdefault(s, {})[key] = value.strip()
+
+
+def _check_section_names(path: Path, ini: Ini) -> None:
+    "Raise `ConfigError` for a section that does not exist"
+    for section in ini:
+        if not SECTION_NAME.fullmatch(section):
+            raise ConfigError(f'{path} [{section}]: no such section. Accepted: {ACCEPTED_SECTIONS}.')
+    stages = _names(ini, 'stage')
+    for name in _names(ini, 'demo.stage'):
+        if name not in stages:
+            raise ConfigError(f'{path} [demo.stage.{name}]: no such stage. Stages: {", ".join(stages)}.')
+
+
+def _names(ini: Ini, kind: str) -> list[str]:
+    "Return each NAME of the sections [kind.NAME]"
+    return [section.removeprefix(f'{kind}.') for section in ini if section.startswith(f'{kind}.')]
+
+
+def _stage_texts(ini: Ini, name: str, demo: bool) -> dict[str, str]:
+    "Return the texts of a stage's keys; later sections override earlier ones"
+    sections = ['stage', f'stage.{name}']
+    if demo: sections += ['demo.stage', f'demo.stage.{name}']
+    texts: dict[str, str] = {}
+    for section in sections: texts |= ini.get(section, {})
+    return texts
+
+
+def _demo_stage(path: Path, stage: Stage, demo: Demo) -> Stage:
+    "Return `stage` with the demo's size and network"
+    try: archs = dict(pair.split(':') for pair in demo.archs)
+    except ValueError:
+        raise ConfigError(f'{path} [demo] archs = {" ".join(demo.archs)}: enter BIG:SMALL pairs.') from None
+    return replace(stage, arch=archs.get(stage.arch, stage.arch), size=max(32, stage.size // demo.shrink))
+
+
+# Checking the graph
+
+def _fail(r: Recipe, section: str, key: str, value: Any, why: str) -> NoReturn:
+    if isinstance(value, tuple): value = ' '.join(map(str, value))
+    raise ConfigError(f'{r.path} [{section}] {key} = {value}: {why}')
+
+
 def _check_graph(r: Recipe) -> tuple[str, ...]:
-    "Names of stages and ensembles, parents first; raises `ConfigError` for whatever could not run"
-    def err(section, key, value, why): raise ConfigError(f'{r.path} [{section}] {key} = {value}: {why}')
-    if not r.stages: raise ConfigError(f'{r.path}: has no [stage.NAME]')
-    both = set(r.stages) & set(r.ensembles)
-    if both: raise ConfigError(f'{r.path} [ensemble.{min(both)}]: a stage has this name already')
-    for s in r.stages.values(): _check_stage(r, s, err)
-    for e in r.ensembles.values():
-        for m in e.members:
-            if m not in r.stages: err(f'ensemble.{e.name}', 'members', m, f'no such stage; stages: {", ".join(r.stages)}')
-        if e.weights and (len(e.weights) != len(e.members) or not sum(e.weights)):
-            err(f'ensemble.{e.name}', 'weights', ' '.join(map(str, e.weights)), f'{len(e.members)} numbers are needed, not all 0')
-    for k, n in [('final', r.submit.final), *(('also', o) for o in r.submit.also)]:
-        if n not in r.nodes: err('submit', k, n, f'no such stage or ensemble; there are {", ".join(r.nodes)}')
-    if r.submit.table not in r.tables: err('submit', 'table', r.submit.table, f'no such table; tables: {", ".join(r.tables)}')
-    if r.tables[r.submit.table].graded: err('submit', 'table', r.submit.table, 'this table is graded; name one without `grade`')
-    try: return tuple(TopologicalSorter({n: o.parents for n, o in r.nodes.items()}).static_order())
-    except CycleError as e: raise ConfigError(f'{r.path}: the stages go round in a loop: {" -> ".join(e.args[1])}') from None
+    "Return the names of stages and ensembles, parents first. Raises `ConfigError` if something cannot run"
+    if not r.stages: raise ConfigError(f'{r.path}: no section [stage.NAME]. Add at least one stage.')
+    shared = set(r.stages) & set(r.ensembles)
+    if shared: raise ConfigError(f'{r.path} [ensemble.{min(shared)}]: a stage has the same name. Rename one of them.')
+    for s in r.stages.values():
+        _check_init(r, s)
+        _check_sources(r, s)
+        _check_folds(r, s)
+    for e in r.ensembles.values(): _check_ensemble(r, e)
+    _check_submit(r)
+    try: return tuple(TopologicalSorter({name: node.parents for name, node in r.nodes.items()}).static_order())
+    except CycleError as e:
+        raise ConfigError(f'{r.path}: the stages form a cycle: {" -> ".join(e.args[1])}. '
+                          'Change `init` or `train` of one of them.') from None
 
 
-def _check_stage(r: Recipe, s: Stage, err):
-    sec = f'stage.{s.name}'
-    if s.init:
-        if s.init not in r.stages: err(sec, 'init', s.init, f'no such stage; stages: {", ".join(r.stages)}')
-        p = r.stages[s.init]
-        if (p.arch, p.head) != (s.arch, s.head):
-            err(sec, 'init', s.init, f'that stage is {p.arch} + {p.head}, this one {s.arch} + {s.head}; they must be equal')
-    if s.folds > r.splits: err(sec, 'folds', s.folds, f'[recipe] splits = {r.splits} is the most')
-    for teacher, table in s.sources:
-        if table not in r.tables: err(sec, 'train', table, f'no such table; tables: {", ".join(r.tables)}')
-        if teacher and teacher not in r.nodes:
-            err(sec, 'train', f'{teacher}:{table}', f'no such stage or ensemble; there are {", ".join(r.nodes)}')
-        if teacher and r.tables[table].graded: err(sec, 'train', f'{teacher}:{table}', 'this table has grades of its own')
-        if not teacher and not r.tables[table].graded:
-            err(sec, 'train', table, f'this table has no grades; STAGE:{table} is that stage\'s labels for it')
+def _check_init(r: Recipe, s: Stage) -> None:
+    "Check that the parent stage exists and has the same network"
+    if not s.init: return
+    if s.init not in r.stages: _fail(r, f'stage.{s.name}', 'init', s.init, _no_stage(r))
+    parent = r.stages[s.init]
+    if (parent.arch, parent.head) != (s.arch, s.head):
+        _fail(r, f'stage.{s.name}', 'init', s.init, f'that stage is {parent.arch} + {parent.head}, this one is '
+              f'{s.arch} + {s.head}. Use the same arch and head.')
+
+
+def _check_sources(r: Recipe, s: Stage) -> None:
+    "Check the tables that a stage trains on, their teachers and weights"
+    section = f'stage.{s.name}'
+    for entry, (teacher, table) in zip(s.train, s.sources, strict=True):
+        if table not in r.tables: _fail(r, section, 'train', entry, _no_table(r))
+        graded = r.tables[table].graded
+        if teacher and teacher not in r.nodes: _fail(r, section, 'train', entry, _no_node(r))
+        if teacher and graded: _fail(r, section, 'train', entry, f'this table is graded. Write {table} alone.')
+        if not teacher and not graded:
+            _fail(r, section, 'train', entry, f'this table is ungraded. Write STAGE:{table} for pseudo-labels.')
+    if all(teacher for teacher, _ in s.sources):
+        _fail(r, section, 'train', s.train, 'all tables are pseudo-labelled. Add a graded table.')
     if s.source_weights and (len(s.source_weights) != len(s.train) or not all(s.source_weights)):
-        err(sec, 'source_weights', ' '.join(map(str, s.source_weights)), f'{len(s.train)} numbers above 0 are needed, one for each of {" ".join(s.train)}')
-    if all(t for t, _ in s.sources): err(sec, 'train', ' '.join(s.train), 'a graded table is needed beside the pseudo-labelled')
-    for parent in s.parents:
-        for m in r.members(parent):
-            if m in r.stages and r.stages[m].folds < s.folds:
-                err(sec, 'folds', s.folds, f'{m}, which it builds on, has only {r.stages[m].folds}')
+        _fail(r, section, 'source_weights', s.source_weights,
+              f'enter one number above 0 for each of the {len(s.train)} entries of train.')
+
+
+def _check_folds(r: Recipe, s: Stage) -> None:
+    "Check that the folds of a stage exist, and that its parents train them too"
+    section = f'stage.{s.name}'
+    if s.folds > r.splits: _fail(r, section, 'folds', s.folds, f'the maximum is [recipe] splits = {r.splits}.')
+    for m in [m for parent in s.parents for m in r.members(parent) if m in r.stages]:
+        n = r.stages[m].folds
+        if n < s.folds: _fail(r, section, 'folds', s.folds, f'its parent stage {m} trains only {n}. Use at most {n}.')
+
+
+def _check_ensemble(r: Recipe, e: Ensemble) -> None:
+    "Check the members of an ensemble and their weights"
+    for m in e.members:
+        if m not in r.stages: _fail(r, f'ensemble.{e.name}', 'members', m, _no_stage(r))
+    if e.weights and (len(e.weights) != len(e.members) or not sum(e.weights)):
+        _fail(r, f'ensemble.{e.name}', 'weights', e.weights,
+              f'enter one number for each of the {len(e.members)} members, not all 0.')
+
+
+def _check_submit(r: Recipe) -> None:
+    "Check what is submitted, and for which table"
+    for key, names in [('final', [r.submit.final]), ('also', r.submit.also)]:
+        for name in names:
+            if name not in r.nodes: _fail(r, 'submit', key, name, _no_node(r))
+    table = r.submit.table
+    if table not in r.tables: _fail(r, 'submit', 'table', table, _no_table(r))
+    if r.tables[table].graded: _fail(r, 'submit', 'table', table, 'this table is graded. Name an ungraded table.')
+
+
+def _no_stage(r: Recipe) -> str: return f'no such stage. Stages: {", ".join(r.stages)}.'
+def _no_node(r: Recipe) -> str: return f'no such stage or ensemble. Accepted: {", ".join(r.nodes)}.'
+def _no_table(r: Recipe) -> str: return f'no such table. Tables: {", ".join(r.tables)}.'
+
+
+# The shipped recipes
+
+def write_recipes(folder: Path) -> list[Path]:
+    "Copy the shipped settings.ini and recipes/ into `folder`. Raises `ConfigError` instead of overwriting a file"
+    package = Path(__file__).parent
+    shipped = package / 'shipped'            # in an installed wheel
+    source = shipped if shipped.is_dir() else package.parent         # in a clone
+    files = [source / 'settings.ini', *sorted((source / 'recipes').glob('*.ini'))]
+    targets = [folder / f.relative_to(source) for f in files]
+    for target in targets:
+        if target.exists(): raise ConfigError(f'{target}: already exists. Choose another folder.')
+    for f, target in zip(files, targets, strict=True): write_bytes(target, f.read_bytes())
+    return targets

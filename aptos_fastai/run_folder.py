@@ -1,4 +1,4 @@
-"The run folder: where everything is, what was asked for, and what is finished. Imports no torch."
+"The run folder: its paths, which stages are finished, and the files they wrote. Imports no torch."
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -7,125 +7,202 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from aptos_fastai.common.io import AptosError, digest, file_hash, is_trusted, read_record
+from aptos_fastai.common.io import AptosError, digest, is_trusted, read_record, verify_file
 from aptos_fastai.data.retina import Prep, get_prep
-from aptos_fastai.metrics import even_parts, fit_thresholds
-from aptos_fastai.recipe import Recipe, parse_thresholds
+from aptos_fastai.metrics import fit_thresholds, stratified_group_parts
+from aptos_fastai.recipe import Recipe, Stage, parse_thresholds
 
-FINISHED = 'stage.json'                      # written last: its presence means finished
-EXPORT, WEIGHTS, PREDS, HISTORY = 'learner.pkl', 'weights.safetensors', 'preds.csv', 'history.csv'
+FINISHED = 'stage.json'                      # a fold's record, written last: its presence means finished
+EXPORT = 'learner.pkl'
+WEIGHTS = 'weights.safetensors'
+PREDS = 'preds.csv'                          # validation scores
+HISTORY = 'history.csv'
+
+# Keys of a stage that do not change its weights; `init` and `train` enter as the fingerprints of what they name
+NOT_IN_FINGERPRINT = {'name', 'folds', 'workers', 'compile', 'track', 'init', 'train', 'thresholds'}
 
 
 class RecordError(AptosError):
-    "A run folder that does not hold what is asked of it: names the file and what to run."
+    "A run folder lacks what a command needs: the message names the file and what to run."
 
 
 @dataclass
 class Run:
-    "One recipe on its tables, under `root` = <runs>/<recipe name>"
+    "One recipe on its tables (`frames`, by name), under `root` = <runs>/<recipe name>"
     recipe: Recipe
     data: Path
     root: Path
     frames: dict[str, pd.DataFrame] = field(repr=False)
 
     @property
-    def store(self) -> Path: return self.root.parent / 'prepared'
+    def store(self) -> Path:
+        "Folder of prepared images, shared by all runs beside this one"
+        return self.root.parent / 'prepared'
+
     @property
-    def prep(self) -> Prep: return get_prep(self.recipe)
-    def fold_dir(self, stage: str, fold: int) -> Path: return self.root / stage / f'fold{fold}'
-    def label_dir(self, node: str, table: str) -> Path: return self.root / 'labels' / node / table
-    def folds_of(self, node: str) -> range: return range(min(self.recipe.stages[m].folds for m in self.recipe.members(node)))
+    def prep(self) -> Prep:
+        "How images are prepared"
+        return get_prep(self.recipe)
+
+    def fold_dir(self, stage: str, fold: int) -> Path:
+        "Return the folder of a fold of a stage"
+        return self.root / stage / f'fold{fold}'
+
+    def label_dir(self, node: str, table: str) -> Path:
+        "Return the folder of the pseudo-labels of `table` by a stage or ensemble"
+        return self.root / 'labels' / node / table
+
+    def folds_of(self, node: str) -> range:
+        "Return the folds of a stage, or those that all members of an ensemble have"
+        return range(min(self.recipe.stages[m].folds for m in self.recipe.members(node)))
+
+    # What is finished
+
+    def record(self, stage: str, fold: int) -> dict | None:
+        "Return the record of a fold, or None if it is not finished"
+        return read_record(self.fold_dir(stage, fold) / FINISHED)
+
+    def finished_record(self, stage: str, fold: int) -> dict:
+        "Return the record of a fold. Raises `RecordError` if it is not finished"
+        record = self.record(stage, fold)
+        if not record: raise RecordError(f'{self.fold_dir(stage, fold)}: not finished. Run `train {stage}` first.')
+        return record
+
+    def verified_file(self, stage: str, fold: int, file: str) -> Path:
+        "Return the path of a file of a finished fold. Raises `AptosError` if its SHA-256 is not the recorded one"
+        record, path = self.finished_record(stage, fold), self.fold_dir(stage, fold) / file
+        if is_trusted(path): return path
+        what_to_do = f'Delete {path.parent} and run again'
+        if file == EXPORT: what_to_do += f', or add --trust {path} if you wrote it'
+        return verify_file(path, record['files'][file]['sha256'], f'{what_to_do}.')
 
     @cached_property
-    def digests(self) -> dict[str, str]:
-        "What each table is: ids, grades, folds and pixels"
-        return {n: digest([f.id_code.tolist(), f.diagnosis.tolist(), f.fold.tolist(), f.get('target', f.diagnosis).tolist(), f.get('pixel_sha256', f.path).tolist()])
-                for n, f in self.frames.items()}
+    def table_hashes(self) -> dict[str, str]:
+        "SHA-256 of each table's ids, grades, folds and pixels"
+        def contents(df: pd.DataFrame) -> list[list]:
+            grades, pixels = df.get('target', df.diagnosis), df.get('pixel_sha256', df.path)
+            return [column.tolist() for column in (df.id_code, df.diagnosis, df.fold, grades, pixels)]
+        return {name: digest(contents(df)) for name, df in self.frames.items()}
 
     def fingerprint(self, node: str, fold: int) -> str:
-        "Digest of all that a fold of a stage is made from: its settings, its tables, and the same of its parents"
-        r, s = self.recipe, self.recipe.stages.get(node)
-        if s is None: return digest([node, {m: [self.fingerprint(m, fold), w] for m, w in r.members(node).items()}])
-        settings = {k: v for k, v in asdict(s).items() if k not in ('name', 'folds', 'workers', 'compile', 'track', 'init', 'train', 'thresholds')}
-        return digest(dict(settings=settings, augment=asdict(r.augment), prep=asdict(self.prep), seed=r.seed, fold=fold,
-                           init=s.init and self.fingerprint(s.init, fold),
-                           train=[[t and self.fingerprint(t, fold), t and s.labels == 'hard' and self.label_thresholds(t), self.digests[n]]
-                                  for t, n in s.sources]))
+        "Return the SHA-256 of all that determines a fold's weights: its settings and tables, and those of its parents"
+        r = self.recipe
+        if node in r.ensembles:
+            members = {m: [self.fingerprint(m, fold), weight] for m, weight in r.members(node).items()}
+            return digest([node, members])
+        s = r.stages[node]
+        settings = {k: v for k, v in asdict(s).items() if k not in NOT_IN_FINGERPRINT}
+        return digest(dict(
+            settings=settings, augment=asdict(r.augment), prep=asdict(self.prep), seed=r.seed, fold=fold,
+            init=self.fingerprint(s.init, fold) if s.init else '',
+            train=[self._source_fingerprint(s, teacher, table, fold) for teacher, table in s.sources]))
 
-    def label_thresholds(self, node: str) -> str: return self.recipe.stages[node].thresholds if node in self.recipe.stages else self.recipe.submit.thresholds
+    def _source_fingerprint(self, stage: Stage, teacher: str, table: str, fold: int) -> list:
+        "Return what determines the images and labels of one entry of `train`"
+        if not teacher: return ['', '', self.table_hashes[table]]
+        thresholds = self.label_thresholds(teacher) if stage.labels == 'hard' else False
+        return [self.fingerprint(teacher, fold), thresholds, self.table_hashes[table]]
 
-    def record(self, stage: str, fold: int) -> dict | None: return read_record(self.fold_dir(stage, fold) / FINISHED)
+    def label_thresholds(self, node: str) -> str:
+        "Return the setting of thresholds for hard pseudo-labels: the stage's, or for an ensemble that of [submit]"
+        stage = self.recipe.stages.get(node)
+        return stage.thresholds if stage else self.recipe.submit.thresholds
+
+    def parent_weight_hashes(self, stage: str, fold: int) -> dict[str, str]:
+        "Return the SHA-256 of the weights of each parent stage"
+        return {m: self.finished_record(m, fold)['files'][WEIGHTS]['sha256'] for m in self._parent_stages(stage)}
+
+    def _parent_stages(self, stage: str) -> list[str]:
+        "Return the parents of a stage, with each ensemble replaced by its members"
+        return [m for parent in self.recipe.stages[stage].parents for m in self.recipe.members(parent)]
 
     def finished(self, stage: str, fold: int) -> bool:
-        "True where the folder holds the very stage that is asked for, its files whole in size, its parent's weights those it began with"
-        o, s = self.record(stage, fold), self.recipe.stages[stage]
-        if not o or o.get('fingerprint') != self.fingerprint(stage, fold): return False
-        sizes = {f: v['bytes'] for f, v in o['files'].items()}
-        folder = self.fold_dir(stage, fold)
-        if any(not (folder / f).is_file() or (folder / f).stat().st_size != n for f, n in sizes.items()): return False
-        parents = {m: self.record(m, fold) for p in s.parents for m in self.recipe.members(p)}
-        return all(q and o['parents'].get(m) == q['files'][WEIGHTS]['sha256'] for m, q in parents.items())
+        """Return whether a fold is finished and up to date.
+
+        Its fingerprint is the current one, its files have the recorded sizes, and its parents still have the weights
+        that it was trained from.
+        """
+        record = self.record(stage, fold)
+        if not record or record.get('fingerprint') != self.fingerprint(stage, fold): return False
+        for file, recorded in record['files'].items():
+            path = self.fold_dir(stage, fold) / file
+            if not path.is_file() or path.stat().st_size != recorded['bytes']: return False
+        for m in self._parent_stages(stage):
+            parent = self.record(m, fold)
+            if not parent or record['parents'].get(m) != parent['files'][WEIGHTS]['sha256']: return False
+        return True
 
     def todo(self, nodes: Iterable[str] | None = None) -> dict[str, list[int]]:
-        "Stage -> folds that `all` would train, parents first; a stage whose ancestor would run runs too"
-        out: dict[str, list[int]] = {}
-        for n in self.recipe.order:
-            if n not in self.recipe.stages or (nodes is not None and n not in nodes): continue
-            s = self.recipe.stages[n]
-            above = {m for p in s.parents for m in self.recipe.members(p)}
-            ks = [k for k in range(s.folds) if any(k in out.get(m, []) for m in above) or not self.finished(n, k)]
-            if ks: out[n] = ks
-        return out
+        """Return the folds to train of each unfinished stage, parents first; of the stages in `nodes`, or of all.
+
+        A fold runs again if one of its parents does.
+        """
+        todo: dict[str, list[int]] = {}
+        for name in self.recipe.order:
+            if name not in self.recipe.stages or (nodes is not None and name not in nodes): continue
+            parents = self._parent_stages(name)
+            folds = [k for k in range(self.recipe.stages[name].folds)
+                     if any(k in todo.get(m, []) for m in parents) or not self.finished(name, k)]
+            if folds: todo[name] = folds
+        return todo
 
     def ancestors(self, node: str) -> set[str]:
-        "`node` and everything it is built on"
-        return {node}.union(*(self.ancestors(p) for p in self.recipe.nodes[node].parents))
+        "Return `node` and every stage and ensemble that it depends on"
+        return {node}.union(*(self.ancestors(parent) for parent in self.recipe.nodes[node].parents))
 
-    def verified(self, stage: str, fold: int, file: str) -> Path:
-        "The path of a file of a finished fold, its hash as recorded. Raises `RecordError`"
-        o, path = self.record(stage, fold), self.fold_dir(stage, fold) / file
-        if not o: raise RecordError(f'{path.parent}: is not finished; run `train {stage}` first')
-        if not path.is_file(): raise RecordError(f'{path}: is gone; run `train {stage}` again')
-        if file_hash(path) != o['files'][file]['sha256'] and not is_trusted(path):
-            raise RecordError(f'{path}: is not what this run wrote (its hash differs); delete {path.parent} and run again'
-                              + f', or add --trust {path} if it is yours' * (file == EXPORT))
-        return path
-
-    def parents_weights(self, stage: str, fold: int) -> dict[str, str]:
-        "Hash of the weights of each stage that a fold is built on"
-        return {m: self.record(m, fold)['files'][WEIGHTS]['sha256'] for p in self.recipe.stages[stage].parents for m in self.recipe.members(p)}
+    # Out-of-fold scores and thresholds
 
     def oof(self, node: str, fold: int | None = None) -> pd.DataFrame:
-        "Validation scores of a stage or ensemble, id_code, source, diagnosis, fold, score: each from the fold that did not train on it"
-        ks = self.folds_of(node) if fold is None else [fold]
-        total = None
-        for m, w in self.recipe.members(node).items():
-            p = pd.concat([pd.read_csv(self.verified(m, k, PREDS), dtype=dict(id_code=str)) for k in ks], ignore_index=True)
-            if not np.isfinite(p.score).all():
-                bad = (~np.isfinite(p.score)).sum()
-                raise RecordError(f'{self.root / m}: {bad} of {len(p)} validation scores are not numbers; delete it and train it with a lower lr')
-            if total is None: total = p.assign(score=p.score * w); continue
-            if not (total.id_code.equals(p.id_code) and total.source.equals(p.source)):
-                raise RecordError(f'[ensemble.{node}]: {m} was validated on other images than the other members')
-            total['score'] += w * p.score
-        return total
+        """Return the out-of-fold scores of a stage or ensemble: columns id_code, source, diagnosis, fold, score.
+
+        With `fold`, the scores of that fold's validation images only. Raises `RecordError`.
+        """
+        folds = self.folds_of(node) if fold is None else [fold]
+        mean = None
+        for m, weight in self.recipe.members(node).items():
+            df = self._validation_scores(m, folds)
+            if mean is None:
+                mean = df.assign(score=weight * df.score)
+                continue
+            if not (mean.id_code.equals(df.id_code) and mean.source.equals(df.source)):
+                raise RecordError(f'[ensemble.{node}]: {m} was validated on other images than the other members. '
+                                  'Train all members on the same tables.')
+            mean['score'] += weight * df.score
+        return mean
+
+    def _validation_scores(self, stage: str, folds: Iterable[int]) -> pd.DataFrame:
+        "Return the rows of preds.csv of some folds of a stage"
+        files = [self.verified_file(stage, k, PREDS) for k in folds]
+        df = pd.concat([pd.read_csv(f, dtype=dict(id_code=str)) for f in files], ignore_index=True)
+        bad = (~np.isfinite(df.score)).sum()
+        if bad:
+            raise RecordError(f'{self.root / stage}: {bad} of {len(df)} validation scores are not finite numbers. '
+                              'Delete this folder and train with a lower lr.')
+        return df
 
     def thresholds(self, node: str, how: str, without: int | None = None) -> np.ndarray:
-        "The thresholds that `how` asks for; optimal ones are fitted on out-of-fold scores, those of fold `without` left out where others remain"
+        """Return the four thresholds of a setting: fixed numbers, or fitted to out-of-fold scores.
+
+        With `without`, the images of that fold are left out, unless there are no others. Raises `RecordError`.
+        """
         fixed = parse_thresholds(how)
         if fixed: return np.array(fixed)
-        o = self.oof(node)
-        rest = o[o.fold != without]
-        o = rest if len(rest) else o
-        try: thresholds = fit_thresholds(how, o.score, o.diagnosis)
-        except AptosError as e: raise RecordError(f'{self.root / node}: {e}; train it longer or at another lr, or set thresholds = .5 1.5 2.5 3.5') from None
+        oof = self.oof(node)
+        others = oof[oof.fold != without]
+        if len(others): oof = others
+        advice = 'Train longer or with another lr, or set thresholds = 0.5 1.5 2.5 3.5.'
+        try: thresholds = fit_thresholds(how, oof.score, oof.diagnosis)
+        except AptosError as e: raise RecordError(f'{self.root / node}: {e}. {advice}') from None
         if thresholds[0] == thresholds[-1]:
-            raise RecordError(f'{self.root / node}: the best thresholds are all {thresholds[0]:.3g}, only grades 0 and 4 would be given; train it longer, '
-                              'or set thresholds = .5 1.5 2.5 3.5')
+            raise RecordError(f'{self.root / node}: the optimal thresholds are all {thresholds[0]:.3g}, which gives '
+                              f'only the grades 0 and 4. {advice}')
         return thresholds
 
     def parts(self, oof: pd.DataFrame) -> np.ndarray:
-        "Which images are graded by thresholds fitted on all the others: the folds, or below three of them five parts of patients"
+        """Return a part for each out-of-fold image; the thresholds of each part are fitted on the other parts.
+
+        The parts are the folds; with fewer than three folds, five parts that keep patients together.
+        """
         if oof.fold.nunique() > 2: return oof.fold.to_numpy()
         groups = pd.concat(self.frames.values()).set_index(['source', 'id_code']).group
-        return even_parts(oof.diagnosis, groups.loc[list(zip(oof.source, oof.id_code, strict=True))])
+        return stratified_group_parts(oof.diagnosis, groups.loc[list(zip(oof.source, oof.id_code, strict=True))])

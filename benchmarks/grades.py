@@ -16,9 +16,9 @@ from safetensors.torch import save
 
 from aptos_fastai.common.console import Bars, table
 from aptos_fastai.common.io import file_hash, write_bytes, write_csv, write_record
-from aptos_fastai.data.demo import CAMERAS, paint_fundus
+from aptos_fastai.data.demo import CAMERAS, generate_fundus
 from aptos_fastai.data.retina import prepare
-from aptos_fastai.data.store import _hash, store_folder
+from aptos_fastai.data.store import jpeg_hash, store_folder
 from aptos_fastai.metrics import MIDPOINTS, GradeThresholds, apply_thresholds, kappa_interval, quadratic_kappa
 from aptos_fastai.pipeline.summary import oof_table, summarise
 from aptos_fastai.recipe import read_recipe
@@ -59,13 +59,13 @@ def made_up_run(root: Path, n: int) -> Run:
         f['diagnosis'] = scored(m)[1].astype(np.float32) if name == 'train' else np.float32('nan')
         folder = store_folder(f, run.store, run.prep)
         folder.mkdir(parents=True)
-        painted = [prepare(cv2.imencode('.png', paint_fundus(rng, i % 5, list(CAMERAS)[i % len(CAMERAS)], True)[0][..., ::-1])[1].tobytes(), run.prep)
+        painted = [prepare(cv2.imencode('.png', generate_fundus(rng, i % 5, list(CAMERAS)[i % len(CAMERAS)], True)[0][..., ::-1])[1].tobytes(), run.prep)
                    for i in range(50)]
-        files = [str(folder / f'{i}.{_hash(jpeg)}{run.prep.suffix}') for i, (jpeg, _) in enumerate(painted)]
+        files = [str(folder / f'{i}.{jpeg_hash(jpeg)}{run.prep.suffix}') for i, (jpeg, _) in enumerate(painted)]
         for file, (jpeg, _) in zip(files, painted, strict=True): write_bytes(file, jpeg)
         rows = [dict(id_code=o, bytes=1, mtime=1, **painted[i % 50][1], stored='', error='') for i, o in enumerate(f.id_code)]
         write_csv(folder / 'prepared.csv', pd.DataFrame(rows))
-        run.frames[name] = f.assign(stored=[files[i % 50] for i in range(m)], pixel_sha256=f.id_code, target=f.diagnosis, duplicate=np.arange(m) + (name == 'test') * n,
+        run.frames[name] = f.assign(stored=[files[i % 50] for i in range(m)], pixel_sha256=f.id_code, target=f.diagnosis, duplicate_group=np.arange(m) + (name == 'test') * n,
                                     fold=np.arange(m) // 2 % 5 if name == 'train' else -1)
     for stage, spec in recipe.stages.items(): write_stage(run, stage, spec)
     return run
@@ -79,7 +79,7 @@ def write_stage(run: Run, stage: str, spec):
         write_csv(out / PREDS, mine[['id_code', 'source', 'diagnosis', 'fold']].assign(score=.6 * mine.diagnosis + .2 + rng.normal(0, .45, len(mine))))
         e = np.arange(12)
         write_csv(out / HISTORY, pd.DataFrame(dict(epoch=e, train_loss=1 / (e + 1), valid_loss=1.1 / (e + 1), kappa=.9 - .5 / (e + 1), lr=1e-3, kept=e == 11)))
-        write_bytes(out / WEIGHTS, save(create_model(spec).state_dict()))
+        write_bytes(out / WEIGHTS, save(create_model(spec.arch, spec.head, spec.size).state_dict()))
         write_record(out / 'stage.json', dict(
             files={f: dict(sha256=file_hash(out / f)) for f in (PREDS, WEIGHTS)}, seconds=1., kept_epoch=11, kept_kappa=.85, versions={}, synthetic=True,
             settings=asdict(spec), prep=asdict(run.prep), images=dict(train=len(train) - len(mine), valid=len(mine))))

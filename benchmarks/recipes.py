@@ -19,7 +19,7 @@ from aptos_fastai.metrics import (
     PUBLISHED_THRESHOLDS,
     apply_thresholds,
     kappa_interval,
-    nested_grades,
+    cross_fitted_grades,
     paired_interval,
     quadratic_kappa,
 )
@@ -75,7 +75,7 @@ def validated(name: str, runs: Path) -> tuple[pd.DataFrame, float]:
 def row(name: str, runs: Path, reference: np.ndarray | None) -> tuple[list, np.ndarray]:
     "A row of the table and the grades that it is about"
     o, seconds = validated(name, runs)
-    grades = nested_grades(o.score, o.diagnosis, o.fold)
+    grades = cross_fitted_grades(o.score, o.diagnosis, o.fold)
     d = '' if reference is None else '{:+.3f} [{:+.3f} {:+.3f}]'.format(*paired_interval(reference, grades, o.diagnosis))
     fixed = [f'{quadratic_kappa(apply_thresholds(o.score, c), o.diagnosis):.3f}' for c in (MIDPOINTS, PUBLISHED_THRESHOLDS)]
     return [name, interval_text(quadratic_kappa(grades, o.diagnosis), kappa_interval(grades, o.diagnosis)), d, *fixed, format_duration(seconds)], grades

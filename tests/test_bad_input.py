@@ -1,4 +1,7 @@
-"The catalogue of what users get wrong: each a row of what is wrong -> words of the message; always one line, exit status 1, nothing written."
+"""What users get wrong, as tables of a mistake and words of its message.
+
+Each message is one line, the exit status is 1, and nothing is written.
+"""
 import os
 import shutil
 
@@ -6,144 +9,230 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, TOY, fails, stamps, toy_args
+from conftest import ROOT, TOY, expect_error, toy_args
 
-from aptos_fastai.cli import _on_a_recipe
-
-
-def rewrite(path, text): path.write_bytes(text if isinstance(text, bytes) else text.encode())
-def csv(t, text, name='train.csv'): rewrite(t / name, text)
-def grades(t, **rows):
-    df = pd.read_csv(t / 'train.csv', dtype=str)
-    for i, g in rows.items(): df.loc[int(i[1:]), 'diagnosis'] = g
-    df.to_csv(t / 'train.csv', index=False)
+from aptos_fastai.cli import COMMANDS, uses_recipe
 
 
-def link(t, target):
-    f = t / 'train_images/train001.png'
-    f.unlink(); f.symlink_to(target)
+def write(path, content):
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-MORE_TABLES = {
-    'test without ids': (lambda t: csv(t, 'name\na\n', 'test.csv'), ['test.csv: no column id_code']),
-    'test lost': (lambda t: (t / 'test.csv').unlink(), ['no test.csv']),
-    'test images lost': (lambda t: shutil.rmtree(t / 'test_images'), ['test_images: no such folder']),
-    'utf-16': (lambda t: csv(t, (t / 'train.csv').read_text().encode('utf-16')), ['train.csv']),
-    'binary': (lambda t: csv(t, bytes(range(256)) * 9), ['train.csv']),
-    'semicolons': (lambda t: csv(t, (t / 'train.csv').read_text().replace(',', ';')), ['no column id_code', 'id_code;diagnosis']),
-    'nan grade': (lambda t: grades(t, r3='nan'), ['train003 = nan']),
-    'inf grade': (lambda t: grades(t, r3='inf'), ['train003 = inf']),
-    'minus one': (lambda t: grades(t, r3='-1'), ['train003 = -1']),
-    'many bad grades': (lambda t: grades(t, **{f'r{i}': '9' for i in range(8)}), ['8 diagnosis', '…']),
-    'id goes up': (lambda t: csv(t, (t / 'train.csv').read_text().replace('train001', '../train001')), ['1 of 40 ids have no image', '../train001']),
-    'id is absolute': (lambda t: csv(t, (t / 'train.csv').read_text().replace('train001', '/etc/passwd')), ['1 of 40 ids have no image', '/etc/passwd']),
-    'link out': (lambda t: link(t, '/etc/passwd'), ['train001.png: is a link out of']),
-    'dead link': (lambda t: link(t, t / 'nothing.png'), ['1 of 40 ids have no image', 'train001']),
-    'folder for an image': (lambda t: ((t / 'train_images/train001.png').unlink(), (t / 'train_images/train001.png').mkdir()), ['1 of 40 ids', 'train001']),
+def replace_first(path, old, new):
+    "Replace the first `old` in a text file, which must contain it"
+    text = path.read_text()
+    assert old in text, f'{path} does not contain {old}'
+    write(path, text.replace(old, new, 1))
+
+
+def flip_bit(path, at=100):
+    "Change one bit of the byte at position `at`"
+    data = bytearray(path.read_bytes())
+    data[at % len(data)] ^= 1
+    write(path, data)
+
+
+# Tables
+
+def change_train_csv(data, old, new):
+    file = data / 'train.csv'
+    write(file, file.read_text().replace(old, new))
+
+
+def set_grade(data, *rows, grade):
+    "Set the grade of some rows of train.csv to a text"
+    df = pd.read_csv(data / 'train.csv', dtype=str)
+    df.loc[list(rows), 'diagnosis'] = grade
+    df.to_csv(data / 'train.csv', index=False)
+
+
+def link_image(data, target):
+    "Replace an image by a symbolic link to `target`"
+    file = data / 'train_images/train001.png'
+    file.unlink()
+    file.symlink_to(target)
+
+
+def replace_image_by_folder(data):
+    file = data / 'train_images/train001.png'
+    file.unlink()
+    file.mkdir()
+
+
+def encode_as_utf16(data):
+    text = (data / 'train.csv').read_text()
+    write(data / 'train.csv', text.encode('utf-16'))
+
+
+NO_IMAGE = '1 of 40 ids have no image'
+BAD_TABLES = {
+    'test without ids': (lambda data: write(data / 'test.csv', 'name\na\n'), ['test.csv: no column id_code']),
+    'test missing': (lambda data: (data / 'test.csv').unlink(), ['test.csv not found']),
+    'test images missing': (lambda data: shutil.rmtree(data / 'test_images'), ['test_images: image folder not found']),
+    'utf-16': (encode_as_utf16, ['train.csv: not a readable CSV']),
+    'binary': (lambda data: write(data / 'train.csv', bytes(range(256)) * 9), ['train.csv: not a readable CSV']),
+    'semicolons': (lambda data: change_train_csv(data, ',', ';'), ['no column id_code', 'id_code;diagnosis']),
+    'grade nan': (lambda data: set_grade(data, 3, grade='nan'), ['train003 = nan']),
+    'grade inf': (lambda data: set_grade(data, 3, grade='inf'), ['train003 = inf']),
+    'grade -1': (lambda data: set_grade(data, 3, grade='-1'), ['train003 = -1']),
+    'many bad grades': (lambda data: set_grade(data, *range(8), grade='9'), ['8 invalid values', '…']),
+    'id goes up': (lambda data: change_train_csv(data, 'train001', '../train001'), [NO_IMAGE, '../train001']),
+    'id is absolute': (lambda data: change_train_csv(data, 'train001', '/etc/passwd'), [NO_IMAGE, '/etc/passwd']),
+    'link out of the folder': (lambda data: link_image(data, '/etc/passwd'), ['train001.png: symbolic link to a file']),
+    'dead link': (lambda data: link_image(data, data / 'nothing.png'), [NO_IMAGE, 'train001']),
+    'image is a folder': (replace_image_by_folder, [NO_IMAGE, 'train001']),
 }
 
 
-@pytest.mark.parametrize('name', MORE_TABLES)
-def test_tables(tables, small_recipe, tmp_path, capsys, name):
-    spoil, words = MORE_TABLES[name]
-    spoil(tables)
-    fails(capsys, ['all', '--recipe', small_recipe, '--data', tables, '--runs', tmp_path / 'runs'], *words)
-    assert not (tmp_path / 'runs').exists()
+@pytest.mark.parametrize('name', BAD_TABLES)
+def test_bad_tables(tables, small_recipe, tmp_path, capsys, name):
+    damage, words = BAD_TABLES[name]
+    damage(tables)
+    runs = tmp_path / 'runs'
+    expect_error(capsys, ['all', '--recipe', small_recipe, '--data', tables, '--runs', runs], *words)
+    assert not runs.exists()
 
 
-def png(**kw): return cv2.imencode('.png', np.zeros((8, 8, 3), np.uint8), **kw)[1].tobytes()
+# Images
 
-IMAGES = {
-    'empty': (b'', 'no image of a known kind'), 'a letter': (b'dear doctor', 'no image of a known kind'),
-    'html': (b'<html>404 Not Found</html>', 'no image of a known kind'),
-    'png cut short': (png()[:-20], 'is cut short'), 'png header alone': (png()[:16], 'cannot be decoded'),
-    'png with noise inside': (png()[:45] + b'\x00' * 30 + png()[-12:], 'cannot be decoded'),
-    'jpeg cut short': (cv2.imencode('.jpg', np.full((64, 64, 3), 90, np.uint8))[1].tobytes()[:-30], 'is cut short'),
-    'jpeg header alone': (b'\xff\xd8\xff\xe0\x00\x10JFIF\x00', 'cannot be decoded'),
-    'gif header alone': (b'GIF89a\x01\x00', 'cannot be decoded'), 'tiff header alone': (b'II*\x00\x08\x00\x00\x00', 'cannot be decoded'),
-    'dicom of nothing': (b'\0' * 128 + b'DICM', 'cannot be decoded'),
-    'zip': (b'PK\x03\x04' + b'\0' * 40, 'no image of a known kind'),
-    'svg': (b'<svg xmlns="http://www.w3.org/2000/svg"/>', 'no image of a known kind'),
+def encode(extension, side):
+    return cv2.imencode(extension, np.full((side, side, 3), 90, np.uint8))[1].tobytes()
+
+
+PNG, JPEG = encode('.png', 8), encode('.jpg', 64)
+UNKNOWN, TRUNCATED, DAMAGED = 'unknown image format', 'the file is truncated', 'cannot be decoded'
+BAD_IMAGES = {
+    'empty': (b'', UNKNOWN),
+    'text': (b'dear doctor', UNKNOWN),
+    'html': (b'<html>404 Not Found</html>', UNKNOWN),
+    'zip': (b'PK\x03\x04' + b'\0' * 40, UNKNOWN),
+    'svg': (b'<svg xmlns="http://www.w3.org/2000/svg"/>', UNKNOWN),
+    'png truncated': (PNG[:-20], TRUNCATED),
+    'png header alone': (PNG[:16], DAMAGED),
+    'png with noise inside': (PNG[:45] + b'\x00' * 30 + PNG[-12:], DAMAGED),
+    'jpeg truncated': (JPEG[:-30], TRUNCATED),
+    'jpeg header alone': (b'\xff\xd8\xff\xe0\x00\x10JFIF\x00', DAMAGED),
+    'gif header alone': (b'GIF89a\x01\x00', DAMAGED),
+    'tiff header alone': (b'II*\x00\x08\x00\x00\x00', DAMAGED),
+    'dicom header alone': (b'\0' * 128 + b'DICM', DAMAGED),
 }
 
 
-@pytest.mark.parametrize('name', IMAGES)
-def test_images(tables, small_recipe, tmp_path, capsys, name):
-    data, words = IMAGES[name]
-    rewrite(tables / 'train_images/train005.png', data)
-    err = fails(capsys, ['all', '--recipe', small_recipe, '--data', tables, '--runs', tmp_path / 'runs'], '1 of 40 images of train cannot be used: train005')
-    assert words in err and 'skip_unreadable = yes' in err and not list((tmp_path / 'runs').rglob('stage.json'))
+@pytest.mark.parametrize('name', BAD_IMAGES)
+def test_bad_images(tables, small_recipe, tmp_path, capsys, name):
+    content, words = BAD_IMAGES[name]
+    write(tables / 'train_images/train005.png', content)
+    runs = tmp_path / 'runs'
+    expect_error(capsys, ['all', '--recipe', small_recipe, '--data', tables, '--runs', runs],
+                 '1 of 40 images are unreadable: train005', words, 'skip_unreadable = yes')
+    assert not list(runs.rglob('stage.json'))
 
 
-COMMANDS = {
-    'no such stage': (['train', 'nope'], ['nope: no such stage']), 'label by nobody': (['label', 'nope'], ['nope: no such stage']),
-    'label a graded table': (['label', 'finetune_256', 'aptos_train'], ['no ungraded table']),
-    'no such table': (['inspect', 'nope'], ['nope: no such table', 'aptos_train']), 'no number': (['inspect', 'aptos_train', 'many'], ['many: a number']),
-    'none of them': (['inspect', 'aptos_train', '0'], ['at least one']), 'rates of nothing': (['lr_find', 'nope'], ['no such stage']),
+# Command lines
+
+BAD_COMMANDS = {
+    'no such command': (['trian', 'finetune_256'], ['trian']),
+    'no such option': (['all', '--epochs', '3'], ['--epochs']),
+    'train: no such stage': (['train', 'nope'], ['nope: no such stage']),
+    'label: no such stage': (['label', 'nope'], ['nope: no such stage']),
+    'label: graded table': (['label', 'finetune_256', 'aptos_train'], ['aptos_train: no such ungraded table']),
+    'lr_find: no such stage': (['lr_find', 'nope'], ['nope: no such stage']),
+    'inspect: no such table': (['inspect', 'nope'], ['nope: no such table', 'aptos_train']),
+    'inspect: not a number': (['inspect', 'aptos_train', 'many'], ['many']),
+    'inspect: no images': (['inspect', 'aptos_train', '0'], ['0: choose at least 1 image']),
     'no recipe': (['all', '--recipe', 'nowhere.ini'], ['nowhere.ini: no such recipe']),
     'recipe is a folder': (['all', '--recipe', 'tests'], ['tests: no such recipe']),
-    'no data': (['all', '--data', '/nowhere'], ['/nowhere: no such data folder']), 'data is a file': (['all', '--data', __file__], ['no such data folder']),
-    'runs is a file': (['all', '--runs', __file__], ['is a file; give a folder']), 'set without a key': (['all', '--set', 'epochs=3'], ['SECTION.KEY=VALUE']),
+    'no data': (['all', '--data', '/nowhere'], ['/nowhere: data folder not found']),
+    'data is a file': (['all', '--data', __file__], ['data folder not found']),
+    'runs is a file': (['all', '--runs', __file__], ['is a file. Choose a folder']),
+    'set without a section': (['all', '--set', 'epochs=3'], ['SECTION.KEY=VALUE']),
     'set without a value': (['all', '--set', 'stage.epochs'], ['SECTION.KEY=VALUE']),
     'set an unknown section': (['all', '--set', 'nope.x=1'], ['no such section']),
-    'trust nothing': (['all', '--trust', 'nowhere.pkl'], ['--trust nowhere.pkl: no such file']),
-    'no model': (['predict', 'nowhere', __file__], ['nowhere: is no model']), 'no images': (['predict', 'nowhere'], ['name the images', 'too']),
-    'explain without a model': (['explain', 'nowhere', 'a.png'], ['a.png']), 'export nothing': (['export', 'nowhere'], ['nowhere: is no model']),
-    'serve nothing': (['serve', 'nowhere'], ['nowhere: is no model']), 'port of words': (['serve', 'nowhere', '--port', 'http'], ['--port http']),
-    'port too high': (['serve', 'nowhere', '--port', '70000'], ['from 1 to 65535']), 'kaggle of nothing': (['kaggle', 'nowhere'], ['nowhere: is no model']),
-    'bad user name': (['kaggle', 'nowhere', '--user', 'a b'], ['--user a b']), 'compare nothing': (['compare', 'nowhere', 'elsewhere'], ['nowhere']),
-    'demo over a folder': (['demo', str(ROOT / 'tests')], ['is not empty and holds no demo']),
+    'trust a missing file': (['all', '--trust', 'nowhere.pkl'], ['--trust nowhere.pkl: no such file']),
+    'predict: no model': (['predict', 'nowhere', __file__], ['nowhere: no model here']),
+    'predict: no images': (['predict', 'nowhere'], ['IMAGES']),
+    'explain: no such image': (['explain', 'nowhere', 'a.png'], ['a.png']),
+    'export: no run': (['export', 'nowhere'], ['nowhere: no model here']),
+    'serve: no model': (['serve', 'nowhere'], ['nowhere: no model here']),
+    'serve: port is a word': (['serve', 'nowhere', '--port', 'http'], ['--port']),
+    'serve: port too high': (['serve', 'nowhere', '--port', '70000'], ['choose a port from 1 to 65535']),
+    'kaggle: no run': (['kaggle', 'nowhere'], ['nowhere: no model here']),
+    'kaggle: bad user name': (['kaggle', 'nowhere', '--user', 'a b'], ['--user a b']),
+    'compare: no runs': (['compare', 'nowhere', 'elsewhere'], ['nowhere: not a finished run']),
+    'demo: folder in use': (['demo', str(ROOT / 'tests')], ['is not empty and contains no demo']),
 }
 
 
-@pytest.mark.parametrize('name', COMMANDS)
-def test_command_lines(tmp_path, monkeypatch, capsys, name):
-    args, words = COMMANDS[name]
+@pytest.mark.parametrize('name', BAD_COMMANDS)
+def test_bad_commands(tmp_path, monkeypatch, capsys, name):
+    args, words = BAD_COMMANDS[name]
     monkeypatch.chdir(ROOT)
-    given = {'--runs': tmp_path / 'runs', '--recipe': ROOT / 'settings.ini'} if _on_a_recipe(args[0]) else {}
-    more = [o for k, v in given.items() if k not in args for o in (k, v)] + TOY * bool(given)
+    if args[0] in COMMANDS and uses_recipe(COMMANDS[args[0]]):
+        defaults = {'--runs': tmp_path / 'runs', '--recipe': ROOT / 'settings.ini'}
+        args = [*args, *TOY]
+        for option, value in defaults.items():
+            if option not in args: args += [option, value]
     before = set(os.listdir(ROOT))
-    fails(capsys, [*args, *more], *words)
-    assert not (tmp_path / 'runs/settings-demo').exists() and set(os.listdir(ROOT)) == before
+    expect_error(capsys, args, *words)
+    assert not (tmp_path / 'runs/settings-demo').exists()
+    assert set(os.listdir(ROOT)) == before
 
 
-def edit(path, old, new): rewrite(path, path.read_text().replace(old, new, 1))
-def flip(path, at=100):
-    data = bytearray(path.read_bytes()); data[at % len(data)] ^= 1; path.write_bytes(data)
+# A finished run
+
+def damage_prepared_csv(run):
+    for file in run.parent.glob('prepared/*/aptos_train*/prepared.csv'):
+        write(file, b'\xff\xfe\x00' + file.read_bytes())
 
 
-ARTEFACTS = {                                # of a finished run -> what `all` says of it once something is to be done
-    'stage.json edited': (lambda r: edit(r / 'finetune_256/fold0/stage.json', '"fold": 0', '"fold": 1'),
-                          ['finetune_256/fold0/stage.json: is not what a run wrote']),
-    'stage.json cut short': (lambda r: rewrite(r / 'finetune_256/fold0/stage.json', '{"stage": '), ['stage.json: is damaged', 'delete it']),
-    'stage.json a list': (lambda r: rewrite(r / 'finetune_256/fold0/stage.json', '[]'), ['stage.json: is not what a run wrote']),
-    'stage.json binary': (lambda r: rewrite(r / 'finetune_256/fold0/stage.json', b'\xff\xfe\x00'), ['stage.json: is damaged']),
-    'summary edited': (lambda r: edit(r / 'summary.json', '"synthetic": true', '"synthetic": false'), ['summary.json: is not what a run wrote']),
-    'run.json edited': (lambda r: rewrite(r / 'run.json', '{"data": "elsewhere"}'), ['run.json: is not what a run wrote']),
-    'folds.csv edited': (lambda r: edit(r / 'folds.csv', ',0,', ',1,'), ['folds.csv', 'hash differs']),
-    'folds.csv another': (lambda r: rewrite(r / 'folds.csv', 'a,b\n1,2\n'), ['folds.csv']),
-    'folds.csv no numbers': (lambda r: rewrite(r / 'folds.csv', 'source,id_code,fold,digest\na,b,c,d\n'), ['folds.csv: is damaged']),
-    'parent learner changed': (lambda r: flip(r / 'pretrain_256/fold0/learner.pkl'), ['learner.pkl: is not what this run wrote', '--trust']),
-    'prepared.csv damaged': (lambda r: [rewrite(f, b'\xff\xfe\x00' + f.read_bytes()) for f in r.parent.glob('prepared/*/aptos_train*/prepared.csv')],
-                               ['prepared.csv: is damaged', 'delete it']),
-    'labels note edited': (lambda r: rewrite(r / 'labels/finetune_256/aptos_test/provenance.json', '{}'), ['provenance.json: is not what a run wrote']),
-    'scores note edited': (lambda r: rewrite(r / 'finetune_256/fold0/scores_aptos_test.json', '{}'), ['scores_aptos_test.json: is not what a run wrote']),
-    'validation scores changed': (lambda r: flip(r / 'finetune_dense/fold0/preds.csv'), ['preds.csv: is not what this run wrote']),
+PARENT = ['--set', 'stage.finetune_256.wd=.2']         # reruns finetune_256
+LAST = ['--set', 'stage.retrain_512.wd=.2']            # reruns retrain_512 alone
+STAGE_JSON = 'finetune_256/fold0/stage.json'
+LABELS_RECORD = 'labels/finetune_256/aptos_test/provenance.json'
+SCORES_RECORD = 'finetune_256/fold0/scores_aptos_test.json'
+FOLDS_HEADER = 'source,id_code,fold,digest'
+BAD_FILES = {                                # name: damage, options of `all`, words
+    'stage.json edited': (lambda run: replace_first(run / STAGE_JSON, '"fold": 0', '"fold": 1'), PARENT,
+                          [f'{STAGE_JSON}: content changed', 'Restore it, or delete it']),
+    'stage.json truncated': (lambda run: write(run / STAGE_JSON, '{"stage": '), PARENT,
+                             [f'{STAGE_JSON}: damaged JSON', 'Delete it and run again.']),
+    'stage.json a list': (lambda run: write(run / STAGE_JSON, '[]'), PARENT, [f'{STAGE_JSON}: content changed']),
+    'stage.json binary': (lambda run: write(run / STAGE_JSON, b'\xff\xfe\x00'), PARENT,
+                          [f'{STAGE_JSON}: damaged JSON']),
+    'stage.json of an older version': (lambda run: write(run / STAGE_JSON, '{"stage": "a", "seal": "b"}'), PARENT,
+                                       [f'{STAGE_JSON}: written by an older version', 'new --runs folder']),
+    'summary.json edited': (lambda run: replace_first(run / 'summary.json', '"synthetic": true', '"synthetic": false'),
+                            PARENT, ['summary.json: content changed']),
+    'run.json edited': (lambda run: write(run / 'run.json', '{"data": "elsewhere"}'), PARENT,
+                        ['run.json: content changed']),
+    'folds.csv edited': (lambda run: replace_first(run / 'folds.csv', ',0,', ',1,'), PARENT,
+                         ['folds.csv: content changed']),
+    'folds.csv of another program': (lambda run: write(run / 'folds.csv', 'a,b\n1,2\n'), PARENT,
+                                     ['folds.csv: its columns are a, b']),
+    'folds.csv without numbers': (lambda run: write(run / 'folds.csv', f'{FOLDS_HEADER}\na,b,c,d\n'), PARENT,
+                                  ['folds.csv: damaged CSV']),
+    'parent learner changed': (lambda run: flip_bit(run / 'pretrain_256/fold0/learner.pkl'), PARENT,
+                               ['learner.pkl: content changed', '--trust']),
+    'prepared.csv damaged': (damage_prepared_csv, PARENT, ['prepared.csv: damaged CSV', 'Delete it']),
+    'label record edited': (lambda run: write(run / LABELS_RECORD, '{}'), LAST, ['provenance.json: content changed']),
+    'score record edited': (lambda run: write(run / SCORES_RECORD, '{}'), LAST,
+                            ['scores_aptos_test.json: content changed']),
+    'validation scores changed': (lambda run: flip_bit(run / 'finetune_dense/fold0/preds.csv'), LAST,
+                                  ['preds.csv: content changed']),
 }
 
 
-@pytest.mark.parametrize('name', ARTEFACTS)
-def test_artefacts(copied, capsys, name):
-    spoil, words = ARTEFACTS[name]
-    spoil(copied)
-    args = ['--set', 'stage.retrain_512.wd=.2', '--set', 'stage.finetune_256.wd=.2']
-    before = {p: t for p, t in stamps(copied).items() if p.name in ('submission.csv', 'scores.csv')}
-    # what is asked for again where only the labels or the answers are wrong
-    keys = args[:2] if name in ('labels note edited', 'scores note edited', 'validation scores changed') else args[2:]
-    fails(capsys, ['all', *toy_args(copied, *keys)], *words)
-    assert all(p.stat().st_mtime_ns == t for p, t in before.items())
+@pytest.mark.parametrize('name', BAD_FILES)
+def test_changed_files_of_a_run_are_not_used(toy_copy, capsys, name):
+    damage, options, words = BAD_FILES[name]
+    damage(toy_copy)
+    outputs = [toy_copy / 'submission.csv', toy_copy / 'scores.csv']
+    before = [f.stat().st_mtime_ns for f in outputs]
+    expect_error(capsys, ['all', *toy_args(toy_copy, *options)], *words)
+    assert [f.stat().st_mtime_ns for f in outputs] == before
 
 
-def test_a_changed_image_of_the_store_is_not_trained_on(copied, capsys):
-    for f in copied.parent.glob('prepared/*/aptos_train*/*.jpg'): flip(f, -9)
-    fails(capsys, ['all', *toy_args(copied, '--set', 'stage.finetune_512.wd=.2')], '.jpg: is not what was stored', 'delete it')
+def test_changed_prepared_images_are_not_trained_on(toy_copy, capsys):
+    for file in toy_copy.parent.glob('prepared/*/aptos_train*/*.jpg'): flip_bit(file, -9)
+    args = toy_args(toy_copy, '--set', 'stage.finetune_512.wd=.2')
+    expect_error(capsys, ['all', *args], '.jpg: content changed', 'Delete it and run again')

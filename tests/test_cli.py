@@ -1,24 +1,111 @@
+"The command line: help, usage errors, and the commands that need no run."
 import ast
+import os
+import signal
 import subprocess
 import sys
+import threading
 
 import pytest
-from conftest import ROOT, fails
+from conftest import ROOT, expect_error
 
-from aptos_fastai.cli import _commands, main
+import aptos_fastai
+from aptos_fastai import cli
+from aptos_fastai.cli import COMMANDS, main, uses_recipe
 
+# Help
 
-@pytest.mark.parametrize('args', [['--help'], *([c, '--help'] for c in _commands())])
-def test_help_imports_no_torch(args):
-    code = (f'import sys\nfrom aptos_fastai.cli import main\ntry: main({args!r})\nexcept SystemExit: pass\n'
-            'assert not {"torch", "fastai", "pandas", "cv2"} & set(sys.modules)')
+@pytest.mark.parametrize('args', [['--help'], *([name, '--help'] for name in COMMANDS)])
+def test_help_imports_no_heavy_library(args):
+    code = (f'import sys\nfrom aptos_fastai.cli import main\nmain({args!r})\n'
+            'assert not {"torch", "fastai", "pandas", "cv2", "rich"} & set(sys.modules)')
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
-    assert out.returncode == 0 and 'usage: run.py' in out.stdout, out.stderr
+    assert out.returncode == 0 and 'Usage: run.py' in out.stdout, out.stderr
 
-def test_every_command_shows_an_example(capsys):
-    for c in _commands():
-        with pytest.raises(SystemExit): main([c, '--help'])
-        assert f'python run.py {c}' in capsys.readouterr().out
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_help_of_a_command(name, capsys):
+    main([name, '--help'])
+    out = capsys.readouterr().out
+    assert f'python run.py {name}' in out     # an example
+    assert ('--recipe' in out) == uses_recipe(COMMANDS[name])
+
+
+def test_help_of_the_program_shows_complete_sentences(capsys):
+    main(['--help'])
+    out = capsys.readouterr().out
+    for name in COMMANDS: assert f'  {name} ' in out
+    assert '...\n' not in out.partition('Commands:')[2]
+
+
+def test_help_keeps_square_brackets(capsys):
+    main(['train', '-h'])
+    assert '[default: settings.ini]' in ' '.join(capsys.readouterr().out.split())
+
+
+def test_version(capsys):
+    main(['--version'])
+    assert capsys.readouterr().out == f'aptos-fastai {aptos_fastai.__version__}\n'
+
+
+# Errors
+
+@pytest.mark.parametrize('args, words', [
+    ([], ['Missing command', 'run.py --help']),
+    (['trian', 'finetune_256'], ['trian', "'train'"]),
+    (['batch', 'pretrain_256'], ['No such command', 'batch']),
+    (['all', '--recip', 'x'], ['--recip', '--recipe', 'run.py all --help']),
+    (['all', 'more'], ['more']),
+    (['train'], ["Missing argument 'STAGE'", 'run.py train --help']),
+    (['predict', 'runs/settings'], ["Missing argument 'IMAGES'"]),
+    (['inspect', 'aptos_train', 'many'], ["'COUNT'", 'many is not a whole number']),
+    (['serve', 'x', '--port', 'http'], ["'--port'", 'http is not a whole number']),
+    (['serve', 'x', '--port', '0'], ['--port 0: choose a port from 1 to 65535']),
+    (['all', '--set'], ['--set']),
+])
+def test_usage_errors(capsys, args, words):
+    expect_error(capsys, args, *words)
+
+
+def fail_with(error):
+    "Return a function that raises `error`"
+    def function(*_): raise error
+    return function
+
+
+@pytest.mark.parametrize('error, status, words', [
+    (KeyboardInterrupt('teacher has finished 1 of 2 epochs'), 130, ['stopped: teacher has finished', 'to resume']),
+    (cli.Terminated(), 143, ['stopped.', 'to resume']),
+    (MemoryError(), 1, ['plan: out of memory']),
+    (OSError(28, 'No space left on device', 'x.csv'), 1, ['x.csv: No space left on device'])])
+def test_failures_of_a_command(capsys, monkeypatch, error, status, words):
+    monkeypatch.setattr(cli.RunOptions, 'load', fail_with(error))
+    with pytest.raises(SystemExit) as e: main(['plan'])
+    err = capsys.readouterr().err
+    assert e.value.code == status and err.startswith('error: ') and err.count('\n') == 1
+    for word in words: assert word in err
+
+
+def test_an_unexpected_error_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(cli.RunOptions, 'load', fail_with(RuntimeError('a bug')))
+    with pytest.raises(RuntimeError, match='a bug'): main(['plan'])
+
+
+def test_sigterm_stops_a_command_and_its_handler_is_restored(capsys, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(cli.RunOptions, 'load', lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as e: main(['plan'])
+    assert e.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_command_runs_outside_the_main_thread(capsys):
+    thread = threading.Thread(target=main, args=(['keys'],))
+    thread.start()
+    thread.join()
+    assert '[recipe]' in capsys.readouterr().out
+
+
+# Commands that need no run
 
 def test_keys_lists_every_key_of_the_shipped_recipe(capsys):
     main(['keys'])
@@ -26,17 +113,30 @@ def test_keys_lists_every_key_of_the_shipped_recipe(capsys):
     for line in (ROOT / 'settings.ini').read_text().splitlines():
         if '=' in line and not line.startswith('#'): assert f'  {line.split("=")[0].strip()} ' in out
 
-def test_no_stage_is_asked_for_by_name():
-    for p in (ROOT / 'aptos_fastai').rglob('*.py'):
-        for n in ast.walk(ast.parse(p.read_text())):
-            if isinstance(n, ast.Compare):
-                for o in [n.left, *n.comparators]:
-                    assert not (isinstance(o, ast.Constant) and str(o.value).startswith(('pretrain_', 'finetune_', 'retrain'))), f'{p.name}:{n.lineno}'
 
-
-def test_init_writes_what_is_shipped_and_nothing_over(tmp_path, capsys):
+def test_init_writes_the_shipped_recipes_and_overwrites_nothing(tmp_path, capsys):
     main(['init', str(tmp_path)])
-    for f in [ROOT / 'settings.ini', *(ROOT / 'recipes').glob('*.ini')]: assert (tmp_path / f.relative_to(ROOT)).read_bytes() == f.read_bytes()
+    for file in [ROOT / 'settings.ini', *(ROOT / 'recipes').glob('*.ini')]:
+        assert (tmp_path / file.relative_to(ROOT)).read_bytes() == file.read_bytes()
     (tmp_path / 'settings.ini').write_text('mine')
-    fails(capsys, ['init', tmp_path], 'settings.ini: is there already; give another folder')
+    expect_error(capsys, ['init', tmp_path], 'settings.ini: already exists', 'Choose another folder')
     assert (tmp_path / 'settings.ini').read_text() == 'mine'
+
+
+def test_demo_writes_its_tables(tmp_path, capsys):
+    keys = ['--set', 'demo.pretrain=20', '--set', 'demo.train=20', '--set', 'demo.test=5']
+    main(['demo', str(tmp_path / 'demo'), '--recipe', str(ROOT / 'settings.ini'), *keys])
+    assert (tmp_path / 'demo/aptos2019-blindness-detection/train.csv').is_file()
+    assert 'synthetic images ->' in capsys.readouterr().out
+
+
+# Code
+
+def test_no_code_asks_for_a_stage_by_name():
+    prefixes = ('pretrain_', 'finetune_', 'retrain')
+    for file in (ROOT / 'aptos_fastai').rglob('*.py'):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.Compare): continue
+            for value in [node.left, *node.comparators]:
+                named = isinstance(value, ast.Constant) and str(value.value).startswith(prefixes)
+                assert not named, f'{file.name}:{node.lineno}'

@@ -1,113 +1,143 @@
 import pytest
-from conftest import ROOT, fails
+from conftest import ROOT, expect_error
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aptos_fastai.recipe import ConfigError, parse_thresholds, read_recipe
 
+SETTINGS = ROOT / 'settings.ini'
+PUBLISHED = ROOT / 'recipes/published.ini'
+ONE_TABLE = ROOT / 'recipes/one_table.ini'
 
-@pytest.mark.parametrize('name', ['settings.ini', 'recipes/published.ini', 'recipes/one_table.ini'])
-def test_shipped_recipes_read(name):
-    r = read_recipe(ROOT / name)
+
+@pytest.mark.parametrize('file', [SETTINGS, PUBLISHED, ONE_TABLE], ids=lambda f: f.name)
+def test_shipped_recipe_orders_parents_first(file):
+    r = read_recipe(file)
     assert set(r.order) == set(r.nodes)
-    for n, o in r.nodes.items(): assert all(r.order.index(p) < r.order.index(n) for p in o.parents)
+    for name, node in r.nodes.items():
+        for parent in node.parents: assert r.order.index(parent) < r.order.index(name)
 
 
-@pytest.mark.parametrize('name', ['settings.ini', 'recipes/published.ini'])
-def test_the_missions_graph_is_whole(name):
-    r = read_recipe(ROOT / name)
-    s = r.stages
-    for size in ('256', '512'):
-        assert s[f'finetune_{size}'].init == f'pretrain_{size}' and s[f'pretrain_{size}'].train == ('eyepacs2015',)
-        assert s[f'finetune_{size}'].arch == 'legacy_seresnet50' and s[f'finetune_{size}'].size == int(size)
-    assert s['finetune_dense'].init == 'pretrain_dense' and s['finetune_dense'].arch == 'densenet121'
-    assert ('finetune_256', 'aptos_test') in s['retrain_512'].sources and s['retrain_512'].init in ('pretrain_512', 'finetune_512')
+@pytest.mark.parametrize('file', [SETTINGS, PUBLISHED], ids=lambda f: f.name)
+def test_shipped_recipe_has_the_stages_of_the_published_method(file):
+    r = read_recipe(file)
+    stages = r.stages
+    for size in (256, 512):
+        pretrain, finetune = stages[f'pretrain_{size}'], stages[f'finetune_{size}']
+        assert pretrain.train == ('eyepacs2015',)
+        assert finetune.init == f'pretrain_{size}'
+        assert finetune.arch == 'legacy_seresnet50'
+        assert finetune.size == size
+    assert stages['finetune_dense'].init == 'pretrain_dense'
+    assert stages['finetune_dense'].arch == 'densenet121'
+    assert ('finetune_256', 'aptos_test') in stages['retrain_512'].sources
+    assert stages['retrain_512'].init in ('pretrain_512', 'finetune_512')
     assert set(r.ensembles['ensemble'].members) == {'finetune_dense', 'finetune_256', 'finetune_512'}
-    assert r.submit.final == 'retrain_512' and set(r.submit.also) >= {'finetune_dense', 'finetune_256', 'finetune_512', 'ensemble'}
+    assert r.submit.final == 'retrain_512'
+    assert set(r.submit.also) >= {'finetune_dense', 'finetune_256', 'finetune_512', 'ensemble'}
 
 
-def test_the_published_constants():
-    r = read_recipe(ROOT / 'recipes/published.ini')
+def test_published_recipe_has_the_published_constants():
+    r = read_recipe(PUBLISHED)
     s, a = r.stages['retrain_512'], r.augment
-    assert (s.schedule, s.lr, s.wd, s.bs, s.epochs, s.freeze_epochs, s.keep, s.loss, s.tta) == ('constant', 2e-4, 0, 16, 30, 0, 'last', 'smooth_l1', 'hflip')
-    assert (s.sqr_mom, s.eps) == (.999, 1e-8)
-    assert s.init == 'pretrain_512' and (r.images.crop, r.images.aspect) == ('none', 'squash')
-    assert (a.brightness, a.contrast, a.saturation, a.hue, a.blur, a.blur_sigma) == (.1, .2, .2, .1, .5, (.1, 2.))
+    assert (s.schedule, s.lr, s.wd, s.sqr_mom, s.eps) == ('constant', 2e-4, 0, .999, 1e-8)
+    assert (s.bs, s.epochs, s.freeze_epochs, s.keep) == (16, 30, 0, 'last')
+    assert (s.loss, s.tta, s.init) == ('smooth_l1', 'hflip', 'pretrain_512')
+    assert (r.images.crop, r.images.aspect) == ('none', 'squash')
+    assert (a.brightness, a.contrast, a.saturation, a.hue) == (.1, .2, .2, .1)
+    assert (a.blur, a.blur_sigma) == (.5, (.1, 2.))
     assert (a.rotate, a.shift, a.scale, a.shear, a.hflip) == (180, .2, (.8, 1.2), .2, .5)
-    assert parse_thresholds(s.thresholds) == (.7, 1.5, 2.5, 3.5) and parse_thresholds(r.submit.thresholds) == (.75, 1.5, 2.5, 3.5)
+    assert parse_thresholds(s.thresholds) == (.7, 1.5, 2.5, 3.5)
+    assert parse_thresholds(r.submit.thresholds) == (.75, 1.5, 2.5, 3.5)
 
 
 def test_demo_is_the_same_graph_at_a_small_size():
-    big, small = read_recipe(ROOT / 'settings.ini'), read_recipe(ROOT / 'settings.ini', demo=True)
-    assert big.order == small.order
-    for n, s in small.stages.items():
-        assert s.size * small.demo.shrink == big.stages[n].size and s.weights == 'none' and (s.train, s.init) == (big.stages[n].train, big.stages[n].init)
+    full, demo = read_recipe(SETTINGS), read_recipe(SETTINGS, demo=True)
+    assert full.order == demo.order
+    for name, s in demo.stages.items():
+        assert s.size * demo.demo.shrink == full.stages[name].size
+        assert s.weights == 'none'
+        assert (s.train, s.init) == (full.stages[name].train, full.stages[name].init)
 
 
-def test_what_is_set_wins_over_the_demos_keys():
-    r = read_recipe(ROOT / 'settings.ini', demo=True, sets=['stage.retrain_512.epochs=7', 'stage.lr=.5'])
-    assert (r.stages['retrain_512'].epochs, r.stages['finetune_512'].epochs) == (7, 6) and {s.lr for s in r.stages.values()} == {.5}
+def test_set_overrides_the_demo_keys():
+    r = read_recipe(SETTINGS, demo=True, sets=['stage.retrain_512.epochs=7', 'stage.lr=.5'])
+    assert r.stages['retrain_512'].epochs == 7
+    assert r.stages['finetune_512'].epochs == 6
+    assert {s.lr for s in r.stages.values()} == {.5}
 
 
-BAD_RECIPES = [
-    (['stage.teacher.epoch=3'], 'stage.teacher] epoch: no such key, did you mean epochs?; accepted'),
-    (['stage.epochs=three'], 'epochs = three: a whole number is needed'),
-    (['stage.epochs=1.5'], 'a whole number is needed'),
-    (['stage.lr=fast'], 'lr = fast: a number is needed'),
-    (['stage.epochs=0'], 'from 1 to 1000 is accepted'),
-    (['stage.lr=nan'], 'from 0 to 10 is accepted'),
-    (['stage.loss=l1'], 'accepted: smooth_l1, mse'),
-    (['stage.thresholds=1 2 3'], 'accepted: optimal, regularised, or four rising numbers'),
-    (['submit.thresholds=3 2 1 0'], 'four rising numbers'),
-    (['augment.scale=1.2 .8'], 'two rising numbers are needed'),
-    (['table.train.group=('], 'not a regular expression'),
-    (['table.train.csv='], 'csv: is empty'),
-    (['stages.epochs=1'], '[stages]: no such section'),
+BAD_RECIPES = [                              # --set values and words of the message
+    (['stage.teacher.epoch=3'], '[stage.teacher] epoch: no such key, did you mean epochs? Accepted keys: train,'),
+    (['images.colour=graham'], '[images] colour: no such key. Accepted keys: crop,'),
+    (['augment.on=picture'], 'on = picture: no such value. Accepted: auto, image, batch.'),
+    (['stage.epochs=three'], 'epochs = three: enter a whole number from 1 to 1000.'),
+    (['stage.epochs=1.5'], 'epochs = 1.5: enter a whole number from 1 to 1000.'),
+    (['stage.epochs=0'], 'epochs = 0: enter a whole number from 1 to 1000.'),
+    (['stage.lr=fast'], 'lr = fast: enter a number from 0 to 10.'),
+    (['stage.lr=nan'], 'lr = nan: enter a number from 0 to 10.'),
+    (['stage.loss=l1'], 'loss = l1: no such value. Accepted: smooth_l1, mse.'),
+    (['stage.thresholds=1 2 3'], 'enter optimal, regularised or four increasing numbers.'),
+    (['submit.thresholds=3 2 1 0'], 'enter optimal, regularised or four increasing numbers.'),
+    (['augment.scale=1.2 .8'], 'scale = 1.2 .8: enter two numbers, the smaller one first.'),
+    (['augment.blur_sigma=1'], 'blur_sigma = 1: enter two numbers, the smaller one first.'),
+    (['table.train.group=('], 'invalid regular expression'),
+    (['table.train.csv='], 'csv: empty. Enter: CSV file'),
+    (['table.x.csv=x'], '[table.x] images: missing. Enter: folder of the images'),
+    (['stages.epochs=1'], '[stages]: no such section. Accepted: [recipe]'),
     (['table.a b.csv=x'], '[table.a b]: no such section'),
-    (['table.x.csv=x'], 'images: is missing'),
-    (['submit.final=retrian'], 'no such stage or ensemble; there are teacher, retrain, both'),
-    (['submit.table=train'], 'this table is graded'),
-    (['submit.table=nope'], 'no such table; tables: train, test'),
-    (['stage.retrain.init=teach'], 'init = teach: no such stage'),
+    (['recipe.x.seed=1'], '[recipe.x]: no such section'),
+    (['demo.images.size=64'], '[demo.images]: no such section'),
+    (['demo.stage.tutor.epochs=3'], '[demo.stage.tutor]: no such stage. Stages: teacher, retrain.'),
+    (['submit.final=retrian'], 'no such stage or ensemble. Accepted: teacher, retrain, both.'),
+    (['submit.table=train'], 'table = train: this table is graded. Name an ungraded table.'),
+    (['submit.table=nope'], 'no such table. Tables: train, test.'),
+    (['stage.retrain.init=teach'], 'init = teach: no such stage. Stages: teacher, retrain.'),
     (['stage.retrain.init=teacher', 'stage.retrain.arch=resnet18'], 'that stage is tf_efficientnet_lite0 + gem'),
-    (['stage.teacher.init=retrain'], 'go round in a loop'),
-    (['stage.teacher.train=test'], 'this table has no grades'),
-    (['stage.teacher.train=teacher:train'], 'this table has grades of its own'),
-    (['stage.retrain.train=teacher:test'], 'a graded table is needed'),
-    (['stage.retrain.train=train tutor:test'], 'no such stage or ensemble'),
-    (['stage.retrain.train=train nope'], 'no such table'),
-    (['stage.folds=6'], '[recipe] splits = 5 is the most'),
-    (['stage.teacher.folds=2'], 'teacher, which it builds on, has only 2'),
-    (['ensemble.e.members=teacher nope'], 'no such stage'),
-    (['ensemble.e.members=teacher', 'ensemble.e.weights=1 2'], '1 numbers are needed'),
-    (['ensemble.teacher.members=retrain'], 'a stage has this name already'),
-    (['epochs=3'], 'SECTION.KEY=VALUE is needed'),
-    (['demo.stage.tutor.epochs=3'], 'there is no such stage'),
+    (['stage.teacher.init=retrain'], 'the stages form a cycle:'),
+    (['stage.teacher.train=test'], 'train = test: this table is ungraded. Write STAGE:test'),
+    (['stage.teacher.train=teacher:train'], 'train = teacher:train: this table is graded. Write train alone.'),
+    (['stage.retrain.train=teacher:test'], 'all tables are pseudo-labelled. Add a graded table.'),
+    (['stage.retrain.train=train tutor:test'], 'train = tutor:test: no such stage or ensemble'),
+    (['stage.retrain.train=train nope'], 'train = nope: no such table'),
+    (['stage.retrain.source_weights=1'], 'enter one number above 0 for each of the 2 entries of train.'),
+    (['stage.folds=6'], 'folds = 6: the maximum is [recipe] splits = 5.'),
+    (['stage.teacher.folds=2'], 'folds = 5: its parent stage teacher trains only 2. Use at most 2.'),
+    (['ensemble.e.members=teacher nope'], 'members = nope: no such stage'),
+    (['ensemble.e.members=teacher', 'ensemble.e.weights=1 2'], 'enter one number for each of the 1 members'),
+    (['ensemble.teacher.members=retrain'], '[ensemble.teacher]: a stage has the same name. Rename one of them.'),
+    (['epochs=3'], '--set epochs=3: enter SECTION.KEY=VALUE'),
 ]
 
-def test_bad_pairs_of_networks():
-    with pytest.raises(ConfigError, match='BIG:SMALL'): read_recipe(ROOT / 'settings.ini', demo=True, sets=['demo.archs=a'])
+
+@pytest.mark.parametrize('sets, words', BAD_RECIPES, ids=[' '.join(sets) for sets, _ in BAD_RECIPES])
+def test_a_bad_recipe_stops_before_anything_runs(tables, tmp_path, capsys, sets, words):
+    options = [option for text in sets for option in ('--set', text)]
+    runs = tmp_path / 'runs'
+    expect_error(capsys, ['all', '--recipe', ONE_TABLE, '--data', tables, '--runs', runs, *options], words)
+    assert not runs.exists()
 
 
-def test_a_broken_file(tmp_path):
-    (tmp_path / 'x.ini').write_text('epochs = 3\n')
-    with pytest.raises(ConfigError, match='x.ini'): read_recipe(tmp_path / 'x.ini')
-    (tmp_path / 'x.ini').write_bytes(b'[stage]\nlr = \xff\xfe')
-    with pytest.raises(ConfigError, match='x.ini'): read_recipe(tmp_path / 'x.ini')
-    (tmp_path / 'x.ini').write_text('[stage]\nlr = 1\nlr = 2\n')
-    with pytest.raises(ConfigError, match='already exists'): read_recipe(tmp_path / 'x.ini')
-    with pytest.raises(ConfigError, match='no such recipe'): read_recipe(tmp_path / 'nope.ini')
+def test_bad_demo_archs():
+    with pytest.raises(ConfigError, match='archs = a: enter BIG:SMALL pairs'):
+        read_recipe(SETTINGS, demo=True, sets=['demo.archs=a'])
+
+
+@pytest.mark.parametrize('content, words', [
+    (b'epochs = 3\n', 'invalid recipe'),
+    (b'[stage]\nlr = \xff\xfe', 'invalid recipe'),
+    (b'[stage]\nlr = 1\nlr = 2\n', 'already exists')])
+def test_an_invalid_file(tmp_path, content, words):
+    (tmp_path / 'x.ini').write_bytes(content)
+    with pytest.raises(ConfigError, match=f'x.ini: .*{words}'): read_recipe(tmp_path / 'x.ini')
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match='nope.ini: no such recipe'): read_recipe(tmp_path / 'nope.ini')
 
 
 @given(st.text(max_size=30))
-def test_any_text_is_read_or_named(tmp_path_factory, text):
+def test_any_value_is_read_or_raises_config_error(tmp_path_factory, text):
     file = tmp_path_factory.getbasetemp() / 'any.ini'
     file.write_text('[stage]\nlr = ' + text, encoding='utf-8')
     with pytest.raises(ConfigError): read_recipe(file)
-
-
-@pytest.mark.parametrize('sets, words', BAD_RECIPES, ids=[str(b[0]) for b in BAD_RECIPES])
-def test_bad_recipes(tables, tmp_path, capsys, sets, words):
-    args = [o for s in sets for o in ('--set', s)]
-    fails(capsys, ['all', '--recipe', ROOT / 'recipes/one_table.ini', '--data', tables, '--runs', tmp_path / 'runs', *args], words)
-    assert not (tmp_path / 'runs').exists()

@@ -1,1 +1,1 @@
-"Files, console and processes: knows no images, grades or stages."
+"Files, console and processes; nothing here depends on images, grades or stages."

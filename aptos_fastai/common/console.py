@@ -1,69 +1,87 @@
-"What the terminal shows: live bars where it is one, plain lines where it is a log file."
+"Terminal output: live progress bars on a terminal, plain lines in a log file."
 import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+LOG_SECONDS = 30                             # without a terminal: seconds between two progress lines
+
 console = Console(highlight=False, soft_wrap=True)
 
 
-def say(line: str, style: str | None = None):
-    "A line on the terminal; square brackets in it stay as they are"
+def say(line: str, style: str | None = None) -> None:
+    "Print a line; square brackets in it are printed as they are"
     console.print(line, style=style, markup=False)
 
 
 def format_duration(seconds: float) -> str:
-    "A duration for people: 42 s, 3 min 05 s, 2 h 10 min, 4 days 3 h"
+    "Format seconds for people: 42 s, 3 min 05 s, 2 h 10 min, 4 days 3 h"
     s = int(round(seconds))
-    if s < 3600: return f'{s} s' if s < 60 else f'{s // 60} min {s % 60:02} s'
-    return f'{s // 3600} h {s % 3600 // 60:02} min' if s < 172800 else f'{s // 86400} days {s % 86400 // 3600} h'
+    if s < 60: return f'{s} s'
+    if s < 3600: return f'{s // 60} min {s % 60:02} s'
+    if s < 2 * 86400: return f'{s // 3600} h {s % 3600 // 60:02} min'
+    return f'{s // 86400} days {s % 86400 // 3600} h'
 
 
-def table(title: str, columns: list[str], rows: list[list], *, right=(), wrap=()):
-    "A rich table of `rows` (anything that str() can show); columns named in `right` align right, those in `wrap` give way first"
-    t = Table(title=title, title_justify='left', title_style='bold', box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for c in columns: t.add_column(c, justify='right' if c in right else 'left', overflow='fold', no_wrap=c not in wrap)
-    for r in rows: t.add_row(*map(str, r))
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Collection[str] = (),
+          wrap: Collection[str] = ()) -> None:
+    "Print `rows` as a table; columns named in `right` are right-aligned, those in `wrap` may wrap"
+    t = Table(title=title, title_justify='left', title_style='bold', box=box.SIMPLE_HEAD, show_edge=False,
+              pad_edge=False, padding=(0, 1, 0, 0))
+    for c in columns:
+        t.add_column(c, justify='right' if c in right else 'left', overflow='fold', no_wrap=c not in wrap)
+    for row in rows: t.add_row(*map(str, row))
     console.print(t, soft_wrap=False)
 
 
 class _Bar:
-    "One bar; without a terminal, a plain line every `every` seconds and at the end"
-    def __init__(self, live, title, total, unit, every=30):
-        self.live, self.title, self.total, self.unit, self.every = live, title, total, unit, every
-        self.n, self.t0, self.said = 0, time.monotonic(), time.monotonic()
-        self.id = live.add_task(title, total=total, note='') if live else None
+    "One progress bar; without a terminal it prints a plain line every `LOG_SECONDS` seconds"
 
-    def to(self, n: int, note: str = ''):
-        "`n` of the total are done"
-        self.n, now = n, time.monotonic()
-        if self.live: self.live.update(self.id, completed=n, note=note)
-        elif now - self.said > self.every and n < self.total:
-            left = (now - self.t0) / max(n, 1) * (self.total - n)
-            say(' '.join(f'{self.title}: {n}/{self.total} {self.unit} {note}'.split()) + f', {format_duration(left)} left')
-            self.said = now
+    def __init__(self, progress: Progress | None, title: str, total: int, unit: str):
+        self.progress, self.title, self.total, self.unit = progress, title, total, unit
+        self.started = self.last_line = time.monotonic()
+        self.id = progress.add_task(title, total=total, note='') if progress else None
 
-    def close(self):
-        if self.live: self.live.remove_task(self.id)
+    def to(self, n: int, note: str = '') -> None:
+        "Show that `n` of the total are done"
+        if self.progress and self.id is not None:
+            self.progress.update(self.id, completed=n, note=note)
+            return
+        now = time.monotonic()
+        if n >= self.total or now - self.last_line <= LOG_SECONDS: return
+        left = (now - self.started) / max(n, 1) * (self.total - n)
+        words = [f'{self.title}:', f'{n}/{self.total}', self.unit, note]
+        say(' '.join(w for w in words if w) + f', {format_duration(left)} left')
+        self.last_line = now
+
+    def close(self) -> None:
+        "Remove the bar from the terminal"
+        if self.progress and self.id is not None: self.progress.remove_task(self.id)
 
 
 class Bars:
-    "The bars of a run: `with Bars() as bars`, then `with bars('preparing', total) as bar: bar.to(n)`"
-    def __enter__(self):
-        cols = (TextColumn('{task.description}'), BarColumn(24), MofNCompleteColumn(), TextColumn('{task.fields[note]}'),
-                TimeRemainingColumn())
-        self.live = Progress(*cols, console=console, transient=True) if console.is_terminal else None
-        if self.live: self.live.start()
+    "The progress bars of a run: `with Bars() as bars: with bars('preparing', total) as bar: bar.to(n)`"
+
+    def __enter__(self) -> 'Bars':
+        self.progress: Progress | None = None
+        if console.is_terminal:
+            columns = (TextColumn('{task.description}'), BarColumn(24), MofNCompleteColumn(),
+                       TextColumn('{task.fields[note]}'), TimeRemainingColumn())
+            self.progress = Progress(*columns, console=console, transient=True)
+            self.progress.start()
         return self
 
-    def __exit__(self, *_):
-        if self.live: self.live.stop()
+    def __exit__(self, *_: object) -> None:
+        if self.progress: self.progress.stop()
 
     @contextmanager
-    def __call__(self, title: str, total: int, unit: str = ''):
-        bar = _Bar(self.live, title, total, unit)
+    def __call__(self, title: str, total: int, unit: str = '') -> Iterator[_Bar]:
+        "Show a bar while the block runs"
+        bar = _Bar(self.progress, title, total, unit)
         try: yield bar
         finally: bar.close()

@@ -1,132 +1,174 @@
-"Reading and writing of files: every write is complete or absent, every record carries its own hash."
+"Read and write files: every write is atomic, every record carries its own SHA-256."
 import hashlib
 import json
 import os
 import socket
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+if TYPE_CHECKING:                            # `--help` must not import pandas
+    from pandas import DataFrame
+
+RECORD_HASH = 'record_sha256'                # key of a record's own hash; older versions wrote `seal`
+
 
 class AptosError(Exception):
-    "A failure that its reader can mend: one line that names the file, key or id and what to do."
+    "An error that the user can correct: one line that names the file, key or id and says what to do."
 
 
-def file_hash(path: Path) -> str:
-    "SHA-256 of the file at `path`, in hex"
+def file_hash(path: str | Path) -> str:
+    "Return the SHA-256 of the file at `path`, in hex"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
-def digest(o) -> str:
-    "SHA-256 of anything that JSON can hold, in hex; the same for equal contents whatever the order of keys"
+def digest(o: Any) -> str:
+    "Return the SHA-256 of anything that JSON can hold, in hex; the order of keys does not matter"
     return hashlib.sha256(json.dumps(o, sort_keys=True, default=str).encode()).hexdigest()
 
 
-@contextmanager
-def atomic_write(path: Path):
-    """A temporary path beside `path` to write to; synced and renamed when the block ends well, else removed: a reader, and a machine whose power
-    failed, sees the old file or the whole new one. Raises `AptosError` where it cannot be written"""
+def verify_file(path: str | Path, sha256: str, what_to_do: str) -> Path:
+    """Return `path` if the file has the recorded `sha256`. Raises `AptosError` if it is missing or differs.
+
+    `what_to_do` ends the message: a sentence such as 'Train again.'
+    """
     path = Path(path)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    if not path.is_file(): raise AptosError(f'{path}: no such file. {what_to_do}')
+    if file_hash(path) != sha256: raise AptosError(changed_message(path, what_to_do))
+    return path
+
+
+def changed_message(path: str | Path, what_to_do: str) -> str:
+    "Return the message for a file whose SHA-256 is not the recorded one"
+    return f'{path}: content changed since it was written (SHA-256 differs). {what_to_do}'
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; when the block succeeds, sync the file and rename it to `path`.
+
+    A reader sees the old file or the complete new one, even after a power failure.
+    If the block fails, the temporary file is removed.
+    Raises `AptosError` if the file cannot be written.
+    """
+    path = Path(path)
+    temp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield tmp
-        with open(tmp, 'rb') as f: os.fsync(f.fileno())
-        os.replace(tmp, path)
+        yield temp
+        with open(temp, 'rb') as f: os.fsync(f.fileno())
+        os.replace(temp, path)
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as e:     # PyTorch says RuntimeError where the disk is full
-        why = getattr(e, 'strerror', None) or str(e).splitlines()[0]
-        raise AptosError(f'{path}: cannot be written ({why}); free space, or choose another folder (--runs, -o)') from e
+    except (OSError, RuntimeError) as e:     # PyTorch raises RuntimeError when the disk is full
+        reason = getattr(e, 'strerror', None) or str(e).splitlines()[0]
+        raise AptosError(f'{path}: cannot write this file ({reason}). '
+                         'Free disk space or choose another folder (--runs, -o).') from e
     finally:
-        try: tmp.unlink(missing_ok=True)
-        except OSError: pass                 # on a disk that has just become read-only
+        try: temp.unlink(missing_ok=True)
+        except OSError: pass                 # the disk may have become read-only
 
 
-def _sync_folder(folder: Path):
-    "The rename itself is on disk, too"
-    if os.name == 'nt': return               # folders cannot be synced there
-    fd = os.open(folder, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
+def _sync_folder(folder: Path) -> None:
+    "Sync a folder, so that a rename in it survives a power failure"
+    if os.name == 'nt': return               # Windows cannot sync folders
+    descriptor = os.open(folder, os.O_RDONLY)
+    try: os.fsync(descriptor)
+    finally: os.close(descriptor)
 
 
 @contextmanager
-def run_lock(folder: Path):
-    """No other process works in `folder` while the block runs. The lock is the system's and goes with its process, however that ends.
-    Raises `AptosError`, which names who is there"""
+def run_lock(folder: str | Path) -> Iterator[None]:
+    """Keep every other process out of `folder` while the block runs.
+
+    The operating system releases the lock when the process ends, however it ends.
+    The file running.json says which process holds it.
+    Raises `AptosError`, which names that process, if another one holds the lock.
+    """
     folder = Path(folder)
-    lock, note = FileLock(folder / '.lock'), folder / 'running.json'
+    lock = FileLock(folder / '.lock')
+    owner_file = folder / 'running.json'
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
-        o = read_record(note) or dict(pid='?', host='?', since='?')
-        raise AptosError(f'{folder}: process {o["pid"]} on {o["host"]} has been at work here since {o["since"]}; wait for it, stop it, '
-                         'or give another folder with --runs') from None
+        owner = read_record(owner_file) or dict(pid='?', host='?', since='?')
+        raise AptosError(f'{folder}: in use by process {owner["pid"]} on {owner["host"]} since {owner["since"]}. '
+                         'Wait for it, stop it, or choose another folder with --runs.') from None
     except (OSError, NotImplementedError) as e:
-        raise AptosError(f'{folder}: cannot be written ({getattr(e, "strerror", None) or e}); give another folder with --runs') from None
+        reason = getattr(e, 'strerror', None) or e
+        raise AptosError(f'{folder}: cannot write to this folder ({reason}). Choose another with --runs.') from None
     try:
-        write_record(note, dict(pid=os.getpid(), host=socket.gethostname(), since=time.strftime('%Y-%m-%d %H:%M:%S')))
+        since = time.strftime('%Y-%m-%d %H:%M:%S')
+        write_record(owner_file, dict(pid=os.getpid(), host=socket.gethostname(), since=since))
         yield
     finally:
-        try: note.unlink(missing_ok=True)
+        try: owner_file.unlink(missing_ok=True)
         except OSError: pass
         lock.release()
 
 
-def remove_stale_temp_files(folder: Path, hours: float = 1.):
-    "Removes what killed writers left in `folder` and below, `hours` old or older"
+def remove_stale_temp_files(folder: str | Path, hours: float = 1.) -> None:
+    "Remove temporary files that killed processes left in `folder` and below, if they are at least `hours` old"
     for f in Path(folder).rglob('.*.tmp'):
         try:
             if f.is_file() and time.time() - f.stat().st_mtime >= hours * 3600: f.unlink()
-        except OSError: pass                 # another sweep was first
+        except OSError: pass                 # another process removed it first
 
 
-def write_bytes(path: Path, data: bytes):
-    "`data` as the file at `path`, whole or not at all"
-    with atomic_write(path) as tmp: tmp.write_bytes(data)
+def write_bytes(path: str | Path, data: bytes) -> None:
+    "Write `data` to `path` atomically"
+    with atomic_write(path) as temp: temp.write_bytes(data)
 
 
-def write_json(path: Path, o):
-    "JSON, whole or not at all"
+def write_json(path: str | Path, o: Any) -> None:
+    "Write `o` as JSON atomically"
     write_bytes(path, (json.dumps(o, indent=1, default=str) + '\n').encode())
 
 
-def write_csv(path: Path, df):
-    "A frame as CSV without its index, whole or not at all"
+def write_csv(path: str | Path, df: 'DataFrame') -> None:
+    "Write a data frame as CSV without its index, atomically"
     write_bytes(path, df.to_csv(index=False, lineterminator='\n').encode())
 
 
-def write_record(path: Path, o: dict):
-    "JSON that `read_record` believes: with the digest of everything else in it"
+def write_record(path: str | Path, o: dict) -> None:
+    "Write `o` as JSON with its own SHA-256, which `read_record` checks"
     o = json.loads(json.dumps(o, default=str))
-    write_json(path, dict(o, seal=digest(o)))
+    write_json(path, {**o, RECORD_HASH: digest(o)})
 
 
-def read_record(path: Path) -> dict | None:
-    "What `write_record` wrote at `path`, or None where there is nothing. Raises `AptosError` where it is anything else"
+def read_record(path: str | Path) -> dict | None:
+    """Return the dict that `write_record` wrote to `path`, or None if there is no file.
+
+    Raises `AptosError` if the file is unreadable, damaged, changed or written by an older version.
+    """
     try: o = json.loads(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError: return None
-    except OSError as e: raise AptosError(f'{path}: cannot be read ({e.strerror})') from None
-    except ValueError as e: raise AptosError(f'{path}: is damaged ({e}); delete it and run again, it will be made anew') from None
-    if not isinstance(o, dict) or o.pop('seal', None) != digest(o):
-        raise AptosError(f'{path}: is not what a run wrote (its hash differs); restore it, or delete it and run again')
+    except OSError as e:
+        raise AptosError(f'{path}: cannot read this file ({e.strerror}). Check its permissions.') from None
+    except ValueError as e: raise AptosError(f'{path}: damaged JSON ({e}). Delete it and run again.') from None
+    if isinstance(o, dict) and 'seal' in o and RECORD_HASH not in o:
+        raise AptosError(f'{path}: written by an older version. Run again into a new --runs folder.')
+    if not isinstance(o, dict) or o.pop(RECORD_HASH, None) != digest(o):
+        raise AptosError(changed_message(path, 'Restore it, or delete it and run again.'))
     return o
 
 
-TRUSTED: set[Path] = set()                   # what `--trust FILE` named: pickles of others that may be loaded
+TRUSTED: set[Path] = set()                   # files named by `--trust`: pickles from elsewhere that may be loaded
 
 
-def trust(files):
-    "From now on these files may be unpickled, whoever wrote them; those named before may not. Raises `AptosError` for what is no file"
+def trust(files: Iterable[str | Path]) -> None:
+    "Allow these files, and no others from elsewhere, to be unpickled. Raises `AptosError` if one does not exist"
+    files = list(files)
     for f in files:
-        if not Path(f).is_file(): raise AptosError(f'--trust {f}: no such file')
+        if not Path(f).is_file(): raise AptosError(f'--trust {f}: no such file. Check the path.')
     TRUSTED.clear()
     TRUSTED.update(Path(f).resolve() for f in files)
 
 
-def is_trusted(path: Path) -> bool:
-    "Whether `--trust` named this file"
+def is_trusted(path: str | Path) -> bool:
+    "Return whether `--trust` named this file"
     return Path(path).resolve() in TRUSTED

@@ -1,1 +1,1 @@
-"Tables, folds, images: everything before PyTorch."
+"Tables, folds, duplicates and images: everything before PyTorch."

@@ -1,6 +1,7 @@
 "Decode image bytes to RGB."
 import io
 import warnings
+from collections.abc import Callable
 
 import cv2
 import numpy as np
@@ -8,97 +9,134 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from aptos_fastai.common.io import AptosError
 
-Image.MAX_IMAGE_PIXELS = 400_000_000        # a fundus image has 5-50 million; more is a bomb
 try:
     import pyvips
-    pyvips.cache_set_max(0)                 # its cache of past operations would keep past images in memory
-    pyvips.concurrency_set(1)               # the pool has the cores
-except (ImportError, OSError): pyvips = None   # Kaggle's machines lack it: `kaggle.answer` says so
+    pyvips.cache_set_max(0)                 # libvips would keep the images of past operations in memory
+    pyvips.concurrency_set(1)               # the thread pool of the store already uses every core
+except (ImportError, OSError): pyvips = None   # missing on Kaggle: Pillow decodes PNG instead
+
+Image.MAX_IMAGE_PIXELS = 400_000_000        # a fundus image has 5-50 million; more is a decompression bomb
 
 
 class ImageError(AptosError):
-    "An image that cannot be read: names the file and why."
+    "Raised for an image that cannot be read; the message says why."
 
 
-def _complete(data: bytes, fmt: str) -> bool:
-    "False where the file ends before its image does: decoders fill the rest with grey and say nothing"
+def _is_complete(data: bytes, fmt: str) -> bool:
+    "Return False for a truncated file; decoders fill the missing rows with grey and raise nothing."
     if fmt == 'JPEG': return data.rfind(b'\xff\xd9') > data.rfind(b'\xff\xda')
     if fmt == 'PNG': return b'IEND' in data[-4096:]
     return True
 
 
-def reduction(side: int, least: int) -> int:
-    "How many times smaller, of 8, 4, 2 and 1, `side` may become without falling under `least`; 1 where `least` is 0"
-    return next((k for k in (8, 4, 2) if least and side // k >= least), 1)
+def reduction(side: int, min_side: int) -> int:
+    "Return the largest of 8, 4, 2, 1 that divides `side` to at least `min_side`; 1 if `min_side` is 0."
+    for factor in (8, 4, 2):
+        if min_side and side // factor >= min_side: return factor
+    return 1
 
 
-def decode_jpeg(data: bytes, k: int = 1) -> np.ndarray | None:
-    "RGB at 1/k of the size, at a fraction of the cost: the DCT is scaled. None where OpenCV cannot"
-    out = cv2.imdecode(np.frombuffer(data, np.uint8), getattr(cv2, f'IMREAD_REDUCED_COLOR_{k}') if k > 1 else cv2.IMREAD_COLOR)
-    return None if out is None else cv2.cvtColor(out, cv2.COLOR_BGR2RGB, dst=out)
+def decode_jpeg(data: bytes, factor: int = 1) -> np.ndarray | None:
+    """Decode a JPEG to RGB at 1/`factor` of its size; None if OpenCV cannot.
+
+    The decoder scales the DCT, which costs a fraction of a full decode.
+    """
+    flag = getattr(cv2, f'IMREAD_REDUCED_COLOR_{factor}') if factor > 1 else cv2.IMREAD_COLOR
+    im = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
+    return None if im is None else cv2.cvtColor(im, cv2.COLOR_BGR2RGB, dst=im)
 
 
-def _decode_png(data: bytes, k: int = 1) -> np.ndarray | None:
-    "RGB in means of k x k pixels, row by row. None for what needs more than that (16 bit, alpha, EXIF) or is damaged"
+def _decode_png(data: bytes, factor: int = 1) -> np.ndarray | None:
+    """Decode an 8-bit PNG to RGB, each pixel the mean of `factor` x `factor` pixels.
+
+    None for a damaged PNG and for one that needs more steps (16 bit, alpha, EXIF).
+    """
     if b'eXIf' in data: return None
-    if pyvips is None: return _reduced(data, k)
+    if pyvips is None: return _decode_png_pillow(data, factor)
     try:
         im = pyvips.Image.new_from_buffer(data, '', access='sequential', fail_on='error')
         if im.format != 'uchar' or im.bands not in (1, 3): return None
-        out = (im.shrink(k, k) if k > 1 else im).numpy()
+        if factor > 1: im = im.shrink(factor, factor)
+        pixels = im.numpy()
     except pyvips.Error: return None
-    return out if out.ndim == 3 and out.shape[2] == 3 else np.repeat(out.reshape(*out.shape[:2], 1), 3, 2)
+    if pixels.ndim == 3 and pixels.shape[2] == 3: return pixels
+    return np.repeat(pixels.reshape(*pixels.shape[:2], 1), 3, 2)
 
 
-def _reduced(data: bytes, k: int) -> np.ndarray | None:
-    "`_decode_png` by Pillow, which decodes the whole first; what is no 8-bit image without EXIF goes the way of every other file"
+def _decode_png_pillow(data: bytes, factor: int) -> np.ndarray | None:
+    "`_decode_png` without libvips: Pillow decodes the whole image, then shrinks it."
     with Image.open(io.BytesIO(data)) as im:
         if im.mode not in ('RGB', 'L'): return None
-        try: out = np.array((im.reduce(k) if k > 1 else im).convert('RGB'))
+        try: pixels = np.array((im.reduce(factor) if factor > 1 else im).convert('RGB'))
         except (OSError, SyntaxError): return None
-    return out[:int(im.height / k + .5), :int(im.width / k + .5)]      # libvips rounds, Pillow adds what is left over
+    height, width = int(im.height / factor + .5), int(im.width / factor + .5)
+    return pixels[:height, :width]           # libvips rounds the size, Pillow rounds it up
 
 
-FAST = dict(JPEG=decode_jpeg, PNG=_decode_png)
+FAST_DECODERS: dict[str, Callable[[bytes, int], np.ndarray | None]] = dict(JPEG=decode_jpeg, PNG=_decode_png)
 
 
 def decode(data: bytes, min_side: int = 0) -> tuple[np.ndarray, tuple[int, int]]:
-    """uint8 HxWx3 RGB, turned as its EXIF says, and the (width, height) of the file. A JPEG or a plain PNG is decoded at 1/2, 1/4 or 1/8
-    as long as its shorter side stays `min_side`. Raises `ImageError`."""
+    """Decode the bytes of an image file.
+
+    Returns uint8 HxWx3 RGB, rotated as its EXIF orientation says, and the (width, height) of the file.
+    With `min_side`, a JPEG or a plain PNG is decoded at 1/2, 1/4 or 1/8 of its size if its shorter side stays at least
+    `min_side`. Raises `ImageError`.
+    """
     try:
         if data[128:132] == b'DICM': return decode_dicom(data)
         with warnings.catch_warnings():
             warnings.simplefilter('error', Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as file:
-                im: Image.Image = file
-                size, fmt, mode = im.size, im.format or '', im.mode
-                if not _complete(data, fmt): raise ImageError('is cut short')
-                out = FAST[fmt](data, reduction(min(size), min_side)) if fmt in FAST and mode in ('RGB', 'L') else None
-                if out is not None: return out, size
-                im = ImageOps.exif_transpose(im)
-                if im.mode.startswith('I'): im = Image.fromarray((np.asarray(im) / 257).clip(0, 255).astype(np.uint8))
-                if 'A' in im.getbands() or 'transparency' in im.info:
-                    im = im.convert('RGBA')
-                    im = Image.alpha_composite(Image.new('RGBA', im.size, (0, 0, 0, 255)), im)      # what is see-through is black
-                return np.array(im.convert('RGB')), size
+            with Image.open(io.BytesIO(data)) as im:
+                size = im.size
+                return _decode_opened(im, data, min_side), size
     except ImageError: raise
-    except UnidentifiedImageError: raise ImageError('cannot be decoded: it is no image of a known kind') from None
+    except UnidentifiedImageError: raise ImageError('cannot be decoded: unknown image format') from None
     except Exception as e:   # Pillow's plugins raise anything from SyntaxError to struct.error on damaged files
         raise ImageError(f'cannot be decoded ({type(e).__name__}: {e})') from None
 
 
+def _decode_opened(im: Image.Image, data: bytes, min_side: int) -> np.ndarray:
+    "Decode an image that Pillow opened from `data`, by the fast decoder of its format if there is one."
+    fmt = im.format or ''
+    if not _is_complete(data, fmt): raise ImageError('cannot be decoded: the file is truncated')
+    if fmt in FAST_DECODERS and im.mode in ('RGB', 'L'):
+        pixels = FAST_DECODERS[fmt](data, reduction(min(im.size), min_side))
+        if pixels is not None: return pixels
+    return _to_rgb(im)
+
+
+def _to_rgb(im: Image.Image) -> np.ndarray:
+    "Decode with Pillow: apply the EXIF orientation, scale 16 bit to 8, put transparent pixels on black."
+    im = ImageOps.exif_transpose(im)
+    if im.mode.startswith('I'): im = Image.fromarray((np.asarray(im) / 257).clip(0, 255).astype(np.uint8))
+    if 'A' in im.getbands() or 'transparency' in im.info:
+        im = im.convert('RGBA')
+        im = Image.alpha_composite(Image.new('RGBA', im.size, (0, 0, 0, 255)), im)
+    return np.array(im.convert('RGB'))
+
+
 def decode_dicom(data: bytes) -> tuple[np.ndarray, tuple[int, int]]:
-    "`decode` of a DICOM file with one frame, in colour or grey of any depth. Raises `ImageError`, also where the `dicom` extra is not installed"
+    """Decode a DICOM file with one frame, colour or greyscale, of any bit depth; returns what `decode` returns.
+
+    Raises `ImageError`, also if pydicom (the extra `dicom`) is not installed.
+    """
     try:
         import pydicom
-    except ImportError: raise ImageError('is DICOM, which needs the extra dicom: pip install pydicom') from None
+    except ImportError: raise ImageError('cannot be decoded: DICOM needs pydicom (pip install pydicom)') from None
     ds = pydicom.dcmread(io.BytesIO(data))
-    if int(ds.get('NumberOfFrames', 1)) != 1: raise ImageError(f'is DICOM of {ds.NumberOfFrames} frames; an image has one')
-    a = pydicom.pixels.pixel_array(ds)       # RGB where it was YBR
-    if ds.PhotometricInterpretation == 'PALETTE COLOR': a = pydicom.pixels.apply_color_lut(a, ds)
-    if a.dtype != np.uint8 or a.ndim == 2:   # by the depth the file states, signed or not
-        low = -(1 << ds.BitsStored - 1) if ds.get('PixelRepresentation') else 0
-        a = ((a.astype(np.float32) - low) * (255 / ((1 << (16 if ds.PhotometricInterpretation == 'PALETTE COLOR' else ds.BitsStored)) - 1))).clip(0, 255)
-    if ds.PhotometricInterpretation == 'MONOCHROME1': a = 255 - a
-    a = np.ascontiguousarray(a.round().astype(np.uint8))
-    return (a if a.ndim == 3 else np.repeat(a[..., None], 3, 2)), (a.shape[1], a.shape[0])
+    if int(ds.get('NumberOfFrames', 1)) != 1:
+        raise ImageError(f'cannot be decoded: DICOM with {ds.NumberOfFrames} frames; save one frame per file')
+    pixels = pydicom.pixels.pixel_array(ds)          # converts YBR to RGB
+    palette = ds.PhotometricInterpretation == 'PALETTE COLOR'
+    if palette: pixels = pydicom.pixels.apply_color_lut(pixels, ds)
+    if pixels.dtype != np.uint8 or pixels.ndim == 2:
+        bits = 16 if palette else ds.BitsStored
+        lowest = -(1 << (ds.BitsStored - 1)) if ds.get('PixelRepresentation') else 0     # signed values start below 0
+        scale = 255 / ((1 << bits) - 1)
+        pixels = ((pixels.astype(np.float32) - lowest) * scale).clip(0, 255)
+    if ds.PhotometricInterpretation == 'MONOCHROME1': pixels = 255 - pixels             # 0 is white there
+    pixels = np.ascontiguousarray(pixels.round().astype(np.uint8))
+    if pixels.ndim == 2: pixels = np.repeat(pixels[..., None], 3, 2)
+    height, width = pixels.shape[:2]
+    return pixels, (width, height)

@@ -1,84 +1,105 @@
-"Images that stand in the tables more than once, under other ids: one group, one fold, one grade."
+"Find duplicate images across tables, under whichever ids, so that all copies share a fold and a grade."
 import base64
-from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
 
-NEAR = 84                                    # of 576 bits; `data.retina.perceptual_hash` tells what was measured
-NEIGHBOURS = 128
-
-
-def _root(parent: np.ndarray, i: int) -> int:
-    while parent[i] != i: parent[i] = i = parent[parent[i]]
-    return i
-
-
-def _join(parent: np.ndarray, pairs) -> np.ndarray:
-    "Joins the sets of each pair; the smallest row stands for a set"
-    for i, j in pairs:
-        a, b = _root(parent, i), _root(parent, j)
-        parent[max(a, b)] = min(a, b)
-    return parent
-
-
-def _same(keys: pd.Series) -> Iterator[tuple[int, int]]:
-    "(first row with the key, each further row with it)"
-    codes = pd.factorize(keys)[0]
-    first = np.unique(codes, return_index=True)[1][codes]
-    rows = np.arange(len(codes))
-    return zip(first[first != rows].tolist(), rows[first != rows].tolist(), strict=True)
+NEAR = 84                                    # differing bits of 576; measured in `data.retina.perceptual_hash`
+NEIGHBOURS = 128                             # rows that `near_pairs` compares each row with
 
 
 def near_pairs(bits: np.ndarray, near: int = NEAR) -> list[tuple[int, int]]:
-    """Pairs of rows of `bits` (n x bytes, uint8, rows all different) that differ in at most `near` bits.
+    """Return the pairs of rows of `bits` (n x bytes, uint8, all different) that differ in at most `near` bits.
 
-    Only rows that share one of the 36 16-bit words are compared: a pair at 58 bits shares one with probability .999, at 84 with .95. Of the rows that share
-    a word, sorted by the two words after it, each is compared with the `NEIGHBOURS` next ones: all of them up to some 40,000 images, and the work
-    stays linear for a million, where .82 of the pairs at 58 bits are found, .99 at 40 (simulated with words of 500 values).
+    Compares only rows that share one of their 36 16-bit words: a pair at 58 bits shares one with probability .999,
+    a pair at 84 bits with .95. Rows that share a word are sorted by the two words after it, and each is compared with
+    the next `NEIGHBOURS`: all of them up to about 40,000 images. The work stays linear for a million images, where it
+    finds .82 of the pairs at 58 bits and .99 of those at 40 (simulated with words of 500 values).
     """
-    words, longs, found = bits.view(np.uint16).T, bits.view(np.uint64), set()
-    for k, w in enumerate(words):
-        order = np.lexsort((words[(k + 2) % len(words)], words[(k + 1) % len(words)], w))
-        for step in range(1, min(len(w), NEIGHBOURS + 1)):
+    words, longs = bits.view(np.uint16).T, bits.view(np.uint64)
+    found: set[tuple[int, int]] = set()
+    for k, word in enumerate(words):
+        second, third = words[(k + 1) % len(words)], words[(k + 2) % len(words)]
+        order = np.lexsort((third, second, word))
+        for step in range(1, min(len(word), NEIGHBOURS + 1)):
             i, j = order[:-step], order[step:]
-            same = w[i] == w[j]
-            if not same.any(): break
-            i, j = i[same], j[same]
+            shared = word[i] == word[j]
+            if not shared.any(): break
+            i, j = i[shared], j[shared]
             close = np.bitwise_count(longs[i] ^ longs[j]).sum(1, dtype=np.int32) <= near
-            found.update(zip(np.minimum(i, j)[close].tolist(), np.maximum(i, j)[close].tolist(), strict=True))
+            i, j = i[close], j[close]
+            found.update(zip(np.minimum(i, j).tolist(), np.maximum(i, j).tolist(), strict=True))
     return sorted(found)
 
 
+def _first_row_with_key(keys: pd.Series) -> np.ndarray:
+    "Return for each row the first row with the same key."
+    codes = pd.factorize(keys)[0]
+    return np.unique(codes, return_index=True)[1][codes]
+
+
+def _first_row_connected(n: int, edges: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    "Return for each of `n` rows the smallest row that it is connected to; `edges` are arrays of rows (from, to)."
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+    start, end = (np.concatenate(o) for o in zip(*edges, strict=True))
+    graph = coo_array((np.ones(len(start), bool), (start, end)), shape=(n, n))
+    labels = connected_components(graph, directed=False)[1]
+    return np.unique(labels, return_index=True)[1][labels]
+
+
+def _looks_alike(hashes: pd.Series) -> list[tuple[np.ndarray, np.ndarray]]:
+    "Return edges between rows of equal or near perceptual hashes; a black image (all bits 0) is like no other."
+    unique = hashes.drop_duplicates()
+    bits = np.stack([np.frombuffer(base64.b64decode(o), np.uint8) for o in unique])
+    is_black = ~bits.any(1)
+    unique, bits = unique[~is_black], bits[~is_black]
+    rows = np.flatnonzero(hashes.isin(unique))
+    pairs = np.array(near_pairs(bits), int).reshape(-1, 2)
+    first = unique.index.to_numpy()          # the first row with each hash
+    return [(rows[_first_row_with_key(hashes.iloc[rows])], rows), (first[pairs[:, 0]], first[pairs[:, 1]])]
+
+
 def group_duplicates(frames: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """`frames`, prepared, with a column `duplicate` (images that are the same, in whichever table) and their groups process_group over duplicates,
-    so that neither a patient nor an image is on both sides of a fold."""
+    """Add a column `duplicate_group` to prepared `frames` and merge the groups of duplicates.
+
+    `duplicate_group` is equal for copies of an image, in whichever table: equal pixels or a near perceptual hash.
+    Groups that share a duplicate become one `group`, so that neither a patient nor an image is on both sides of a fold.
+    """
     df = pd.concat(frames.values(), ignore_index=True)
-    hashes = df.perceptual_hash.drop_duplicates()
-    bits = np.stack([np.frombuffer(base64.b64decode(o), np.uint8) for o in hashes])
-    hashes, bits = hashes[bits.any(1)], bits[bits.any(1)]                   # a black image looks like nothing
-    seen = df.perceptual_hash.isin(hashes).to_numpy()
-    rows = np.flatnonzero(seen)
-    duplicate = _join(np.arange(len(df)), [*_same(df.pixel_sha256), *((rows[i], rows[j]) for i, j in _same(df.perceptual_hash[seen])),
-                                      *((hashes.index[i], hashes.index[j]) for i, j in near_pairs(bits))])
-    duplicate = np.array([_root(duplicate, i) for i in range(len(df))])
-    group = _join(duplicate.copy(), _same(df.group))
-    df = df.assign(duplicate=duplicate, group=[df.group[_root(group, i)] for i in range(len(df))])
-    return {n: df[df.source == n].reset_index(drop=True) for n in frames}
+    rows = np.arange(len(df))
+    same_pixels = _first_row_with_key(df.pixel_sha256), rows
+    duplicate_group = _first_row_connected(len(df), [same_pixels, *_looks_alike(df.perceptual_hash)])
+    same_group = _first_row_with_key(df.group), rows
+    first = _first_row_connected(len(df), [(duplicate_group, rows), same_group])
+    df = df.assign(duplicate_group=duplicate_group, group=df.group.to_numpy()[first])
+    return _split_by_table(df, frames)
 
 
 def resolve_conflicts(frames: dict[str, pd.DataFrame], how: str) -> dict[str, pd.DataFrame]:
-    """`frames` with a column `target`, what an image is trained towards: its grade, or with `how` = mean that of its duplicates.
-    With drop, graded images whose duplicates have other grades are left out."""
+    """Add a column `target`, the grade that an image is trained towards, for duplicates with different grades.
+
+    `how` = keep: its own grade; mean: the mean grade of its group; drop: remove the graded images of such groups.
+    """
     df = pd.concat(frames.values(), ignore_index=True)
-    grades = df.groupby('duplicate').diagnosis
-    df['target'] = grades.transform('mean').where(df.diagnosis.notna()).astype(np.float32) if how == 'mean' else df.diagnosis
-    if how == 'drop': df = df[df.diagnosis.isna() | (grades.transform('nunique') < 2)]
-    return {n: df[df.source == n].reset_index(drop=True) for n in frames}
+    is_graded, grades = df.diagnosis.notna(), df.groupby('duplicate_group').diagnosis
+    df['target'] = df.diagnosis
+    if how == 'mean': df['target'] = grades.transform('mean').where(is_graded).astype(np.float32)
+    if how == 'drop': df = df[~is_graded | (grades.transform('nunique') < 2)]
+    return _split_by_table(df, frames)
+
+
+def _split_by_table(df: pd.DataFrame, names) -> dict[str, pd.DataFrame]:
+    return {n: df[df.source == n].reset_index(drop=True) for n in names}
 
 
 def duplicates_table(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    "The rows of images that stand there more than once: duplicate, source, id_code, diagnosis, conflict (their grades differ)"
+    """Return the rows of images that have duplicates.
+
+    Columns: duplicate_group, source, id_code, diagnosis, conflict (the group has different grades).
+    """
     df = pd.concat(frames.values(), ignore_index=True)
-    df = df[df.duplicate.duplicated(keep=False)].sort_values(['duplicate', 'source', 'id_code'], kind='stable')
-    return df.assign(conflict=df.groupby('duplicate').diagnosis.transform('nunique') > 1)[['duplicate', 'source', 'id_code', 'diagnosis', 'conflict']]
+    df = df[df.duplicate_group.duplicated(keep=False)]
+    df = df.sort_values(['duplicate_group', 'source', 'id_code'], kind='stable')
+    df = df.assign(conflict=df.groupby('duplicate_group').diagnosis.transform('nunique') > 1)
+    return df[['duplicate_group', 'source', 'id_code', 'diagnosis', 'conflict']]

@@ -13,24 +13,32 @@ from aptos_fastai.recipe import Recipe
 
 @dataclass(frozen=True)
 class Prep:
-    "How an image becomes a square; its `name` names the store, so that several recipes share one"
+    "Settings that turn an image into a prepared square. Recipes with equal settings share one store, named `name`."
     crop: str = 'retina'                     # retina | none
     aspect: str = 'pad'                      # pad | squash
-    size: int = 512                          # side, pixels
-    quality: int = 95                        # JPEG
-    cut_off: str = 'mirror'                  # mirror | black
+    size: int = 512                          # side of the square, pixels
+    quality: int = 95                        # JPEG quality
+    cut_off: str = 'mirror'                  # mirror | black: how to fill the part of the retina outside the image
 
     @property
     def name(self) -> str:
-        more = [self.cut_off] * (self.crop == 'retina' and self.aspect == 'pad')
-        return '-'.join([self.crop, self.aspect, *more, str(self.size), f'q{self.quality}'])
+        "Folder name in the store: the settings that change the pixels."
+        parts = [self.crop, self.aspect]
+        if self.crop == 'retina' and self.aspect == 'pad': parts.append(self.cut_off)
+        return '-'.join([*parts, str(self.size), f'q{self.quality}'])
+
     @property
-    def suffix(self) -> str: return f'.{self.name}.jpg'
+    def suffix(self) -> str:
+        "End of the file name of every image in the store."
+        return f'.{self.name}.jpg'
 
 
 @dataclass(frozen=True)
 class Circle:
-    "The retina found, pixels of the image; `how` is circle, box (its bounding box) or whole (nothing found)"
+    """Centre and radius of the retina, pixels of the image.
+
+    `how` it was found: circle (fitted), box (its bounding box) or whole (nothing found, so the whole image).
+    """
     x: float
     y: float
     r: float
@@ -38,166 +46,219 @@ class Circle:
 
 
 def get_prep(recipe: Recipe) -> Prep:
-    "How a recipe prepares its images"
+    "Return the image preparation that a recipe asks for."
     i = recipe.images
     return Prep(i.crop, i.aspect, recipe.store_size, i.quality, i.cut_off)
 
 
-def _brightest(im: np.ndarray) -> np.ndarray:
-    "The brightest of the channels, HxW"
+def _max_channel(im: np.ndarray) -> np.ndarray:
+    "Return the brightest channel of each pixel, HxW."
     r, g, b = cv2.split(im)
     return cv2.max(cv2.max(r, g), b)
 
 
 def _edge_points(mask: np.ndarray) -> np.ndarray:
-    "(n, 2) x, y of the outermost mask pixels of each row and column, but for those at the image's border"
+    "Return (n, 2) x, y of the first and last mask pixel of each row and column, without those at the image's border."
     h, w = mask.shape
     rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     left, right = mask[rows].argmax(1), w - 1 - mask[rows, ::-1].argmax(1)
     top, bottom = mask[:, cols].argmax(0), h - 1 - mask[::-1, cols].argmax(0)
-    p = np.concatenate([np.c_[left, rows], np.c_[right, rows], np.c_[cols, top], np.c_[cols, bottom]]).astype(float)
-    inside = (p[:, 0] > 1) & (p[:, 0] < w - 2) & (p[:, 1] > 1) & (p[:, 1] < h - 2)
-    return p[inside]
+    sides = [np.c_[left, rows], np.c_[right, rows], np.c_[cols, top], np.c_[cols, bottom]]
+    points = np.concatenate(sides).astype(float)
+    x, y = points.T
+    return points[(x > 1) & (x < w - 2) & (y > 1) & (y < h - 2)]
 
 
-def _lsq_circle(p: np.ndarray) -> tuple[float, float, float]:
-    "The circle of least squares through points p (Kåsa 1976)"
-    m = p.mean(0); q = p - m
-    a, b, c = np.linalg.lstsq(np.c_[2 * q, np.ones(len(q))], (q ** 2).sum(1), rcond=None)[0]
-    return a + m[0], b + m[1], float(np.sqrt(max(c + a * a + b * b, 0)))
-
-
-def _fit_circle(p: np.ndarray, tol: float, tries: int = 300) -> tuple[tuple[float, float, float], float]:
-    "RANSAC (Fischler and Bolles 1981): the circle that most points of `p` lie on within `tol`, and their share"
-    i = np.random.default_rng(0).integers(0, len(p), (tries, 3))
-    (x1, y1), (x2, y2), (x3, y3) = (p[i[:, k]].T for k in range(3))
+def _circumcircles(p1: np.ndarray, p2: np.ndarray, p3: np.ndarray):
+    "Return x, y, r (n,) of the circles through three points each (n, 2), and which exist (points not on a line)."
+    (x1, y1), (x2, y2), (x3, y3) = p1.T, p2.T, p3.T
     d = 2 * (x1 * (y2 - y3) + x2 * (y3 - y1) + x3 * (y1 - y2))
-    ok = np.abs(d) > 1e-6
-    s1, s2, s3, d = x1**2 + y1**2, x2**2 + y2**2, x3**2 + y3**2, np.where(ok, d, 1)
-    cx = (s1 * (y2 - y3) + s2 * (y3 - y1) + s3 * (y1 - y2)) / d
-    cy = (s1 * (x3 - x2) + s2 * (x1 - x3) + s3 * (x2 - x1)) / d
-    r = np.hypot(x1 - cx, y1 - cy)
-    def near(q, x, y, r): return np.abs(np.sqrt((q[:, 0] - x) ** 2 + (q[:, 1] - y) ** 2) - r) < tol
-    some = p[::1 + len(p) // 300]            # 150-300 points vote, all of them fit
-    votes = near(some, cx[:, None], cy[:, None], r[:, None]).sum(1)
-    best = np.where(ok, votes, -1).argmax()
-    x, y, r = _lsq_circle(p[near(p, cx[best], cy[best], r[best])])
-    return (x, y, r), float(near(p, x, y, r).mean())
+    exists = np.abs(d) > 1e-6
+    d = np.where(exists, d, 1)
+    s1, s2, s3 = x1**2 + y1**2, x2**2 + y2**2, x3**2 + y3**2
+    x = (s1 * (y2 - y3) + s2 * (y3 - y1) + s3 * (y1 - y2)) / d
+    y = (s1 * (x3 - x2) + s2 * (x1 - x3) + s3 * (x2 - x1)) / d
+    return x, y, np.hypot(x1 - x, y1 - y), exists
+
+
+def _lstsq_circle(points: np.ndarray) -> tuple[float, float, float]:
+    "Fit a circle to points (n, 2) by least squares (Kåsa 1976); returns x, y, r."
+    mean = points.mean(0)
+    q = points - mean
+    a, b, c = np.linalg.lstsq(np.c_[2 * q, np.ones(len(q))], (q ** 2).sum(1), rcond=None)[0]
+    return a + mean[0], b + mean[1], float(np.sqrt(max(c + a * a + b * b, 0)))
+
+
+def _is_near(points: np.ndarray, x, y, r, tol: float) -> np.ndarray:
+    "Return which points (n, 2) lie within `tol` of the circle x, y, r."
+    return np.abs(np.sqrt((points[:, 0] - x) ** 2 + (points[:, 1] - y) ** 2) - r) < tol
+
+
+def _fit_circle(points: np.ndarray, tol: float, tries: int = 300) -> tuple[tuple[float, float, float], float]:
+    """Fit a circle by RANSAC (Fischler and Bolles 1981).
+
+    Returns x, y, r of the circle that most points (n, 2) lie within `tol` of, and the share of such points.
+    """
+    i = np.random.default_rng(0).integers(0, len(points), (tries, 3))
+    x, y, r, exists = _circumcircles(*(points[i[:, k]] for k in range(3)))
+    voters = points[::1 + len(points) // 300]        # 150-300 points vote, all points are fitted
+    votes = _is_near(voters, x[:, None], y[:, None], r[:, None], tol).sum(1)
+    best = np.where(exists, votes, -1).argmax()
+    inliers = points[_is_near(points, x[best], y[best], r[best], tol)]
+    circle = _lstsq_circle(inliers)
+    return circle, float(_is_near(points, *circle, tol).mean())
 
 
 def find_retina(im: np.ndarray, side: int = 256) -> Circle:
-    "The circle of the retina in a uint8 HxWx3 image, found at about `side` pixels; the bounding box or the whole image failing that"
+    """Find the circle of the retina in a uint8 HxWx3 image, on a copy of about `side` pixels.
+
+    Returns the bounding box if no circle fits, and the whole image if nothing is bright enough.
+    """
     h, w = im.shape[:2]
     whole = Circle(w / 2, h / 2, max(h, w) / 2, 'whole')
-    n = max(1, round(max(h, w) / side)); k = 1 / n      # means of n x n pixels: the quick case of INTER_AREA
+    n = max(1, round(max(h, w) / side))
     if min(h, w) < 16 * n: return whole
+    # means of n x n pixels: the fast case of INTER_AREA
     small = cv2.resize(im[:h // n * n, :w // n * n], (w // n, h // n), interpolation=cv2.INTER_AREA)
-    v = cv2.medianBlur(_brightest(small), 3)
-    n, lab, stats, _ = cv2.connectedComponentsWithStats((v > max(8., .15 * np.percentile(v, 95))).astype(np.uint8))
-    if n < 2: return whole
-    big = 1 + stats[1:, cv2.CC_STAT_AREA].argmax()
-    bx, by, bw, bh, area = stats[big]
-    if area < .1 * v.size: return whole
+    bright = cv2.medianBlur(_max_channel(small), 3)
+    mask = (bright > max(8., .15 * np.percentile(bright, 95))).astype(np.uint8)
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask)
+    if count < 2: return whole
+    largest = 1 + stats[1:, cv2.CC_STAT_AREA].argmax()
+    bx, by, bw, bh, area = stats[largest]
+    if area < .1 * bright.size: return whole
+    k = 1 / n
     box = Circle((bx + bw / 2) / k, (by + bh / 2) / k, max(bw, bh) / 2 / k, 'box')
-    p = _edge_points(lab == big)
-    if len(p) < 24: return box if area < .95 * v.size else whole
-    (x, y, r), share = _fit_circle(p, tol=max(1.5, .012 * max(v.shape)))
-    yy, xx = np.ogrid[:v.shape[0], :v.shape[1]]
+    points = _edge_points(labels == largest)
+    if len(points) < 24: return box if area < .95 * bright.size else whole
+    (x, y, r), share = _fit_circle(points, tol=max(1.5, .012 * max(bright.shape)))
+    # an image may cut the circle off, but the circle is not much larger than the visible part
+    fits = share > .5 and _overlap(x, y, r, labels == largest) > .85 and .45 * max(bw, bh) <= r <= .8 * max(bw, bh)
+    return Circle((x + .5) / k, (y + .5) / k, (r + .5) / k) if fits else box
+
+
+def _overlap(x: float, y: float, r: float, mask: np.ndarray) -> float:
+    "Return the intersection over union of a disc and a mask."
+    yy, xx = np.ogrid[:mask.shape[0], :mask.shape[1]]
     disc = (xx - x) ** 2 + (yy - y) ** 2 <= r * r
-    agree = (disc & (lab == big)).sum() / max((disc | (lab == big)).sum(), 1)
-    # the circle may stick out of an image that cuts it off, but not be much larger than what is seen
-    fine = share > .5 and agree > .85 and .45 * max(bw, bh) <= r <= .8 * max(bw, bh)
-    return Circle((x + .5) / k, (y + .5) / k, (r + .5) / k) if fine else box
+    return (disc & mask).sum() / max((disc | mask).sum(), 1)
 
 
 def crop_box(h: int, w: int, c: Circle, prep: Prep) -> tuple[int, int, int, int]:
-    "What the prepared square of an image of h x w covers: x0, x1, y0, y1 in its pixels, beyond its edges where it is padded"
+    "Return x0, x1, y0, y1 of the prepared square in an image of h x w pixels; outside the image where it is padded."
     x0, x1, y0, y1 = (int(round(o)) for o in (c.x - c.r, c.x + c.r, c.y - c.r, c.y + c.r))
     if prep.crop == 'none': x0, x1, y0, y1 = 0, w, 0, h
     if prep.aspect == 'squash': return max(x0, 0), min(x1, w), max(y0, 0), min(y1, h)
     if prep.crop == 'none':
-        x0, y0 = -((max(h, w) - w) // 2), -((max(h, w) - h) // 2)
-        return x0, x0 + max(h, w), y0, y0 + max(h, w)
+        side = max(h, w)
+        x0, y0 = -((side - w) // 2), -((side - h) // 2)
+        x1, y1 = x0 + side, y0 + side
     return x0, x1, y0, y1
 
 
 def crop_square(im: np.ndarray, c: Circle, prep: Prep) -> np.ndarray:
-    """The square of side `prep.size` around the circle `c`, black outside a found one.
+    """Crop the square of side `prep.size` around the circle `c`; pixels outside a fitted circle are black.
 
-    Where the image thresholds the circle off, its content is mirrored (`cut_off` = mirror), so that every retina is a whole disc: the shape of what is
-    missing belongs to the camera, and cameras go with grades (`audit` measures it).
+    Where the image cuts the circle off, its content is mirrored (`cut_off` = mirror), so that every retina is a full
+    disc: the crop's shape identifies the camera, and cameras correlate with grades (`audit` measures it).
     """
     h, w = im.shape[:2]
     x0, x1, y0, y1 = crop_box(h, w, c, prep)
     part = im[max(y0, 0):y1, max(x0, 0):x1]
     pads = max(-y0, 0), max(y1 - h, 0), max(-x0, 0), max(x1 - w, 0)
-    disc = c.how == 'circle' and prep.crop == 'retina' and prep.aspect == 'pad'
-    if any(pads): part = cv2.copyMakeBorder(part, *pads, cv2.BORDER_REFLECT_101 if disc and prep.cut_off == 'mirror' else cv2.BORDER_CONSTANT)
-    shrink = min(part.shape[:2]) >= prep.size
-    out = cv2.resize(part, (prep.size, prep.size), interpolation=cv2.INTER_AREA if shrink else cv2.INTER_CUBIC)
-    return _outside_black(out) if disc else out
+    is_disc = c.how == 'circle' and prep.crop == 'retina' and prep.aspect == 'pad'
+    if any(pads):
+        border = cv2.BORDER_REFLECT_101 if is_disc and prep.cut_off == 'mirror' else cv2.BORDER_CONSTANT
+        part = cv2.copyMakeBorder(part, *pads, border)
+    interpolation = cv2.INTER_AREA if min(part.shape[:2]) >= prep.size else cv2.INTER_CUBIC
+    sq = cv2.resize(part, (prep.size, prep.size), interpolation=interpolation)
+    return _blacken_outside(sq) if is_disc else sq
 
 
 @lru_cache(8)
 def _disc(n: int, share: float) -> np.ndarray:
-    "uint8 n x n: 255 within `share` of the inscribed circle's radius"
+    "Return uint8 n x n: 255 within `share` of the inscribed circle's radius, else 0."
     o = (np.arange(n) - (n - 1) / 2) ** 2
     return np.where(o[:, None] + o[None] <= (n / 2 * share) ** 2, 255, 0).astype(np.uint8)
 
 
-def _outside_black(sq: np.ndarray) -> np.ndarray:
-    "Text, bright borders and sensor noise outside the retina are no part of it; nor is its rim, by which a whole circle differs from a mirrored one"
+def _blacken_outside(sq: np.ndarray) -> np.ndarray:
+    """Set pixels outside the retina to black: they hold text, bright borders and sensor noise.
+
+    The rim goes too, because it differs between full and mirrored circles.
+    """
     return cv2.bitwise_and(sq, sq, mask=_disc(len(sq), .98))
 
 
-def quality_flags(sq: np.ndarray, seen: float) -> str:
-    """Words for what a person would look at again, of a prepared square and the share of the circle that the image shows: dark, bright, blurred, cut-off.
+def quality_flags(sq: np.ndarray, visible: float) -> str:
+    """Return the flags of a prepared square that a person should check: dark, bright, blurred, cut-off.
 
-    The limits lie outside what the 516 IDRiD images show: brightest channel 80-224 on average, edges 1.5-7 % of the green level
-    (.9 % once blurred by 1 % of the side).
+    `visible` is the share of the retina's circle inside the image.
+    The limits lie outside the range of the 516 IDRiD images: mean of the brightest channel 80-224, edges 1.5-7 % of the
+    green level (.9 % after a blur of 1 % of the side).
     """
     sq = cv2.resize(sq, (256, 256), interpolation=cv2.INTER_AREA)
-    brightest, green = _brightest(sq), cv2.extractChannel(sq, 1)
+    brightest, green = _max_channel(sq), cv2.extractChannel(sq, 1)
     inside = (_disc(256, .85) > 0) & (brightest > 12)
     if not inside.any(): return 'dark'
-    edges = cv2.Laplacian(cv2.GaussianBlur(green.astype(np.float32), (0, 0), 1), cv2.CV_32F)[inside].std() / max(green[inside].mean(), 1)
-    found = dict(dark=brightest[inside].mean() < 60, bright=(green[inside] >= 245).mean() > .05, blurred=edges < .013)
-    return ' '.join([k for k, v in found.items() if v] + (['cut-off'] if seen < .85 else []))
+    smooth = cv2.GaussianBlur(green.astype(np.float32), (0, 0), 1)
+    edges = cv2.Laplacian(smooth, cv2.CV_32F)[inside].std() / max(green[inside].mean(), 1)
+    flags = {
+        'dark': brightest[inside].mean() < 60,
+        'bright': (green[inside] >= 245).mean() > .05,
+        'blurred': edges < .013,
+        'cut-off': visible < .85,
+    }
+    return ' '.join(name for name, is_set in flags.items() if is_set)
 
 
 def perceptual_hash(sq: np.ndarray) -> str:
-    """576 bits (base64) of how a prepared square looks: signs of the low frequencies of its locally levelled green channel (after pHash, Zauner 2010).
+    """Return a 576-bit perceptual hash (base64) of a prepared square.
 
-    Equal images stored anew at another size or quality differ in up to 84 bits, different ones in 120 and more (measured on the 516 of IDRiD).
+    The bits are the signs of the low frequencies of its green channel after local levelling (after pHash, Zauner 2010).
+    Copies of an image at another size or JPEG quality differ in up to 84 bits, different images in 120 or more
+    (measured on the 516 IDRiD images).
     """
-    g = cv2.resize(sq[..., 1], (64, 64), interpolation=cv2.INTER_AREA).astype(np.float32)
-    d = cv2.dct(g - cv2.GaussianBlur(g, (0, 0), 6))[1:25, 1:25]
-    return base64.b64encode(np.packbits(d > np.median(d)).tobytes()).decode()
+    green = cv2.resize(sq[..., 1], (64, 64), interpolation=cv2.INTER_AREA).astype(np.float32)
+    frequencies = cv2.dct(green - cv2.GaussianBlur(green, (0, 0), 6))[1:25, 1:25]
+    return base64.b64encode(np.packbits(frequencies > np.median(frequencies)).tobytes()).decode()
 
 
-def _seen(c: Circle, h: int, w: int) -> float:
-    "Share of the circle's area that lies within the image, on a grid of 64 x 64"
-    g = (np.arange(64) + .5) / 32 - 1
-    x, y = np.meshgrid(c.x + c.r * g, c.y + c.r * g)
-    disc = np.hypot(*np.meshgrid(g, g)) < 1
+def _visible_share(c: Circle, h: int, w: int) -> float:
+    "Return the share of the circle's area inside an image of h x w pixels, on a grid of 64 x 64."
+    grid = (np.arange(64) + .5) / 32 - 1
+    x, y = np.meshgrid(c.x + c.r * grid, c.y + c.r * grid)
+    disc = np.hypot(*np.meshgrid(grid, grid)) < 1
     return float(((x >= 0) & (x < w) & (y >= 0) & (y < h))[disc].mean())
 
 
 def prepare(data: bytes, prep: Prep) -> tuple[bytes, dict]:
-    "The prepared JPEG of an original's bytes, and what was found: width, height, x, y, r (original pixels), how, flags, look and pixels (hashes)"
-    im, (w, h) = decode(data, prep.size)
-    c = find_retina(im) if prep.crop == 'retina' else Circle(im.shape[1] / 2, im.shape[0] / 2, max(im.shape[:2]) / 2, 'whole')
-    k = max(w, h) / max(im.shape[:2])
+    """Prepare the bytes of an original image; returns a JPEG of the square and what was found.
+
+    Keys: width, height, x, y, r (pixels of the original), how, flags, perceptual_hash, pixel_sha256.
+    Raises `ImageError`.
+    """
+    im, (width, height) = decode(data, prep.size)
+    h, w = im.shape[:2]
+    c = find_retina(im) if prep.crop == 'retina' else Circle(w / 2, h / 2, max(h, w) / 2, 'whole')
+    k = max(width, height) / max(h, w)       # `im` may be decoded at a fraction of the original's size
     sq = crop_square(im, c, prep)
-    info = dict(width=w, height=h, x=round(c.x * k, 1), y=round(c.y * k, 1), r=round(c.r * k, 1), how=c.how,
-                flags=quality_flags(sq, _seen(c, *im.shape[:2]) if c.how == 'circle' else 1.),
-                perceptual_hash=perceptual_hash(sq), pixel_sha256=hashlib.sha256(np.ascontiguousarray(im).data).hexdigest()[:24])
-    opts = [cv2.IMWRITE_JPEG_QUALITY, prep.quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
-    return cv2.imencode('.jpg', cv2.cvtColor(sq, cv2.COLOR_RGB2BGR), opts)[1].tobytes(), info
+    visible = _visible_share(c, h, w) if c.how == 'circle' else 1.
+    found = dict(width=width, height=height, x=round(c.x * k, 1), y=round(c.y * k, 1), r=round(c.r * k, 1), how=c.how,
+                 flags=quality_flags(sq, visible), perceptual_hash=perceptual_hash(sq),
+                 pixel_sha256=hashlib.sha256(np.ascontiguousarray(im).data).hexdigest()[:24])
+    return _encode_jpeg(sq, prep.quality), found
+
+
+def _encode_jpeg(sq: np.ndarray, quality: int) -> bytes:
+    "Encode RGB as JPEG with full-resolution colour (4:4:4)."
+    options = [cv2.IMWRITE_JPEG_QUALITY, quality,
+               cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    return cv2.imencode('.jpg', cv2.cvtColor(sq, cv2.COLOR_RGB2BGR), options)[1].tobytes()
 
 
 def square_of(data: bytes, prep: Prep, size: int) -> np.ndarray:
-    "uint8 `size` x `size` x 3 RGB of a prepared JPEG"
+    "Decode a prepared JPEG to uint8 `size` x `size` x 3 RGB. Raises `ImageError`."
     im = decode_jpeg(data, reduction(prep.size, size))
     if im is None: raise ImageError('cannot be decoded')
-    return cv2.resize(im, (size, size), interpolation=cv2.INTER_AREA) if size != len(im) else im
+    return im if size == len(im) else cv2.resize(im, (size, size), interpolation=cv2.INTER_AREA)

@@ -1,4 +1,8 @@
-"Bytes -> retina crop -> uint8 square, and the store of prepared images."
+"""Prepare images once and keep them as JPEG squares.
+
+    <store>/<prep.name>/<table>-<hash of its folder>/<id>.<hash of the JPEG><prep.suffix>
+    <store>/<prep.name>/<table>-<hash of its folder>/prepared.csv
+"""
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -9,126 +13,177 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from aptos_fastai.common.console import say
+from aptos_fastai.common.console import Bars, say
 from aptos_fastai.common.distributed import all_gather, cores, run_on_all_ranks, shard, world_size
-from aptos_fastai.common.io import remove_stale_temp_files, write_bytes, write_csv
+from aptos_fastai.common.io import changed_message, remove_stale_temp_files, write_bytes, write_csv
 from aptos_fastai.data.decode import ImageError
 from aptos_fastai.data.retina import Prep, prepare, square_of
 
-
-def read_square(path: str | Path, prep: Prep, size: int) -> np.ndarray:
-    "uint8 `size` x `size` x 3 RGB of an image of the store, or of an original prepared on the way: the same pixels"
-    path = Path(path)
-    try: data = path.read_bytes()
-    except OSError as e: raise ImageError(f'{path}: cannot be read ({e.strerror})') from None
-    if not path.name.endswith(prep.suffix):
-        try: data = prepare(data, prep)[0]
-        except ImageError as e: raise ImageError(f'{path}: {e}') from None
-    elif _hash(data) != path.name.removesuffix(prep.suffix).rpartition('.')[2]:
-        raise ImageError(f'{path}: is not what was stored (its hash differs); delete it and run again, it will be made anew')
-    return square_of(data, prep, size)
+BATCH = 32                                   # images per core between two updates of the progress bar
+SAVE_EVERY = 1000                            # images between two writes of prepared.csv
+NOT_PREPARED = dict(width=0, height=0, x=0, y=0, r=0, how='', flags='', perceptual_hash='', pixel_sha256='', stored='')
+REQUIRED = {'stored', 'perceptual_hash', 'pixel_sha256', 'error', 'bytes', 'mtime'}      # columns of prepared.csv
 
 
-# The store: <store>/<prep.name>/<table>-<hash of the folder>/<id>.<hash of the file><suffix> and prepared.csv
-
-BATCH = 32                                   # images a core between two looks at progress
-KEEP_EVERY = 1000                            # images: how often prepared.csv is written on the way
-
-def _hash(data: bytes) -> str:
-    "Of a stored file, in its name: who reads it sees whether it is what was written"
+def jpeg_hash(data: bytes) -> str:
+    "Return the hash that the name of a stored JPEG contains, so that a reader can verify the file."
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _place(folder: Path, id_code: str, stored: str, prep: Prep) -> Path:
-    return folder / f'{id_code.replace("/", "_").replace(os.sep, "_")}.{stored}{prep.suffix}'
+def _stored_path(folder: Path, id_code: str, sha: str, prep: Prep) -> Path:
+    safe_id = id_code.replace('/', '_').replace(os.sep, '_')
+    return folder / f'{safe_id}.{sha}{prep.suffix}'
 
 
-def _stored(row, folder: Path, prep: Prep, old: dict) -> dict:
-    "The record of one image, prepared now unless `old` has it and the original is as it was then"
-    src = Path(row.path)
-    try:
-        st = src.stat()
-        same = dict(bytes=st.st_size, mtime=st.st_mtime_ns)
-        was = old.get(row.id_code)
-        if was and not was['error'] and _place(folder, row.id_code, was['stored'], prep).exists() and all(was[k] == v for k, v in same.items()): return was
-        jpeg, info = prepare(src.read_bytes(), prep)
-        write_bytes(out := _place(folder, row.id_code, _hash(jpeg), prep), jpeg)
-        if was and was['stored'] and (gone := _place(folder, row.id_code, was['stored'], prep)) != out: gone.unlink(missing_ok=True)
-        return dict(id_code=row.id_code, **same, **info, stored=_hash(jpeg), error='')
-    except ImageError as e: why = str(e)
-    except OSError as e: why, same = f'cannot be read ({e.strerror})', dict(bytes=0, mtime=0)
-    return dict(id_code=row.id_code, **same, width=0, height=0, x=0, y=0, r=0, how='', flags='', perceptual_hash='', pixel_sha256='', stored='', error=why)
+def read_square(path: str | Path, prep: Prep, size: int) -> np.ndarray:
+    """Read an image as uint8 `size` x `size` x 3 RGB.
+
+    `path` is a stored image, or an original, which is prepared first and gives the same pixels. Raises `ImageError`.
+    """
+    path = Path(path)
+    try: data = path.read_bytes()
+    except OSError as e:
+        raise ImageError(f'{path}: cannot be read ({e.strerror}). Check the path and its permissions.') from None
+    if path.name.endswith(prep.suffix):
+        expected = path.name.removesuffix(prep.suffix).rpartition('.')[2]
+        if jpeg_hash(data) != expected:
+            raise ImageError(changed_message(path, 'Delete it and run again.'))
+    else:
+        try: data, _ = prepare(data, prep)
+        except ImageError as e: raise ImageError(f'{path}: {e}') from None
+    return square_of(data, prep, size)
 
 
 def store_folder(frame: pd.DataFrame, store: Path, prep: Prep) -> Path:
-    "Where the prepared images of `frame` are; tables of one name from two data folders keep apart, and data beside the store may move with it"
-    where, beside = Path(frame.path.iloc[0]).resolve().parent, Path(store).resolve().parent
-    if where.is_relative_to(beside): where = where.relative_to(beside)
-    return Path(store) / prep.name / f'{frame.source.iloc[0]}-{hashlib.sha256(where.as_posix().encode()).hexdigest()[:8]}'
+    """Return the folder of the prepared images of `frame`.
+
+    Its name contains a hash of the data folder, so that tables of one name from two data folders stay apart.
+    The hash is of the relative path if the data lies beside the store: both can then be moved together.
+    """
+    images, parent = Path(frame.path.iloc[0]).resolve().parent, Path(store).resolve().parent
+    if images.is_relative_to(parent): images = images.relative_to(parent)
+    sha = hashlib.sha256(images.as_posix().encode()).hexdigest()[:8]
+    return Path(store) / prep.name / f'{frame.source.iloc[0]}-{sha}'
 
 
 def read_prepared(folder: Path) -> pd.DataFrame | None:
-    "The record of a prepared table, a row an image; None where there is none of this version. Raises `ImageError`"
+    """Read prepared.csv of a store folder, one row per image.
+
+    Returns None if there is none or an earlier version of this package wrote it. Raises `ImageError` if it is damaged.
+    """
     file = folder / 'prepared.csv'
     if not file.is_file(): return None
     try: df = pd.read_csv(file, dtype=dict(id_code=str, stored=str), keep_default_na=False)
     except (ValueError, OSError) as e:
-        raise ImageError(f'{file}: is damaged ({str(e).splitlines()[0]}); delete it and run again, it will be made anew') from None
-    return df if {'stored', 'perceptual_hash', 'pixel_sha256', 'error', 'bytes', 'mtime'} <= set(df) else None        # of an earlier version
+        reason = str(e).splitlines()[0]
+        raise ImageError(f'{file}: damaged CSV ({reason}). Delete it and run again.') from None
+    return df if set(df) >= REQUIRED else None
 
 
-def _prepare_part(_, frame: pd.DataFrame, folder: Path, prep: Prep, old: dict) -> list[dict]:
-    "The records of the rows of `frame`, by all cores of all processes"
-    cv2.setNumThreads(1)                     # the pool has the cores
+def _prepare_one(row, folder: Path, prep: Prep, known: dict[str, dict]) -> dict:
+    "Return the record of one image; prepare the image unless `known` holds an up-to-date record."
+    path, old = Path(row.path), known.get(row.id_code)
+    try:
+        stat = path.stat()
+        state = dict(bytes=stat.st_size, mtime=stat.st_mtime_ns)
+        if old and _is_up_to_date(old, state, folder, prep): return old
+        jpeg, found = prepare(path.read_bytes(), prep)
+        out = _stored_path(folder, row.id_code, jpeg_hash(jpeg), prep)
+        write_bytes(out, jpeg)
+        if old and old['stored']: _remove_replaced(_stored_path(folder, row.id_code, old['stored'], prep), out)
+    except ImageError as e: return dict(id_code=row.id_code, **state, **NOT_PREPARED, error=str(e))
+    except OSError as e:
+        return dict(id_code=row.id_code, bytes=0, mtime=0, **NOT_PREPARED, error=f'cannot be read ({e.strerror})')
+    return dict(id_code=row.id_code, **state, **found, stored=jpeg_hash(jpeg), error='')
+
+
+def _is_up_to_date(record: dict, state: dict, folder: Path, prep: Prep) -> bool:
+    "Return whether a record's image is stored and its original has the same size and modification time as before."
+    if record['error'] or not _stored_path(folder, record['id_code'], record['stored'], prep).exists(): return False
+    return all(record[k] == v for k, v in state.items())
+
+
+def _remove_replaced(old: Path, new: Path):
+    if old != new: old.unlink(missing_ok=True)
+
+
+def _prepare_chunk(_bars: Bars, frame: pd.DataFrame, folder: Path, prep: Prep, known: dict[str, dict]) -> list[dict]:
+    "Return the records of the rows of `frame`, prepared by all cores of all processes."
+    cv2.setNumThreads(1)                     # the thread pool already uses every core
+    rows = frame.iloc[shard(len(frame))].itertuples()
     with ThreadPoolExecutor(cores()) as pool:
-        try: return all_gather(list(pool.map(partial(_stored, folder=folder, prep=prep, old=old), frame.iloc[shard(len(frame))].itertuples())))
+        try: return all_gather(list(pool.map(partial(_prepare_one, folder=folder, prep=prep, known=known), rows)))
         finally: pool.shutdown(cancel_futures=True)
 
 
-def prepare_table(frame: pd.DataFrame, store: Path, prep: Prep, bars, *, skip_unreadable: bool = False) -> pd.DataFrame:
-    """`frame` with its images prepared: columns `stored` (path), `pixel_sha256` and `perceptual_hash` (hashes).
+def prepare_table(frame: pd.DataFrame, store: Path, prep: Prep, bars: Bars, *,
+                  skip_unreadable: bool = False) -> pd.DataFrame:
+    """Prepare the images of `frame` that are not in the store yet.
 
-    Raises `ImageError` with the list of those that cannot be read; with `skip_unreadable` they are said and their rows left out.
+    Returns `frame` with the columns `stored` (path), `pixel_sha256` and `perceptual_hash`.
+    Raises `ImageError` with a list of unreadable images; with `skip_unreadable` prints the list and drops their rows.
     """
     folder = store_folder(frame, store, prep)
-    remove_stale_temp_files(folder)                            # other runs may be writing here: only what is an hour old
+    remove_stale_temp_files(folder)          # only old ones: other runs may be writing here
+    record = _prepare_rows(frame, folder, prep, bars)
+    _check_unreadable(record, frame.source.iloc[0], folder, skip_unreadable)
+    return _with_stored(frame, folder, prep, record)
+
+
+def _prepare_rows(frame: pd.DataFrame, folder: Path, prep: Prep, bars: Bars) -> pd.DataFrame:
+    "Return the record of every image of `frame`; prepare the missing ones and write prepared.csv."
     old = read_prepared(folder)
-    known = {o['id_code']: o for o in old.to_dict('records')} if old is not None else {}
+    old_rows: list[dict] = [] if old is None else old.to_dict('records')
+    known = {o['id_code']: o for o in old_rows}
     done: list[dict] = []
 
-    def keep():
-        "What is done, and of the others what was known: an interrupted run goes on from here"
+    def save():
+        "Write the finished rows and, for the rest, those of an earlier run: an interrupted run resumes from here."
         rows = done + [known[i] for i in frame.id_code[len(done):] if i in known]
-        if rows and (old is None or rows != old.to_dict('records')): write_csv(folder / 'prepared.csv', pd.DataFrame(rows))
-    each = BATCH * cores() * world_size()
+        if rows and rows != old_rows: write_csv(folder / 'prepared.csv', pd.DataFrame(rows))
+
+    chunk_size = BATCH * cores() * world_size()
     with bars(f'preparing {frame.source.iloc[0]}', len(frame), 'images') as bar:
         try:
-            for i in range(0, len(frame), each):
-                part = frame.iloc[i:i + each]
-                done += run_on_all_ranks(_prepare_part, bars, part, folder, prep, {o: known[o] for o in part.id_code if o in known})
+            for start in range(0, len(frame), chunk_size):
+                chunk = frame.iloc[start:start + chunk_size]
+                known_here = {i: known[i] for i in chunk.id_code if i in known}
+                done += run_on_all_ranks(_prepare_chunk, bars, chunk, folder, prep, known_here)
                 bar.to(len(done))
-                if len(done) // KEEP_EVERY > i // KEEP_EVERY: keep()
-        finally: keep()
-    new = pd.DataFrame(done)
-    bad = new[new.error != '']
-    if len(bad):
-        first = '; '.join(f'{o.id_code} {o.error}' for o in bad.head(5).itertuples())
-        line = f'{len(bad)} of {len(new)} images of {frame.source.iloc[0]} cannot be used: {first}; all are in {folder / "prepared.csv"}'
-        if not skip_unreadable or len(bad) == len(new): raise ImageError(f'{line}; [images] skip_unreadable = yes goes on without them')
-        say(f'skipped (skip_unreadable = yes): {line}', 'yellow')
-    return _with_stored(frame, folder, prep, new)
+                if len(done) // SAVE_EVERY > start // SAVE_EVERY: save()
+        finally: save()
+    return pd.DataFrame(done)
+
+
+def _check_unreadable(record: pd.DataFrame, table: str, folder: Path, skip_unreadable: bool):
+    "Raise `ImageError` for unreadable images; with `skip_unreadable` print them, and raise if no image is left."
+    bad = record[record.error != '']
+    if not len(bad): return
+    first = '; '.join(f'{o.id_code} {o.error}' for o in bad.head(5).itertuples())
+    line = (f'[table.{table}]: {len(bad)} of {len(record)} images are unreadable: {first}. '
+            f'The full list is in {folder / "prepared.csv"}.')
+    if not skip_unreadable or len(bad) == len(record):
+        raise ImageError(f'{line} Replace these files, or set [images] skip_unreadable = yes to leave them out.')
+    say(f'{line} They are left out (skip_unreadable = yes).', 'yellow')
 
 
 def prepared_already(frame: pd.DataFrame, store: Path, prep: Prep, *, skip_unreadable: bool = False) -> pd.DataFrame:
-    "What `prepare_table` gives, by its record alone; `frame` itself where that is missing, of other images or holds bad ones"
+    """Return what `prepare_table` returns from prepared.csv alone, without reading an image.
+
+    Returns `frame` unchanged if prepared.csv is missing, lists other images, or has unreadable ones that are not
+    skipped.
+    """
     folder = store_folder(frame, store, prep)
-    old = read_prepared(folder)
-    if old is None or old.id_code.tolist() != frame.id_code.tolist(): return frame
-    return frame if (old.error != '').any() and not skip_unreadable else _with_stored(frame, folder, prep, old)
+    record = read_prepared(folder)
+    if record is None or record.id_code.tolist() != frame.id_code.tolist(): return frame
+    if (record.error != '').any() and not skip_unreadable: return frame
+    return _with_stored(frame, folder, prep, record)
 
 
 def _with_stored(frame: pd.DataFrame, folder: Path, prep: Prep, record: pd.DataFrame) -> pd.DataFrame:
-    "`frame` with the columns `stored`, `pixel_sha256` and `perceptual_hash` of its store's record, without the rows that could not be read"
-    fine = (record.error == '').to_numpy()
-    stored = [str(_place(folder, i, h, prep)) for i, h in zip(frame.id_code, record.stored, strict=True)]
-    return frame.assign(stored=stored, pixel_sha256=record.pixel_sha256.to_numpy(), perceptual_hash=record.perceptual_hash.to_numpy())[fine].reset_index(drop=True)
+    "Add the columns `stored`, `pixel_sha256` and `perceptual_hash`; drop the rows of unreadable images."
+    stored = [str(_stored_path(folder, i, h, prep)) for i, h in zip(frame.id_code, record.stored, strict=True)]
+    df = frame.assign(stored=stored, pixel_sha256=record.pixel_sha256.to_numpy(),
+                      perceptual_hash=record.perceptual_hash.to_numpy())
+    readable = (record.error == '').to_numpy()
+    return df[readable].reset_index(drop=True)

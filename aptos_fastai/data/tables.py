@@ -1,5 +1,7 @@
-"CSVs and folders of images -> one checked frame a table; folds written once and reused."
+"Read a CSV and its folder of images into one checked frame per table."
 import os
+import re
+from collections.abc import Sized
 from pathlib import Path
 
 import numpy as np
@@ -10,91 +12,138 @@ from aptos_fastai.recipe import Recipe, Table
 
 
 class TableError(AptosError):
-    "A table that cannot be used: names the file, the ids and what to do."
+    "Raised for a table that cannot be used; the message names the file, the ids and what to do."
 
 
-def _few(ids) -> str: return ', '.join(map(str, list(ids)[:5])) + (', …' if len(ids) > 5 else '')
+def _first_few(ids) -> str:
+    return ', '.join(map(str, list(ids)[:5])) + (', …' if len(ids) > 5 else '')
+
+
+def _count(items: Sized, noun: str) -> str:
+    return f'{len(items)} {noun}' if len(items) == 1 else f'{len(items)} {noun}s'
 
 
 def find_folder(table: Table, data: Path) -> Path:
-    "The first of the table's folders under `data` that holds its CSV"
+    "Return the first of the table's folders under `data` that contains its CSV. Raises `TableError`."
     tried = [data / f for f in table.folder]
-    for o in tried:
-        if (o / table.csv).is_file(): return o
-    raise TableError(f'[table.{table.name}]: no {table.csv} in {" or ".join(map(str, tried))}; --data is to name the folder '
-                     f'that holds {" or ".join(table.folder) if table.folder != (".",) else table.csv} (--data demo runs on synthetic images)')
+    for folder in tried:
+        if (folder / table.csv).is_file(): return folder
+    content = table.csv if table.folder == ('.',) else ' or '.join(table.folder)
+    raise TableError(f'[table.{table.name}]: {table.csv} not found in {" or ".join(map(str, tried))}. '
+                     f'Set --data to the folder that contains {content}, or use --data demo for synthetic images.')
 
 
-def _images(folder: Path) -> dict[str, Path]:
-    "Stem -> path of the images in `folder`"
-    if not folder.is_dir(): raise TableError(f'{folder}: no such folder of images')
-    out: dict[str, Path] = {}
-    with os.scandir(folder) as it: found = sorted((o.name, o.is_symlink()) for o in it if not o.name.startswith('.') and o.is_file())
-    names, inside = [n for n, _ in found], folder.resolve().parent
-    for n in [n for n, link in found if link and not (folder / n).resolve().is_relative_to(inside)]:
-        raise TableError(f'{folder / n}: is a link out of {inside}; put the image itself there, or name its own folder in the recipe')
-    for n in names:
-        stem = n.rpartition('.')[0] or n
-        if stem in out: raise TableError(f'{folder}: both {out[stem].name} and {n} stand for the id {stem}; keep one')
-        out[stem] = folder / n
-    return out
+def _find_images(folder: Path) -> dict[str, Path]:
+    "Return stem -> path of the files in `folder`. Raises `TableError` for two files of one stem and links to outside."
+    if not folder.is_dir():
+        raise TableError(f'{folder}: image folder not found. Put the images there, or change the key `images`.')
+    with os.scandir(folder) as entries:
+        files = sorted((o.name, o.is_symlink()) for o in entries if not o.name.startswith('.') and o.is_file())
+    root = folder.resolve().parent
+    for name, is_link in files:
+        if is_link and not (folder / name).resolve().is_relative_to(root):
+            raise TableError(f'{folder / name}: symbolic link to a file outside {root}. '
+                             'Replace it with the image, or name the image\'s own folder in the recipe.')
+    images: dict[str, Path] = {}
+    for name, _ in files:
+        stem = name.rpartition('.')[0] or name
+        if stem in images:
+            raise TableError(f'{folder}: {images[stem].name} and {name} have the same id {stem}. Keep one of them.')
+        images[stem] = folder / name
+    return images
 
 
-def _grades(csv: Path, df: pd.DataFrame, table: Table) -> np.ndarray:
-    g = pd.to_numeric(df[table.grade], errors='coerce')
-    bad = ~g.isin(range(5))
-    if bad.any():
-        shown = [f'{i} = {v}' for i, v in zip(df[table.id][bad], df[table.grade][bad], strict=True)]
-        raise TableError(f'{csv}: {bad.sum()} {table.grade} not a whole number from 0 to 4: {_few(shown)}')
-    return g.to_numpy(np.float32)
+def _read_grades(csv: Path, df: pd.DataFrame, table: Table) -> np.ndarray:
+    "Return the grades as float32 (n,). Raises `TableError` for anything but 0, 1, 2, 3, 4."
+    grades = pd.to_numeric(df[table.grade], errors='coerce')
+    bad = df[~grades.isin(range(5))]
+    if len(bad):
+        shown = [f'{i} = {v}' for i, v in zip(bad[table.id], bad[table.grade], strict=True)]
+        raise TableError(f'{csv}: {_count(bad, "invalid value")} in column {table.grade}: {_first_few(shown)}. '
+                         'Grades are whole numbers from 0 to 4.')
+    return grades.to_numpy(np.float32)
 
 
-def _read_csv(csv: Path, cols: list[str]) -> pd.DataFrame:
+def _read_csv(csv: Path, columns: list[str]) -> pd.DataFrame:
+    "Read a CSV as text. Raises `TableError` if it is unreadable, has no rows or lacks one of `columns`."
     try: df = pd.read_csv(csv, dtype=str, keep_default_na=False, encoding='utf-8-sig')
-    except pd.errors.EmptyDataError: raise TableError(f'{csv}: is empty') from None
-    except (pd.errors.ParserError, UnicodeDecodeError) as e: raise TableError(f'{csv}: is no readable CSV ({e})') from None
-    for c in cols:
-        if c not in df: raise TableError(f'{csv}: no column {c}; it has {", ".join(df.columns)}')
-    if not len(df): raise TableError(f'{csv}: has no rows')
+    except pd.errors.EmptyDataError:
+        raise TableError(f'{csv}: the file is empty. Write a header and one row per image.') from None
+    except (pd.errors.ParserError, UnicodeDecodeError) as e:
+        raise TableError(f'{csv}: not a readable CSV ({str(e).strip()}). Save it as comma-separated UTF-8.') from None
+    for c in columns:
+        if c not in df:
+            raise TableError(f'{csv}: no column {c}. Its columns are {", ".join(df.columns)}. '
+                             'Rename one, or set the column name in the recipe.')
+    if not len(df): raise TableError(f'{csv}: no rows. Write one row per image.')
     return df
 
 
-def read_table(table: Table, data: Path) -> pd.DataFrame:
-    """The frame of `table` under the folder `data`, a row an image: id_code, diagnosis (float; NaN where ungraded), path, group, source.
+def _match_images(csv: Path, ids: pd.Series, folder: Path) -> list[str]:
+    """Return the image path of each id; an id is a file name with or without its extension.
 
-    Raises `TableError`: missing file, folder or column; no rows; grades off 0-4; ids twice; ids without an image.
+    Raises `TableError` for duplicate ids and for ids without an image.
     """
-    if not data.is_dir(): raise TableError(f'{data}: no such data folder; --data demo runs on synthetic images')
+    by_stem = _find_images(folder)
+    by_name = {p.name: p for p in by_stem.values()}
+    paths = [by_stem.get(i) or by_name.get(i) for i in ids]
+    path_or_id = pd.Series(paths, dtype=object).where(lambda o: o.notna(), ids)      # a and a.png are one image
+    repeated = ids[ids.duplicated() | path_or_id.duplicated()].unique()
+    if len(repeated):
+        raise TableError(f'{csv}: {_count(repeated, "duplicate value")} in column {ids.name}: {_first_few(repeated)}. '
+                         'Keep one row per image.')
+    missing = [i for i, p in zip(ids, paths, strict=True) if p is None]
+    if missing:
+        raise TableError(f'{csv}: {len(missing)} of {len(ids)} ids have no image in {folder}: {_first_few(missing)}. '
+                         'Add the images or remove these rows.')
+    return [str(p) for p in paths]
+
+
+def _read_groups(ids: pd.Series, table: Table) -> pd.Series:
+    """Return TABLE:GROUP of each id: the first group of the table's pattern, or all that it matches if it has no group.
+
+    An id without a match is its own group.
+    """
+    if not table.group: return f'{table.name}:' + ids
+    pattern = table.group if re.compile(table.group).groups else f'({table.group})'
+    return f'{table.name}:' + ids.str.extract(pattern)[0].fillna(ids)
+
+
+def read_table(table: Table, data: Path) -> pd.DataFrame:
+    """Read `table` under the folder `data`, one row per image.
+
+    Columns: id_code, diagnosis (float32; NaN if the table is ungraded), path, group, source.
+    Raises `TableError` for a missing file, folder or column, no rows, invalid grades, duplicate ids, missing images.
+    """
+    if not data.is_dir():
+        raise TableError(f'{data}: data folder not found. Check --data, or use --data demo for synthetic images.')
     folder = find_folder(table, data)
-    csv, pics = folder / table.csv, folder / table.images
-    df = _read_csv(csv, [table.id] + ([table.grade] if table.graded else []))
-    raw = df[table.id]
-    by_stem = _images(pics)
-    names = {p.name: p for p in by_stem.values()}
-    paths = [by_stem.get(o) or names.get(o) for o in raw]
-    twice = raw[raw.duplicated() | pd.Series(paths, dtype=object).where(lambda o: o.notna(), raw).duplicated()].unique()     # a and a.png are one
-    if len(twice): raise TableError(f'{csv}: {len(twice)} {table.id} stand there more than once: {_few(twice)}')
-    lost = [o for o, p in zip(raw, paths, strict=True) if p is None]
-    if lost: raise TableError(f'{csv}: {len(lost)} of {len(raw)} ids have no image in {pics}: {_few(lost)}')
-    group = raw.str.extract(table.group, expand=False if '(' not in table.group else True) if table.group else None
-    if group is not None: group = group.iloc[:, 0] if isinstance(group, pd.DataFrame) else group
-    return pd.DataFrame(dict(
-        id_code=raw, diagnosis=_grades(csv, df, table) if table.graded else np.full(len(df), np.nan, np.float32),
-        path=[str(p) for p in paths], group=f'{table.name}:' + (raw if group is None else group.fillna(raw)), source=table.name))
+    csv = folder / table.csv
+    df = _read_csv(csv, [table.id, table.grade] if table.graded else [table.id])
+    ids = df[table.id]
+    paths = _match_images(csv, ids, folder / table.images)
+    groups = _read_groups(ids, table)
+    grades = _read_grades(csv, df, table) if table.graded else np.full(len(df), np.nan, np.float32)
+    return pd.DataFrame(dict(id_code=ids, diagnosis=grades, path=paths, group=groups, source=table.name))
 
 
 def read_tables(recipe: Recipe, data: Path) -> dict[str, pd.DataFrame]:
-    "The frames of every table that the recipe uses"
+    "Read every table that the recipe uses; returns name -> frame."
     return {t.name: read_table(t, Path(data)) for t in recipe.used_tables}
 
 
 def read_order(table: Table, data: Path) -> list[str]:
-    "The ids of the submission, in order: those of the table's `order` CSV where it is there, else the table's own"
+    """Return the ids of the submission in order: those of the table's `order` CSV, or the table's own if there is none.
+
+    Raises `TableError` if the two lists contain different ids.
+    """
     folder = find_folder(table, data)
     own = _read_csv(folder / table.csv, [table.id])[table.id].tolist()
     csv = folder / table.order if table.order else None
     if csv is None or not csv.is_file(): return own
     ids = _read_csv(csv, ['id_code']).id_code.tolist()
-    lost = sorted(set(ids) ^ set(own))
-    if lost: raise TableError(f'{csv}: its ids and those of {table.csv} differ in {len(lost)}: {_few(lost)}')
+    differing = sorted(set(ids) ^ set(own))
+    if differing:
+        raise TableError(f'{csv}: {_count(differing, "id")} in only one of this file and {table.csv}: '
+                         f'{_first_few(differing)}. List the same images in both.')
     return ids

@@ -1,142 +1,201 @@
-"A finished run -> a bundle that answers elsewhere: safetensors, JSON, ONNX and a model card."
+"Export a finished run as a bundle for use elsewhere: safetensors, JSON, ONNX and a model card."
 import shutil
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
+import cv2
 import numpy as np
-import pandas as pd
 import torch
 from torch import nn
 
 import aptos_fastai
 from aptos_fastai.common.console import Bars, say, table
 from aptos_fastai.common.io import AptosError, file_hash, read_record, write_bytes, write_record
-from aptos_fastai.data.retina import Prep, square_of
-from aptos_fastai.inference.grader import Grader, load_grader
-from aptos_fastai.inference.model_spec import MemberSpec, ModelSpec, read_model
+from aptos_fastai.data.retina import Prep, prepare, square_of
+from aptos_fastai.inference.grader import Grader, Squares, load_grader
+from aptos_fastai.inference.model_spec import BUNDLE, MemberSpec, ModelSpec, copy_members, read_model
 from aptos_fastai.metrics import GRADE_NAMES, apply_thresholds
 from aptos_fastai.pipeline.summary import interval_text
 from aptos_fastai.reports.html import render
 from aptos_fastai.run_folder import FINISHED
 from aptos_fastai.training.precision import has_bf16
 
-BOUNDS = dict(f32=.01, bf16=.1)              # of |score - score in PyTorch f32|; in bf16 one grade in a hundred may change, too
-WAYS = ('onnx', 'f32'), ('openvino', 'f32'), ('openvino', 'bf16'), ('torch', 'bf16')
-PARITY = 24                                  # images that are compared
+BUNDLE_FORMAT = 1
+MAX_DIFFERENCE = dict(f32=.01, bf16=.1)      # of a score, from PyTorch f32
+MAX_CHANGED = dict(f32=0., bf16=.01)         # share of the grades that may change (in bf16 one grade always may)
+COMPARED = ('onnx', 'f32'), ('openvino', 'f32'), ('openvino', 'bf16'), ('torch', 'bf16')
+PACKAGES = dict(torch='torch', onnx='onnxruntime', openvino='openvino')
+PARITY_IMAGES = 24
 
 
-class FromSquares(nn.Module):
-    "(n, side, side, 3) uint8 -> scores (n,): what else a network needs is inside"
+class NetOfSquares(nn.Module):
+    "A network with its normalisation: squares (n, side, side, 3) uint8 RGB -> scores (n,)"
     def __init__(self, net: nn.Module, member: MemberSpec):
         super().__init__()
         self.net = net
-        for k in ('mean', 'std'): self.register_buffer(k, 255 * torch.tensor(getattr(member, k)))
-    def forward(self, x): return self.net(((x.float() - self.mean) / self.std).permute(0, 3, 1, 2)).flatten()
+        self.register_buffer('mean', 255 * torch.tensor(member.mean))
+        self.register_buffer('std', 255 * torch.tensor(member.std))
+
+    def forward(self, squares):
+        "Return the scores"
+        x = (squares.float() - self.mean) / self.std
+        return self.net(x.permute(0, 3, 1, 2)).flatten()
 
 
-def write_onnx(net: nn.Module, member: MemberSpec, file: Path):
-    "The network of a member as ONNX: input `squares` (n, side, side, 3) uint8 RGB, output `score` (n,)"
-    try:
-        import onnxscript  # noqa: F401 (the exporter's own dependency)
-    except ImportError: raise AptosError('ONNX needs the extra export: pip install onnx onnxscript onnxruntime') from None
+def write_onnx(net: nn.Module, member: MemberSpec, file: Path) -> None:
+    "Write a member's network as ONNX: input `squares` (n, side, side, 3) uint8 RGB, output `score` (n,)"
+    if find_spec('onnxscript') is None:      # the exporter of PyTorch needs it
+        raise AptosError('ONNX needs the extra export. Run `pip install onnx onnxscript onnxruntime`.')
     squares = torch.zeros(2, member.size, member.size, 3, dtype=torch.uint8)
+    batch = torch.export.Dim('n', min=1, max=4096)
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')      # the exporter's talk of its own parts
-        torch.onnx.export(FromSquares(net.float().cpu(), member).eval(), (squares,), file, input_names=['squares'], output_names=['score'],
-                          dynamic_shapes=({0: torch.export.Dim('n', min=1, max=4096)},), dynamo=True, external_data=False, verbose=False)
+        warnings.simplefilter('ignore')      # of the exporter about its own parts
+        torch.onnx.export(
+            NetOfSquares(net.float().cpu(), member).eval(), (squares,), file, input_names=['squares'],
+            output_names=['score'], dynamic_shapes=({0: batch},), dynamo=True, external_data=False, verbose=False)
 
 
-def parity_squares(root: Path, prep: Prep) -> tuple[list[bytes], str]:
-    "Prepared JPEGs to compare on: the run's own images where they are, else painted ones"
-    files = sorted(islice((root.parent / 'prepared' / prep.name).glob('*/*.jpg'), 10_000))
-    if files: return [f.read_bytes() for f in files[::max(1, len(files) // PARITY)][:PARITY]], 'images of the run'
-    from aptos_fastai.data.demo import CAMERAS, paint_fundus
-    from aptos_fastai.data.retina import prepare
-    rng = np.random.default_rng(0)
-    import cv2
-    ims = [paint_fundus(rng, i % 5, list(CAMERAS)[i % len(CAMERAS)], True)[0] for i in range(PARITY)]
-    return [prepare(cv2.imencode('.png', o[..., ::-1])[1].tobytes(), prep)[0] for o in ims], 'painted images'
+class ParityImages(NamedTuple):
+    "Prepared images on which backends are compared"
+    jpegs: list[bytes]
+    origin: str
 
 
-def compare(folder: Path, jpegs: list[bytes]) -> list[dict]:
-    """Every way to run the bundle in `folder` that this machine has, against PyTorch in f32 on the same images: largest and mean difference of a
-    score, grades that change, and whether that is within the bounds"""
-    first = load_grader(folder)
-    squares = {n: np.stack([square_of(j, first.model.prep, n) for j in jpegs]) for n in {m.size for m in first.model.members}}
-    want, out = first.scores(squares)[0], []
-    for backend, precision in WAYS:
-        if find_spec(dict(onnx='onnxruntime').get(backend, backend)) is None or (precision == 'bf16' and not has_bf16()): continue
-        got = load_grader(folder, backend, precision).scores(squares)[0]
-        d, changed = np.abs(got - want), int((apply_thresholds(got, first.model.thresholds) != apply_thresholds(want, first.model.thresholds)).sum())
-        fine = d.max() <= BOUNDS[precision] and changed <= max(1, .01 * len(jpegs)) * (precision != 'f32')
-        out.append(dict(backend=backend, precision=precision, images=len(jpegs), max_difference=float(d.max()), mean_difference=float(d.mean()),
-                        grades_changed=changed, bound=BOUNDS[precision], fine=bool(fine)))
-    return out
+def parity_images(root: Path, prep: Prep) -> ParityImages:
+    "Return images of the run's store, or synthetic ones if the store is not there"
+    store = root.parent / 'prepared' / prep.name
+    files = sorted(islice(store.glob('*/*.jpg'), 10_000))
+    if files:
+        step = max(1, len(files) // PARITY_IMAGES)
+        return ParityImages([f.read_bytes() for f in files[::step][:PARITY_IMAGES]], 'images of the run')
+    from aptos_fastai.data.demo import CAMERAS, generate_fundus
+    rng, cameras = np.random.default_rng(0), list(CAMERAS)
+    jpegs = []
+    for i in range(PARITY_IMAGES):
+        im, _ = generate_fundus(rng, i % 5, cameras[i % len(cameras)], True)
+        png = cv2.imencode('.png', im[..., ::-1])[1].tobytes()
+        jpegs.append(prepare(png, prep)[0])
+    return ParityImages(jpegs, 'synthetic images')
+
+
+def compare_backends(folder: Path, jpegs: list[bytes]) -> list[dict]:
+    """Compare every backend and precision that this machine has with PyTorch f32, on the same prepared images.
+
+    Returns a dict for each: maximum and mean difference of a score, number of changed grades, and whether they are
+    within the bounds.
+    """
+    reference = load_grader(folder)
+    model = reference.model
+    squares: Squares = {side: np.stack([square_of(j, model.prep, side) for j in jpegs]) for side in model.sizes}
+    expected, _ = reference.scores(squares)
+    expected_grades = apply_thresholds(expected, model.thresholds)
+    parity = []
+    for backend, precision in COMPARED:
+        if find_spec(PACKAGES[backend]) is None: continue
+        if precision == 'bf16' and not has_bf16(): continue
+        scores, _ = load_grader(folder, backend, precision).scores(squares)
+        difference = np.abs(scores - expected)
+        changed = int((apply_thresholds(scores, model.thresholds) != expected_grades).sum())
+        parity.append(dict(
+            backend=backend, precision=precision, images=len(jpegs), max_difference=float(difference.max()),
+            mean_difference=float(difference.mean()), grades_changed=changed, bound=MAX_DIFFERENCE[precision],
+            within_bounds=within_bounds(precision, float(difference.max()), changed, len(jpegs))))
+    return parity
+
+
+def within_bounds(precision: str, max_difference: float, changed: int, images: int) -> bool:
+    "Return whether scores and grades differ as little as they must in this precision"
+    allowed = max(1, MAX_CHANGED[precision] * images) if MAX_CHANGED[precision] else 0
+    return max_difference <= MAX_DIFFERENCE[precision] and changed <= allowed
 
 
 def lineage(root: Path, member: MemberSpec) -> dict:
-    "Where a member came from: its record without the settings that the bundle states already"
-    rec = read_record((root / member.file).parent / FINISHED)
-    return {k: rec[k] for k in ('stage', 'fold', 'fingerprint', 'settings', 'augment', 'seed', 'images', 'kept_epoch', 'parents', 'versions')}
+    "Return where a member came from: what its stage's record holds and the bundle does not"
+    record = read_record((root / member.file).parent / FINISHED)
+    if not record: raise AptosError(f'{(root / member.file).parent}: no finished fold here. Run `all` or `train`.')
+    keys = ('stage', 'fold', 'fingerprint', 'settings', 'augment', 'seed', 'images', 'kept_epoch', 'parents',
+            'versions')
+    return {key: record[key] for key in keys}
 
 
-def figures(root: Path) -> dict:
-    "What is known of a run's answer: kappa and its interval, from its summary"
-    o = read_record(root / 'summary.json')
-    if not o: return {}
-    s = next(r for r in o['stages'] if r['stage'] == o['submission']['node'])
-    return dict(kappa=s['kappa'], kappa_interval=s['kappa_interval'], validated=s['validated'], node=s['stage'])
+def run_metrics(root: Path) -> dict:
+    "Return kappa and its interval of the stage or ensemble that made a run's submission; {} for a run without summary"
+    summary = read_record(root / 'summary.json')
+    if not summary: return {}
+    stage = next(s for s in summary['stages'] if s['stage'] == summary['submission']['node'])
+    metrics = {key: stage[key] for key in ('kappa', 'kappa_interval', 'validated')}
+    return metrics | dict(node=stage['stage'])
 
 
-def export_run(path: str):
-    """`export RUN`: the bundle of a run's final answer, or of a stage, in the folder `bundle` in it.
+def export_run(path: str) -> None:
+    """`export RUN`: write the bundle of a run's submission, or of a stage, to the folder `bundle` in it.
 
-    Raises `AptosError` where an ONNX network answers otherwise than the PyTorch one by more than `BOUNDS`; nothing is left then.
+    Raises `AptosError` if ONNX scores differ from PyTorch's by more than `MAX_DIFFERENCE`; then no bundle is written.
     """
     model, root = read_model(path)
-    if (Path(path) / 'bundle.json').is_file(): raise AptosError(f'{path}: is a bundle already; name a run or a stage')
-    out, tmp = Path(path) / 'bundle', Path(path) / '.bundle.tmp'
-    shutil.rmtree(tmp, ignore_errors=True)
-    grader = Grader(model, root)
-    members = []
+    if (Path(path) / BUNDLE).is_file(): raise AptosError(f'{path}: a bundle already. Give a run or a stage.')
+    out, temp = Path(path) / 'bundle', Path(path) / '.bundle.tmp'
+    shutil.rmtree(temp, ignore_errors=True)
     try:
-        with Bars() as bars, bars(f'exporting {model.name}', len(model.members), 'networks') as bar:
-            for m, net in grader.nets:
-                file = m.file.replace('/', '-').replace('\\', '-')
-                write_bytes(tmp / file, (root / m.file).read_bytes())
-                members.append(replace(m, file=file))
-                write_onnx(net, m, (tmp / file).with_suffix('.onnx'))
-                bar.to(len(members))
-        jpegs, what = parity_squares(root, model.prep)
-        lines, bundled = [lineage(root, m) for m in model.members], replace(model, members=tuple(members))
-        write_bundle(tmp, bundled, lines, figures(root), [], what)
-        parity = compare(tmp, jpegs)
-        bad = [o for o in parity if not o['fine'] and o['precision'] == 'f32']
-        for o in bad: raise AptosError(f'{path}: {o["backend"]} differs from PyTorch by {o["max_difference"]:.3f} in a score ({o["bound"]} is the most)')
-        write_bundle(tmp, bundled, lines, figures(root), parity, what)
+        images = parity_images(root, model.prep)
+        parity = _build(model, root, temp, images)
         shutil.rmtree(out, ignore_errors=True)
-        tmp.rename(out)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
-    size = sum(f.stat().st_size for f in out.iterdir()) / 1e6
-    table(f'scores against PyTorch f32 on {len(jpegs)} {what}', ['backend', 'largest difference', 'mean', 'grades that change', 'within bounds'],
-          [[f'{o["backend"]} {o["precision"]}', f'{o["max_difference"]:.1e}', f'{o["mean_difference"]:.1e}', o['grades_changed'], 'yes' if o['fine'] else 'no']
-           for o in parity])
-    if not has_bf16(): say('bf16 was not compared: this machine has none', 'yellow')
-    say(f'{len(members)} network{"s" * (len(members) > 1)}, {size:.0f} MB -> {out}: bundle.json, weights, ONNX, MODEL_CARD.md')
+        temp.rename(out)
+    finally: shutil.rmtree(temp, ignore_errors=True)
+    _show_parity(parity, images)
+    megabytes = sum(f.stat().st_size for f in out.iterdir()) / 1e6
+    say(f'networks: {len(model.members)}, {megabytes:.0f} MB -> {out}: {BUNDLE}, weights, ONNX, MODEL_CARD.md')
 
 
-def write_bundle(folder: Path, model: ModelSpec, lines: list[dict], metrics: dict, parity: list[dict], images: str):
-    "bundle.json and MODEL_CARD.md; bundle.json last, its presence means that the bundle is whole"
+def _build(model: ModelSpec, root: Path, folder: Path, images: ParityImages) -> list[dict]:
+    "Write a bundle to `folder` and return its parity. Raises `AptosError` if an f32 backend is not within bounds"
+    grader = Grader(model, root)
+    bundled = copy_members(model, root, folder)
+    with Bars() as bars, bars(f'exporting {model.name}', len(model.members), 'networks') as bar:
+        for i, (original, copied) in enumerate(zip(model.members, bundled.members, strict=True), 1):
+            write_onnx(grader.net(original), copied, (folder / copied.file).with_suffix('.onnx'))
+            bar.to(i)
+    origins, metrics = [lineage(root, m) for m in model.members], run_metrics(root)
+    write_bundle(folder, bundled, origins, metrics, [], images.origin)
+    parity = compare_backends(folder, images.jpegs)
+    for o in parity:
+        if o['precision'] == 'f32' and not o['within_bounds']:
+            raise AptosError(f'{root}: {o["backend"]} differs from PyTorch by {o["max_difference"]:.3f} in a score '
+                             f'(maximum {o["bound"]}) and in {o["grades_changed"]} grades. Nothing was exported; '
+                             f'try another version of {PACKAGES[o["backend"]]}.')
+    write_bundle(folder, bundled, origins, metrics, parity, images.origin)
+    return parity
+
+
+def _show_parity(parity: list[dict], images: ParityImages) -> None:
+    "Show how much each backend differs"
+    rows = []
+    for o in parity:
+        verdict = 'yes' if o['within_bounds'] else 'no'
+        rows.append([f'{o["backend"]} {o["precision"]}', f'{o["max_difference"]:.1e}', f'{o["mean_difference"]:.1e}',
+                     o['grades_changed'], verdict])
+    table(f'scores compared with PyTorch f32 on {len(images.jpegs)} {images.origin}',
+          ['backend', 'max. difference', 'mean difference', 'grades changed', 'within bounds'], rows)
+    if not has_bf16(): say('bf16 was not compared: this device does not support it', 'yellow')
+
+
+def write_bundle(folder: Path, model: ModelSpec, origins: list[dict], metrics: dict, parity: list[dict],
+                 parity_on: str) -> None:
+    "Write MODEL_CARD.md, then bundle.json, whose presence means that the bundle is complete"
     files = {f.name: file_hash(f) for f in sorted(folder.iterdir()) if f.suffix in ('.safetensors', '.onnx')}
+    networks = [dict(stage=o['stage'], fold=o['fold'], arch=m.arch, size=m.size, train=o['images']['train'],
+                     valid=o['images']['valid'], tables=', '.join(o['settings']['train']))
+                for o, m in zip(origins, model.members, strict=True)]
     kappa = interval_text(metrics['kappa'], metrics['kappa_interval']) if metrics else ''
-    rows = pd.DataFrame([dict(stage=o['stage'], fold=o['fold'], arch=m.arch, size=m.size, train=o['images']['train'], valid=o['images']['valid'],
-                              tables=', '.join(o['settings']['train'])) for o, m in zip(lines, model.members, strict=True)]).to_dict('records')
-    card = render('MODEL_CARD.md', model=model, rows=rows, kappa=kappa, metrics=metrics, parity=parity, images=images, names=GRADE_NAMES,
-                  version=aptos_fastai.__version__)
+    card = render('MODEL_CARD.md', model=model, networks=networks, kappa=kappa, metrics=metrics, parity=parity,
+                  parity_on=parity_on, grade_names=GRADE_NAMES, version=aptos_fastai.__version__)
     write_bytes(folder / 'MODEL_CARD.md', card.encode())
-    write_record(folder / 'bundle.json', dict(
-        format=1, classes=list(GRADE_NAMES), licence='code: Apache-2.0; weights: as the tables they were trained on allow',
-        model=asdict(model), metrics=metrics, parity=parity, parity_on=images, lineage=lines, files=files, aptos_fastai=aptos_fastai.__version__))
+    write_record(folder / BUNDLE, dict(
+        format=BUNDLE_FORMAT, classes=list(GRADE_NAMES),
+        licence='code: Apache-2.0; weights: as the tables they were trained on allow',
+        model=asdict(model), metrics=metrics, parity=parity, parity_on=parity_on, lineage=origins, files=files,
+        aptos_fastai=aptos_fastai.__version__))

@@ -1,9 +1,9 @@
-"A run -> folders to upload for the offline code competition: a dataset with weights and this package, and a notebook that answers whatever test.csv is there."
+"Write the folders to upload for the offline code competition: a dataset (weights, this package) and a notebook."
 import json
 import re
 import shutil
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -12,75 +12,120 @@ from aptos_fastai.common.console import format_duration, say
 from aptos_fastai.common.io import AptosError, write_bytes, write_csv, write_json, write_record
 from aptos_fastai.data import decode
 from aptos_fastai.inference.grade_files import grade_files
-from aptos_fastai.inference.grader import load_grader
-from aptos_fastai.inference.model_spec import read_model
+from aptos_fastai.inference.grader import Grader, load_grader
+from aptos_fastai.inference.model_spec import BUNDLE, SYNTHETIC_MODEL, copy_members, read_model
 
 COMPETITION = 'aptos2019-blindness-detection'
-IMAGES, HOURS = 13_000, 9                  # of the hidden test set, at most; the competition's limit
-HERE = Path(__file__).parents[1]
+HIDDEN_IMAGES = 13_000                       # of the hidden test set, at most
+MAX_HOURS = 9                                # of the competition's notebooks
+TIMED_IMAGES = 32
+PACKAGE = Path(__file__).parents[1]
+NOTEBOOK = 'submission.ipynb'
 
 CELLS = [
-    ('markdown', '# Diabetic retinopathy, graded offline\n\nWeights and code come with the dataset; nothing is downloaded. Made by `run.py kaggle`. '
-                 'Run again after an interruption, it goes on where it was.'),
-    ('code', "import os, sys\nfrom pathlib import Path\n\n"
-             "source, work = (Path(os.environ.get(k, v)) for k, v in (('KAGGLE_INPUT', '/kaggle/input'), ('KAGGLE_WORKING', '/kaggle/working')))\n"
-             "bundle = next(source.rglob('bundle.json')).parent                    # the dataset\n"
-             "test = next(p for p in sorted(source.rglob('test.csv')) if (p.parent / 'test_images').is_dir())\n"
-             "sys.path.insert(0, str(bundle))\nbundle, test"),
-    ('code', 'from aptos_fastai.deploy.kaggle import answer\n\nanswer(bundle, test, work)'),
+    ('markdown', """\
+# Diabetic retinopathy grades, offline
+
+Weights and code come with the dataset; nothing is downloaded. Made by `run.py kaggle`.
+An interrupted notebook resumes when it runs again.
+"""),
+    ('code', """\
+import os
+import sys
+from pathlib import Path
+
+source = Path(os.environ.get('KAGGLE_INPUT', '/kaggle/input'))
+work = Path(os.environ.get('KAGGLE_WORKING', '/kaggle/working'))
+bundle = next(source.rglob('bundle.json')).parent
+test = next(p for p in sorted(source.rglob('test.csv')) if (p.parent / 'test_images').is_dir())
+sys.path.insert(0, str(bundle))
+bundle, test
+"""),
+    ('code', """\
+from aptos_fastai.deploy.kaggle import write_submission
+
+write_submission(bundle, test, work)
+"""),
 ]
 
 
-def write_kaggle(run: str, user: str):
-    "`kaggle RUN`: <RUN>/kaggle/dataset and <RUN>/kaggle/kernel"
-    if not re.fullmatch(r'[A-Za-z0-9-]{1,40}', user): raise AptosError(f'--user {user}: a Kaggle user name is needed (letters, digits, -)')
+def write_kaggle(run: str, user: str) -> None:
+    "`kaggle RUN`: write <RUN>/kaggle/dataset and <RUN>/kaggle/kernel"
+    if not re.fullmatch(r'[A-Za-z0-9-]{1,40}', user):
+        raise AptosError(f'--user {user}: not a Kaggle user name. Use letters, digits and -.')
     model, root = read_model(run)
     out = Path(run) / 'kaggle'
-    slug = re.sub('[^a-z0-9]+', '-', f'aptos-fastai-{model.name}'.lower()).strip('-')[:50].ljust(6, '0')
+    dataset, kernel = out / 'dataset', out / 'kernel'
+    slug = _slug(f'aptos-fastai-{model.name}')
     shutil.rmtree(out, ignore_errors=True)
-    members = []
-    for m in model.members:
-        file = m.file.replace('/', '-')
-        write_bytes(out / 'dataset' / file, (root / m.file).read_bytes())
-        members.append(replace(m, file=file))
-    shutil.copytree(HERE, out / 'dataset/aptos_fastai', ignore=shutil.ignore_patterns('__pycache__'))
-    write_record(out / 'dataset/bundle.json', dict(format=1, model=asdict(replace(model, members=tuple(members))), files={}))
-    write_json(out / 'dataset/dataset-metadata.json', dict(title=slug, id=f'{user}/{slug}', licenses=[dict(name='other')]))
-    write_json(out / 'kernel/kernel-metadata.json', dict(
-        id=f'{user}/{slug}-answer', title=f'{slug}-answer', code_file='answer.ipynb', language='python', kernel_type='notebook', is_private='true',
-        enable_gpu='true', enable_internet='false', dataset_sources=[f'{user}/{slug}'], competition_sources=[COMPETITION], kernel_sources=[]))
-    write_bytes(out / 'kernel/answer.ipynb', json.dumps(notebook(), indent=1).encode())
-    say(f'{len(members)} network{"s" * (len(members) > 1)}, {sum(f.stat().st_size for f in (out / "dataset").rglob("*")) / 1e6:.0f} MB -> {out}. To upload:')
-    if model.synthetic: say('SYNTHETIC: this model was trained on painted images; its answers say nothing about eyes', 'yellow')
-    say(f'  kaggle datasets create -p {out / "dataset"} --dir-mode zip\n  kaggle kernels push -p {out / "kernel"}\n'
-        'The second once the dataset is processed; then submit the notebook on the competition\'s page. Later: kaggle datasets version -m TEXT -p …')
+    bundled = copy_members(model, root, dataset)
+    shutil.copytree(PACKAGE, dataset / 'aptos_fastai', ignore=shutil.ignore_patterns('__pycache__'))
+    write_record(dataset / BUNDLE, dict(format=1, model=asdict(bundled), files={}))
+    write_json(dataset / 'dataset-metadata.json', dict(title=slug, id=f'{user}/{slug}', licenses=[dict(name='other')]))
+    write_json(kernel / 'kernel-metadata.json', dict(
+        id=f'{user}/{slug}-submission', title=f'{slug}-submission', code_file=NOTEBOOK, language='python',
+        kernel_type='notebook', is_private='true', enable_gpu='true', enable_internet='false',
+        dataset_sources=[f'{user}/{slug}'], competition_sources=[COMPETITION], kernel_sources=[]))
+    write_bytes(kernel / NOTEBOOK, json.dumps(notebook(), indent=1).encode())
+    megabytes = sum(f.stat().st_size for f in dataset.rglob('*')) / 1e6
+    say(f'networks: {len(model.members)}, {megabytes:.0f} MB -> {out}')
+    if model.synthetic: say(SYNTHETIC_MODEL, 'yellow')
+    say(f'To upload the dataset:\n  kaggle datasets create -p {dataset} --dir-mode zip\n'
+        f'When Kaggle has processed it, upload the notebook and submit it on the competition\'s page:\n'
+        f'  kaggle kernels push -p {kernel}\n'
+        f'To update the dataset later:\n  kaggle datasets version -p {dataset} --dir-mode zip -m TEXT')
+
+
+def _slug(name: str) -> str:
+    "Return a name for Kaggle: 6 to 50 lower-case letters, digits and -"
+    slug = re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')
+    return slug[:50].ljust(6, '0')
 
 
 def notebook() -> dict:
-    "The notebook as its JSON"
-    run = dict(code=dict(outputs=[], execution_count=None), markdown={})
-    cells = [dict(cell_type=kind, id=f'cell{i}', metadata={}, source=text.splitlines(keepends=True), **run[kind]) for i, (kind, text) in enumerate(CELLS)]
-    return dict(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python')), nbformat=4, nbformat_minor=5)
+    "Return the notebook as its JSON"
+    extra = dict(code=dict(outputs=[], execution_count=None), markdown={})
+    cells = []
+    for i, (kind, text) in enumerate(CELLS):
+        source = text.strip().splitlines(keepends=True)
+        cells.append(dict(cell_type=kind, id=f'cell{i}', metadata={}, source=source, **extra[kind]))
+    kernel = dict(name='python3', display_name='Python 3', language='python')
+    return dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)
 
 
-def answer(bundle: str | Path, test: str | Path, work: str | Path):
-    """submission.csv in `work` for the ids of `test` (id_code), in the order of the sample_submission.csv beside it where there is one, from the images in
-    test_images beside it. Goes on after an interruption; an image that cannot be read gets the commonest grade, and is named."""
+def write_submission(bundle: str | Path, test: str | Path, work: str | Path) -> None:
+    """Write submission.csv to `work` for the ids (id_code) of the CSV `test`, from the images in test_images beside it.
+
+    Rows are in the order of sample_submission.csv beside `test`, if there is one. An interrupted call resumes.
+    An unreadable image gets the most frequent grade and is named.
+    """
     bundle, test, work = Path(bundle), Path(test), Path(work)
-    if decode.pyvips is None: say('pyvips is not installed: large PNGs are decoded by Pillow, in twice the time')
-    ids = pd.read_csv(next(p for p in (test.parent / 'sample_submission.csv', test) if p.is_file()), dtype=str).id_code
-    grader = load_grader(bundle)
-    first = [str(f) for f in sorted((test.parent / 'test_images').iterdir())[:32]]
-    t0 = time.time()
+    if decode.pyvips is None: say('pyvips is not installed: Pillow decodes large PNGs, which takes twice as long')
+    sample = test.parent / 'sample_submission.csv'
+    ids = pd.read_csv(sample if sample.is_file() else test, dtype=str).id_code
+    say_duration(load_grader(bundle), test.parent / 'test_images', len(ids))
+    grades_csv = work / 'grades.csv'
+    try: grade_files(str(bundle), [str(test)], str(grades_csv), 'torch', 'f32')
+    except AptosError as e: say(str(e))      # names the unreadable images, which get a grade below
+    df = pd.read_csv(grades_csv, dtype=dict(file=str))
+    grades = ids.map(df.set_index(df.file.map(lambda f: Path(f).stem)).grade)
+    missing = ids[grades.isna()]
+    most_frequent = df.grade.mode()[0]
+    if len(missing):
+        say(f'{len(missing)} of {len(ids)} images without a grade get the most frequent one ({most_frequent:.0f}): '
+            f'{", ".join(missing[:5])}')
+    diagnosis = grades.fillna(most_frequent).astype(int)
+    write_csv(work / 'submission.csv', pd.DataFrame(dict(id_code=ids, diagnosis=diagnosis)))
+    say(f'{len(ids)} grades -> {work / "submission.csv"}')
+
+
+def say_duration(grader: Grader, folder: Path, images: int) -> None:
+    "Time a few images of `folder`; say how long `images`, and the hidden test set, will take"
+    first = [str(f) for f in sorted(folder.iterdir())[:TIMED_IMAGES]]
+    start = time.time()
     grader.predict(first)
-    each = (time.time() - t0) / len(first)
-    say(f'{1 / each:.1f} images a second on {grader.device.type}: about {format_duration(each * len(ids))} for these {len(ids)}, {format_duration(each * IMAGES)} for {IMAGES:,}'
-        + (f', more than the {HOURS} hours allowed: submit fewer networks' if each * IMAGES > HOURS * 3600 else ''))
-    try: grade_files(str(bundle), [str(test)], str(work / 'grades.csv'), 'torch', 'f32')
-    except AptosError as e: say(str(e))      # what could not be read; its rows are answered below
-    df = pd.read_csv(work / 'grades.csv', dtype=dict(file=str))
-    grade = df.set_index(df.file.map(lambda f: Path(f).stem)).grade
-    lost = ids[~ids.isin(grade.dropna().index)]
-    if len(lost): say(f'{len(lost)} of {len(ids)} are answered with the commonest grade: {", ".join(lost[:5])}')
-    write_csv(work / 'submission.csv', pd.DataFrame(dict(id_code=ids, diagnosis=ids.map(grade).fillna(grade.mode()[0]).astype(int))))
-    say(f'{len(ids)} answers -> {work / "submission.csv"}')
+    seconds = (time.time() - start) / len(first)
+    say(f'{1 / seconds:.1f} images/s on {grader.device.type}: about {format_duration(seconds * images)} for {images} '
+        f'images, {format_duration(seconds * HIDDEN_IMAGES)} for {HIDDEN_IMAGES:,}')
+    if seconds * HIDDEN_IMAGES > MAX_HOURS * 3600:
+        say(f'That is more than the {MAX_HOURS} hours that Kaggle allows. Submit fewer networks.', 'yellow')

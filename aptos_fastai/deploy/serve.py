@@ -1,32 +1,39 @@
-"A local web page and JSON endpoint that grade images; nothing of them is kept."
+"Serve a local web page and a JSON endpoint that grade images and keep none."
 import asyncio
-import base64
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import PurePath
 
-import cv2
-import numpy as np
+import pandas as pd
 
 from aptos_fastai.common.console import say
 from aptos_fastai.common.io import AptosError
-from aptos_fastai.inference.explain import explained
-from aptos_fastai.inference.grader import COLUMNS, Grader, load_grader
-from aptos_fastai.reports.html import render
+from aptos_fastai.inference.explain import explain_image
+from aptos_fastai.inference.grader import COLUMNS, Grader, Prepared, load_grader
+from aptos_fastai.inference.model_spec import SYNTHETIC_MODEL, ModelSpec
+from aptos_fastai.reports.html import data_uri, render
 
-MEGABYTES, COUNT = 50, 20                    # most of one image, most images of one request
-BATCH, WAIT = 16, .02                        # images graded together at most; seconds that the first of them waits for others
-CSP = ("default-src 'none'; img-src 'self' data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; form-action 'none'; "
-       "base-uri 'none'")
-HEADERS = {'Content-Security-Policy': CSP, 'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'no-referrer', 'Cache-Control': 'no-store'}
+PACKAGES = 'starlette', 'uvicorn', 'python_multipart'
+MAX_MEGABYTES = 50                           # of one image
+MAX_IMAGES = 20                              # in one request
+MEGABYTE = 2 ** 20
+BATCH_SIZE = 16                              # images that are graded together, at most
+MAX_WAIT = .02                               # seconds that the first image of a batch waits for others
+JPEG_QUALITY = 88
+CSP = ("default-src 'none'; img-src 'self' data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+       "connect-src 'self'; form-action 'none'; base-uri 'none'")
+HEADERS = {'Content-Security-Policy': CSP, 'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'no-referrer',
+           'Cache-Control': 'no-store'}
 
 
-class Refused(Exception):
-    "A request that is not answered: its status and why"
-    def __init__(self, status: int, why: str): self.status, self.why = status, why
+class RequestError(Exception):
+    "A request that cannot be served: HTTP status and reason."
+    def __init__(self, status: int, reason: str): self.status, self.reason = status, reason
 
 
 @dataclass
@@ -34,128 +41,170 @@ class Job:
     "An image that waits for its grade"
     name: str
     data: bytes
-    heat: bool
-    done: asyncio.Future
+    heatmap: bool
+    row: asyncio.Future
 
 
-class Desk:
-    "Takes images from any number of requests, reads them side by side and grades them together"
+class BatchingQueue:
+    "Collect images from all requests, read them in parallel and grade them in batches"
     def __init__(self, grader: Grader):
-        self.grader, self.jobs, self.pending = grader, asyncio.Queue(), 0
-        self.readers, self.networks = ThreadPoolExecutor(), ThreadPoolExecutor(1)        # one batch at a time has the networks
+        self.grader = grader
+        self.jobs: asyncio.Queue[Job] = asyncio.Queue()
+        self.pending = 0
+        self.readers = ThreadPoolExecutor()
+        self.networks = ThreadPoolExecutor(1)          # one batch at a time
 
-    async def grade(self, name: str, data: bytes, heat: bool = False) -> dict:
+    async def grade(self, name: str, data: bytes, heatmap: bool = False) -> dict:
+        "Return the row (`COLUMNS`) of an image, with `image` and `heatmap` as data URIs if a heat map is asked for"
         self.pending += 1
         try:
-            job = Job(name, data, heat, asyncio.get_running_loop().create_future())
+            job = Job(name, data, heatmap, asyncio.get_running_loop().create_future())
             await self.jobs.put(job)
-            return await job.done
+            return await job.row
         finally: self.pending -= 1
 
-    async def work(self):
-        "Runs as long as the server does"
-        while True:
-            batch, loop = [await self.jobs.get()], asyncio.get_running_loop()
-            end = loop.time() + WAIT
-            while len(batch) < BATCH and (left := end - loop.time()) > 0:
-                try: batch.append(await asyncio.wait_for(self.jobs.get(), left))
-                except TimeoutError: break
-            try:
-                got = await asyncio.gather(*(loop.run_in_executor(self.readers, self.grader.prepared, j.data) for j in batch))
-                rows = await loop.run_in_executor(self.networks, self.answers, batch, got)
-                for j, r in zip(batch, rows, strict=True): j.done.cancelled() or j.done.set_result(r)
-            except Exception as e:   # whatever it is, its askers must not wait for ever and the next must be answered
-                for j in batch: j.done.done() or j.done.set_exception(e)
+    async def work(self) -> None:
+        "Grade batches until the task is cancelled"
+        while True: await self._grade_batch(await self._next_batch())
 
-    def answers(self, batch: list[Job], got: list) -> list[dict]:
-        df = self.grader.grade([j.name for j in batch], got)
-        rows = [{k: (None if v is None or v != v else v) for k, v in r.items()} for r in df.astype(object).where(df.notna(), None).to_dict('records')]
-        for j, r in zip(batch, rows, strict=True):
-            if j.heat and not r['error']: r['image'], r['heat'] = map(_uri, explained(self.grader, j.data)[:2])
+    async def _next_batch(self) -> list[Job]:
+        "Wait for an image, then collect others for at most `MAX_WAIT` seconds"
+        batch = [await self.jobs.get()]
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + MAX_WAIT
+        while len(batch) < BATCH_SIZE and loop.time() < deadline:
+            try: batch.append(await asyncio.wait_for(self.jobs.get(), deadline - loop.time()))
+            except TimeoutError: break
+        return batch
+
+    async def _grade_batch(self, batch: list[Job]) -> None:
+        "Give each job its row, or the error that stopped the batch"
+        loop = asyncio.get_running_loop()
+        try:
+            images = await asyncio.gather(*(
+                loop.run_in_executor(self.readers, self.grader.prepare, job.data) for job in batch))
+            rows = await loop.run_in_executor(self.networks, self._rows, batch, images)
+        except Exception as e:               # any error: these requests must end and the next batch must start
+            for job in batch:
+                if not job.row.done(): job.row.set_exception(e)
+            return
+        for job, row in zip(batch, rows, strict=True):
+            if not job.row.done(): job.row.set_result(row)       # done: its request was cancelled
+
+    def _rows(self, batch: list[Job], images: list[Prepared]) -> list[dict]:
+        "Return the rows of a batch as JSON can hold them"
+        df = self.grader.grade([job.name for job in batch], images)
+        rows = []
+        for job, row in zip(batch, df.astype(object).to_dict('records'), strict=True):
+            row = {column: None if pd.isna(value) else value for column, value in row.items()}
+            if job.heatmap and not row['error']:
+                image, overlay, _ = explain_image(self.grader, job.data)
+                row |= dict(image=data_uri(image, JPEG_QUALITY), heatmap=data_uri(overlay, JPEG_QUALITY))
+            rows.append(row)
         return rows
 
+    def close(self) -> None:
+        "Stop the threads"
+        self.readers.shutdown(cancel_futures=True)
+        self.networks.shutdown(cancel_futures=True)
 
-def _uri(im: np.ndarray) -> str:
-    return 'data:image/jpeg;base64,' + base64.b64encode(cv2.imencode('.jpg', im[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])[1]).decode()
 
-
-async def read_uploads(req) -> tuple[list[tuple[str, bytes]], bool]:
-    "(name, bytes) of the files of a request, and whether heat maps are asked for. Raises `Refused`"
+async def read_uploads(request) -> tuple[list[tuple[str, bytes]], bool]:
+    "Return (name, bytes) of each file of a request, and whether it asks for heat maps. Raises `RequestError`"
     from starlette.exceptions import HTTPException
-    from starlette.formparsers import MultiPartException
-    size = req.headers.get('content-length', '')
-    if not size.isdigit(): raise Refused(411, 'say how long the request is (Content-Length)')
-    if int(size) > MEGABYTES * COUNT * 2 ** 20: raise Refused(413, f'at most {COUNT} images of {MEGABYTES} MB in one request')
-    if not req.headers.get('content-type', '').startswith('multipart/form-data'): raise Refused(415, 'send the images as multipart/form-data, field `files`')
+    length = request.headers.get('content-length', '')
+    if not length.isdigit(): raise RequestError(411, 'header Content-Length is missing')
+    if int(length) > MAX_MEGABYTES * MAX_IMAGES * MEGABYTE:
+        raise RequestError(413, f'at most {MAX_IMAGES} images of {MAX_MEGABYTES} MB in one request')
+    if not request.headers.get('content-type', '').startswith('multipart/form-data'):
+        raise RequestError(415, 'send the images as multipart/form-data, field `files`')
     try:
-        async with req.form(max_files=COUNT, max_fields=10) as form:
+        async with request.form(max_files=MAX_IMAGES, max_fields=10) as form:
             files = [f for f in form.getlist('files') if hasattr(f, 'filename')]
-            if not files: raise Refused(400, 'no image in the field `files`')
+            if not files: raise RequestError(400, 'no image in the field `files`')
             for f in files:
-                if f.size > MEGABYTES * 2 ** 20: raise Refused(413, f'{_name(f.filename)} is larger than {MEGABYTES} MB')
-            return [(_name(f.filename), await f.read()) for f in files], form.get('heat', '') in ('1', 'true', 'yes', 'on')
-    except (HTTPException, MultiPartException) as e: raise Refused(400, getattr(e, 'detail', None) or getattr(e, 'message', str(e))) from None
+                if f.size > MAX_MEGABYTES * MEGABYTE:
+                    raise RequestError(413, f'{_file_name(f.filename)} is larger than {MAX_MEGABYTES} MB')
+            uploads = [(_file_name(f.filename), await f.read()) for f in files]
+            return uploads, form.get('heatmap', '') in ('1', 'true', 'yes', 'on')
+    except HTTPException as e: raise RequestError(400, e.detail) from None
 
 
-def _name(text: str) -> str: return PurePath(text.replace('\\', '/')).name[:200] or 'image'
+def _file_name(text: str) -> str:
+    "Return the name of an uploaded file without its folders"
+    return PurePath(text.replace('\\', '/')).name[:200] or 'image'
+
+
+def describe_model(model: ModelSpec, url: str) -> dict:
+    "Return what the page and `/api` say about the model; `url` is that of the server"
+    return dict(
+        model=model.name, key=model.key, synthetic=model.synthetic, thresholds=list(model.thresholds),
+        coverage=model.coverage, networks=len(model.members), columns=COLUMNS, max_megabytes=MAX_MEGABYTES,
+        max_images=MAX_IMAGES, example=f'curl -F files=@eye.jpg -F heatmap=0 {url}api/predict')
 
 
 def get_app(grader: Grader, hosts: list[str]):
-    "The ASGI application: `/` the page, `/api/predict` (POST, multipart), `/api` its description, `/health`"
-    from fasthtml.core import FastHTML
+    """Return the ASGI application: `/` the page, `/api/predict` (POST, multipart), `/api` its description, `/health`.
+
+    It accepts only requests to `hosts`, so that no other web site can reach it through a host name of its own.
+    """
+    from starlette.applications import Starlette
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.responses import HTMLResponse, JSONResponse
     from starlette.routing import Route
-    desk = Desk(grader)
+    queue, model = BatchingQueue(grader), grader.model
 
+    @asynccontextmanager
     async def lifespan(app):
-        worker = asyncio.create_task(desk.work())
+        worker = asyncio.create_task(queue.work())
         yield
         worker.cancel()
-        desk.readers.shutdown(cancel_futures=True), desk.networks.shutdown(cancel_futures=True)
+        queue.close()
 
-    app = FastHTML(default_hdrs=False, sess_cls=None, secret_key='none', lifespan=lifespan, htmx=False, surreal=False,
-                   middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)])   # no other site may reach it through a name of its own
-    m = grader.model
-    about = dict(model=m.name, key=m.key, synthetic=m.synthetic, thresholds=list(m.thresholds), coverage=m.coverage, networks=len(m.members), columns=COLUMNS,
-                 most_megabytes=MEGABYTES, most_images=COUNT, example="curl -F files=@eye.jpg -F heat=0 http://127.0.0.1:8000/api/predict")
+    async def page(request):
+        html = render('serve.html', title='Diabetic retinopathy grading', note='',
+                      warning=SYNTHETIC_MODEL if model.synthetic else '',
+                      about=describe_model(model, str(request.base_url)))
+        return HTMLResponse(html, headers=HEADERS)
 
-    @app.get('/')
-    def page(): return HTMLResponse(render('serve.html', title='Diabetic retinopathy, graded', note='', about=about,
-                                           warning='Trained on SYNTHETIC images: its grades say nothing about eyes.' if m.synthetic else ''), headers=HEADERS)
+    async def describe(request): return JSONResponse(describe_model(model, str(request.base_url)), headers=HEADERS)
 
-    @app.get('/api')
-    def describe(): return JSONResponse(about, headers=HEADERS)
+    async def health(request):
+        return JSONResponse(dict(status='ok', model=model.name, pending=queue.pending), headers=HEADERS)
 
-    @app.get('/health')
-    def health(): return JSONResponse(dict(status='ok', model=m.name, pending=desk.pending), headers=HEADERS)
+    async def predict(request):
+        try: uploads, heatmap = await read_uploads(request)
+        except RequestError as e: return JSONResponse(dict(error=e.reason), e.status, headers=HEADERS)
+        rows = await asyncio.gather(*(queue.grade(name, data, heatmap) for name, data in uploads))
+        return JSONResponse(dict(model=model.name, synthetic=model.synthetic, rows=rows), headers=HEADERS)
 
-    async def predict(req):
-        try: files, heat = await read_uploads(req)
-        except Refused as e: return JSONResponse(dict(error=e.why), e.status, headers=HEADERS)
-        rows = await asyncio.gather(*(desk.grade(n, d, heat) for n, d in files))
-        return JSONResponse(dict(model=m.name, synthetic=m.synthetic, rows=rows), headers=HEADERS)
-    app.router.routes.append(Route('/api/predict', predict, methods=['POST']))     # FastHTML's own would read a form of any size first
-    return app
+    routes = [Route('/', page), Route('/api', describe), Route('/health', health),
+              Route('/api/predict', predict, methods=['POST'])]
+    return Starlette(routes=routes, lifespan=lifespan,
+                     middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)])
 
 
-def serve(model: str, host: str, port: int):
-    "`serve MODEL`: until it is stopped"
-    try:
-        import uvicorn
-        from fasthtml.core import FastHTML  # noqa: F401
-    except ImportError: raise AptosError('the page needs the extra serve: pip install python-fasthtml uvicorn') from None
+def serve(model: str, host: str, port: int) -> None:
+    "`serve MODEL`: serve the page until it is stopped"
+    if not all(find_spec(package) for package in PACKAGES):
+        raise AptosError('serve needs the extra serve. Run `pip install starlette uvicorn python-multipart`.')
+    import uvicorn
     grader = load_grader(model)
-    hosts = ['127.0.0.1', 'localhost', '[::1]', host] if host not in ('0.0.0.0', '::') else ['*']
-    if '*' in hosts: say(f'{host}: whoever reaches this machine reaches this page; it asks for no password', 'yellow')
-    try: sock = socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET, backlog=256)
-    except OSError as e: raise AptosError(f'{host}:{port}: cannot be listened on ({e.strerror}); choose another with --port') from None
-    server = uvicorn.Server(uvicorn.Config(get_app(grader, hosts), host=host, port=port, log_level='warning', server_header=False))
+    public = host in ('0.0.0.0', '::')
+    hosts = ['*'] if public else ['127.0.0.1', 'localhost', '[::1]', host]
+    if public: say(f'{host}: everyone who can reach this machine can use the page; it asks for no password', 'yellow')
+    family = socket.AF_INET6 if ':' in host else socket.AF_INET
+    try: sock = socket.create_server((host, port), family=family, backlog=256)
+    except OSError as e:
+        raise AptosError(f'{host}:{port}: cannot listen ({e.strerror}). Choose another port with --port.') from None
+    config = uvicorn.Config(get_app(grader, hosts), host=host, port=port, log_level='warning', server_header=False)
+    server = uvicorn.Server(config)
     threading.Thread(target=_announce, args=(server, f'http://{host}:{port}'), daemon=True).start()
     with sock: server.run(sockets=[sock])
 
 
-def _announce(server, url: str):
+def _announce(server, url: str) -> None:
+    "Say the page's address once the server has started"
     while not server.started and not server.should_exit: time.sleep(.05)
-    if server.started: say(f'grading at {url} (Ctrl-C stops); nothing is kept')
+    if server.started: say(f'serving {url} (stop with Ctrl-C); images are not kept')

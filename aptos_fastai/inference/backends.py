@@ -1,77 +1,106 @@
 "Inference backends: PyTorch, ONNX Runtime, OpenVINO."
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from aptos_fastai.common.io import AptosError, file_hash, read_record
-from aptos_fastai.inference.model_spec import MemberSpec
-from aptos_fastai.inference.views import views
+from aptos_fastai.common.console import say
+from aptos_fastai.common.io import AptosError, read_record, verify_file
+from aptos_fastai.inference.model_spec import BUNDLE, MemberSpec
+from aptos_fastai.inference.views import view_scores, views
+from aptos_fastai.training.precision import has_bf16
 
-FIXED = 8                                    # images at once in OpenVINO
+PRECISIONS = 'f32', 'bf16'
+OPENVINO_BATCH = 8                           # images; a fixed batch is 10 % faster than a variable one
+
+Runner = Callable[[np.ndarray], np.ndarray]  # squares (n, side, side, 3) uint8 RGB -> scores (n, views) float32
+GetNet = Callable[[], torch.nn.Module]       # gives a member's PyTorch network; only the backend that needs it loads it
 
 
-def torch_runner(grader: Any, member: MemberSpec, precision: str) -> Callable[[np.ndarray], np.ndarray]:
-    "Squares (n, side, side, 3) uint8 -> scores (views, n) by PyTorch"
-    net = next(n for m, n in grader.nets if m is member)
+def to_tensor(member: MemberSpec, squares: np.ndarray, device: torch.device) -> torch.Tensor:
+    "Normalise squares (n, side, side, 3) uint8 RGB for the network of `member`: (n, 3, side, side) float32"
+    x = torch.from_numpy(squares).to(device).permute(0, 3, 1, 2).float().div_(255)
+    mean = x.new_tensor(member.mean)[:, None, None]
+    std = x.new_tensor(member.std)[:, None, None]
+    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def torch_runner(member: MemberSpec, root: Path, device: torch.device, precision: str, get_net: GetNet) -> Runner:
+    "Run a member with PyTorch"
+    net = get_net()
 
     @torch.no_grad()
-    def run(squares):
-        with torch.autocast(grader.device.type, torch.bfloat16, enabled=precision == 'bf16'):
-            return torch.stack([net(v).float().flatten() for v in views(grader.tensor(member, squares), member.tta)]).double().cpu().numpy()
+    def run(squares: np.ndarray) -> np.ndarray:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16'):
+            return view_scores(net, to_tensor(member, squares, device), member.tta)
     return run
 
 
-def _by_onnx(grader: Any, member: MemberSpec, package: str, get_run: Callable) -> Callable[[np.ndarray], np.ndarray]:
-    "The same by a runtime that reads the bundle's ONNX; `get_run` gives (squares) -> scores of a file"
-    file = (grader.root / member.file).with_suffix('.onnx')
-    if not file.is_file(): raise AptosError(f'{file}: is not there; only a bundle has ONNX: run `export` and name its folder')
-    if file_hash(file) != read_record(grader.root / 'bundle.json')['files'].get(file.name):
-        raise AptosError(f'{file}: is not what was written (its hash differs); export again')
-    try: one = get_run(file)
-    except ImportError: raise AptosError(f'{package} is needed for this backend: pip install {package}') from None
-
-    def run(squares):
-        x = torch.from_numpy(squares).permute(0, 3, 1, 2)
-        return np.stack([one(np.ascontiguousarray(v.permute(0, 2, 3, 1).numpy())) for v in views(x, member.tta)]).astype(float)
-    return run
-
-
-def onnx_runner(grader: Any, member: MemberSpec, precision: str):
-    "Squares (n, side, side, 3) uint8 -> scores (views, n) by ONNX Runtime"
-    if precision != 'f32': raise AptosError(f'backend onnx with precision {precision}: ONNX Runtime computes in f32 on the CPU; choose openvino or f32')
-
-    def get(file):
+def onnx_runner(member: MemberSpec, root: Path, device: torch.device, precision: str, get_net: GetNet) -> Runner:
+    "Run a member of a bundle with ONNX Runtime on the CPU"
+    if precision != 'f32':
+        raise AptosError(f'backend onnx with precision {precision}: ONNX Runtime computes in f32 on the CPU. '
+                         'Choose openvino or f32.')
+    file = _onnx_file(member, root)
+    try:
         import onnxruntime
-        session = onnxruntime.InferenceSession(str(file), providers=['CPUExecutionProvider'])
-        return lambda x: session.run(None, {'squares': x})[0]
-    return _by_onnx(grader, member, 'onnxruntime', get)
+    except ImportError: raise AptosError('backend onnx: install it with `pip install onnxruntime`') from None
+    session = onnxruntime.InferenceSession(str(file), providers=['CPUExecutionProvider'])
+    return _runner_of_views(member, lambda squares: session.run(None, {'squares': squares})[0])
 
 
-def openvino_runner(grader: Any, member: MemberSpec, precision: str):
-    "Squares (n, side, side, 3) uint8 -> scores (views, n) by OpenVINO"
-    def get(file):
+def openvino_runner(member: MemberSpec, root: Path, device: torch.device, precision: str, get_net: GetNet) -> Runner:
+    "Run a member of a bundle with OpenVINO on the CPU"
+    file = _onnx_file(member, root)
+    try:
         import openvino
-        core = openvino.Core()
-        net = core.read_model(str(file))
-        net.reshape([FIXED, member.size, member.size, 3])                    # a tenth faster than any number of images
-        net = core.compile_model(net, 'CPU', dict(INFERENCE_PRECISION_HINT=precision, PERFORMANCE_HINT='LATENCY'))
+    except ImportError: raise AptosError('backend openvino: install it with `pip install openvino`') from None
+    core = openvino.Core()
+    model = core.read_model(str(file))
+    model.reshape([OPENVINO_BATCH, member.size, member.size, 3])
+    net = core.compile_model(model, 'CPU', dict(INFERENCE_PRECISION_HINT=precision, PERFORMANCE_HINT='LATENCY'))
 
-        def one(x):
-            more = np.concatenate([x, np.zeros((-len(x) % FIXED, *x.shape[1:]), x.dtype)])
-            return np.concatenate([net([p])[0] for p in np.split(more, len(more) // FIXED)])[:len(x)]
-        return one
-    return _by_onnx(grader, member, 'openvino', get)
-
-
-def check_parity(root: Path, backend: str, precision: str):
-    "Refuses what `export` found to differ too much"
-    for o in (read_record(root / 'bundle.json') or {}).get('parity', []):
-        if (o['backend'], o['precision']) == (backend, precision) and not o['fine']:
-            changed = f'{o["grades_changed"]} of {o["images"]} grades'
-            raise AptosError(f'{root}: {backend} {precision} changes scores by up to {o["max_difference"]:.2f} and {changed}; use f32')
+    def score(squares: np.ndarray) -> np.ndarray:
+        n = len(squares)
+        padding = np.zeros((-n % OPENVINO_BATCH, *squares.shape[1:]), squares.dtype)
+        padded = np.concatenate([squares, padding])
+        batches = np.split(padded, len(padded) // OPENVINO_BATCH)
+        return np.concatenate([net([batch])[0] for batch in batches])[:n]
+    return _runner_of_views(member, score)
 
 
-BACKENDS = dict(torch=torch_runner, onnx=onnx_runner, openvino=openvino_runner)      # to add one: a function here
+def _onnx_file(member: MemberSpec, root: Path) -> Path:
+    "Return the ONNX file of a bundle's member, its SHA-256 checked"
+    file = (root / member.file).with_suffix('.onnx')
+    bundle = read_record(root / BUNDLE)
+    if not bundle or not file.is_file():
+        raise AptosError(f'{file}: no such file; only a bundle has ONNX. Run `export` and give the bundle.')
+    return verify_file(file, bundle['files'].get(file.name, ''), 'Export again.')
+
+
+def _runner_of_views(member: MemberSpec, score: Callable[[np.ndarray], np.ndarray]) -> Runner:
+    "Return a runner that calls `score`, squares -> scores (n,), once for each view"
+    def run(squares: np.ndarray) -> np.ndarray:
+        x = torch.from_numpy(squares).permute(0, 3, 1, 2)
+        turned = [np.ascontiguousarray(v.permute(0, 2, 3, 1).numpy()) for v in views(x, member.tta)]
+        return np.stack([score(v) for v in turned], 1)
+    return run
+
+
+# to add a backend, write a function with these parameters and name it here
+BACKENDS: dict[str, Callable[[MemberSpec, Path, torch.device, str, GetNet], Runner]] = dict(
+    torch=torch_runner, onnx=onnx_runner, openvino=openvino_runner)
+
+
+def check_backend(root: Path, backend: str, precision: str) -> None:
+    "Raise `AptosError` for an unknown backend or precision, and for one whose scores `export` found to differ too much"
+    if backend not in BACKENDS: raise AptosError(f'backend {backend}: choose one of {", ".join(BACKENDS)}')
+    if precision not in PRECISIONS: raise AptosError(f'precision {precision}: choose one of {", ".join(PRECISIONS)}')
+    bundle = read_record(root / BUNDLE) or {}
+    for o in bundle.get('parity', []):
+        if (o['backend'], o['precision']) == (backend, precision) and not o['within_bounds']:
+            raise AptosError(f'{root}: {backend} {precision} changes scores by up to {o["max_difference"]:.2f} '
+                             f'and {o["grades_changed"]} of {o["images"]} grades. Use f32.')
+    if precision == 'bf16' and not has_bf16():
+        say('bf16: not supported by this device. PyTorch is slower in bf16 than in f32; OpenVINO uses f32.', 'yellow')

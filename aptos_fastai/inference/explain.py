@@ -1,6 +1,8 @@
-"Where in an image its score comes from: gradient times activation of early feature maps, through GeM, laid over the original."
+"Heat maps of where in an image its score comes from: gradient times activation of early feature maps."
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -11,101 +13,143 @@ from aptos_fastai.common.console import Bars, say
 from aptos_fastai.common.io import AptosError, write_bytes
 from aptos_fastai.data.decode import decode
 from aptos_fastai.data.retina import Circle, crop_box
+from aptos_fastai.inference.backends import to_tensor
 from aptos_fastai.inference.grade_files import find_images
-from aptos_fastai.inference.grader import Grader, load_grader
-from aptos_fastai.inference.views import unview, views
+from aptos_fastai.inference.grader import Grader, Squares, load_grader
+from aptos_fastai.inference.views import undo_view, views
 from aptos_fastai.metrics import GRADE_NAMES
 
-SIDE = 112                                   # of a heat map, pixels
-STRIDE = 8                                   # of the maps: .19 of the hottest places are lesions on the last ones (32), here .94 (benchmarks/explain.py)
-SHOWN = 1024                                 # longest side of what is drawn, pixels
+HEATMAP_SIDE = 112                           # pixels
+# The maps used are at most this many times smaller than the image. The hottest place lies on a lesion in 94 % of images
+# at 8, in 19 % on the last maps, at 32 (benchmarks/explain.py).
+MAX_REDUCTION = 8
+DISPLAY_SIDE = 1024                          # longest side of a drawn image, pixels
+CAPTION_HEIGHT = 30                          # pixels
 
 
-def heat_layer(net: torch.nn.Sequential) -> torch.nn.Module:
-    "The deepest feature maps that are at most `STRIDE` times smaller than the image"
-    stages = net[0].model.feature_info
-    return net[0].model.get_submodule([o['module'] for o in stages if o['reduction'] <= STRIDE][-1])
+def heatmap_layer(net: torch.nn.Module) -> torch.nn.Module:
+    "Return the deepest layer whose feature maps are at most `MAX_REDUCTION` times smaller than the image"
+    body: Any = net.get_submodule('0.model')           # a timm network
+    fine = [o['module'] for o in body.feature_info if o['reduction'] <= MAX_REDUCTION]
+    return body.get_submodule(fine[-1])
 
 
-def contributions(net: torch.nn.Sequential, x: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
-    """(n, 3, side, side) -> (n, h, w): what each place of the maps of `layer` adds to the score, times their number.
+def hires_cam(net: torch.nn.Module, x: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
+    """Return what each place of the feature maps of `layer` adds to the score, times the number of places.
 
-    Gradient times activation, place by place (HiResCAM, Draelos and Carin 2020), rather than Grad-CAM's mean gradient (Selvaraju et al. 2017): GeM weighs
-    each place by its own size. On the last maps the places add up to the score less the head's constant, for GeM is homogeneous of degree one (Euler).
+    `x` is (n, 3, side, side), the result (n, h, w). This is gradient times activation, place by place (HiResCAM,
+    Draelos and Carin 2020), instead of Grad-CAM's mean gradient (Selvaraju et al. 2017), because GeM weighs each place
+    by its own value. On the last maps the mean over places is the score minus the head's bias, because GeM is
+    homogeneous of degree one (Euler).
     """
-    kept = []
-    hook = layer.register_forward_hook(lambda m, i, o: kept.append(o))
+    outputs = []
+    hook = layer.register_forward_hook(lambda module, args, output: outputs.append(output))
     try:
-        with torch.enable_grad(): grad, = torch.autograd.grad(net(x.clone().requires_grad_()).sum(), kept)
+        with torch.enable_grad():
+            score = net(x.clone().requires_grad_()).sum()
+            grad, = torch.autograd.grad(score, outputs)
     finally: hook.remove()
-    maps = kept[0].detach()
+    maps = outputs[0].detach()
     return (grad * maps).sum(1) * maps.shape[-1] * maps.shape[-2]
 
 
-def heat(grader: Grader, squares: dict[int, np.ndarray]) -> np.ndarray:
-    "Prepared squares by side -> (n, SIDE, SIDE): the mean over the model's networks, or over the views, each turned back, of a single one"
-    out = 0.
-    for m, net in grader.nets:
-        x, tta = grader.tensor(m, squares[m.size]), m.tta if len(grader.nets) == 1 else 'none'
-        parts = [unview(contributions(net, v, heat_layer(net)), i) for i, v in enumerate(views(x, tta))]
-        mean = torch.stack(parts).mean(0)[:, None]
-        out = out + m.weight * F.interpolate(mean, (SIDE, SIDE), mode='bicubic', align_corners=False)[:, 0]
-    return out.cpu().numpy()
+def heatmap(grader: Grader, squares: Squares) -> np.ndarray:
+    """Return the heat maps (n, HEATMAP_SIDE, HEATMAP_SIDE) of prepared squares: side -> (n, side, side, 3).
+
+    They are the weighted mean over the model's networks; a single network gives the mean over its views.
+    """
+    members = grader.model.members
+    total = torch.zeros((), device=grader.device)
+    for member in members:
+        net = grader.net(member)
+        x = to_tensor(member, squares[member.size], grader.device)
+        tta = member.tta if len(members) == 1 else 'none'
+        maps = [undo_view(hires_cam(net, v, heatmap_layer(net)), i) for i, v in enumerate(views(x, tta))]
+        mean = torch.stack(maps).mean(0)[:, None]
+        scaled = F.interpolate(mean, (HEATMAP_SIDE, HEATMAP_SIDE), mode='bicubic', align_corners=False)[:, 0]
+        total = total + member.weight * scaled
+    return total.cpu().numpy()
 
 
-def lay_over(im: np.ndarray, hot: np.ndarray, box: tuple[int, int, int, int], score: float) -> np.ndarray:
-    """The image (uint8 RGB) with the heat of its square, which covers `box` (x0, x1, y0, y1), where that raises the score: the hottest place in full,
-    fainter where the whole `score` is below 1"""
+def overlay_heatmap(im: np.ndarray, hot: np.ndarray, box: tuple[int, int, int, int], score: float) -> np.ndarray:
+    """Draw the places that raise the score over an image (uint8 RGB).
+
+    The heat map `hot` covers `box` (x0, x1, y0, y1) of the image, which may reach beyond its edges. The hottest place
+    gets the full colour; a score below 1 makes all colours fainter.
+    """
     x0, x1, y0, y1 = box
-    h, w = im.shape[:2]
-    spread = cv2.resize(np.maximum(hot, 0).astype(np.float32), (x1 - x0, y1 - y0), interpolation=cv2.INTER_CUBIC)
-    full = np.zeros((h, w), np.float32)
-    u, uu, v, vv = max(x0, 0), min(x1, w), max(y0, 0), min(y1, h)
-    full[v:vv, u:uu] = spread[v - y0:vv - y0, u - x0:uu - x0]
-    full = (full / max(float(hot.max()), 1e-9)).clip(0, 1) * np.clip(score, .2, 1)
-    colour = cv2.applyColorMap((255 * full).astype(np.uint8), cv2.COLORMAP_VIRIDIS)[..., ::-1]
-    a = .75 * full[..., None] ** .8
-    return (im * (1 - a) + colour * a).round().astype(np.uint8)
+    height, width = im.shape[:2]
+    positive = np.maximum(hot, 0).astype(np.float32)
+    scaled = cv2.resize(positive, (x1 - x0, y1 - y0), interpolation=cv2.INTER_CUBIC)
+    left, right, top, bottom = max(x0, 0), min(x1, width), max(y0, 0), min(y1, height)
+    heat = np.zeros((height, width), np.float32)
+    heat[top:bottom, left:right] = scaled[top - y0:bottom - y0, left - x0:right - x0]
+    heat = (heat / max(float(hot.max()), 1e-9)).clip(0, 1) * np.clip(score, .2, 1)
+    colour = cv2.applyColorMap((255 * heat).astype(np.uint8), cv2.COLORMAP_VIRIDIS)[..., ::-1]
+    opacity = .75 * heat[..., None] ** .8
+    return (im * (1 - opacity) + colour * opacity).round().astype(np.uint8)
 
 
-def explained(grader: Grader, data: bytes) -> tuple[np.ndarray, np.ndarray, dict]:
-    "The original and the same with its heat (uint8 RGB, at most `SHOWN` wide), and the row of its grade. Raises `ImageError`, `AptosError`"
-    squares, info = grader.prepared(data)
+def explain_image(grader: Grader, data: bytes) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Return an image, the image with its heat map, and the row of its grade.
+
+    `data` is the content of the image file. Both images are uint8 RGB, their longest side at most `DISPLAY_SIDE`.
+    Raises `AptosError` if the file cannot be read.
+    """
+    squares, info = grader.prepare(data)
     if squares is None: raise AptosError(info['error'])
-    im, (w, h) = decode(data, SHOWN)
-    k = SHOWN / max(im.shape[:2])
-    if k < 1: im = cv2.resize(im, None, fx=k, fy=k, interpolation=cv2.INTER_AREA)
-    k = max(im.shape[:2]) / max(w, h)
-    box = crop_box(*im.shape[:2], Circle(info['x'] * k, info['y'] * k, info['r'] * k, info['how']), grader.model.prep)
-    hot = heat(grader, {n: s[None] for n, s in squares.items()})[0]
+    im, original_size = decode(data, DISPLAY_SIDE)
+    shrink = DISPLAY_SIDE / max(im.shape[:2])
+    if shrink < 1: im = cv2.resize(im, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
+    height, width = im.shape[:2]
+    k = max(height, width) / max(original_size)
+    circle = Circle(info['x'] * k, info['y'] * k, info['r'] * k, info['how'])
+    box = crop_box(height, width, circle, grader.model.prep)
+    hot = heatmap(grader, {side: square[None] for side, square in squares.items()})[0]
     row = grader.grade([''], [(squares, info)]).iloc[0].to_dict()
-    return im, lay_over(im, hot, box, row['score']), row
+    return im, overlay_heatmap(im, hot, box, row['score']), row
 
 
-def words(row: dict) -> str:
-    "A grade for people"
-    g = row['grade']
-    return f'grade {g} {GRADE_NAMES[g]} ({row["grade_low"]}-{row["grade_high"]}), score {row["score"]:.2f} {row["flags"]}'
+def grade_text(row: dict) -> str:
+    "Return a grade as a line of text"
+    grade = f'grade {row["grade"]} {GRADE_NAMES[row["grade"]]}'
+    return f'{grade} (prediction set {row["grade_low"]}-{row["grade_high"]}), score {row["score"]:.2f} {row["flags"]}'
 
 
-def captioned(im: np.ndarray, heated: np.ndarray, row: dict) -> np.ndarray:
-    "Both side by side with the grade in words below"
-    out = cv2.copyMakeBorder(np.hstack([im, heated]), 0, 30, 0, 0, cv2.BORDER_CONSTANT)
-    return cv2.putText(out, words(row), (6, len(out) - 9), cv2.FONT_HERSHEY_SIMPLEX, .55, (235, 235, 235), 1, cv2.LINE_AA)
+def side_by_side(im: np.ndarray, overlay: np.ndarray, row: dict) -> np.ndarray:
+    "Return an image and its overlay side by side, with the grade as a caption"
+    pair = np.hstack([im, overlay])
+    out = cv2.copyMakeBorder(pair, 0, CAPTION_HEIGHT, 0, 0, cv2.BORDER_CONSTANT)
+    origin, scale, colour, thickness = (6, len(out) - 9), .55, (235, 235, 235), 1
+    return cv2.putText(out, grade_text(row), origin, cv2.FONT_HERSHEY_SIMPLEX, scale, colour, thickness, cv2.LINE_AA)
 
 
-def explain_files(model: str, given: Iterable[str], output: str):
-    "`explain MODEL IMAGES`: <output>/<name>.png for each. Raises `AptosError` at the end where some could not be read"
-    files, grader, out = find_images(given), load_grader(model), Path(output)
-    if out.exists() and not out.is_dir(): raise AptosError(f'{out}: is a file; give a folder with -o')
-    bad, seen = [], {}
-    with Bars() as bars, bars(f'explaining by {grader.model.name}', len(files), 'images') as bar:
-        for i, f in enumerate(files, 1):
-            stem = Path(f).stem
-            seen[stem] = seen.get(stem, 0) + 1
-            name = stem if seen[stem] == 1 else f'{stem}-{seen[stem]}'
-            try: write_bytes(out / f'{name}.png', cv2.imencode('.png', captioned(*explained(grader, Path(f).read_bytes()))[..., ::-1])[1].tobytes())
-            except (AptosError, OSError) as e: bad.append(f'{f} {e}')
+def explain_files(model: str, paths: Iterable[str], output: str) -> None:
+    """`explain MODEL IMAGES`: write <output>/<name>.png for each image.
+
+    Raises `AptosError` at the end if some could not be read.
+    """
+    files, grader, folder = find_images(paths), load_grader(model), Path(output)
+    if folder.exists() and not folder.is_dir(): raise AptosError(f'{folder}: this is a file. Give a folder with -o.')
+    failed = []
+    with Bars() as bars, bars(f'explaining with {grader.model.name}', len(files), 'images') as bar:
+        for i, (file, name) in enumerate(zip(files, _unique_stems(files), strict=True), 1):
+            try:
+                drawn = side_by_side(*explain_image(grader, Path(file).read_bytes()))
+                png = cv2.imencode('.png', drawn[..., ::-1])[1]
+                write_bytes(folder / f'{name}.png', png.tobytes())
+            except (AptosError, OSError) as e: failed.append(f'{file} {e}')
             bar.to(i)
-    say(f'{len(files) - len(bad)} images -> {out}')
-    if bad: raise AptosError(f'{len(bad)} of {len(files)} images could not be explained: {"; ".join(bad[:3])}')
+    say(f'{len(files) - len(failed)} images -> {folder}')
+    if failed: raise AptosError(f'{len(failed)} of {len(files)} images could not be explained: {"; ".join(failed[:3])}')
+
+
+def _unique_stems(files: Iterable[str]) -> list[str]:
+    "Return the names of files without suffix, with -2, -3, … for further files of the same name"
+    counts: Counter[str] = Counter()
+    names = []
+    for file in files:
+        stem = Path(file).stem
+        counts[stem] += 1
+        names.append(stem if counts[stem] == 1 else f'{stem}-{counts[stem]}')
+    return names

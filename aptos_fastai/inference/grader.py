@@ -1,7 +1,7 @@
-"A trained model for images of one's own: what it needs travels with it, and nothing but weights and numbers is loaded."
+"Grade fundus images with a trained model: weights and numbers are loaded, never a pickle."
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -9,102 +9,112 @@ import numpy as np
 import pandas as pd
 import torch
 
-from aptos_fastai.common.console import say
-from aptos_fastai.common.io import AptosError
 from aptos_fastai.data.decode import ImageError
 from aptos_fastai.data.retina import prepare, square_of
-from aptos_fastai.inference.backends import BACKENDS, check_parity
+from aptos_fastai.inference.backends import BACKENDS, check_backend
 from aptos_fastai.inference.model_spec import MemberSpec, ModelSpec, read_model, read_net
-from aptos_fastai.metrics import GRADE_NAMES, REFERABLE, PredictionSets, apply_thresholds
+from aptos_fastai.inference.views import mean_and_sd
+from aptos_fastai.metrics import GRADE_NAMES, REFERABLE, grade_scores
 from aptos_fastai.training.model import keep_freed_memory
-from aptos_fastai.training.precision import has_bf16
 
 COLUMNS = ['file', 'score', 'grade', 'grade_name', 'referable', 'score_sd', 'grade_low', 'grade_high', 'flags', 'error']
 
+Squares = dict[int, np.ndarray]              # the prepared square of an image (or of a batch) for each side in pixels
+Prepared = tuple[Squares | None, dict]       # None for an unreadable image; `prepare`'s record, with flags and error
+
 
 class Grader:
-    """Grades images as the run did that trained it: `load_grader(path).predict(files)`.
+    """Grade images as the run did that trained the model: `load_grader(path).predict(files)`.
 
-    Retina crop, sizes, normalisation, views, thresholds and prediction sets come with the model. Answers on the GPU where there is one.
+    Retina crop, sizes, normalisation, views, thresholds and prediction sets come with the model. It runs on the GPU if
+    there is one. Raises `AptosError` for weights that are missing or changed.
     """
     def __init__(self, model: ModelSpec, root: Path, backend: str = 'torch', precision: str = 'f32'):
-        if backend not in BACKENDS: raise AptosError(f'backend {backend}: there is no such; accepted: {", ".join(BACKENDS)}')
-        if precision not in ('f32', 'bf16'): raise AptosError(f'precision {precision}: accepted: f32, bf16')
-        check_parity(root, backend, precision)
-        if precision == 'bf16' and not has_bf16(): say('bf16: this machine has none: PyTorch is slower in it than in f32, OpenVINO answers in f32', 'yellow')
+        check_backend(root, backend, precision)
         keep_freed_memory()
-        self.model, self.root, self.device = model, root, torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-        self.runners = [(m, BACKENDS[backend](self, m, precision)) for m in model.members]
-        self.sets = PredictionSets(model.coverage)
-        self.sets.radius_ = np.array([np.inf if r is None else r for r in model.radius])
+        self.model, self.root = model, root
+        self.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+        self.prediction_sets = model.prediction_sets
+        self._nets: dict[str, torch.nn.Module] = {}
+        get_runner = BACKENDS[backend]
+        self.runners = [(m, get_runner(m, root, self.device, precision, partial(self.net, m))) for m in model.members]
 
-    @cached_property
-    def nets(self) -> list[tuple[MemberSpec, torch.nn.Module]]:
-        "The members with their networks in PyTorch"
-        return [(m, read_net(m, self.root).to(self.device)) for m in self.model.members]
+    def net(self, member: MemberSpec) -> torch.nn.Module:
+        "Return the PyTorch network of a member; it is read once"
+        if member.file not in self._nets: self._nets[member.file] = read_net(member, self.root).to(self.device)
+        return self._nets[member.file]
 
-    def __repr__(self): return f'Grader({self.model.name}, {len(self.runners)} networks, thresholds {" ".join(f"{c:.2f}" for c in self.model.thresholds)})'
+    def __repr__(self):
+        thresholds = ' '.join(f'{t:.2f}' for t in self.model.thresholds)
+        return f'Grader({self.model.name}, {len(self.runners)} networks, thresholds {thresholds})'
 
-    def tensor(self, member: MemberSpec, squares: np.ndarray) -> torch.Tensor:
-        "(n, side, side, 3) uint8 -> (n, 3, side, side) as the network of `member` takes it"
-        x = torch.from_numpy(squares).to(self.device).permute(0, 3, 1, 2).float().div_(255)
-        return ((x - x.new_tensor(member.mean)[:, None, None]) / x.new_tensor(member.std)[:, None, None]).contiguous(memory_format=torch.channels_last)
+    def scores(self, squares: Squares) -> tuple[np.ndarray, np.ndarray]:
+        "Return the scores and their SD (n,) of prepared squares: side -> (n, side, side, 3) uint8 RGB"
+        parts = []
+        for member, run in self.runners:
+            scores = run(squares[member.size])
+            parts.append((member.weight, scores.mean(1), scores.std(1)))
+        return mean_and_sd(parts)
 
-    def scores(self, squares: dict[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        "Score and spread (n,) of prepared squares: side -> (n, side, side, 3) uint8"
-        mean, square = 0., 0.
-        for m, run in self.runners:
-            s = run(squares[m.size])
-            mean, square = mean + m.weight * s.mean(0), square + m.weight * (s ** 2).mean(0)
-        return mean, np.sqrt(np.maximum(square - mean ** 2, 0))
-
-    def read(self, file: str | Path) -> tuple[dict[int, np.ndarray] | None, dict]:
-        "The squares of an image by side, None where it cannot be read, and what is known of it: flags, error and the circle"
-        try: return self.prepared(Path(file).read_bytes())
+    def read(self, file: str | Path) -> Prepared:
+        "Read and prepare an image file; an unreadable one gives None and its error"
+        try: data = Path(file).read_bytes()
         except OSError as e: return None, dict(flags='', error=f'cannot be read ({e.strerror})')
+        return self.prepare(data)
 
-    def prepared(self, data: bytes) -> tuple[dict[int, np.ndarray] | None, dict]:
-        "`read` of a file's bytes"
+    def prepare(self, data: bytes) -> Prepared:
+        "Prepare the bytes of an image file, as `read` does"
         try: jpeg, info = prepare(data, self.model.prep)
         except ImageError as e: return None, dict(flags='', error=str(e))
-        return {n: square_of(jpeg, self.model.prep, n) for n in {m.size for m in self.model.members}}, dict(info, error='')
+        squares = {side: square_of(jpeg, self.model.prep, side) for side in self.model.sizes}
+        return squares, dict(info, error='')
 
-    def grade(self, names: list[str], got: list[tuple[dict | None, dict]]) -> pd.DataFrame:
-        "Rows (`COLUMNS`) of what `read` gave"
-        df = pd.DataFrame(dict(file=names, flags=[i['flags'] for _, i in got], error=[i['error'] for _, i in got])).reindex(columns=COLUMNS)
-        fine = np.array([s is not None for s, _ in got])
-        if fine.any():
-            squares = [s for s, _ in got if s is not None]
-            score, spread = self.scores({n: np.stack([s[n] for s in squares]) for n in squares[0]})
-            given = apply_thresholds(score, self.model.thresholds)
-            low, high = self.sets.predict(score, given)
-            for c, v in dict(score=score, score_sd=spread, grade=given, grade_low=low, grade_high=high).items(): df.loc[fine, c] = v
-        whole = ['grade', 'grade_low', 'grade_high']
-        df[whole] = df[whole].astype('Int64')
-        df['grade_name'] = [GRADE_NAMES[g] if ok else '' for g, ok in zip(df.grade, fine, strict=True)]
-        df['referable'] = [('yes' if g >= REFERABLE else 'no') if ok else '' for g, ok in zip(df.grade, fine, strict=True)]
+    def grade(self, names: list[str], images: list[Prepared]) -> pd.DataFrame:
+        "Return a row (`COLUMNS`) for each image that `read` or `prepare` gave"
+        flags, errors = ([info[key] for _, info in images] for key in ('flags', 'error'))
+        df = pd.DataFrame(dict(file=names, flags=flags, error=errors)).reindex(columns=COLUMNS)
+        readable = [squares for squares, _ in images if squares is not None]
+        ok = np.array([squares is not None for squares, _ in images])
+        if readable:
+            score, score_sd = self.scores({side: np.stack([o[side] for o in readable]) for side in readable[0]})
+            grade, low, high = grade_scores(score, self.model.thresholds, self.prediction_sets)
+            values = dict(score=score, score_sd=score_sd, grade=grade, grade_low=low, grade_high=high)
+            for column, value in values.items(): df.loc[ok, column] = value
+        integers = ['grade', 'grade_low', 'grade_high']
+        df[integers] = df[integers].astype('Int64')
+        df['grade_name'] = ['' if pd.isna(g) else GRADE_NAMES[g] for g in df.grade]
+        df['referable'] = ['' if pd.isna(g) else _yes_or_no(g >= REFERABLE) for g in df.grade]
         return df
 
     def stream(self, files: Iterable[str | Path], batch: int = 16) -> Iterator[pd.DataFrame]:
-        "Frames of `batch` rows in the order of `files`; the next images are read while these are graded, and no more than that is held"
-        it = map(str, files)
+        """Yield the rows of `batch` images at a time, in the order of `files`.
+
+        While one batch is graded, threads read the next one; no more images are in memory.
+        """
+        names = map(str, files)
         with ThreadPoolExecutor() as pool:
-            def begin(): return [(f, pool.submit(self.read, f)) for f in islice(it, batch)]
-            now = begin()
-            while now:
-                after = begin()
-                yield self.grade([f for f, _ in now], [r.result() for _, r in now])
-                now = after
+            def start_reading(): return [(name, pool.submit(self.read, name)) for name in islice(names, batch)]
+            current = start_reading()
+            while current:
+                following = start_reading()
+                yield self.grade([name for name, _ in current], [job.result() for _, job in current])
+                current = following
 
     def predict(self, files: Iterable[str | Path] | str | Path) -> pd.DataFrame:
-        "A row for each image: file, score, grade, grade_name, referable, spread, grade_low, grade_high, flags, error (empty: read)"
-        parts = list(self.stream([files] if isinstance(files, (str, Path)) else files))
+        "Return a row (`COLUMNS`) for each image file; an unreadable one has its `error` and no grade"
+        if isinstance(files, str | Path): files = [files]
+        parts = list(self.stream(files))
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=COLUMNS)
 
 
-def load_grader(path: str | Path, backend: str = 'torch', precision: str = 'f32') -> Grader:
-    """The `Grader` of a bundle, a run folder or a stage's folder. Loads no pickle. Raises `AptosError`.
+def _yes_or_no(condition: bool) -> str: return 'yes' if condition else 'no'
 
-    `backend`: torch, or for a bundle onnx or openvino; `precision`: f32 as trained, or bf16, faster on CPUs that know it (export says what it changes).
+
+def load_grader(path: str | Path, backend: str = 'torch', precision: str = 'f32') -> Grader:
+    """Return the `Grader` of a bundle, a run folder or the folder of a stage. Loads no pickle. Raises `AptosError`.
+
+    `backend`: torch, or for a bundle onnx or openvino. `precision`: f32, or bf16, which is faster on processors that
+    support it; `export` reports how much it changes scores.
     """
-    return Grader(*read_model(path), backend, precision)
+    model, root = read_model(path)
+    return Grader(model, root, backend, precision)

@@ -1,4 +1,4 @@
-"What would go wrong, before it does: versions, devices, disk, tables, weights, the run folder, time."
+"Check what would stop `all`: packages, devices, tables, weights, the run folder, disk space and time."
 import os
 import platform
 import shlex
@@ -15,118 +15,154 @@ from aptos_fastai.data.tables import TableError, read_table
 from aptos_fastai.recipe import Recipe, read_recipe
 
 PACKAGES = 'aptos_fastai fastai torch timm pandas numpy scikit-learn opencv-python-headless pillow'.split()
-EXTRAS = dict(dicom='pydicom', export='onnxruntime', openvino='openvino', serve='fasthtml', parallel='accelerate', tensorboard='tensorboard', wandb='wandb',
-              test='pytest')
-KAGGLE = {                                   # folder that a recipe names -> how its archive comes to stand there
-    'aptos2019-blindness-detection': 'kaggle competitions download -c aptos2019-blindness-detection -p {data} && '
-                                     'unzip -q {data}/aptos2019-blindness-detection.zip -d {data}/aptos2019-blindness-detection',
-    'diabetic-retinopathy-detection': 'kaggle competitions download -c diabetic-retinopathy-detection -p {data} && '
-                                      'unzip -q {data}/diabetic-retinopathy-detection.zip "train.zip.*" trainLabels.csv.zip '
-                                      '-d {data}/diabetic-retinopathy-detection && '
-                                      '(cd {data}/diabetic-retinopathy-detection && cat train.zip.0* > train.zip && unzip -q train.zip && '
-                                      'unzip -q trainLabels.csv.zip)'}
+EXTRAS = dict(dicom='pydicom', export='onnxruntime', openvino='openvino', serve='starlette', parallel='accelerate',
+              tensorboard='tensorboard', wandb='wandb', test='pytest')
+DOWNLOADS = {                                # folder that a recipe names -> commands that download and unpack it
+    'aptos2019-blindness-detection': [
+        'kaggle competitions download -c aptos2019-blindness-detection -p {data}',
+        'unzip -q {data}/aptos2019-blindness-detection.zip -d {data}/aptos2019-blindness-detection',
+    ],
+    'diabetic-retinopathy-detection': [
+        'kaggle competitions download -c diabetic-retinopathy-detection -p {data}',
+        'unzip -q {data}/diabetic-retinopathy-detection.zip "train.zip.*" trainLabels.csv.zip'
+        ' -d {data}/diabetic-retinopathy-detection',
+        '(cd {data}/diabetic-retinopathy-detection',
+        'cat train.zip.0* > train.zip',
+        'unzip -q train.zip',
+        'unzip -q trainLabels.csv.zip)',
+    ],
+}
 
-Finding = tuple[str, str, bool]              # what was looked at, what was found, whether it is well
+Finding = tuple[str, str, bool]              # what was checked, what was found, whether it is in order
 
 
-def software() -> Iterator[Finding]:
-    "Python, packages, extras"
+def check_software() -> Iterator[Finding]:
+    "Check Python, packages and extras"
     yield 'python', platform.python_version(), True
     yield 'packages', ', '.join(f'{p} {metadata.version(p)}' for p in PACKAGES), True
-    missing = [e for e, m in EXTRAS.items() if find_spec(m) is None]
-    yield 'extras', 'all installed' if not missing else f'not installed: {", ".join(missing)} (pip install -e ".[{missing[0]}]")', True
-    yield 'PNG originals', 'libvips decodes them' if find_spec('pyvips') else 'Pillow decodes them, at half the speed: pip install "pyvips[binary]"', True
+    missing = [extra for extra, module in EXTRAS.items() if find_spec(module) is None]
+    extras = 'all installed'
+    if missing: extras = f'not installed: {", ".join(missing)}. Install one: pip install -e ".[{missing[0]}]"'
+    yield 'extras', extras, True
+    slow = 'Pillow decodes them, in twice the time of libvips. Install libvips: pip install "pyvips[binary]"'
+    yield 'PNG originals', 'libvips decodes them' if find_spec('pyvips') else slow, True
 
 
-def devices() -> Iterator[Finding]:
-    "Processor, memory, GPUs"
+def check_devices() -> Iterator[Finding]:
+    "Check processor, memory and GPUs"
     import torch
 
     from aptos_fastai.training.precision import cpu_has_bf16, has_bf16
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30 if hasattr(os, 'sysconf') else 0
-    yield 'processor', f'{cores()} cores, {memory:.0f} GB; {torch.get_num_threads()} threads for the networks', True
+    yield 'CPU', f'{cores()} cores, {memory:.0f} GB memory, {torch.get_num_threads()} PyTorch threads', True
     for i in range(torch.cuda.device_count()):
-        o = torch.cuda.get_device_properties(i)
-        yield f'GPU {i}', f'{o.name}, {o.total_memory / 2**30:.0f} GB, {"bf16" if has_bf16() else "fp16"}', True
-    if not torch.cuda.is_available(): yield 'GPU', 'none: networks run on the processor', True
-    yield 'bf16 on the processor', 'yes' if cpu_has_bf16() else 'no: networks on it train and answer in float32', True
+        gpu = torch.cuda.get_device_properties(i)
+        precision = 'bf16' if has_bf16() else 'fp16'
+        yield f'GPU {i}', f'{gpu.name}, {gpu.total_memory / 2**30:.0f} GB, {precision}', True
+    if not torch.cuda.is_available(): yield 'GPU', 'none: networks run on the CPU', True
+    yield 'bf16 on the CPU', 'supported' if cpu_has_bf16() else 'not supported: it trains and predicts in f32', True
 
 
-def tables(r: Recipe, data: Path) -> Iterator[Finding]:
-    "Each table by itself, so that one that is missing hides no other"
-    for t in r.used_tables:
-        try: df = read_table(t, data)
+def check_tables(recipe: Recipe, data: Path) -> Iterator[Finding]:
+    "Check each table on its own, so that one missing table does not hide another"
+    for table in recipe.used_tables:
+        name = f'table {table.name}'
+        try: df = read_table(table, data)
         except TableError as e:
-            yield f'table {t.name}', str(e), False
+            yield name, str(e), False
             continue
-        grades = ', grades ' + '/'.join(str(int((df.diagnosis == g).sum())) for g in range(5)) if t.graded else ''
-        yield f'table {t.name}', f'{len(df)} images, {df.group.nunique()} patients or images{grades}', True
+        found = f'{len(df)} images, {df.group.nunique()} groups (patients or images)'
+        if table.graded:
+            counts = [str(int((df.diagnosis == grade).sum())) for grade in range(5)]
+            found += f', images of grade 0-4: {" ".join(counts)}'
+        yield name, found, True
 
 
-def downloads(r: Recipe, data: Path) -> list[str]:
-    "The commands that put the archives of missing tables where they are looked for, each archive once"
-    missing = {f for t in r.used_tables if not any((data / f / t.csv).is_file() for f in t.folder) for f in t.folder}
-    return [h.format(data=shlex.quote(str(data))) for f, h in KAGGLE.items() if f in missing]
+def download_commands(recipe: Recipe, data: Path) -> list[list[str]]:
+    "Return the commands that download and unpack the missing tables, a list for each Kaggle competition"
+    missing = {folder for t in recipe.used_tables for folder in t.folder
+               if not any((data / f / t.csv).is_file() for f in t.folder)}
+    place = shlex.quote(str(data))
+    return [[c.format(data=place) for c in commands] for folder, commands in DOWNLOADS.items() if folder in missing]
 
 
-def weights(r: Recipe) -> Iterator[Finding]:
-    "Whether the weights that stages start from can be had; a few seconds at most"
+def check_initial_weights(recipe: Recipe) -> Iterator[Finding]:
+    "Check whether the weights that stages start from are available; a few seconds at most"
     from aptos_fastai.training.weights import check_weights
-    for what, s in {(s.arch, s.weights): s for s in r.stages.values() if not s.init}.items():
-        try: check_weights(s)
-        except AptosError as e: yield ' '.join(what), str(e), False
-        else: yield ' '.join(what), 'no weights to fetch' if s.weights == 'none' else 'can be had', True
+    for (arch, weights), stage in {(s.arch, s.weights): s for s in recipe.stages.values() if not s.init}.items():
+        name = f'weights {weights} of {arch}'
+        try: check_weights(stage)
+        except AptosError as e: yield name, str(e), False
+        else: yield name, 'random, nothing to download' if weights == 'none' else 'available', True
 
 
-def folder(root: Path) -> Iterator[Finding]:
-    "Whether the run folder can be written; what is made to find out is removed again"
-    made = [p for p in [root, *root.parents] if not p.exists()]
+def check_run_folder(root: Path) -> Iterator[Finding]:
+    "Check whether the run folder can be written and locked; remove again what this creates"
+    created = [p for p in [root, *root.parents] if not p.exists()]
     try:
-        with run_lock(root): yield 'run folder', f'{root}: can be written, nobody is at work in it', True
+        with run_lock(root): yield 'run folder', f'{root}: writable, not in use', True
     except AptosError as e: yield 'run folder', str(e), False
     finally:
-        if root in made: shutil.rmtree(root, ignore_errors=True)
-        for p in made[1:]: p.rmdir()
+        if root in created: shutil.rmtree(root, ignore_errors=True)
+        for p in created[1:]: p.rmdir()
 
 
-def work(recipe: str, data: str, runs: str, sets: list[str]) -> Iterator[Finding]:
-    "Time and disk that `all` would still take"
-    from aptos_fastai.pipeline.graph import check_run, open_run
-    from aptos_fastai.pipeline.plan import costs
-    run = open_run(recipe, data, runs, sets)
+def check_plan(recipe: str, data: str, runs: str, sets: list[str]) -> Iterator[Finding]:
+    "Check batch sizes, and time and disk space that `all` still needs"
+    from aptos_fastai.pipeline.graph import check_run, load_run
+    from aptos_fastai.pipeline.plan import plan_cost
+    run = load_run(recipe, data, runs, sets)
     todo = run.todo()
     check_run(run, todo)
-    o = costs(run, todo)
-    free = shutil.disk_usage(next(p for p in [run.root, *run.root.resolve().parents] if p.exists())).free
-    yield 'time', f'about {format_duration(o.seconds)} left, by one step of each network timed just now' if todo else 'every stage is finished', True
-    yield 'disk', f'{o.disk / 1e9:.2f} GB needed, {free / 1e9:.1f} GB free', free > 1.1 * o.disk
+    plan = plan_cost(run, todo)
+    existing = next(p for p in [run.root, *run.root.resolve().parents] if p.exists())
+    free = shutil.disk_usage(existing).free
+    estimate = f'about {format_duration(plan.seconds)} left, from a few training steps of each network on this machine'
+    yield 'time', estimate if todo else 'every stage is finished', True
+    yield 'disk', f'{plan.disk / 1e9:.2f} GB needed, {free / 1e9:.1f} GB free', free > 1.1 * plan.disk
 
 
-def examine(recipe: str, data: str, runs: str, sets: Iterable[str]) -> Iterator[Finding]:
-    "Every finding, in the order in which a run would meet it"
-    sets, demo = list(sets), data == 'demo'
-    yield from software()
-    yield from devices()
-    try: r = read_recipe(recipe, demo=demo, sets=sets)
-    except AptosError as e: yield 'recipe', str(e), False; return
-    yield 'recipe', f'{r.path}: {len(r.stages)} stages, {r.submit.final} answers {r.submit.table}', True
-    found = [] if demo else list(tables(r, Path(data)))
-    yield from found or [('tables', 'the synthetic demo, which is painted when it is needed', True)]
-    yield from weights(r)
-    if not Path(runs).is_file(): yield from folder(Path(runs) / r.name)
-    if all(ok for *_, ok in found):
-        try: yield from work(recipe, data, runs, sets)
-        except AptosError as e: yield 'what would run', str(e), False
+def find_problems(recipe: str, data: str, runs: str, sets: Iterable[str]) -> Iterator[Finding]:
+    "Yield every finding, in the order in which a run would meet it"
+    keys, demo = list(sets), data == 'demo'
+    yield from check_software()
+    yield from check_devices()
+    try: parsed = read_recipe(recipe, demo=demo, sets=keys)
+    except AptosError as e:
+        yield 'recipe', str(e), False
+        return
+    submit = parsed.submit
+    yield 'recipe', f'{parsed.path}: {len(parsed.stages)} stages; {submit.final} predicts {submit.table}', True
+    found = [] if demo else list(check_tables(parsed, Path(data)))
+    yield from found or [('tables', 'synthetic demo, generated at its first use', True)]
+    yield from check_initial_weights(parsed)
+    if not Path(runs).is_file(): yield from check_run_folder(Path(runs) / parsed.name)
+    if all(ok for _, _, ok in found):
+        try: yield from check_plan(recipe, data, runs, keys)
+        except AptosError as e: yield 'plan', str(e), False
 
 
-def doctor(recipe: str, data: str, runs: str, sets: Iterable[str]):
-    "`doctor`: a line for each finding as it is made. Raises `AptosError` where `all` would fail"
-    bad = 0
-    for what, found, ok in examine(recipe, data, runs, sets):
-        say(f'{"ok  " if ok else "BAD "} {what}: {found}', None if ok else 'red')
-        bad += not ok
-    lines = downloads(read_recipe(recipe, sets=list(sets)), Path(data)) if bad and data != 'demo' and Path(recipe).is_file() else []
-    if lines: say('To get Kaggle\'s tables (pip install kaggle, its API token in place, both competitions\' rules accepted on their pages):')
-    for o in lines: say('  ' + o.replace(' && ', ' && \\\n    '))
-    if bad: raise AptosError(f'{bad} thing{"s" * (bad > 1)} would stop `all`: the lines above that begin with BAD say what to do')
-    say('Nothing found that would stop `all`.')
+def doctor(recipe: str, data: str, runs: str, sets: Iterable[str]) -> None:
+    "Print a line for each finding. Raises `AptosError` if `all` would fail"
+    keys, problems = list(sets), 0
+    for what, found, ok in find_problems(recipe, data, runs, keys):
+        say(f'{"ok  " if ok else "FAIL"} {what}: {found}', None if ok else 'red')
+        problems += not ok
+    if not problems:
+        say('No problem found: `all` can run.')
+        return
+    if data != 'demo': show_downloads(recipe, keys, Path(data))
+    noun = 'problem' if problems == 1 else 'problems'
+    raise AptosError(f'{problems} {noun} would stop `all`. The lines above that begin with FAIL say what to do.')
+
+
+def show_downloads(recipe: str, sets: list[str], data: Path) -> None:
+    "Print how to download the missing tables from Kaggle"
+    try: downloads = download_commands(read_recipe(recipe, sets=sets), data)
+    except AptosError: return                # the recipe is wrong, which is a finding already
+    if not downloads: return
+    say('To download the tables from Kaggle:\n'
+        '1. pip install kaggle, and save your API token as its documentation describes.\n'
+        '2. Accept the rules on the page of each competition.\n'
+        '3. Run:')
+    for commands in downloads: say('  ' + ' && \\\n    '.join(commands))

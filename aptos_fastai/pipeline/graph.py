@@ -1,4 +1,4 @@
-"Walks the graph: tables -> images -> stages -> labels -> submission; skips what is finished."
+"Walk the graph of a recipe: tables, images, stages, pseudo-labels, submission. Skip what is finished."
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator
@@ -13,6 +13,7 @@ from aptos_fastai.common.console import Bars, say
 from aptos_fastai.common.distributed import world_size
 from aptos_fastai.common.io import (
     AptosError,
+    digest,
     file_hash,
     read_record,
     remove_stale_temp_files,
@@ -25,202 +26,295 @@ from aptos_fastai.data.duplicates import duplicates_table, group_duplicates, res
 from aptos_fastai.data.folds import add_folds, write_folds
 from aptos_fastai.data.store import prepare_table, prepared_already
 from aptos_fastai.data.tables import read_order, read_tables
-from aptos_fastai.metrics import GRADES, PredictionSets, apply_thresholds
+from aptos_fastai.metrics import GRADES, PredictionSets, apply_thresholds, grade_scores
 from aptos_fastai.pipeline.summary import SUMMARY_FORMAT, SYNTHETIC, tables_text
-from aptos_fastai.recipe import ConfigError, Recipe, Stage, read_recipe
+from aptos_fastai.recipe import ConfigError, Recipe, Stage, did_you_mean, read_recipe
 from aptos_fastai.run_folder import Run
 
+OUTPUTS = ('submission.csv', 'scores.csv', 'oof.csv')     # their SHA-256 are in summary.json
 
-def open_run(recipe: str = 'settings.ini', data: str = 'demo', runs: str = 'runs', sets: Iterable[str] = (), node: str = '') -> Run:
-    """The run of a recipe on a data folder, its tables read and checked. Writes nothing but the demo's images; `start_run` does.
 
-    Raises `AptosError`: whatever is wrong with recipe, tables or folders; first, where the recipe has no stage or ensemble `node`.
+# Load and prepare a run
+
+def load_run(recipe: str | Path = 'settings.ini', data: str | Path = 'demo', runs: str | Path = 'runs',
+             sets: Iterable[str] = (), node: str = '') -> Run:
+    """Return the run of a recipe on a data folder, with its tables read and checked. `start_run` prepares the images.
+
+    Writes nothing but the demo's images (`data` = 'demo'). `sets` are SECTION.KEY=VALUE; `node` is a stage or
+    ensemble that the recipe must have. Raises `AptosError` for a wrong recipe, table or folder.
     """
-    demo = data == 'demo'
-    r, runs = read_recipe(recipe, demo=demo, sets=list(sets)), Path(runs)
-    if node and node not in r.nodes: raise AptosError(f'{node}: no such stage in {r.path}; there are {", ".join(r.nodes)}')
-    if runs.exists() and not runs.is_dir(): raise AptosError(f'{runs}: is a file; give a folder with --runs')
-    data = write_demo_tables(r, runs) if demo else Path(data)
-    frames = read_tables(r, data)
-    root = runs / r.name
-    check_same_data(root, data, demo)
-    return with_folds(with_prepared(Run(r, data, root, frames)))
+    demo = str(data) == 'demo'
+    parsed = read_recipe(recipe, demo=demo, sets=list(sets))
+    if node: require_name(parsed, node, parsed.nodes)
+    runs_folder = Path(runs)
+    if runs_folder.exists() and not runs_folder.is_dir():
+        raise AptosError(f'{runs}: is a file. Choose a folder with --runs.')
+    data_folder = demo_tables(parsed, runs_folder) if demo else Path(data)
+    frames = read_tables(parsed, data_folder)
+    root = runs_folder / parsed.name
+    check_same_data(root, data_folder, demo)
+    return with_folds(with_prepared(Run(parsed, data_folder, root, frames)))
 
 
-def write_demo_tables(r: Recipe, runs: Path) -> Path:
-    "Paints the demo's tables, once"
+def require_name(recipe: Recipe, name: str, names: Iterable[str]) -> str:
+    "Return `name`, a stage or ensemble. Raises `AptosError` if it is not one of `names`"
+    known = list(names)
+    if name in known: return name
+    hint = did_you_mean(name, known)
+    raise AptosError(f'{name}: no such stage in {recipe.path}{hint} Choose from: {", ".join(known)}.')
+
+
+def demo_tables(recipe: Recipe, runs: Path) -> Path:
+    "Return the folder of the synthetic demo in `runs`; generate its images unless they are there"
+    assert recipe.demo
+    counts = f'{recipe.demo.pretrain}-{recipe.demo.train}-{recipe.demo.test}'
+    return write_demo_tables(recipe, runs / f'demo-{counts}-seed{recipe.seed}', 'Choose another folder with --runs.')
+
+
+def write_demo_tables(recipe: Recipe, folder: Path, what_to_do: str) -> Path:
+    """Generate the synthetic demo's tables in `folder`, unless they are there; return `folder`.
+
+    Raises `AptosError` if that fails; its message ends with `what_to_do`.
+    """
     from aptos_fastai.data.demo import write_demo
-    folder = runs / f'demo-{r.demo.pretrain}-{r.demo.train}-{r.demo.test}-seed{r.seed}'
+    assert recipe.demo
+    pretrain, train, test = recipe.demo.pretrain, recipe.demo.train, recipe.demo.test
+    title = f'generating the synthetic demo in {folder}'
     try:
-        with Bars() as bars, bars(f'painting the synthetic demo into {folder}', r.demo.pretrain + r.demo.train + r.demo.test, 'images') as bar:
-            return write_demo(folder, pretrain=r.demo.pretrain, train=r.demo.train, test=r.demo.test, seed=r.seed,
+        with Bars() as bars, bars(title, pretrain + train + test, 'images') as bar:
+            return write_demo(folder, pretrain=pretrain, train=train, test=test, seed=recipe.seed,
                               progress=lambda done, total: bar.to(done))
-    except FileExistsError as e: raise AptosError(f'{e}; move it away or give another --runs folder') from None
-    except OSError as e: raise AptosError(f'{folder}: cannot be written ({e.strerror}); give another --runs folder') from None
+    except FileExistsError as e: raise AptosError(f'{e}. {what_to_do}') from None
+    except OSError as e:
+        raise AptosError(f'{folder}: cannot write to this folder ({e.strerror}). {what_to_do}') from None
 
 
-def check_same_data(root: Path, data: Path, demo: bool):
-    "A run folder belongs to one data folder: a second would overwrite what the first trained"
-    was = read_record(root / 'run.json')
-    if was and not demo and was['data'] != _from_root(root, data):
-        raise AptosError(f'{root}: holds a run on {(root / was["data"]).resolve()}, not on {data}; give another folder with --runs, '
-                         f'or, if that data was only moved, delete {root / "run.json"}')
+def check_same_data(root: Path, data: Path, demo: bool) -> None:
+    """Raise `AptosError` if the run folder `root` belongs to another data folder, whose results would be overwritten.
+
+    With `demo` the folder may change, but run.json must still be what a run wrote.
+    """
+    record = read_record(root / 'run.json')
+    if demo or not record or record['data'] == _relative_to_root(root, data): return
+    first = (root / record['data']).resolve()
+    raise AptosError(f'{root}: belongs to the data folder {first}, not to {data}. Choose another folder with --runs, '
+                     f'or delete {root / "run.json"} if the data was only moved.')
+
+
+def _relative_to_root(root: Path, data: Path) -> str:
+    "Return the data folder's path from the run folder, which stays the same when both are moved together"
+    try: return Path(os.path.relpath(data.resolve(), root.resolve())).as_posix()
+    except ValueError: return data.resolve().as_posix()      # another drive on Windows
 
 
 def with_prepared(run: Run) -> Run:
-    "The run with the pixel hashes of images that are prepared already, so that what is finished can be told without decoding"
+    "Return the run with paths and hashes of the images prepared earlier; without them nothing counts as finished"
     skip = run.recipe.images.skip_unreadable == 'yes'
-    return replace(run, frames={n: prepared_already(f, run.store, run.prep, skip_unreadable=skip) for n, f in run.frames.items()})
+    frames = {name: prepared_already(f, run.store, run.prep, skip_unreadable=skip) for name, f in run.frames.items()}
+    return replace(run, frames=frames)
 
 
 def with_folds(run: Run) -> Run:
-    "The run with a fold for each image; where every image is prepared, those that stand in the tables twice are known and share one"
-    known = all('perceptual_hash' in f for f in run.frames.values())
-    frames = resolve_conflicts(group_duplicates(run.frames), run.recipe.conflicts) if known else run.frames
+    "Return the run with a fold for each image; once all images are prepared, duplicate images share a fold"
+    frames = run.frames
+    if all('perceptual_hash' in f for f in frames.values()):
+        frames = resolve_conflicts(group_duplicates(frames), run.recipe.conflicts)
     return replace(run, frames=add_folds(run.recipe, frames, run.root / 'folds.csv'))
 
 
 @contextmanager
 def start_run(run: Run, nodes: Iterable[str] = ()) -> Iterator[tuple[Run, Bars]]:
-    """The run, its folds written and every image prepared, once the stages in `nodes` are known to be able to start; and the bars.
-    Until the block ends no other run may work in its folder. Raises `AptosError`"""
-    check_run(run, [n for n in run.recipe.order if n in set(nodes) & set(run.recipe.stages) and not run.record(n, run.recipe.stages[n].folds - 1)])
+    """Lock the run folder, prepare every image, write the folds; yield the prepared run and the progress bars.
+
+    First checks whether the unfinished stages among `nodes` can train. No other process can work in the run folder
+    until the block ends. Raises `AptosError`.
+    """
+    stages = {n: s for n, s in run.recipe.stages.items() if n in set(nodes)}
+    check_run(run, [n for n in run.recipe.order if n in stages and not run.record(n, stages[n].folds - 1)])
     with run_lock(run.root), Bars() as bars:
         remove_stale_temp_files(run.root, 0)
-        skip = run.recipe.images.skip_unreadable == 'yes'
-        frames = {n: prepare_table(f, run.store, run.prep, bars, skip_unreadable=skip) for n, f in read_tables(run.recipe, run.data).items()}
-        run = with_folds(replace(run, frames=frames))
+        run = prepare_images(run, bars)
         write_folds(run.recipe, run.frames, run.root / 'folds.csv')
         report_duplicates(run)
         warn_missing_grades(run)
         if run.recipe.demo: write_bytes(run.root / 'SYNTHETIC.txt', f'{SYNTHETIC}.\n'.encode())
-        write_record(run.root / 'run.json', dict(data=_from_root(run.root, run.data), recipe=run.recipe.path.name, synthetic=bool(run.recipe.demo)))
+        write_record(run.root / 'run.json', dict(
+            data=_relative_to_root(run.root, run.data), recipe=run.recipe.path.name, synthetic=bool(run.recipe.demo)))
         yield run, bars
 
 
-def _from_root(root: Path, data: Path) -> str:
-    "Where the data is, seen from the run folder: the same when both are moved together"
-    try: return Path(os.path.relpath(data.resolve(), root.resolve())).as_posix()
-    except ValueError: return data.resolve().as_posix()      # another drive
+def prepare_images(run: Run, bars: Bars) -> Run:
+    "Return the run with every image of its tables prepared, and with folds"
+    skip = run.recipe.images.skip_unreadable == 'yes'
+    frames = {name: prepare_table(f, run.store, run.prep, bars, skip_unreadable=skip)
+              for name, f in read_tables(run.recipe, run.data).items()}
+    return with_folds(replace(run, frames=frames))
 
 
-def report_duplicates(run: Run):
-    "Images that stand in the tables more than once, as duplicates.csv and in a line"
-    t = duplicates_table(run.frames)
-    if len(t): write_csv(run.root / 'duplicates.csv', t)
-    else: (run.root / 'duplicates.csv').unlink(missing_ok=True)
-    if not len(t): return
-    odd = t.duplicate[t.conflict].nunique()
-    say(f'images that stand in the tables more than once: {t.duplicate.nunique()}' + (f', {odd} of them with unequal grades' if odd else '')
-        + f'; all copies share a fold: {run.root / "duplicates.csv"}')
+def report_duplicates(run: Run) -> None:
+    "Write duplicates.csv and print how many images are in the tables more than once"
+    file, rows = run.root / 'duplicates.csv', duplicates_table(run.frames)
+    if not len(rows):
+        file.unlink(missing_ok=True)
+        return
+    write_csv(file, rows)
+    groups, conflicts = rows.duplicate_group.nunique(), rows.duplicate_group[rows.conflict].nunique()
+    say(f'{len(rows)} duplicate images in {groups} {"group" if groups == 1 else "groups"}, '
+        f'{conflicts} with different grades. All copies share a fold. List: {file}')
 
 
-def warn_missing_grades(run: Run):
-    "Validation parts that are trained on and lack a grade: their kappa tells nothing of it"
-    ks = range(max(s.folds for s in run.recipe.stages.values()))
-    for n, f in run.frames.items():
-        if not run.recipe.tables[n].graded: continue
-        seen = set(f.diagnosis.astype(int))
-        lacks = [f'fold {k} of grade {", ".join(map(str, sorted(seen - set(f.diagnosis[f.fold == k].astype(int)))))}'
-                 for k in ks if seen - set(f.diagnosis[f.fold == k].astype(int))]
-        if lacks: say(f'{n}: no image in {"; ".join(lacks)}: too few of them for [recipe] splits = {run.recipe.splits}', 'yellow')
+def warn_missing_grades(run: Run) -> None:
+    "Warn of validation folds without images of some grade: their kappa does not cover that grade"
+    folds = range(max(s.folds for s in run.recipe.stages.values()))
+    for name, frame in run.frames.items():
+        if not run.recipe.tables[name].graded: continue
+        grades = set(frame.diagnosis.astype(int))
+        missing = {k: sorted(grades - set(frame.diagnosis[frame.fold == k].astype(int))) for k in folds}
+        gaps = [f'fold {k} has no image of grade {", ".join(map(str, lost))}' for k, lost in missing.items() if lost]
+        advice = f'Lower [recipe] splits = {run.recipe.splits} or add images of these grades.'
+        if gaps: say(f'{name}: {"; ".join(gaps)}. {advice}', 'yellow')
 
 
-def check_run(run: Run, stages: Collection[str]):
-    "What would stop a stage later is said now: weights out of reach, a batch larger than its table"
+# Checks before training
+
+def check_run(run: Run, stages: Collection[str]) -> None:
+    "Raise `ConfigError` now for what would stop a stage later: a batch size too large, weights or packages missing"
     if not stages: return
-    from aptos_fastai.training.precision import precisions
+    from aptos_fastai.training.precision import candidate_precisions
     from aptos_fastai.training.weights import check_weights
-    for n in stages:
-        s = run.recipe.stages[n]
-        if s.bs % world_size():
-            raise ConfigError(f'{run.recipe.path} [stage.{n}] bs = {s.bs}: {world_size()} processes cannot share it evenly; '
-                              f'set it to {max(1, s.bs // world_size()) * world_size()}')
-        for k in range(s.folds):
-            m = sum(int((run.frames[t].fold != k).sum()) for _, t in s.sources)
-            if s.bs > m: raise ConfigError(f'{run.recipe.path} [stage.{n}] bs = {s.bs}: only {m} images train in fold {k}; set it to {m} or less')
-            if s.bs * s.accumulate > m:
-                raise ConfigError(f'{run.recipe.path} [stage.{n}] accumulate = {s.accumulate}: only {m} images train in fold {k}; '
-                                  f'with bs = {s.bs} set it to {m // s.bs} or less')
-        try: check_weights(s), precisions(s), check_extras(s)
-        except AptosError as e: raise ConfigError(f'{run.recipe.path} [stage.{n}] {e}') from None
+    for name in stages:
+        stage = run.recipe.stages[name]
+        check_batch(run, stage)
+        try:
+            check_weights(stage)
+            candidate_precisions(stage)
+            check_installed(stage)
+        except AptosError as e: raise ConfigError(f'{run.recipe.path} [stage.{name}] {e}') from None
 
 
-def check_extras(s: Stage):
-    "Raises `AptosError` for what a stage asks for and is not installed here"
-    if world_size() > 1 and find_spec('accelerate') is None: raise AptosError(f'in {world_size()} processes: needs the extra parallel: pip install accelerate')
-    if s.track != 'no' and find_spec(s.track) is None: raise AptosError(f'track = {s.track}: pip install {s.track}, or set track = no')
-    if s.compile == 'yes' and not any(map(shutil.which, ('c++', 'g++', 'clang++', 'cl'))):
-        raise AptosError('compile = yes: needs a C++ compiler (g++ or clang++); install one, or set compile = no')
+def check_batch(run: Run, stage: Stage) -> None:
+    "Raise `ConfigError` if a stage's batches cannot be shared by the processes or are larger than its training part"
+    section = f'{run.recipe.path} [stage.{stage.name}]'
+    n = world_size()
+    if stage.bs % n:
+        shared = max(1, stage.bs // n) * n
+        raise ConfigError(f'{section} bs = {stage.bs}: {n} processes cannot share it evenly. Set it to {shared}.')
+    for k in range(stage.folds):
+        images = sum(int((run.frames[table].fold != k).sum()) for _, table in stage.sources)
+        few = f'fold {k} has only {images} training images'
+        if stage.bs > images: raise ConfigError(f'{section} bs = {stage.bs}: {few}. Set it to {images} or less.')
+        if stage.bs * stage.accumulate > images:
+            raise ConfigError(f'{section} accumulate = {stage.accumulate}: {few}. '
+                              f'With bs = {stage.bs} set it to {images // stage.bs} or less.')
 
+
+def check_installed(stage: Stage) -> None:
+    "Raise `AptosError` if a stage needs a package or compiler that is not installed"
+    if world_size() > 1 and find_spec('accelerate') is None:
+        raise AptosError(f'{world_size()} processes need the package accelerate. Run pip install accelerate.')
+    if stage.track != 'no' and find_spec(stage.track) is None:
+        raise AptosError(f'track = {stage.track}: not installed. Run pip install {stage.track}, or set track = no.')
+    if stage.compile == 'yes' and not any(map(shutil.which, ('c++', 'g++', 'clang++', 'cl'))):
+        raise AptosError('compile = yes: needs a C++ compiler. Install g++ or clang++, or set compile = no.')
+
+
+# Train, label, score, submit
 
 def train_nodes(run: Run, nodes: Iterable[str], bars: Bars) -> int:
-    "Trains what is not finished of the stages in `nodes`, parents first, with the labels they need; returns how many folds were trained"
+    "Train the unfinished stages among `nodes`, parents first, and write labels they need; return the number of folds"
     todo = run.todo(set(nodes))
     if not todo: return 0
     check_run(run, todo)
     from aptos_fastai.pipeline.stage import train_fold
     with bars('stages', len(todo)) as overall:
-        for i, (n, ks) in enumerate(todo.items(), 1):
-            s = run.recipe.stages[n]
-            say(f'stage {i} of {len(todo)}: {n}  ({s.arch}, {s.size} px, {tables_text(s)}) -> {run.root / n}', 'bold')
-            for teacher, t in s.sources:
-                if teacher: label(run, teacher, t, bars)
-            for k in ks: train_fold(run, n, k, bars)
+        for i, (name, folds) in enumerate(todo.items(), 1):
+            stage = run.recipe.stages[name]
+            details = f'{stage.arch}, {stage.size} px, {tables_text(stage)}'
+            say(f'stage {i} of {len(todo)}: {name}  ({details}) -> {run.root / name}', 'bold')
+            for teacher, table in stage.sources:
+                if teacher: write_missing_labels(run, teacher, table, bars)
+            for k in folds: train_fold(run, name, k, bars)
             overall.to(i)
     return sum(map(len, todo.values()))
 
 
-def label(run: Run, node: str, name: str, bars: Bars) -> Path:
-    "Writes the pseudo-labels of a table by a trained stage or ensemble, unless they stand; returns their folder"
-    from aptos_fastai.pipeline.pseudo_labels import FILES, labels_finished, write_labels
-    out = run.label_dir(node, name)
-    if not labels_finished(run, node, name):
-        write_labels(run, node, name, bars)
-        say(f'  labels of {name} by {node} -> {out / FILES["soft"]}, {FILES["hard"]}')
-    return out
+def write_missing_labels(run: Run, node: str, table: str, bars: Bars) -> Path:
+    "Write the pseudo-labels of a table by a trained stage or ensemble, unless they are up to date; return their folder"
+    from aptos_fastai.pipeline.pseudo_labels import FILES, labels_up_to_date, write_labels
+    folder = run.label_dir(node, table)
+    if not labels_up_to_date(run, node, table):
+        write_labels(run, node, table, bars)
+        say(f'  pseudo-labels of {table} by {node} -> {folder / FILES["soft"]}, {FILES["hard"]}')
+    return folder
 
 
-def predict(run: Run, bars: Bars) -> pd.DataFrame:
-    """scores.csv: id_code, a column of scores for each submitted stage and ensemble, mean (of the final one's folds and members), its grade,
-    grade_low and grade_high (the run of grades that holds the true one at the stated coverage), spread (standard deviation over views, folds and members)"""
+def submitted_nodes(recipe: Recipe) -> list[str]:
+    "Return the stages and ensembles that [submit] names, each once"
+    return list(dict.fromkeys([*recipe.submit.also, recipe.submit.final]))
+
+
+def score_test_table(run: Run, bars: Bars) -> pd.DataFrame:
+    """Score the submission's table with each submitted stage and ensemble; write and return scores.csv.
+
+    Columns: id_code; a score for each stage and ensemble; then of the final one score, grade, grade_low and grade_high
+    (the prediction set at [submit] coverage) and score_sd (standard deviation over views, folds and members).
+    """
     from aptos_fastai.pipeline.scores import node_scores
-    sub = run.recipe.submit
-    found = {n: node_scores(run, n, sub.table, bars) for n in dict.fromkeys([*sub.also, sub.final])}
-    last = found[sub.final]
-    df = pd.DataFrame(dict(id_code=last.id_code, **{n: o.score for n, o in found.items()}, mean=last.score))
-    df['grade'] = apply_thresholds(last.score, run.thresholds(sub.final, sub.thresholds))
-    o = run.oof(sub.final)
-    df['grade_low'], df['grade_high'] = PredictionSets(sub.coverage).fit(o.score, o.diagnosis).predict(last.score, df.grade)
-    df['score_sd'] = last.score_sd
-    order = read_order(run.recipe.tables[sub.table], run.data)
-    lost = len(order) - len(df)
-    if lost: say(f'{lost} images of {sub.table} have no score (skip_unreadable = yes): they are answered with the commonest grade, of the set 0-4', 'yellow')
-    df = df.set_index('id_code').reindex(order).reset_index().fillna(dict(grade=df.grade.mode()[0], grade_low=0, grade_high=GRADES - 1))
-    df = df.astype(dict(grade=int, grade_low=int, grade_high=int))
+    submit = run.recipe.submit
+    found = {n: node_scores(run, n, submit.table, bars) for n in submitted_nodes(run.recipe)}
+    final = found[submit.final]
+    df = pd.DataFrame(dict(id_code=final.id_code, **{n: o.score for n, o in found.items()}, score=final.score))
+    oof = run.oof(submit.final)
+    sets = PredictionSets(submit.coverage).fit(oof.score, oof.diagnosis)
+    thresholds = run.thresholds(submit.final, submit.thresholds)
+    df['grade'], df['grade_low'], df['grade_high'] = grade_scores(final.score, thresholds, sets)
+    df['score_sd'] = final.score_sd
+    df = in_submission_order(run, df)
     write_csv(run.root / 'scores.csv', df)
     return df
 
 
-def submit(run: Run, scores: pd.DataFrame):
-    "submissions/<name>.csv for each submitted stage and ensemble, and the final one's as submission.csv: id_code, diagnosis"
-    sub = run.recipe.submit
-    for n in dict.fromkeys([*sub.also, sub.final]):
-        grades = pd.Series(apply_thresholds(scores[n], run.thresholds(n, sub.thresholds))).where(scores[n].notna())
-        df = pd.DataFrame(dict(id_code=scores.id_code, diagnosis=grades.fillna(grades.mode()[0]).astype(int)))
-        write_csv(run.root / 'submissions' / f'{n}.csv', df)
-    write_csv(run.root / 'submission.csv', df if n == sub.final else pd.read_csv(run.root / 'submissions' / f'{sub.final}.csv', dtype=dict(id_code=str)))
+def in_submission_order(run: Run, scores: pd.DataFrame) -> pd.DataFrame:
+    """Return a row for each id of the submission, in its order.
+
+    An image without a score gets the most frequent grade and the prediction set 0-4.
+    """
+    table = run.recipe.submit.table
+    ids = read_order(run.recipe.tables[table], run.data)
+    lost = len(ids) - len(scores)
+    if lost:
+        say(f'{table}: {lost} images have no score (skip_unreadable = yes). '
+            'They get the most frequent grade and the prediction set 0-4.', 'yellow')
+    rows = scores.set_index('id_code').reindex(ids).reset_index()
+    rows = rows.fillna(dict(grade=scores.grade.mode()[0], grade_low=0, grade_high=GRADES - 1))
+    return rows.astype(dict(grade=int, grade_low=int, grade_high=int))
 
 
-def predictions_up_to_date(run: Run) -> bool:
-    "True where nothing is to train and the answers were made from the weights that stand"
-    o = read_record(run.root / 'summary.json')
-    return not run.todo() and bool(o) and o.get('made_from') == made_from(run) and (run.root / 'report.html').is_file() and all(
-        (run.root / f).is_file() and file_hash(run.root / f) == h for f, h in o['answers'].items())
+def write_submissions(run: Run, scores: pd.DataFrame) -> None:
+    "Write submissions/NAME.csv (id_code, diagnosis) for each submitted stage and ensemble, and submission.csv"
+    submit = run.recipe.submit
+    for n in submitted_nodes(run.recipe):
+        grades = pd.Series(apply_thresholds(scores[n], run.thresholds(n, submit.thresholds))).where(scores[n].notna())
+        diagnosis = grades.fillna(grades.mode()[0]).astype(int)
+        rows = pd.DataFrame(dict(id_code=scores.id_code, diagnosis=diagnosis))
+        write_csv(run.root / 'submissions' / f'{n}.csv', rows)
+        if n == submit.final: write_csv(run.root / 'submission.csv', rows)
 
 
-def made_from(run: Run) -> list:
-    "What the answers depend on: the test images, the recipe, every fold's files"
+# What is up to date
+
+def outputs_up_to_date(run: Run) -> bool:
+    "Return whether every stage is finished and the outputs belong to the present weights and settings"
+    summary = read_record(run.root / 'summary.json')
+    if run.todo() or not summary or summary.get('inputs_digest') != inputs_digest(run): return False
+    if not (run.root / 'report.html').is_file(): return False
+    outputs = {run.root / name: sha256 for name, sha256 in summary['outputs'].items()}
+    return all(file.is_file() and file_hash(file) == sha256 for file, sha256 in outputs.items())
+
+
+def inputs_digest(run: Run) -> str:
+    "Return the SHA-256 of what the outputs depend on: the test images, the recipe, the files of every fold"
     r = run.recipe
-    return [SUMMARY_FORMAT, run.digests[r.submit.table], repr([r.submit, r.ensembles, r.stages]),
-            [[run.record(n, k) and run.record(n, k)['files'] for k in range(s.folds)] for n, s in r.stages.items()]]
+    records = [[run.record(name, k) for k in range(s.folds)] for name, s in r.stages.items()]
+    files = [[o and o['files'] for o in folds] for folds in records]
+    return digest([SUMMARY_FORMAT, run.table_hashes[r.submit.table], repr([r.submit, r.ensembles, r.stages]), files])

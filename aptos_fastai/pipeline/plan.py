@@ -1,4 +1,4 @@
-"What `all` would do, and roughly how long and how large; trains nothing."
+"Show what `all` would do, with an estimate of time and disk space. Train nothing."
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,108 +8,158 @@ import pandas as pd
 from aptos_fastai.common.console import format_duration, say, table
 from aptos_fastai.common.distributed import cores
 from aptos_fastai.common.io import AptosError
-from aptos_fastai.pipeline.graph import check_run, predictions_up_to_date
+from aptos_fastai.pipeline.graph import check_run, outputs_up_to_date, submitted_nodes
 from aptos_fastai.pipeline.summary import tables_text
 from aptos_fastai.recipe import Recipe, Stage, read_recipe
 from aptos_fastai.run_folder import Run
 
 BYTES_PER_PIXEL = .28                        # of a stored JPEG: 74 kB at 512 px, quality 95, 4:4:4 (measured on IDRiD)
-CHECKPOINT = 5.                              # times what a stage leaves: weights, best weights, two moments, twice while one replaces the other
-PREPARE_SECONDS = .03                        # an original of 12 megapixels, one core (benchmarks/images.py)
+# Disk space of a training relative to the finished fold: weights, best weights and two moments, twice while one
+# checkpoint replaces the other
+CHECKPOINT_RATIO = 5.
+PREPARE_SECONDS = .03                        # a 12-megapixel original on one core (benchmarks/images.py)
 
-
-def measured_step(s: Stage, measured: dict) -> tuple[float, float, int]:
-    "Seconds an image of a training step as it would be trained, and of a forward pass; parameters"
-    from aptos_fastai.training.precision import precisions, step_seconds
-    key = s.arch, s.size, s.precision
-    if key not in measured: measured[key] = step_seconds(s, precisions(s), n=min(s.bs, max(4, 2 ** 18 // s.size ** 2)))
-    steps, forward, params = measured[key]
-    return min(steps.values()), forward, params
-
-
-def scored_by(r: Recipe, stage: str) -> set[str]:
-    "Ungraded tables that a stage scores: for labels, for the answer"
-    nodes = {(t, name) for s in r.stages.values() for t, name in s.sources if t} | {(n, r.submit.table) for n in [r.submit.final, *r.submit.also]}
-    return {name for n, name in nodes if stage in r.members(n)}
-
-
-def stage_cost(run: Run, name: str, folds: list[int], measured: dict) -> tuple[int, int, float, float]:
-    "(training images, validation images, seconds, bytes) of training the folds of a stage, and of what it scores"
-    from aptos_fastai.inference.views import VIEWS
-    s = run.recipe.stages[name]
-    step, forward, params = measured_step(s, measured)
-    train = sum(len(run.frames[t]) if teacher else int((run.frames[t].fold != folds[0]).sum()) for teacher, t in s.sources)
-    valid = sum(int((run.frames[t].fold == folds[0]).sum()) for teacher, t in s.sources if not teacher)
-    epochs = s.epochs + s.freeze_epochs
-    answers = valid + sum(len(run.frames[t]) for t in scored_by(run.recipe, name))
-    seconds = epochs * train * step + (epochs * valid + VIEWS[s.tta] * answers) * forward
-    return train, valid, len(folds) * seconds, len(folds) * params * 8.
+Speed = tuple[float, float, int]             # seconds an image to train, seconds an image to score, parameters
 
 
 @dataclass
-class Costs:
-    "What `all` would still do: a row a node for the table, seconds, bytes on disk, images to prepare"
+class StageCost:
+    "Estimate for the folds of a stage: images of one fold, seconds and bytes of all of them"
+    train: int
+    valid: int
+    seconds: float
+    disk: float
+
+
+@dataclass
+class PlanCost:
+    "Estimate of what `all` has still to do: a row of the table for each node, seconds, bytes, images to prepare"
     rows: list[list]
     seconds: float
     disk: float
-    new: int
+    new_images: int
+
+    @property
+    def prepare_seconds(self) -> float:
+        "Seconds to prepare the new images on this machine"
+        return self.new_images * PREPARE_SECONDS / cores()
 
 
-def costs(run: Run, todo: dict[str, list[int]]) -> Costs:
-    "Of the folds in `todo`, by one timed step of each network on this machine"
-    r, measured = run.recipe, {}
-    rows, seconds, disk, most = [], 0., 0., 0.
-    for n in r.order:
-        s = r.stages.get(n)
-        if s is None: rows.append([n, 'mean of ' + ', '.join(r.members(n)), '', '', '', '']); continue
-        ks = todo.get(n, [])
-        train, valid, t, b = stage_cost(run, n, ks or [0], measured)
-        if ks: seconds, disk, most = seconds + t, disk + b, max(most, CHECKPOINT * b / len(ks))
-        start = s.init or dict(none='random').get(s.weights, s.weights) + ' weights'
-        rows.append([n, f'{start}; {tables_text(s)}', f'{s.arch}\n{s.size} px', f'{train}+{valid}',
-                     f'{s.folds} x {s.freeze_epochs + s.epochs}', format_duration(t) if ks else 'finished'])
-    new = sum(len(f) for f in run.frames.values() if 'pixel_sha256' not in f)
-    disk += most + new * r.store_size ** 2 * BYTES_PER_PIXEL
-    return Costs(rows, seconds + new * PREPARE_SECONDS / cores(), disk, new)
+def measured_speed(stage: Stage, measured: dict) -> Speed:
+    "Return the speed of a stage's network on this machine, in the fastest precision allowed. `measured` is a cache"
+    from aptos_fastai.training.precision import candidate_precisions, step_seconds
+    key = stage.arch, stage.size, stage.precision
+    if key not in measured:
+        images = min(stage.bs, max(4, 2 ** 18 // stage.size ** 2))
+        measured[key] = step_seconds(stage, candidate_precisions(stage), n=images)
+    steps, forward, parameters = measured[key]
+    return min(steps.values()), forward, parameters
 
 
-def made_up(recipe: Recipe, images: str) -> Run:
-    "A run on tables of as many images as `TABLE=N TABLE=N …` says, none of which need be there"
-    try: counts = {t: int(n) for t, n in (o.split('=') for o in images.split())}
-    except ValueError: raise AptosError(f'--images "{images}": TABLE=NUMBER pairs are needed') from None
+def tables_scored_by(recipe: Recipe, stage: str) -> set[str]:
+    "Return the ungraded tables that a stage scores, for pseudo-labels or the submission"
+    pairs = {(teacher, name) for s in recipe.stages.values() for teacher, name in s.sources if teacher}
+    pairs |= {(node, recipe.submit.table) for node in submitted_nodes(recipe)}
+    return {name for node, name in pairs if stage in recipe.members(node)}
+
+
+def stage_cost(run: Run, name: str, folds: list[int], measured: dict) -> StageCost:
+    "Estimate the training of the folds of a stage and the scoring of its tables"
+    from aptos_fastai.inference.views import VIEWS
+    stage = run.recipe.stages[name]
+    train_seconds, forward_seconds, parameters = measured_speed(stage, measured)
+    train = valid = 0
+    for teacher, source in stage.sources:
+        fold = run.frames[source].fold
+        train += len(fold) if teacher else int((fold != folds[0]).sum())
+        valid += 0 if teacher else int((fold == folds[0]).sum())
+    epochs = stage.epochs + stage.freeze_epochs
+    scored = valid + sum(len(run.frames[t]) for t in tables_scored_by(run.recipe, name))
+    forward_passes = epochs * valid + VIEWS[stage.tta] * scored
+    seconds = epochs * train * train_seconds + forward_passes * forward_seconds
+    return StageCost(train, valid, len(folds) * seconds, len(folds) * parameters * 8.)
+
+
+def plan_cost(run: Run, todo: dict[str, list[int]]) -> PlanCost:
+    "Estimate the folds in `todo` (stage -> folds), by a few timed steps of each network on this machine"
+    measured: dict = {}
+    rows, seconds, disk, largest_checkpoint = [], 0., 0., 0.
+    for name in run.recipe.order:
+        stage = run.recipe.stages.get(name)
+        if stage is None:
+            rows.append([name, 'mean of ' + ', '.join(run.recipe.members(name)), '', '', '', ''])
+            continue
+        folds = todo.get(name, [])
+        cost = stage_cost(run, name, folds or [0], measured)
+        rows.append(stage_row(stage, cost, bool(folds)))
+        if not folds: continue
+        seconds += cost.seconds
+        disk += cost.disk
+        largest_checkpoint = max(largest_checkpoint, CHECKPOINT_RATIO * cost.disk / len(folds))
+    new_images = sum(len(f) for f in run.frames.values() if 'pixel_sha256' not in f)
+    disk += largest_checkpoint + new_images * run.recipe.store_size ** 2 * BYTES_PER_PIXEL
+    plan = PlanCost(rows, seconds, disk, new_images)
+    plan.seconds += plan.prepare_seconds
+    return plan
+
+
+def stage_row(stage: Stage, cost: StageCost, unfinished: bool) -> list:
+    "Return the row of a stage in the table of `plan`"
+    weights = 'random' if stage.weights == 'none' else stage.weights
+    start = stage.init or f'{weights} weights'
+    epochs = f'{stage.folds} x {stage.freeze_epochs + stage.epochs}'
+    to_do = format_duration(cost.seconds) if unfinished else 'finished'
+    return [stage.name, f'{start}; {tables_text(stage)}', f'{stage.arch}\n{stage.size} px',
+            f'{cost.train}+{cost.valid}', epochs, to_do]
+
+
+def hypothetical_run(recipe: Recipe, images: str) -> Run:
+    "Return a run on tables of the given numbers of images ('TABLE=N TABLE=N'), which need not exist"
+    try: counts = {name: int(n) for name, n in (pair.split('=') for pair in images.split())}
+    except ValueError: raise AptosError(f'--images "{images}": write TABLE=NUMBER TABLE=NUMBER') from None
     names = [t.name for t in recipe.used_tables]
     if set(counts) != set(names) or min(counts.values()) < 1:
-        raise AptosError(f'--images "{images}": a number above 0 is needed for each table of {recipe.path}: ' + ' '.join(f'{n}=…' for n in names))
-    folds = {n: np.arange(counts[n]) % recipe.splits if recipe.tables[n].graded else np.full(counts[n], -1) for n in names}
-    return Run(recipe, Path('as many images as were asked about'), Path('runs') / recipe.name, {n: pd.DataFrame(dict(fold=f)) for n, f in folds.items()})
+        wanted = ' '.join(f'{n}=N' for n in names)
+        raise AptosError(f'--images "{images}": give a number above 0 for each table of {recipe.path}: "{wanted}"')
+    frames = {}
+    for name, n in counts.items():
+        fold = np.arange(n) % recipe.splits if recipe.tables[name].graded else np.full(n, -1)
+        frames[name] = pd.DataFrame(dict(fold=fold))
+    return Run(recipe, Path('hypothetical tables'), Path('runs') / recipe.name, frames)
 
 
-def plan_images(recipe: str, sets: list[str], images: str):
-    "`plan --images`: time and disk of tables that are not here"
+def plan_images(recipe: str, sets: list[str], images: str) -> None:
+    "Print time and disk space for tables of given sizes, which need not exist"
     from aptos_fastai.training.weights import check_arch
-    run = made_up(read_recipe(recipe, sets=sets), images)
-    todo = {n: list(range(s.folds)) for n, s in run.recipe.stages.items()}
-    for s in run.recipe.stages.values(): check_arch(s.arch)
-    o = costs(run, todo)
-    show_costs(run, o)
-    say(f'about {format_duration(o.seconds)}, {format_duration(o.new * PREPARE_SECONDS / cores())} of it to prepare 12-megapixel originals, and {o.disk / 1e9:.1f} GB on disk, '
-        'by a few steps of each network timed on this machine just now')
+    run = hypothetical_run(read_recipe(recipe, sets=sets), images)
+    for stage in run.recipe.stages.values(): check_arch(stage.arch)
+    plan = plan_cost(run, {name: list(range(s.folds)) for name, s in run.recipe.stages.items()})
+    show_table(run, plan)
+    say(f'estimate: {format_duration(plan.seconds)} (of which {format_duration(plan.prepare_seconds)} to prepare '
+        f'12-megapixel originals) and {plan.disk / 1e9:.1f} GB on disk,\n'
+        'from a few training steps of each network on this machine')
 
 
-def show_plan(run: Run):
-    "The graph as a table: what stands, what would run, on what, for how long"
-    r, todo = run.recipe, run.todo()
-    o = costs(run, todo)
-    show_costs(run, o)
-    if not todo and predictions_up_to_date(run): return say('Everything is done already: `all` would do nothing.')
-    say(f'{r.submit.final} answers {r.submit.table}: {run.root / "submission.csv"}')
-    say(f'about {format_duration(o.seconds)} (a few steps of each network timed just now: more, where the machine is busy) and {o.disk / 1e9:.2f} GB on disk')
-    check_run(run, todo)                     # what would stop `all` comes last, as an error
+def show_plan(run: Run) -> None:
+    "Print what is finished and what `all` would train, and time and disk space. Raises `AptosError` if it would fail"
+    todo = run.todo()
+    plan = plan_cost(run, todo)
+    show_table(run, plan)
+    if outputs_up_to_date(run):
+        say('Nothing to do: every stage is up to date.')
+        return
+    submit = run.recipe.submit
+    say(f'submission: {submit.table} by {submit.final} -> {run.root / "submission.csv"}')
+    say(f'estimate: {format_duration(plan.seconds)} and {plan.disk / 1e9:.2f} GB on disk,\n'
+        'from a few training steps of each network on this machine (longer if it is busy)')
+    check_run(run, todo)                     # last, so that an error comes after the table
 
 
-def show_costs(run: Run, o: Costs):
-    "The table of `plan`, and what there is to prepare"
-    title = f'{run.recipe.path} on {run.data}' + (' (SYNTHETIC demo)' if run.recipe.demo else '')
-    table(title, ['stage', 'starts from; trains on', 'network', 'images', 'epochs', 'to do'], o.rows,
+def show_table(run: Run, plan: PlanCost) -> None:
+    "Print the table of stages, the size of each table and the images to prepare"
+    demo = ' (SYNTHETIC demo)' if run.recipe.demo else ''
+    columns = ['stage', 'starts from; trains on', 'network', 'images', 'epochs', 'to do']
+    table(f'{run.recipe.path} on {run.data}{demo}', columns, plan.rows,
           right=('images', 'epochs'), wrap=('starts from; trains on',))
-    say('tables: ' + ', '.join(f'{n} {len(f)}' for n, f in run.frames.items()) + f'. To prepare: {o.new} images at {run.recipe.store_size} px.')
+    sizes = ', '.join(f'{name} {len(frame)}' for name, frame in run.frames.items())
+    say(f'tables: {sizes} images. To prepare: {plan.new_images} images at {run.recipe.store_size} px.')

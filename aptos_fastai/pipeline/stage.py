@@ -1,17 +1,20 @@
-"One stage, one fold -> its run folder."
+"Train one fold of a stage and write its folder."
 import platform
 import shutil
 import subprocess
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import timm
-from fastai.callback.schedule import *
-from fastai.vision.all import *
+import torch
+from fastai.callback.schedule import minimum, steep, valley
+from fastai.vision.all import Callback, Learner, default_device, set_seed, to_device
 from safetensors.torch import save
 
 import aptos_fastai
@@ -23,7 +26,7 @@ from aptos_fastai.pipeline.scores import predict_scores, read_exported
 from aptos_fastai.recipe import Stage
 from aptos_fastai.run_folder import EXPORT, FINISHED, HISTORY, PREDS, WEIGHTS, Run
 from aptos_fastai.training.callbacks import (
-    Accumulate,
+    AccumulateGradients,
     EMACallback,
     History,
     LossScaling,
@@ -31,167 +34,231 @@ from aptos_fastai.training.callbacks import (
     ShowProgress,
     TrainingDiverged,
 )
-from aptos_fastai.training.checkpoint import BEST, Checkpoint, clear_checkpoint, epochs_kept
+from aptos_fastai.training.checkpoint import BEST_WEIGHTS, Checkpoint, clear_checkpoint, finished_epochs
 from aptos_fastai.training.loaders import get_dls
 from aptos_fastai.training.model import body_stats, get_learner
 from aptos_fastai.training.precision import Autocast, precision_of
 
 
-def write_weights(path: Path, weights: dict[str, Tensor]):
-    "A state dict as safetensors"
-    write_bytes(path, save({k: v.detach().cpu().contiguous() for k, v in weights.items()}))
+def training_frame(run: Run, stage: Stage, fold: int, labels: dict[tuple[str, str], pd.DataFrame]) -> pd.DataFrame:
+    """Return the images of one fold: `valid` is True for those that validate it, `diagnosis` is the grade or target.
+
+    `labels` holds the pseudo-labels by (teacher, table). Pseudo-labelled images only train; those that duplicate an
+    image of the validation part, or are of the same patient, are left out. Raises `AptosError`.
+    """
+    parts = []
+    for i, (teacher, table) in enumerate(stage.sources):
+        images = run.frames[table]
+        if teacher: part = _pseudo_labelled_part(stage, fold, teacher, table, images, labels[teacher, table])
+        else: part = _graded_part(images, fold)
+        if stage.source_weights: part['weight'] = stage.source_weights[i]
+        parts.append(part)
+    frame = pd.concat(parts, ignore_index=True)
+    n = int((~frame.valid).sum())
+    if stage.bs > n:
+        raise AptosError(f'[stage.{stage.name}] bs = {stage.bs}: only {n} images train in fold {fold}. '
+                         f'Set bs to {n} or less.')
+    return frame
+
+
+def _graded_part(images: pd.DataFrame, fold: int) -> pd.DataFrame:
+    "Return a graded table: images of `fold` validate by their grade, the others train on their target"
+    valid = images.fold == fold
+    return images.assign(valid=valid, diagnosis=images.diagnosis.where(valid, images.target))
+
+
+def _pseudo_labelled_part(stage: Stage, fold: int, teacher: str, table: str, images: pd.DataFrame,
+                          labels: pd.DataFrame) -> pd.DataFrame:
+    "Return an ungraded table with the labels of the teacher's same fold, without duplicates of validation images"
+    labels = labels.set_index('id_code')
+    images = images[(images.fold != fold) & images.id_code.isin(labels.index)]
+    source = f'{teacher}:{table}'
+    if not len(images):
+        raise AptosError(f'[stage.{stage.name}] train = {source}: every image of {table} duplicates a validation image '
+                         f'of fold {fold}. Remove the duplicates.')
+    diagnosis = images.id_code.map(labels[f'fold{fold}']).astype(np.float32)
+    return images.assign(diagnosis=diagnosis, valid=False, source=source)
 
 
 def stage_learner(run: Run, name: str, fold: int = 0) -> Learner:
-    "The Learner of a stage by its name, as its training starts: its data, its parent's weights. Raises `AptosError` where the parent is not trained"
-    stage = run.recipe.stages[name]
-    seed = run.recipe.seed
-    set_seed(seed)
-    labels = {(t, n): read_labels(run, t, n, stage.labels) for t, n in stage.sources if t}
-    frame = training_frame(run, stage, fold, labels)
-    dls = get_dls(frame, stage, run.prep, run.recipe.augment, body_stats(stage.arch), seed=seed, path=run.fold_dir(name, fold))
-    weights = read_exported(run, stage.init, fold).model.state_dict() if stage.init else None
-    return get_learner(stage, dls, weights=weights)
+    """Return the Learner of a stage as its training starts: with its data and its parent's weights.
 
-
-def fit_stage(learn: Learner, stage: Stage, cbs: list, done: int = 0, opt: dict | None = None):
-    """The head alone first where `freeze_epochs` says so, then everything; each on the course that `schedule` names.
-
-    `done` epochs are over already, and left the optimizer with the state `opt`.
+    Raises `AptosError` if the parent is not trained.
     """
-    fit = dict(one_cycle=learn.fit_one_cycle, constant=learn.fit)[stage.schedule]
-    phases = [(learn.freeze, stage.freeze_epochs, stage.lr),
-              (learn.unfreeze, stage.epochs, slice(stage.lr / stage.lr_div, stage.lr) if stage.lr_div > 1 else stage.lr)]
-    before = 0
-    with learn.no_bar(), learn.no_logging():
-        for freeze, epochs, lr in phases:
-            start = max(0, done - before)
-            if start < epochs:
-                freeze()
-                if start: learn.opt.load_state_dict(dict(opt, state=to_device(opt['state'], learn.dls.device)))
-                fit(epochs, lr, cbs=cbs, start_epoch=start)
-            before += epochs
+    stage, seed = run.recipe.stages[name], run.recipe.seed
+    set_seed(seed)
+    labels = {(teacher, table): read_labels(run, teacher, table, stage.labels)
+              for teacher, table in stage.sources if teacher}
+    frame = training_frame(run, stage, fold, labels)
+    dls = get_dls(frame, stage, run.prep, run.recipe.augment, body_stats(stage.arch), seed=seed,
+                  path=run.fold_dir(name, fold))
+    weights = read_exported(run, stage.init, fold).model.state_dict() if stage.init else None
+    return get_learner(stage, dls, weights)
 
 
-def train_fold(run: Run, name: str, fold: int, bars: Bars):
-    "Trains one fold of a stage into its run folder, from its last finished epoch on; `stage.json` is written last"
+def train_fold(run: Run, name: str, fold: int, bars: Bars) -> None:
+    "Train one fold of a stage, or resume its training, and write its folder; `stage.json` is written last"
     (run.fold_dir(name, fold) / FINISHED).unlink(missing_ok=True)
     run_on_all_ranks(fit_and_write, bars, run, name, fold, precision_of(run.recipe.stages[name], run.root))
 
 
-def fit_and_write(bars: Bars, run: Run, name: str, fold: int, precision: str):
-    "`train_fold`, in every process: all train and validate, the first writes"
+def fit_and_write(bars: Bars, run: Run, name: str, fold: int, precision: str) -> None:
+    "Train and validate one fold in every process; rank 0 writes the files"
     stage, out = run.recipe.stages[name], run.fold_dir(name, fold)
     title = name if stage.folds == 1 else f'{name} fold {fold}'
     hist = History(stage.keep)
-    with actionable_errors(stage, fold, out, title, hist): learn, checkpoint = fit_fold(run, name, fold, precision, bars, title, hist)
-    t0 = time.monotonic()
+    with actionable_errors(stage, fold, out, title, hist):
+        learn, checkpoint = fit_fold(run, name, fold, precision, bars, title, hist)
+    fit_end = time.monotonic()
     warn_rising_loss(title, hist)
     learn.model.load_state_dict(hist.weights)
     valid = learn.dls.valid.items.copy()
     with bars(f'{title}  validating', len(valid), 'images') as bar:
         scores = predict_scores(learn, valid, stage.tta, bar)
-    if rank(): return
+    if rank() > 0: return
     write_fold(learn, out, valid.assign(score=scores, fold=fold), hist)
-    best = next(r for r in hist.rows if r['kept'])
+    seconds = sum(r['seconds'] for r in hist.rows) + time.monotonic() - fit_end
+    images = dict(train=len(learn.dls.train_ds), valid=len(valid))
     write_record(out / FINISHED, dict(
-        stage=name, fold=fold, fingerprint=run.fingerprint(name, fold), synthetic=bool(run.recipe.demo), settings=asdict(stage),
-        augment=asdict(run.recipe.augment), prep=asdict(run.prep), seed=run.recipe.seed,
-        images=dict(train=len(learn.dls.train_ds), valid=len(valid)), kept_epoch=best['epoch'], kept_kappa=best['kappa'],
-        parents=run.parents_weights(name, fold), resumed_after_epochs=checkpoint.resumed, precision=precision, processes=world_size(),
-        seconds=round(sum(r['seconds'] for r in hist.rows) + time.monotonic() - t0, 1),
-        files={f: dict(sha256=file_hash(out / f), bytes=(out / f).stat().st_size) for f in (EXPORT, WEIGHTS, PREDS, HISTORY)},
+        fold_settings(run, name, fold), images=images,
+        kept_epoch=hist.kept_row['epoch'], kept_kappa=hist.kept_row['kappa'],
+        resumed_after_epochs=checkpoint.resumed, precision=precision, processes=world_size(), seconds=round(seconds, 1),
+        files={f: dict(sha256=file_hash(out / f), bytes=(out / f).stat().st_size)
+               for f in (EXPORT, WEIGHTS, PREDS, HISTORY)},
         versions=versions()))
     clear_checkpoint(out)
 
 
-def fit_fold(run: Run, name: str, fold: int, precision: str, bars: Bars, title: str, hist: History) -> tuple[Learner, Checkpoint]:
-    "The Learner after its epochs, with what kept them"
+def fold_settings(run: Run, name: str, fold: int) -> dict:
+    "Return what a fold's record says of its origin: recipe, seed, parents"
+    recipe = run.recipe
+    return dict(stage=name, fold=fold, fingerprint=run.fingerprint(name, fold), synthetic=bool(recipe.demo),
+                settings=asdict(recipe.stages[name]), augment=asdict(recipe.augment), prep=asdict(run.prep),
+                seed=recipe.seed, parents=run.parent_weight_hashes(name, fold))
+
+
+def fit_fold(run: Run, name: str, fold: int, precision: str, bars: Bars, title: str,
+             hist: History) -> tuple[Learner, Checkpoint]:
+    "Train one fold from its checkpoint or its start to its last epoch; return the Learner and the Checkpoint"
     stage, out = run.recipe.stages[name], run.fold_dir(name, fold)
     learn = stage_learner(run, name, fold)
     if stage.compile == 'yes': learn.model[0].model.compile()
-    average = [EMACallback(stage.ema)] if stage.ema else []
-    checkpoint = Checkpoint(out, digest([run.fingerprint(name, fold), run.parents_weights(name, fold)]), [hist, *average])
-    opt, epochs = checkpoint.load(learn), stage.freeze_epochs + stage.epochs
-    if checkpoint.begun: say(f'  {title}: goes on after epoch {checkpoint.begun} of {epochs}, which is finished')
+    ema = EMACallback(stage.ema) if stage.ema else None
+    key = digest([run.fingerprint(name, fold), run.parent_weight_hashes(name, fold)])
+    checkpoint = Checkpoint(out, key, hist, ema)
+    opt = checkpoint.load(learn)
+    done, epochs = checkpoint.saved_epochs, stage.freeze_epochs + stage.epochs
+    if done: say(f'  {title}: resumes after epoch {done} of {epochs}')
+    cbs: list[Callback] = [Reproducible(run.recipe.seed, hist)]
+    if ema: cbs.append(ema)
+    cbs += [*optional_callbacks(stage, precision), hist]
     with bars(title, epochs * (len(learn.dls.train) // world_size()), 'batches') as bar:
-        writes = [] if rank() else [checkpoint, ShowProgress(title, epochs, bar, hist), *tracked(run, name, fold)]
-        fit_stage(learn, stage, [Reproducible(run.recipe.seed, hist), *average, *optional_callbacks(stage, precision, hist), hist, *writes], checkpoint.begun, opt)
+        if rank() == 0:
+            cbs += [checkpoint, ShowProgress(title, epochs, bar, hist), *tracker_callbacks(run, name, fold)]
+        fit_stage(learn, stage, cbs, done, opt)
     return learn, checkpoint
 
 
-def optional_callbacks(stage: Stage, precision: str, hist: History) -> list[Callback]:
-    "The callbacks that keys of the stage and the machine ask for"
-    out = []
-    if precision != 'f32': out.append(Autocast(precision))
-    if precision == 'fp16': out.append(LossScaling())
-    if stage.accumulate > 1: out.append(Accumulate(stage.accumulate))
+def fit_stage(learn: Learner, stage: Stage, cbs: list[Callback], done: int = 0, opt: dict | None = None) -> None:
+    """Train the head alone for `freeze_epochs`, then the whole network for `epochs`, each with the stage's `schedule`.
+
+    The first `done` epochs of both are skipped; `opt` is the optimizer's state after them.
+    """
+    fit = dict(one_cycle=learn.fit_one_cycle, constant=learn.fit)[stage.schedule]
+    body_to_head = slice(stage.lr / stage.lr_div, stage.lr) if stage.lr_div > 1 else stage.lr
+    phases = [(learn.freeze, stage.freeze_epochs, stage.lr), (learn.unfreeze, stage.epochs, body_to_head)]
+    with learn.no_bar(), learn.no_logging():
+        for freeze, epochs, lr in phases:
+            skipped = min(done, epochs)
+            done -= skipped
+            if skipped == epochs: continue
+            freeze()
+            if skipped and opt: learn.opt.load_state_dict(dict(opt, state=to_device(opt['state'], learn.dls.device)))
+            fit(epochs, lr, cbs=cbs, start_epoch=skipped)
+
+
+def optional_callbacks(stage: Stage, precision: str) -> list[Callback]:
+    "Return the callbacks that the precision, the stage's keys and the number of processes require"
+    cbs: list[Callback] = []
+    if precision != 'f32': cbs.append(Autocast(precision))
+    if precision == 'fp16': cbs.append(LossScaling())
+    if stage.accumulate > 1: cbs.append(AccumulateGradients(stage.bs // world_size() * stage.accumulate))
     if world_size() > 1:
         from aptos_fastai.training.parallel import DistributedTraining
-        out.append(DistributedTraining())
-    return out
+        cbs.append(DistributedTraining())
+    return cbs
 
 
-def tracked(run: Run, name: str, fold: int) -> list[Callback]:
-    "fastai's own callback of the tracker that the stage names"
-    how = run.recipe.stages[name].track
-    if how == 'tensorboard':
+def tracker_callbacks(run: Run, name: str, fold: int) -> list[Callback]:
+    "Return fastai's callback for the experiment tracker that the stage's `track` names"
+    tracker = run.recipe.stages[name].track
+    if tracker == 'tensorboard':
         from fastai.callback.tensorboard import TensorBoardCallback
-        return [TensorBoardCallback(run.root / how / name / f'fold{fold}', trace_model=False, log_preds=False)]
-    if how == 'wandb':
+        return [TensorBoardCallback(run.root / tracker / name / f'fold{fold}', trace_model=False, log_preds=False)]
+    if tracker == 'wandb':
         import wandb
         from fastai.callback.wandb import WandbCallback
-        wandb.init(project='aptos_fastai', name=f'{run.recipe.name} {name} fold{fold}', dir=run.root, reinit='finish_previous')
+        wandb.init(project='aptos_fastai', name=f'{run.recipe.name} {name} fold{fold}', dir=run.root,
+                   reinit='finish_previous')
         return [WandbCallback(log_preds=False)]
     return []
 
 
 @contextmanager
-def actionable_errors(stage: Stage, fold: int, out: Path, title: str, hist: History):
-    "What stops a training, in words that say what to do"
+def actionable_errors(stage: Stage, fold: int, out: Path, title: str, hist: History) -> Iterator[None]:
+    "Turn training failures into actionable errors"
     try: yield
     except TrainingDiverged as e:
-        best = f'; its best epoch\'s weights are in {keep_best(out, hist)}' if hist.weights and not rank() else ''
-        raise AptosError(f'[stage.{stage.name}] fold {fold}, {_words(e)}{best}') from None
-    except AptosError as e: raise AptosError(_words(e)) from None
+        message = f'[stage.{stage.name}] fold {fold}, {_own_message(e)}'
+        if hist.weights and rank() == 0:
+            write_weights(out / BEST_WEIGHTS, hist.weights)
+            message += f' The best epoch\'s weights are in {out / BEST_WEIGHTS}'
+        raise AptosError(message) from None
+    except AptosError as e: raise AptosError(_own_message(e)) from None
     except KeyboardInterrupt:
-        n = epochs_kept(out)
-        raise KeyboardInterrupt(f'{title} has finished {n} of {stage.freeze_epochs + stage.epochs} epochs') from None
+        total = stage.freeze_epochs + stage.epochs
+        raise KeyboardInterrupt(f'{title} has finished {finished_epochs(out)} of {total} epochs') from None
     except (RuntimeError, MemoryError) as e:
-        if is_peer_lost(e): raise
-        raise AptosError(f'[stage.{stage.name}] fold {fold}, {_fault(e, stage)}') from e
+        advice = '' if is_peer_lost(e) else _advice(e, stage)
+        if not advice: raise
+        raise AptosError(f'[stage.{stage.name}] fold {fold}, {advice}') from e
 
 
-def _words(e: Exception) -> str: return str(e).rpartition('\t')[2]           # fastai puts the callback's name before a callback's words
+def _own_message(e: Exception) -> str:
+    "Return the message of an error raised in a callback, without the callback's name that fastai puts before it"
+    return str(e).rpartition('\t')[2]
 
 
-def _fault(e: Exception, stage: Stage) -> str:
-    "What a reader can do about an exception of PyTorch's; raises it again where that is nothing"
+def _advice(e: Exception, stage: Stage) -> str:
+    "Return what the user can do about an error of PyTorch; an empty string if that is unknown"
     text = str(e)
-    if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
-        half = f'set bs = {stage.bs // 2} and accumulate = {2 * stage.accumulate}: the same steps in half the memory' if stage.bs > 1 else 'set size lower'
-        return f'out of memory with bs = {stage.bs} at {stage.size} px: {half}; finished epochs of unchanged settings are kept'
+    if isinstance(e, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        smaller = 'Set a lower size.'
+        if stage.bs > 1:
+            smaller = (f'Set bs = {stage.bs // 2} and accumulate = {2 * stage.accumulate} in [stage.{stage.name}]: '
+                       'the same steps in half the memory.')
+        return f'out of memory with bs = {stage.bs} at {stage.size} px. {smaller} Finished stages are kept.'
     if 'DataLoader worker' in text:
-        return 'a process that loads images died (killed, or out of memory): run again, it goes on from the last finished epoch; or set workers = 0'
-    raise e
+        return ('a process that loads images died (it was killed or ran out of memory). '
+                'Run again to resume after the last finished epoch, or set workers = 0.')
+    return ''
 
 
-def warn_rising_loss(title: str, hist: History):
-    "A training that went astray after its best epoch is said; the best one is kept"
-    best, last = min(r['valid_loss'] for r in hist.rows), hist.rows[-1]['valid_loss']
-    if last > 3 * best:
-        kept = next(r['epoch'] for r in hist.rows if r['kept']) + 1
-        say(f'  {title}: the validation loss rose from {best:.3f} to {last:.3f}: its lr may be too high; epoch {kept} is kept', 'yellow')
+def warn_rising_loss(title: str, hist: History) -> None:
+    "Warn if the last epoch's validation loss is three times the lowest"
+    lowest, last = min(r['valid_loss'] for r in hist.rows), hist.rows[-1]['valid_loss']
+    if last > 3 * lowest:
+        say(f'  {title}: the validation loss rose from {lowest:.3f} to {last:.3f}; lr may be too high. '
+            f'Epoch {hist.kept_row["epoch"] + 1} is kept.', 'yellow')
 
 
-def keep_best(out: Path, hist: History) -> Path:
-    "The best epoch's weights of a training that could not end"
-    write_weights(out / BEST, hist.weights)
-    return out / BEST
+def write_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
+    "Write a state dict as safetensors"
+    write_bytes(path, save({k: v.detach().cpu().contiguous() for k, v in weights.items()}))
 
 
-def write_fold(learn: Learner, out: Path, preds: pd.DataFrame, hist: History):
-    "The files of a finished fold but for its record"
+def write_fold(learn: Learner, out: Path, preds: pd.DataFrame, hist: History) -> None:
+    "Write the files of a finished fold, except its record"
     learn.dls.path = learn.path = out
     with atomic_write(out / EXPORT) as tmp: learn.export(tmp.name)
     write_weights(out / WEIGHTS, learn.model.state_dict())
@@ -199,44 +266,29 @@ def write_fold(learn: Learner, out: Path, preds: pd.DataFrame, hist: History):
     write_csv(out / HISTORY, pd.DataFrame(hist.rows))
 
 
-def versions() -> dict:
-    "What the record says it was made with"
+def versions() -> dict[str, str]:
+    "Return the versions, git commit and device that a record names"
     import fastai
     clone, git = Path(__file__).parents[2], ''
     if (clone / '.git').exists() and shutil.which('git'):
-        git = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, cwd=clone, check=False).stdout.strip()
-    return dict(aptos_fastai=aptos_fastai.__version__, git=git, fastai=fastai.__version__, torch=torch.__version__, timm=timm.__version__,
-                python=platform.python_version(), device=str(default_device()))
+        cmd = ['git', 'rev-parse', '--short', 'HEAD']
+        git = subprocess.run(cmd, capture_output=True, text=True, cwd=clone, check=False).stdout.strip()
+    return dict(aptos_fastai=aptos_fastai.__version__, git=git, fastai=fastai.__version__, torch=torch.__version__,
+                timm=timm.__version__, python=platform.python_version(), device=str(default_device()))
 
 
 def find_rates(run: Run, name: str, plot: Path) -> dict[str, float]:
-    "Suggested learning rates of a stage (fastai's LR finder, Smith 2015), and the curve saved at `plot`"
+    "Suggest learning rates for a stage by fastai's LR finder (Smith 2015), and save the curve as `plot`"
     import matplotlib
     matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
     learn = stage_learner(run, name)
     with warnings.catch_warnings(), learn.no_bar():
         found = learn.lr_find(suggest_funcs=(valley, minimum, steep))
-    plt.title(f'{name}: loss over learning rate, {len(learn.dls.train_ds)} images' + (' (synthetic demo)' if run.recipe.demo else ''))
+    demo = ' (synthetic demo)' if run.recipe.demo else ''
+    plt.title(f'{name}: loss over learning rate, {len(learn.dls.train_ds)} images{demo}')
     plt.tight_layout()
     plot.parent.mkdir(parents=True, exist_ok=True)
-    plt.savefig(plot, dpi=110); plt.close()
+    plt.savefig(plot, dpi=110)
+    plt.close()
     return {k: float(v) for k, v in found._asdict().items()}
-
-
-def training_frame(run: Run, stage: Stage, fold: int, labels: dict[tuple[str, str], pd.DataFrame]) -> pd.DataFrame:
-    """The rows of one fold: graded ones with `valid` where they are its part, pseudo-labelled ones never.
-    An ungraded image that is also a graded one of the part (or of its patient) is left out."""
-    parts = []
-    for teacher, name in stage.sources:
-        f = run.frames[name]
-        if teacher:
-            lab = labels[teacher, name].set_index('id_code')
-            f = f[(f.fold != fold) & f.id_code.isin(lab.index)]
-            if not len(f): raise AptosError(f'[stage.{stage.name}] train = {teacher}:{name}: every image of {name} is a copy of a validation image of fold {fold}; remove the copies')
-            parts.append(f.assign(diagnosis=f.id_code.map(lab[f'fold{fold}']).astype(np.float32), valid=False, source=f'{teacher}:{name}'))
-        else: parts.append(f.assign(valid=f.fold == fold, diagnosis=f.diagnosis.where(f.fold == fold, f.target)))
-        if stage.source_weights: parts[-1]['weight'] = stage.source_weights[len(parts) - 1]
-    out = pd.concat(parts, ignore_index=True)
-    n = int((~out.valid).sum())
-    if stage.bs > n: raise AptosError(f'[stage.{stage.name}] bs = {stage.bs}: only {n} images train in fold {fold}; set it to {n} or less')
-    return out

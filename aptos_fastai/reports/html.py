@@ -1,22 +1,23 @@
-"Self-contained HTML pages from the templates: no request leaves them; light and dark; they print."
+"Render self-contained HTML pages: no external requests, light and dark mode, printable."
 import base64
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
 from aptos_fastai.common.io import write_bytes
 
-_templates = Environment(loader=PackageLoader('aptos_fastai.reports'), autoescape=lambda name: name.endswith('.html'), undefined=StrictUndefined,
-                         trim_blocks=True, lstrip_blocks=True)
+_environment = Environment(loader=PackageLoader('aptos_fastai.reports'),
+                           autoescape=select_autoescape(['html']), undefined=StrictUndefined,
+                           trim_blocks=True, lstrip_blocks=True)
 
 
 @dataclass
 class Table:
-    "Rows for the page: numbers align right, a `Bar` is drawn"
+    "A table; numbers align right and a `Bar` becomes a drawn bar."
     columns: list[str]
     rows: list[list]
     caption: str = ''
@@ -24,38 +25,52 @@ class Table:
 
 @dataclass
 class Bar:
-    "A bar of this share of the whole"
+    "A table cell that shows a share between 0 and 1 as a bar."
     share: float
 
 
 @dataclass
 class Figure:
-    "A drawing with its title and what is to be read from it"
+    "An inline SVG with its title and caption."
     title: str
     svg: Markup
     caption: str = ''
 
 
 @dataclass
+class Section:
+    "A heading and what follows it; `grid` places the parts side by side where the screen is wide enough."
+    heading: str
+    parts: list[Table | Figure | str]
+    grid: bool = False
+
+
+@dataclass
 class EmbeddedImage:
-    "A JPEG that the page carries in itself"
+    "A JPEG inside the HTML, as a data URI."
     uri: str
     alt: str
     width: int
     height: int
 
 
-def image(im: np.ndarray, alt: str, quality: int = 85) -> EmbeddedImage:
-    "The uint8 RGB image for a page"
-    data = base64.b64encode(cv2.imencode('.jpg', im[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]).decode()
-    return EmbeddedImage(f'data:image/jpeg;base64,{data}', alt, im.shape[1], im.shape[0])
+def data_uri(im: np.ndarray, quality: int = 85) -> str:
+    "Return the uint8 RGB image as the data URI of a JPEG of `quality` 0-100."
+    jpeg = cv2.imencode('.jpg', im[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    return 'data:image/jpeg;base64,' + base64.b64encode(jpeg.tobytes()).decode()
+
+
+def embed_image(im: np.ndarray, alt: str, quality: int = 85) -> EmbeddedImage:
+    "Embed the uint8 RGB image in HTML; `alt` is its text for screen readers."
+    height, width = im.shape[:2]
+    return EmbeddedImage(data_uri(im, quality), alt, width, height)
 
 
 def render(template: str, **values) -> str:
-    "A template with its values; one that is missing is an error"
-    return _templates.get_template(template).render(**values)
+    "Render a template; a missing value raises `jinja2.UndefinedError`."
+    return _environment.get_template(template).render(**values)
 
 
 def write_html(path: Path, template: str, **values):
-    "The page of a template (title, note, warning and what the template asks for) at `path`"
+    "Render a template and write it to `path` atomically."
     write_bytes(path, render(template, **values).encode())

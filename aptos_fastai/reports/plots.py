@@ -1,180 +1,243 @@
-"Arrays -> SVG figures, for the report: titles, units and n on each; ink in the page's own colour, so that they suit light, dark and print."
+"Draw the figures of the report as SVG. Lines and text take the text colour of the page, in light and dark mode."
 import io
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
 
-INK = '#010203'                              # becomes `currentColor`
+from aptos_fastai.metrics import GRADES
+
+INK = '#010203'                              # replaced by `currentColor`
 GRADE_COLOURS = ('#3b82c4', '#35a79c', '#d8a31a', '#e8743b', '#c93a5b')
+BLUE, GREEN, ORANGE, RED = (GRADE_COLOURS[i] for i in (0, 1, 3, 4))
+PIXELS_PER_INCH = 125
+WIDE = 900                                   # pixels: on a phone, a figure wider than this scrolls
+MIN_WIDTH = 680                              # and does not shrink further
+CURVE_POINTS = 600                           # at most this many points of a ROC curve are drawn
+
 styled = matplotlib.rc_context({
-    'svg.fonttype': 'none', 'svg.hashsalt': 'report', 'font.family': 'sans-serif', 'font.size': 9.5, 'axes.titlesize': 10,
-    'axes.spines.top': False, 'axes.spines.right': False, 'axes.facecolor': 'none', 'figure.facecolor': 'none', 'legend.frameon': False,
-    'lines.linewidth': 1.6, 'grid.color': INK, 'grid.alpha': .13, 'axes.grid': True, 'axes.axisbelow': True,
-    **{k: INK for k in ('text.color', 'axes.edgecolor', 'axes.labelcolor', 'xtick.color', 'ytick.color', 'axes.titlecolor')}})
+    'svg.fonttype': 'none',
+    'svg.hashsalt': 'report',
+    'font.family': 'sans-serif',
+    'font.size': 9.5,
+    'axes.titlesize': 10,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.facecolor': 'none',
+    'axes.grid': True,
+    'axes.axisbelow': True,
+    'figure.facecolor': 'none',
+    'legend.frameon': False,
+    'lines.linewidth': 1.6,
+    'grid.color': INK,
+    'grid.alpha': .13,
+    'text.color': INK,
+    'axes.edgecolor': INK,
+    'axes.labelcolor': INK,
+    'axes.titlecolor': INK,
+    'xtick.color': INK,
+    'ytick.color': INK,
+})
 
 
-def figure(width: float = 5.6, height: float = 3.4, rows: int = 1, columns: int = 1, **kw):
-    "A figure in the page's style and its axes"
+def subplots(width: float = 5.6, height: float = 3.4, rows: int = 1, columns: int = 1, **kwargs):
+    "Return a new figure of `width` x `height` inches and its axes."
     fig = Figure(figsize=(width, height), layout='constrained')
-    return fig, fig.subplots(rows, columns, **kw)
+    return fig, fig.subplots(rows, columns, **kwargs)
 
 
 @styled
-def svg(fig: Figure, title: str) -> Markup:
-    "The figure as inline SVG that grows no wider than it was drawn"
-    out = io.StringIO()
-    fig.savefig(out, format='svg', metadata={'Date': None})
-    s = out.getvalue()
-    s = re.sub(r'<metadata>.*?</metadata>|<style type="text/css">.*?</style>', '', s[s.index('<svg'):].replace(INK, 'currentColor'), flags=re.S)
-    for size in ('width', 'height'): s = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r'\1', s, count=1)
-    wide = 125 * fig.get_figwidth()                                      # pixels; what is drawn wide is scrolled on a phone, not shrunk
-    style = f'max-width:{wide:.0f}px' + (';min-width:680px' if wide > 900 else '')
-    return Markup(s.replace('<svg', f'<svg role="img" aria-label="{Markup.escape(title)}" style="{style}"', 1))
+def to_svg(fig: Figure, title: str) -> Markup:
+    "Return the figure as inline SVG that shrinks with the page; `title` is its text for screen readers."
+    buffer = io.StringIO()
+    fig.savefig(buffer, format='svg', metadata={'Date': None})
+    text = buffer.getvalue()
+    text = text[text.index('<svg'):].replace(INK, 'currentColor')
+    text = re.sub(r'<metadata>.*?</metadata>|<style type="text/css">.*?</style>', '', text, flags=re.S)
+    for size in ('width', 'height'):
+        text = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r'\1', text, count=1)
+    width = PIXELS_PER_INCH * fig.get_figwidth()
+    style = f'max-width:{width:.0f}px'
+    if width > WIDE: style += f';min-width:{MIN_WIDTH}px'
+    return Markup(text.replace('<svg', f'<svg role="img" aria-label="{Markup.escape(title)}" style="{style}"', 1))
 
 
 @styled
-def dots(names: Sequence[str], values, intervals, unit: str) -> Figure:
-    "A dot with its interval for each name"
-    fig, ax = figure(5.6, .9 + .34 * len(names))
+def interval_dots(names: Sequence[str], values: Sequence[float], intervals: ArrayLike, label: str) -> Figure:
+    "Draw each value as a dot with its interval, one row per name; `intervals` is (n, 2)."
+    fig, ax = subplots(5.6, .9 + .34 * len(names))
     y = np.arange(len(names))[::-1]
-    lo, hi = np.array(intervals, float).T
-    ax.hlines(y, lo, hi, color=GRADE_COLOURS[0], lw=2.4, alpha=.55)
-    ax.plot(values, y, 'o', color=GRADE_COLOURS[0], ms=6)
-    for v, h, k in zip(values, hi, y, strict=True): ax.annotate(f'{v:.3f}', (h, k), (5, 0), textcoords='offset points', va='center')
+    low, high = np.array(intervals, float).T
+    ax.hlines(y, low, high, color=BLUE, lw=2.4, alpha=.55)
+    ax.plot(values, y, 'o', color=BLUE, ms=6)
+    for value, right, row in zip(values, high, y, strict=True):
+        ax.annotate(f'{value:.3f}', (right, row), (5, 0), textcoords='offset points', va='center')
     ax.set_yticks(y, names)
-    ax.set_xlabel(unit)
-    ax.set_xlim(max(-1, lo.min() - .05), min(1.08, hi.max() + .1))
+    ax.set_xlabel(label)
+    ax.set_xlim(max(-1, low.min() - .05), min(1.08, high.max() + .1))
     ax.set_ylim(-.6, len(names) - .4)
     return fig
 
 
 @styled
-def confusion_matrix(cm: np.ndarray) -> Figure:
-    "Counts, shaded by the share of the true grade's row"
-    fig, ax = figure(4.6, 3.9)
-    share = cm / np.maximum(cm.sum(1, keepdims=True), 1)
-    for g in range(5):
-        for k in range(5):
-            ax.add_patch(matplotlib.patches.Rectangle((k - .5, g - .5), 1, 1, color=GRADE_COLOURS[0], alpha=.06 + .8 * share[g, k], lw=0))
-            ax.text(k, g, f'{cm[g, k]}\n{share[g, k]:.0%}', ha='center', va='center', fontsize=8.5)
-    ax.set(xlim=(-.5, 4.5), ylim=(4.5, -.5), xlabel='given grade', ylabel='true grade', xticks=range(5), yticks=range(5))
+def confusion_matrix(counts: np.ndarray) -> Figure:
+    "Draw the (5, 5) counts (row: true grade), shaded by their share of the row."
+    fig, ax = subplots(4.6, 3.9)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    for true, predicted in np.ndindex(counts.shape):
+        count, share = counts[true, predicted], shares[true, predicted]
+        corner = predicted - .5, true - .5
+        ax.add_patch(Rectangle(corner, 1, 1, color=BLUE, alpha=.06 + .8 * share, lw=0))
+        ax.text(predicted, true, f'{count}\n{100 * share:.0f} %', ha='center', va='center', fontsize=8.5)
+    ax.set(xlim=(-.5, 4.5), ylim=(4.5, -.5), xlabel='predicted grade', ylabel='true grade')
+    ax.set(xticks=range(GRADES), yticks=range(GRADES))
     ax.grid(False)
     return fig
 
 
 @styled
-def recall_bars(recall, intervals, counts) -> Figure:
-    "Share of each grade (5,) that is graded right, its intervals (5, 2) and how many there are (5,)"
-    fig, ax = figure(4.6, 3.4)
-    x = np.arange(5)
+def recall_bars(recall: ArrayLike, intervals: ArrayLike, counts: Sequence[int]) -> Figure:
+    "Draw the recall of each grade (5,), its interval (5, 2) and the number of images (5,)."
+    fig, ax = subplots(4.6, 3.4)
+    x = np.arange(GRADES)
     ax.bar(x, np.nan_to_num(recall), .62, color=GRADE_COLOURS, alpha=.85)
-    lo, hi = np.array(intervals).T
-    ax.vlines(x, lo, hi, color=INK, lw=1.3)
-    ax.set_xticks(x, [f'{g}\nn = {n}' for g, n in enumerate(counts)])
-    ax.set(ylim=(0, 1), xlabel='true grade', ylabel='share graded right')
+    low, high = np.array(intervals).T
+    ax.vlines(x, low, high, color=INK, lw=1.3)
+    ax.set_xticks(x, [f'{grade}\nn = {n}' for grade, n in enumerate(counts)])
+    ax.set(ylim=(0, 1), xlabel='true grade', ylabel='recall')
     return fig
 
 
 @styled
-def roc(fpr, tpr, points: Sequence[tuple[float, float, str]]) -> Figure:
-    "The curve and named points (1 - specificity, sensitivity, label)"
-    fig, ax = figure(4.6, 3.7)
-    some = np.linspace(0, len(fpr) - 1, min(len(fpr), 600)).astype(int)
+def roc_curve(fpr: ArrayLike, tpr: ArrayLike, points: Sequence[tuple[float, float, str]]) -> Figure:
+    "Draw the ROC curve and labelled operating points (1 - specificity, sensitivity, label)."
+    fig, ax = subplots(4.6, 3.7)
+    fpr, tpr = np.asarray(fpr), np.asarray(tpr)
+    drawn = np.linspace(0, len(fpr) - 1, min(len(fpr), CURVE_POINTS)).astype(int)
     ax.plot([0, 1], [0, 1], color=INK, alpha=.3, lw=1)
-    ax.plot(np.asarray(fpr)[some], np.asarray(tpr)[some], color=GRADE_COLOURS[0])
-    for (x, y, text), dy in zip(points, (-4, -16, -28), strict=False):
-        ax.plot(x, y, 'o', color=GRADE_COLOURS[4], ms=5)
-        ax.annotate(text, (x, y), (10, dy), textcoords='offset points', va='top', fontsize=8.5)
+    ax.plot(fpr[drawn], tpr[drawn], color=BLUE)
+    label_offsets = (-4, -16, -28)           # points; labels of close operating points do not overlap
+    for (x, y, label), dy in zip(points, label_offsets, strict=False):
+        ax.plot(x, y, 'o', color=RED, ms=5)
+        ax.annotate(label, (x, y), (10, dy), textcoords='offset points', va='top', fontsize=8.5)
     ax.set(xlim=(-.02, 1.02), ylim=(-.02, 1.02), xlabel='1 - specificity', ylabel='sensitivity')
     return fig
 
 
 @styled
-def calibration(score, grade, bins: int = 10) -> Figure:
-    "Mean true grade of each tenth of the images, by their mean score"
-    fig, ax = figure(4.6, 3.6)
-    parts = [p for p in np.array_split(np.argsort(score, kind='stable'), bins) if len(p)]
-    s, g = np.asarray(score), np.asarray(grade, float)
-    x, y = [s[p].mean() for p in parts], [g[p].mean() for p in parts]
-    se = [1.96 * g[p].std() / np.sqrt(len(p)) for p in parts]
+def calibration(scores: ArrayLike, grades: ArrayLike, bins: int = 10) -> Figure:
+    "Draw the mean true grade against the mean score, for `bins` bins of equally many images."
+    fig, ax = subplots(4.6, 3.6)
+    scores, grades = np.asarray(scores), np.asarray(grades, float)
+    order = np.argsort(scores, kind='stable')
+    rows = [part for part in np.array_split(order, bins) if len(part)]
+    x = [scores[r].mean() for r in rows]
+    y = [grades[r].mean() for r in rows]
+    half_widths = [1.96 * grades[r].std() / np.sqrt(len(r)) for r in rows]
     ax.plot([0, 4], [0, 4], color=INK, alpha=.3, lw=1)
-    ax.errorbar(x, y, se, fmt='o-', color=GRADE_COLOURS[0], ms=4.5, elinewidth=1.2)
-    ax.set(xlim=(min(-.1, min(x)), max(4.1, max(x))), ylim=(-.1, 4.1), xlabel='mean score of a tenth of the images', ylabel='their mean true grade')
+    ax.errorbar(x, y, half_widths, fmt='o-', color=BLUE, ms=4.5, elinewidth=1.2)
+    ax.set(xlim=(min(-.1, min(x)), max(4.1, max(x))), ylim=(-.1, 4.1))
+    ax.set(xlabel='mean score (tenths of the images, by score)', ylabel='mean true grade')
     return fig
 
 
 @styled
-def score_histograms(score, grade, thresholds) -> Figure:
-    "A row of scores for each true grade, and the thresholds"
-    fig, axs = figure(6.2, 4.4, 5, 1, sharex=True)
-    edges = np.linspace(min(-.5, np.min(score)), max(4.5, np.max(score)), 51)
-    for g, ax in enumerate(axs):
-        s = np.asarray(score)[np.asarray(grade) == g]
-        ax.hist(s, edges, color=GRADE_COLOURS[g], alpha=.85)
-        for c in thresholds: ax.axvline(c, color=INK, lw=1, ls='--', alpha=.65)
-        ax.set_ylabel(f'{g}\nn={len(s)}', rotation=0, ha='right', va='center')
-        ax.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(2, integer=True))
-    axs[-1].set_xlabel('score (images a bin, by true grade; dashed: the thresholds)')
+def score_histograms(scores: ArrayLike, grades: ArrayLike, thresholds: Sequence[float]) -> Figure:
+    "Draw a histogram of the scores for each true grade, and the thresholds."
+    fig, axes = subplots(6.2, 4.4, GRADES, 1, sharex=True)
+    scores, grades = np.asarray(scores), np.asarray(grades)
+    edges = np.linspace(min(-.5, scores.min()), max(4.5, scores.max()), 51)
+    for grade, ax in enumerate(axes):
+        of_grade = scores[grades == grade]
+        ax.hist(of_grade, edges, color=GRADE_COLOURS[grade], alpha=.85)
+        for t in thresholds: ax.axvline(t, color=INK, lw=1, ls='--', alpha=.65)
+        ax.set_ylabel(f'{grade}\nn = {len(of_grade)}', rotation=0, ha='right', va='center')
+        ax.yaxis.set_major_locator(MaxNLocator(2, integer=True))
+    axes[-1].set_xlabel('score (number of images; one row per true grade; dashed: thresholds)')
     return fig
 
 
 @styled
-def curves(histories: dict[str, list]) -> Figure:
-    "Loss, kappa and rate over the epochs of each stage, a line a fold; `histories`: stage -> frames of history.csv"
-    n = len(histories)
-    fig, axs = figure(max(3.4, 2.3 * n), 5.4, 3, n, sharex='col', squeeze=False)
-    for j, (name, folds) in enumerate(histories.items()):
-        for h in folds:
-            x = h.epoch + 1
-            axs[0, j].plot(x, h.train_loss, color=GRADE_COLOURS[0], lw=1.1, alpha=.8)
-            axs[0, j].plot(x, h.valid_loss, color=GRADE_COLOURS[3], lw=1.1, alpha=.8)
-            axs[1, j].plot(x, h.kappa, color=GRADE_COLOURS[1], lw=1.1, alpha=.8)
-            axs[1, j].plot(x[h.kept], h.kappa[h.kept], 'o', color=GRADE_COLOURS[4], ms=4)
-            axs[2, j].step(x, h.lr, where='mid', color=INK, lw=1.1)
-        axs[0, j].set_title(name)
-        axs[0, j].set_ylim(0, np.nanquantile(np.concatenate([h.valid_loss for h in folds] + [h.train_loss for h in folds]), .97) * 1.1)
-        axs[2, j].set_xlabel('epoch')
-        axs[2, j].xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4, integer=True))
-        axs[2, j].ticklabel_format(axis='y', style='sci', scilimits=(0, 0))
-    for ax, text in zip(axs[:, 0], ('loss', 'kappa', 'rate at epoch\'s end'), strict=True): ax.set_ylabel(text)
+def learning_curves(histories: dict[str, list[pd.DataFrame]]) -> Figure:
+    "Draw loss, kappa and learning rate of each stage, one line per fold; `histories`: stage -> frames of history.csv."
+    columns = len(histories)
+    fig, axes = subplots(max(3.4, 2.3 * columns), 5.4, 3, columns, sharex='col', squeeze=False)
+    for column, (stage, folds) in zip(axes.T, histories.items(), strict=True): _stage_curves(column, stage, folds)
+    for ax, label in zip(axes[:, 0], ('loss', 'kappa', 'learning rate'), strict=True): ax.set_ylabel(label)
     return fig
 
 
+def _stage_curves(axes: np.ndarray, stage: str, folds: list[pd.DataFrame]):
+    "Draw the three curves of a stage on its three axes, one line per fold."
+    loss_ax, kappa_ax, rate_ax = axes
+    for h in folds:
+        epoch = h.epoch + 1
+        line: dict[str, Any] = dict(lw=1.1, alpha=.8, marker='.' if len(h) == 1 else None)     # one epoch is no line
+        loss_ax.plot(epoch, h.train_loss, color=BLUE, **line)
+        loss_ax.plot(epoch, h.valid_loss, color=ORANGE, **line)
+        kappa_ax.plot(epoch, h.kappa, color=GREEN, **line)
+        kappa_ax.plot(epoch[h.kept], h.kappa[h.kept], 'o', color=RED, ms=4)
+        rate_ax.step(epoch, h.lr, where='mid', color=INK, lw=1.1)
+    losses = np.concatenate([h[key] for h in folds for key in ('valid_loss', 'train_loss')])
+    loss_ax.set_title(stage)
+    loss_ax.set_ylim(0, 1.1 * np.nanquantile(losses, .97))               # an outlier does not flatten the curves
+    rate_ax.set_xlabel('epoch')
+    rate_ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    rate_ax.ticklabel_format(axis='y', style='sci', scilimits=(0, 0))
+
+
 @styled
-def grade_shares(groups: dict[str, np.ndarray]) -> Figure:
-    "Share of each grade in each of the groups (name -> grades)"
-    fig, ax = figure(5.6, 3.2)
-    w = .8 / len(groups)
-    for i, (name, g) in enumerate(groups.items()):
-        ax.bar(np.arange(5) + (i - (len(groups) - 1) / 2) * w, np.bincount(g, minlength=5)[:5] / max(1, len(g)), w * .92,
-               color=(INK, *GRADE_COLOURS)[i], alpha=.45 if not i else .85, label=f'{name}, n = {len(g)}')
-    ax.set(xlabel='grade', ylabel='share of images', xticks=range(5))
-    ax.set_ylim(0, 1.3 * ax.get_ylim()[1])
+def grade_distribution(groups: dict[str, np.ndarray]) -> Figure:
+    "Draw the share of each grade in each of `groups` (name -> grades)."
+    fig, ax = subplots(5.6, 3.2)
+    width = .8 / len(groups)
+    for i, (name, grades) in enumerate(groups.items()):
+        shares = np.bincount(grades, minlength=GRADES)[:GRADES] / max(1, len(grades))
+        x = np.arange(GRADES) + (i - (len(groups) - 1) / 2) * width
+        colour, alpha = (INK, .45) if i == 0 else (GRADE_COLOURS[i - 1], .85)
+        ax.bar(x, shares, width * .92, color=colour, alpha=alpha, label=f'{name}, n = {len(grades)}')
+    ax.set(xlabel='grade', ylabel='share of images', xticks=range(GRADES))
+    ax.set_ylim(0, 1.3 * ax.get_ylim()[1])   # room for the legend
     ax.legend(fontsize=8.5, loc='upper right')
     return fig
 
 
 @styled
-def graph(depth: dict[str, int], edges: Sequence[tuple[str, str, bool]], words: dict[str, str], final: str) -> Figure:
-    "Boxes by their depth, an arrow for each parent (dashed where it labels); `words` is what stands in a box"
-    columns = {d: [n for n in depth if depth[n] == d] for d in sorted(set(depth.values()))}
-    tall = max(map(len, columns.values()))
-    fig, ax = figure(3 * len(columns) + .4, 1.05 * tall + .3)
-    at = {n: (d, (tall - len(ns)) / 2 + i) for d, ns in columns.items() for i, n in enumerate(ns)}
-    for a, b, labels in edges:
-        (x0, y0), (x1, y1) = at[a], at[b]
-        bend = f'arc3,rad={-.2 if x1 - x0 > 1 else 0}'                   # around the boxes between
-        ax.annotate('', (x1 - .4, y1), (x0 + .4, y0), arrowprops=dict(arrowstyle='-|>', color=INK, lw=1.1, ls='--' if labels else '-', alpha=.6,
-                                                                      connectionstyle=bend))
-    for n, (x, y) in at.items():
-        ax.add_patch(matplotlib.patches.FancyBboxPatch((x - .38, y - .3), .76, .6, boxstyle='round,pad=.02', facecolor=GRADE_COLOURS[0],
-                                                       alpha=.32 if n == final else .13, edgecolor=INK, lw=.8))
-        ax.text(x, y - .14, n, ha='center', va='center', fontweight='bold', fontsize=9)
-        ax.text(x, y + .1, words[n], ha='center', va='center', fontsize=7.8, linespacing=1.35)
-    ax.set(xlim=(-.5, len(columns) - .5), ylim=(tall - .5, -.5))
+def stage_graph(depth: dict[str, int], edges: Sequence[tuple[str, str, bool]], texts: dict[str, str],
+                final: str) -> Figure:
+    """Draw the stages as boxes, in columns by `depth`, and an arrow from each parent.
+
+    `edges` are (parent, child, dashed), `texts` the lines below each name, `final` the name of the darker box.
+    """
+    columns = [[n for n in depth if depth[n] == d] for d in sorted(set(depth.values()))]
+    rows = max(map(len, columns))
+    position = {n: (x, (rows - len(names)) / 2 + i) for x, names in enumerate(columns) for i, n in enumerate(names)}
+    fig, ax = subplots(3 * len(columns) + .4, 1.05 * rows + .3)
+    for parent, child, dashed in edges: _arrow(ax, position[parent], position[child], dashed)
+    for name, (x, y) in position.items():
+        alpha = .32 if name == final else .13
+        ax.add_patch(FancyBboxPatch((x - .38, y - .3), .76, .6, boxstyle='round,pad=.02', facecolor=BLUE,
+                                    alpha=alpha, edgecolor=INK, lw=.8))
+        ax.text(x, y - .14, name, ha='center', va='center', fontweight='bold', fontsize=9)
+        ax.text(x, y + .1, texts[name], ha='center', va='center', fontsize=7.8, linespacing=1.35)
+    ax.set(xlim=(-.5, len(columns) - .5), ylim=(rows - .5, -.5))
     ax.axis('off')
     return fig
+
+
+def _arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float], dashed: bool):
+    "Draw an arrow from the right edge of a box to the left edge of another, bent where it skips a column."
+    (x0, y0), (x1, y1) = start, end
+    bend = -.2 if x1 - x0 > 1 else 0
+    style = dict(arrowstyle='-|>', color=INK, lw=1.1, ls='--' if dashed else '-', alpha=.6,
+                 connectionstyle=f'arc3,rad={bend}')
+    ax.annotate('', (x1 - .4, y1), (x0 + .4, y0), arrowprops=style)

@@ -1,14 +1,18 @@
-"A finished run -> report.html: what it is worth, where it errs, and what it was made from, on one page."
+"Write report.html of a finished run: its results, its errors, and the settings behind them."
+from collections.abc import Callable, Iterable
+
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure as Plot
 
 from aptos_fastai.common.console import Bars, format_duration
 from aptos_fastai.data.duplicates import duplicates_table
 from aptos_fastai.data.store import read_prepared, read_square, store_folder
-from aptos_fastai.inference.explain import heat, lay_over
+from aptos_fastai.inference.explain import heatmap, overlay_heatmap
 from aptos_fastai.inference.grader import Grader
 from aptos_fastai.inference.model_spec import fold_model
 from aptos_fastai.metrics import (
+    GRADES,
     MIDPOINTS,
     PUBLISHED_THRESHOLDS,
     REFERABLE,
@@ -20,222 +24,398 @@ from aptos_fastai.metrics import (
     kappa_interval,
     quadratic_kappa,
     sensitivity_at,
-    share_interval,
+    wilson_interval,
 )
-from aptos_fastai.pipeline.summary import SYNTHETIC, honest_grades, interval_text, tables_text, thresholds_of, validated
+from aptos_fastai.pipeline.summary import (
+    SYNTHETIC,
+    interval_text,
+    out_of_fold_grades,
+    tables_text,
+    threshold_setting,
+    validated,
+)
 from aptos_fastai.recipe import Stage, parse_thresholds
 from aptos_fastai.reports import plots
-from aptos_fastai.reports.html import Bar, Figure, Table, image, write_html
-from aptos_fastai.reports.shortcuts import CAMERA, MOST, audit
+from aptos_fastai.reports.html import Bar, Figure, Section, Table, embed_image, write_html
+from aptos_fastai.reports.shortcuts import CROP_SHAPE, IMAGE_SIZE, MAX_IMAGES, shortcut_check
 from aptos_fastai.run_folder import HISTORY, Run
 
-
-def fig(title: str, drawn, caption: str = '') -> Figure:
-    "A drawing with its title and caption"
-    return Figure(title, plots.svg(drawn, title), caption)
-
-
-def kappas(run: Run, summary: dict) -> list:
-    "Kappa of each stage, as a plot and a table"
-    rows = summary['stages']
-    ns = sorted({r['validated'] for r in rows})
-    return [fig(f'Quadratic weighted kappa of each stage, n = {" to ".join(map(str, dict.fromkeys((ns[0], ns[-1]))))} images',
-                plots.dots([r['stage'] for r in rows], [r['kappa'] for r in rows], [r['kappa_interval'] for r in rows], 'quadratic weighted kappa'),
-                'Out of fold, graded by fixed thresholds or by thresholds fitted on other images; the lines are 95 % bootstrap intervals over images.'),
-            Table(['stage', 'trained on', 'network', 'validated', 'kappa [95 %]', 'thresholds', 'time'],
-                  [[r['stage'], tables_text(run.recipe.stages[r['stage']]) if r['stage'] in run.recipe.stages else 'mean of ' + ', '.join(r['tables']),
-                    f'{r["arch"]} {r["size"]} px' if r['size'] else '', r['validated'], interval_text(r['kappa'], r['kappa_interval']),
-                    f'{" ".join(f"{c:.2f}" for c in r["thresholds"])} ({"fixed" if parse_thresholds(r["threshold_method"]) else r["threshold_method"]})',
-                    format_duration(r['seconds']) if r['seconds'] else ''] for r in rows])]
+STAGES_A_FIGURE = 4                          # of the learning curves
+GALLERY_IMAGES = 12
+THUMBNAIL = 224                              # side of a gallery image, pixels
 
 
-def cut_choices(run: Run, oof: pd.DataFrame) -> list:
-    "Kappa of each stage by each way to choose thresholds"
-    rows = []
-    for n in run.recipe.order:
-        o = validated(oof, n)
-        def k(g, o=o): return interval_text(quadratic_kappa(g, o.diagnosis), kappa_interval(g, o.diagnosis))
-        rows.append([n, *(k(apply_thresholds(o.score, c)) for c in (MIDPOINTS, PUBLISHED_THRESHOLDS)), *(k(honest_grades(run, o, how)) for how in ('optimal', 'regularised')),
-                     f'{GradeThresholds().fit(o.score, o.diagnosis).kappa_:.3f}', thresholds_of(run, n)])
-    how = ['midpoints (.5 1.5 2.5 3.5)', 'published (.75 1.5 2.5 3.5)', 'optimal, nested', 'regularised, nested', 'optimal, in sample', 'used here']
-    return [Table(['stage', *how], rows, 'Nested: the thresholds that grade a fold were fitted on the other folds. In sample: fitted on the images they grade, '
-                  'an optimist\'s figure, shown to be seen as one.')]
+def write_report(run: Run, summary: dict, oof: pd.DataFrame, predictions: pd.DataFrame, bars: Bars):
+    "Write <run>/report.html from summary.json, the out-of-fold table and the test predictions (scores.csv)."
+    final = run.recipe.submit.final
+    valid = validated(oof, final)
+    result = next(r for r in summary['stages'] if r['stage'] == final)
+    sections = result_sections(run, summary, oof, valid, predictions)
+    sections += [Section('Shortcut check', shortcut_section(run, bars, result)),
+                 Section('Tables', [tables_section(run)])]
+    with bars('report: heat maps', 2, 'galleries') as bar:
+        errors = largest_errors(run, valid)
+        bar.to(1)
+        uncertain = most_uncertain(run, predictions)
+        bar.to(2)
+    write_html(run.root / 'report.html', 'report.html', title=f'{run.recipe.name}: report', note=introduction(run),
+               warning=SYNTHETIC if run.recipe.demo else '', cards=cards(run, result, valid, predictions),
+               sections=sections, errors=errors, uncertain=uncertain, settings=settings(run))
 
 
-def mistakes(v: pd.DataFrame) -> list:
-    "Confusion and recall of the answer"
-    cm = confusion(v.grade, v.diagnosis)
-    right, n = np.diag(cm), cm.sum(1)
-    return [fig(f'Confusion of grades, n = {len(v)}', plots.confusion_matrix(cm), 'Images, and their share of the true grade.'),
-            fig(f'Share of each grade that is graded right, n = {len(v)}',
-                plots.recall_bars(right / np.maximum(n, 1), [share_interval(*o) for o in zip(right, n, strict=True)], n), 'Lines: 95 % (Wilson).')]
+def introduction(run: Run) -> str:
+    "Return the first lines of the report: what it is, what the model was trained on, what it is not for."
+    submit = run.recipe.submit
+    trained_on = {table for stage in run.recipe.stages.values() for _, table in stage.sources}
+    tables = []
+    for name, frame in run.frames.items():
+        labels = 'images' if run.recipe.tables[name].graded else 'pseudo-labelled images'
+        if name in trained_on: tables.append(f'{name} ({len(frame)} {labels})')
+    return '\n'.join([
+        f'Results of the training run {run.recipe.name} ({run.recipe.path.name}): '
+        f'{submit.final} grades diabetic retinopathy (DR) from 0 to 4 in fundus images.',
+        f'Trained on: {", ".join(tables)}. Predictions: {submit.table} ({len(run.frames[submit.table])} images).',
+        'All reported kappas are out-of-fold; exceptions are labelled.',
+        'Research use only. Not a medical device.'])
 
 
-def referable(v: pd.DataFrame) -> tuple[list, float]:
-    "Plots and table of grade 2 and above against the rest, and the area under the curve"
-    from sklearn.metrics import roc_curve
-    pos = (v.diagnosis >= REFERABLE).to_numpy()
-    area = auc(v.score, pos)
-    if not np.isfinite(area[0]): return [f'Only {"referable" if pos.all() else "not referable"} images were validated: there is no ROC curve.'], np.nan
-    rows, points = [], []
-    for spec in (.90, .95):
-        sens, t = sensitivity_at(v.score, pos, spec)
-        rows.append([f'score ≥ {t:.2f}', *_sens_spec(v.score >= t, pos)])
-        points.append((1 - (v.score[~pos] < t).mean(), sens, f'sensitivity {sens:.0%} at {spec:.0%} specificity'))
-    rows.append([f'grade ≥ {REFERABLE}', *_sens_spec(v.grade >= REFERABLE, pos)])
-    fpr, tpr, _ = roc_curve(pos, v.score)
-    title = f'Referable retinopathy (grade 2-4), ROC: area {interval_text(area[0], area[1:])}, n = {pos.sum()} + {(~pos).sum()}'
-    return [fig(title, plots.roc(fpr, tpr, points), 'By out-of-fold score; the interval is DeLong\'s, which closes at an area of 1.'),
-            Table(['referred where', 'sensitivity [95 %]', 'specificity [95 %]'], rows, 'The two thresholds were chosen on these images for a specificity of '
-                  '90 % and 95 %; the thresholds of the grades never saw the image they grade.')], area[0]
+def cards(run: Run, result: dict, valid: pd.DataFrame, predictions: pd.DataFrame) -> list[tuple[str, str]]:
+    "Return the (figure, label) pairs at the top of the report."
+    submit = run.recipe.submit
+    kappa, kappa_ci = interval_text(result['kappa'], result['kappa_interval']).split(' ', 1)
+    area, *area_interval = auc(valid.score, valid.diagnosis >= REFERABLE)
+    area_text, area_ci = interval_text(area, area_interval).split(' ', 1) if np.isfinite(area) else ('none', '')
+    distance = (valid.grade - valid.diagnosis).abs()
+    thresholds = thresholds_text(run.thresholds(submit.final, submit.thresholds))
+    return [(kappa, f'quadratic weighted kappa {kappa_ci}, {submit.final}, out-of-fold, n = {len(valid)}'),
+            (percent((distance == 0).mean()), f'accuracy; {percent((distance <= 1).mean())} within one grade'),
+            (area_text, f'AUC {area_ci}, referable DR (grade ≥ {REFERABLE})'),
+            (str(len(predictions)), f'predictions for {submit.table}, thresholds {thresholds}')]
 
 
-def _sens_spec(called, pos) -> list[str]:
-    called = np.asarray(called)
-    right = (int(called[pos].sum()), int(pos.sum())), (int((~called[~pos]).sum()), int((~pos).sum()))
-    return [interval_text(k / n, share_interval(k, n)) for k, n in right]
+def result_sections(run: Run, summary: dict, oof: pd.DataFrame, valid: pd.DataFrame,
+                    predictions: pd.DataFrame) -> list[Section]:
+    "Return the sections that show how well the stages and the final model (`valid`) predict."
+    return [Section('Results by stage', [stage_graph(run, summary), *stage_results(run, summary)]),
+            Section('Thresholds', [threshold_comparison(run, oof)]),
+            Section('Confusion matrix and per-grade recall', confusion_section(valid), grid=True),
+            Section(f'Referable DR (grade ≥ {REFERABLE})', referable_section(valid), grid=True),
+            Section('Calibration', calibration_section(run, valid, predictions), grid=True),
+            Section('Prediction sets', prediction_sets(run, valid, predictions), grid=True),
+            Section('Learning curves', learning_curves(run))]
 
 
-def scores(run: Run, v: pd.DataFrame, given: pd.DataFrame, thresholds) -> list:
-    "Scores by true grade, calibration, shares of grades"
-    r = np.corrcoef(v.score, v.diagnosis)[0, 1]
-    graded = np.concatenate([run.frames[n].diagnosis.dropna().astype(int) for n in v.source.unique()])
-    shares = {'graded tables, true': graded, 'validation, given': v.grade.to_numpy(), 'answer, given': given.grade.to_numpy()}
-    moved = np.abs(_shares(given.grade) - _shares(v.grade)).sum() / 2
-    return [fig(f'Scores by true grade, n = {len(v)}', plots.score_histograms(v.score, v.diagnosis, thresholds),
-                f'Correlation {r:.3f}, mean distance to the grade {np.abs(v.score - v.diagnosis).mean():.3f}.'),
-            fig(f'Calibration, n = {len(v)}', plots.calibration(v.score, v.diagnosis), 'On the line a score can be read as a grade. Lines: 95 % of the mean.'),
-            fig('Grades: true, validated, answered', plots.grade_shares(shares),
-                f'Between validation and answer {moved:.0%} of the images would have to change '
-                'their grade for equal shares (half of the summed differences): other patients, another camera, or chance.')]
+def figure(title: str, plot: Plot, caption: str = '') -> Figure:
+    "Return a plot with its title and caption, as SVG."
+    return Figure(title, plots.to_svg(plot, title), caption)
 
 
-def _shares(g): return np.bincount(g, minlength=5)[:5] / len(g)
+def percent(share: float) -> str:
+    "Return 0.153 as '15 %'."
+    return f'{100 * share:.0f} %'
 
 
-def certainty(v: pd.DataFrame, parts: np.ndarray, given: pd.DataFrame, coverage: float) -> list:
-    "Sets of grades: what they hold, each of `parts` by distances learnt on the others"
-    low, high = np.empty(len(v), int), np.empty(len(v), int)
-    for k in np.unique(parts):
-        mine = parts == k
-        low[mine], high[mine] = PredictionSets(coverage).fit(v.score[~mine], v.diagnosis[~mine]).predict(v.score[mine], v.grade[mine])
-    held, size = (low <= v.diagnosis) & (v.diagnosis <= high), high - low + 1
-    rows = [[name, int(m.sum()), interval_text(held[m].mean(), share_interval(held[m].sum(), m.sum())), f'{size[m].mean():.2f}']
-            for name, m in [('all', np.full(len(v), True)), *((f'grade {g}', (v.diagnosis == g).to_numpy()) for g in range(5))] if m.any()]
-    wide = (given.grade_high - given.grade_low + 1).value_counts().sort_index()
-    return [Table(['validated', 'images', f'held (asked for: {coverage:.0%})', 'grades a set'], rows,
-                  'Measured on each fold with distances learnt on the others. The sets of the answer are grade_low to grade_high in scores.csv; its scores are '
-                  'means over folds, a little surer than what was measured here.'),
-            Table(['grades in the set', 'images answered', 'share'], [[int(k), int(n), Bar(n / len(given))] for k, n in wide.items()])]
-
-
-def learning(run: Run) -> list:
-    "Learning curves, four stages a figure"
-    hist = {n: [pd.read_csv(run.fold_dir(n, k) / HISTORY) for k in range(s.folds)] for n, s in run.recipe.stages.items()}
-    names = list(hist)
-    return [fig('Learning curves' + (f' ({i // 4 + 1})' if len(names) > 4 else ''), plots.curves({n: hist[n] for n in names[i:i + 4]}),
-                'A line a fold. Blue: training loss, orange: validation loss; green: kappa at fixed thresholds, dot: the epoch kept.')
-            for i in range(0, len(names), 4)]
+def thresholds_text(thresholds: Iterable[float]) -> str:
+    "Return the thresholds with two decimals, separated by spaces."
+    return ' '.join(f'{t:.2f}' for t in thresholds)
 
 
 def stage_graph(run: Run, summary: dict) -> Figure:
-    "The graph of the recipe with what came out"
-    depth, info = {}, {r['stage']: r for r in summary['stages']}
-    for n in run.recipe.order: depth[n] = 1 + max((depth[p] for p in run.recipe.nodes[n].parents), default=-1)
-    def words(n):
-        s, r = run.recipe.stages.get(n), info[n]
-        kappa = f'kappa {r["kappa"]:.3f}'
-        return f'{s.arch}\n{s.size} px, {format_duration(r["seconds"])}, {kappa}' if s else f'mean of {len(run.recipe.members(n))}, {kappa}'
-    teachers = {n: {t for t, _ in s.sources if t} for n, s in run.recipe.stages.items()}
-    edges = [(p, n, p in teachers.get(n, ())) for n in run.recipe.order for p in dict.fromkeys(run.recipe.nodes[n].parents)]
-    return fig('The stages', plots.graph(depth, edges, {n: words(n) for n in depth}, run.recipe.submit.final),
-               'Arrows: weights or scores handed on; dashed: pseudo-labels. The darker box gives the answer.')
+    "Draw the stages, the weights and labels they take from each other, and their kappas."
+    recipe = run.recipe
+    results = {r['stage']: r for r in summary['stages']}
+    depth: dict[str, int] = {}
+    edges = []
+    for name in recipe.order:
+        parents = dict.fromkeys(recipe.nodes[name].parents)
+        depth[name] = 1 + max((depth[p] for p in parents), default=-1)
+        teachers = {teacher for teacher, _ in recipe.stages[name].sources} if name in recipe.stages else set()
+        edges += [(parent, name, parent in teachers) for parent in parents]
+    texts = {name: _box_text(run, name, results[name]) for name in recipe.order}
+    return figure('Training stages', plots.stage_graph(depth, edges, texts, recipe.submit.final),
+                  'Solid arrows: weights or scores. Dashed arrows: pseudo-labels. The darker box makes the submission.')
 
 
-def tables(run: Run) -> Table:
-    "What the tables hold, and their warnings"
-    duplicates, rows = duplicates_table(run.frames), []
-    for n, f in run.frames.items():
-        rec, t = read_prepared(store_folder(f, run.store, run.prep)), duplicates[duplicates.source == n]
-        flags = rec['flags'].str.split().explode().value_counts()
-        grades = ' '.join(str((f.diagnosis == g).sum()) for g in range(5)) if run.recipe.tables[n].graded else 'ungraded'
-        bad = rec.error != ''
-        rows.append([n, len(f), grades, int(bad.sum()), int((rec.how[~bad] != 'circle').sum()),
-                     ', '.join(f'{k} {m}' for k, m in flags.items()) or 'none', len(t), int(t.conflict.sum())])
-    return Table(['table', 'images', 'of grade 0 1 2 3 4', 'unreadable', 'no circle found', 'flags', 'stand there twice', 'with unequal grades'], rows)
+def _box_text(run: Run, name: str, result: dict) -> str:
+    "Return what the graph says of a stage or ensemble."
+    stage = run.recipe.stages.get(name)
+    kappa = f'kappa {result["kappa"]:.3f}'
+    if not stage: return f'mean of {len(run.recipe.members(name))}, {kappa}'
+    return f'{stage.arch}\n{stage.size} px, {format_duration(result["seconds"])}, {kappa}'
 
 
-def gallery(run: Run, df: pd.DataFrame, words) -> list[tuple]:
-    "(image, its heat, words) of the rows of `df`: source, id_code, fold (whose networks explain it) and what `words` asks for"
-    stored = {n: f.set_index('id_code').stored for n, f in run.frames.items()}
-    graders = {k: Grader(fold_model(run.root, run.recipe.members(run.recipe.submit.final), k), run.root) for k in df.fold.unique()}
+def stage_results(run: Run, summary: dict) -> list[Figure | Table]:
+    "Return the kappa of each stage as a plot and as a table."
+    rows = summary['stages']
+    fewest, most = min(r['validated'] for r in rows), max(r['validated'] for r in rows)
+    images = str(most) if fewest == most else f'{fewest} to {most}'
+    plot = plots.interval_dots([r['stage'] for r in rows], [r['kappa'] for r in rows],
+                               [r['kappa_interval'] for r in rows], 'quadratic weighted kappa')
+    columns = ['stage', 'trained on', 'network', 'validation images', 'kappa', 'thresholds', 'time']
+    return [figure(f'Out-of-fold quadratic weighted kappa by stage, n = {images} images', plot,
+                   'Thresholds are fixed, or fitted on other images than those they grade (cross-fitted). '
+                   'Lines: 95 % CI (bootstrap over images).'),
+            Table(columns, [_stage_row(run, r) for r in rows])]
+
+
+def _stage_row(run: Run, result: dict) -> list:
+    "Return the table row of a stage or ensemble."
+    stage = run.recipe.stages.get(result['stage'])
+    method = result['threshold_method']
+    if parse_thresholds(method): method = 'fixed'
+    return [result['stage'],
+            tables_text(stage) if stage else 'mean of ' + ', '.join(result['tables']),
+            f'{stage.arch} {stage.size} px' if stage else '',
+            result['validated'],
+            interval_text(result['kappa'], result['kappa_interval']),
+            f'{thresholds_text(result["thresholds"])} ({method})',
+            format_duration(result['seconds']) if stage else '']
+
+
+def threshold_comparison(run: Run, oof: pd.DataFrame) -> Table:
+    "Compare the kappa of each stage between the ways to set its thresholds."
+    def kappa(grades, truth):
+        text = interval_text(quadratic_kappa(grades, truth), kappa_interval(grades, truth))
+        return text.replace(' (', '\n(')     # two lines: the table fits the page
+    rows = []
+    for name in run.recipe.order:
+        valid = validated(oof, name)
+        grades = [
+            apply_thresholds(valid.score, MIDPOINTS),
+            apply_thresholds(valid.score, PUBLISHED_THRESHOLDS),
+            out_of_fold_grades(run, valid, 'optimal'),
+            out_of_fold_grades(run, valid, 'regularised'),
+        ]
+        in_sample = GradeThresholds().fit(valid.score, valid.diagnosis).kappa_
+        kappas = [kappa(g, valid.diagnosis) for g in grades]
+        rows.append([name, *kappas, f'{in_sample:.3f}', threshold_setting(run, name)])
+    columns = ['stage', 'midpoints\n0.5 1.5 2.5 3.5', 'published\n0.75 1.5 2.5 3.5', 'optimal,\ncross-fitted',
+               'regularised,\ncross-fitted', 'optimal,\nin-sample', 'used in this run']
+    return Table(columns, rows,
+                 'Kappa of each stage for each way to set the thresholds. Cross-fitted: the thresholds for a fold are '
+                 'fitted on the other folds. In-sample: fitted on the images they grade, not out-of-fold, too high.')
+
+
+def confusion_section(valid: pd.DataFrame) -> list[Figure]:
+    "Return the confusion matrix and the recall of each grade."
+    counts = confusion(valid.grade, valid.diagnosis)
+    correct, n = np.diag(counts), counts.sum(1)
+    intervals = [wilson_interval(*pair) for pair in zip(correct, n, strict=True)]
+    return [figure(f'Confusion matrix, n = {len(valid)} images', plots.confusion_matrix(counts),
+                   'Number of images and share of the true grade (row), out-of-fold.'),
+            figure(f'Per-grade recall, n = {len(valid)} images',
+                   plots.recall_bars(correct / np.maximum(n, 1), intervals, n),
+                   'Share of each true grade that is predicted correctly. Lines: 95 % CI (Wilson).')]
+
+
+def referable_section(valid: pd.DataFrame) -> list[Figure | Table | str]:
+    "Return the ROC curve and the operating points of referable against non-referable DR."
+    from sklearn.metrics import roc_curve
+    referable = (valid.diagnosis >= REFERABLE).to_numpy()
+    area, *interval = auc(valid.score, referable)
+    if not np.isfinite(area):
+        kind = 'referable' if referable.all() else 'non-referable'
+        return [f'No ROC curve: all validation images are {kind}.']
+    fpr, tpr, _ = roc_curve(referable, valid.score)
+    points, rows = operating_points(valid, referable)
+    counts = f'n = {referable.sum()} referable + {(~referable).sum()} non-referable'
+    return [figure(f'ROC curve: AUC {interval_text(area, interval)}, {counts}', plots.roc_curve(fpr, tpr, points),
+                   'Out-of-fold scores. CI: DeLong; it has no width at an AUC of 1.'),
+            Table(['referable if', 'sensitivity', 'specificity'], rows,
+                  'The score thresholds are chosen on these images, for a specificity of 90 % and 95 %: in-sample. '
+                  'The grade thresholds are cross-fitted or fixed.')]
+
+
+def operating_points(valid: pd.DataFrame, referable: np.ndarray) -> tuple[list[tuple], list[list[str]]]:
+    "Return the points on the ROC curve (1 - specificity, sensitivity, label) and the rows of the table."
+    points, rows = [], []
+    for specificity in (.90, .95):
+        sensitivity, threshold = sensitivity_at(valid.score, referable, specificity)
+        false_positives = 1 - (valid.score[~referable] < threshold).mean()
+        points.append((false_positives, sensitivity,
+                       f'sensitivity {percent(sensitivity)} at {percent(specificity)} specificity'))
+        rows.append([f'score ≥ {threshold:.2f}', *_sensitivity_specificity(valid.score >= threshold, referable)])
+    rows.append([f'grade ≥ {REFERABLE}', *_sensitivity_specificity(valid.grade >= REFERABLE, referable)])
+    return points, rows
+
+
+def _sensitivity_specificity(predicted: pd.Series, referable: np.ndarray) -> list[str]:
+    "Return both with their Wilson intervals."
+    return [_share_text(predicted[referable]), _share_text(~predicted[~referable])]
+
+
+def _share_text(correct: pd.Series) -> str:
+    "Return the share of True values with its Wilson interval."
+    count, n = int(correct.sum()), len(correct)
+    return interval_text(count / n, wilson_interval(count, n))
+
+
+def calibration_section(run: Run, valid: pd.DataFrame, predictions: pd.DataFrame) -> list[Figure]:
+    "Return the scores by true grade, the calibration curve and the grade distributions."
+    submit = run.recipe.submit
+    thresholds = run.thresholds(submit.final, submit.thresholds)
+    correlation = np.corrcoef(valid.score, valid.diagnosis)[0, 1]
+    error = np.abs(valid.score - valid.diagnosis).mean()
+    true = np.concatenate([run.frames[name].diagnosis.dropna().astype(int) for name in valid.source.unique()])
+    groups = {'true, graded tables': true, 'predicted, validation': valid.grade.to_numpy(),
+              'predicted, test': predictions.grade.to_numpy()}
+    shift = np.abs(_grade_shares(predictions.grade) - _grade_shares(valid.grade)).sum() / 2
+    return [figure(f'Scores by true grade, n = {len(valid)} images',
+                   plots.score_histograms(valid.score, valid.diagnosis, thresholds),
+                   f'Pearson correlation {correlation:.3f}, mean absolute error {error:.3f}, out-of-fold.'),
+            figure(f'Calibration, n = {len(valid)} images', plots.calibration(valid.score, valid.diagnosis),
+                   'On the diagonal, the score equals the mean true grade. Vertical lines: 95 % CI of the mean.'),
+            figure('Grade distribution', plots.grade_distribution(groups),
+                   f'Total variation distance between the predicted grades of validation and test: {shift:.2f} '
+                   '(0: equal shares; 1: no common grade). Possible causes: other patients, another camera, chance.')]
+
+
+def _grade_shares(grades: pd.Series) -> np.ndarray: return np.bincount(grades, minlength=GRADES)[:GRADES] / len(grades)
+
+
+def prediction_sets(run: Run, valid: pd.DataFrame, predictions: pd.DataFrame) -> list[Table]:
+    "Return the empirical coverage and the size of the prediction sets; each part by radii fitted on the others."
+    coverage, parts = run.recipe.submit.coverage, run.parts(valid)
+    low, high = np.empty(len(valid), int), np.empty(len(valid), int)
+    for part in np.unique(parts):
+        test, fit = valid[parts == part], valid[parts != part]
+        sets = PredictionSets(coverage).fit(fit.score, fit.diagnosis)
+        low[parts == part], high[parts == part] = sets.predict(test.score, test.grade)
+    covered, size = (low <= valid.diagnosis) & (valid.diagnosis <= high), high - low + 1
+    groups = {'all': np.full(len(valid), True)}
+    for grade in range(GRADES): groups[str(grade)] = (valid.diagnosis == grade).to_numpy()
+    rows = [[name, int(group.sum()), _share_text(covered[group]), f'{size[group].mean():.2f}']
+            for name, group in groups.items() if group.any()]
+    test_sizes = (predictions.grade_high - predictions.grade_low + 1).value_counts().sort_index()
+    columns = ['true grade', 'images', f'empirical coverage\n(target {percent(coverage)})', 'mean set size']
+    return [Table(columns, rows,
+                  'Conformal prediction sets. Each fold is measured with radii fitted on the other folds. The sets of '
+                  'the predictions are grade_low to grade_high in scores.csv; their scores are means over folds, so '
+                  'their coverage can be a little higher.'),
+            Table(['set size (grades)', 'predictions', 'share'],
+                  [[int(k), int(n), Bar(n / len(predictions))] for k, n in test_sizes.items()])]
+
+
+def learning_curves(run: Run) -> list[Figure]:
+    "Return the learning curves, `STAGES_A_FIGURE` stages a figure."
+    histories = {name: [pd.read_csv(run.fold_dir(name, k) / HISTORY) for k in range(stage.folds)]
+                 for name, stage in run.recipe.stages.items()}
+    names = list(histories)
+    chunks = [names[i:i + STAGES_A_FIGURE] for i in range(0, len(names), STAGES_A_FIGURE)]
     out = []
-    for o in df.itertuples():
-        g, path = graders[o.fold], stored[o.source][o.id_code]
-        hot = heat(g, {n: read_square(path, run.prep, n)[None] for n in {m.size for m in g.model.members}})[0]
-        sq = read_square(path, run.prep, 224)
-        out.append((image(sq, o.id_code), image(lay_over(sq, hot, (0, 224, 0, 224), o.score), f'{o.id_code}: where the score comes from'), words(o)))
+    for i, chunk in enumerate(chunks, 1):
+        title = 'Learning curves' if len(chunks) == 1 else f'Learning curves ({i} of {len(chunks)})'
+        out.append(figure(title, plots.learning_curves({name: histories[name] for name in chunk}),
+                          'One line per fold. Blue: training loss. Orange: validation loss. Green: validation kappa at '
+                          'fixed thresholds; red dot: the epoch kept.'))
     return out
 
 
-def worst(run: Run, v: pd.DataFrame, count: int = 12) -> list[tuple]:
-    "The mistakes that are farthest off"
-    v = v.assign(off=(v.score - v.diagnosis).abs())
-    return gallery(run, v[v.grade != v.diagnosis].nlargest(count, 'off'), lambda o: f'{o.id_code}: true {o.diagnosis}, given {o.grade} (score {o.score:.2f})')
-
-
-def uncertain(run: Run, given: pd.DataFrame, count: int = 12) -> list[tuple]:
-    "The answers of the largest spread"
-    df = given[given.score_sd.notna()].assign(source=run.recipe.submit.table, score=given['mean'], fold=0).nlargest(count, 'score_sd')
-    return gallery(run, df, lambda o: f'{o.id_code}: given {o.grade} ({o.grade_low}-{o.grade_high}), score {o.score:.2f} ± {o.score_sd:.2f}')
-
-
-def shortcuts(run: Run, bars: Bars, kappa: float) -> list:
-    "The audit as a table, with what it means"
+def shortcut_section(run: Run, bars: Bars, result: dict) -> list[Table | str]:
+    "Return the kappa of each set of camera features, and what it means."
     n = len(run.oof(run.recipe.submit.final))
-    with bars('report: shortcut audit', min(n, MOST), 'images') as bar: rows = audit(run, bar)
-    means = dict(zip(CAMERA, ('grades go with the camera in these tables; crop = retina hides that from the network',
-                              'what the camera leaves of the retina tells of grades, and the network sees it'), strict=True))
-    told = [f'{k}: kappa {q:.2f} by this alone, {means[k]}.' for k, _, q, i in rows if k in means and i[0] > 0]
-    told = told or ['Neither the camera\'s geometry nor the shape it leaves tells the grades apart here.']
-    told = ' '.join(told) + ' Bytes, colour and contrast go with the camera and with lesions, too.'
-    rows = [[k, m, interval_text(q, i)] for k, m, q, i in rows] + [['the answer, for comparison', n, f'{kappa:.3f}'.replace('0.', '.')]]
-    return [Table(['a forest that knows of the', 'images', 'kappa [95 %]'], rows, told)]
+    with bars('report: shortcut check', min(n, MAX_IMAGES), 'images') as bar: found = shortcut_check(run, bar)
+    rows = [[name, images, interval_text(kappa, interval)] for name, images, kappa, interval in found]
+    kappa = interval_text(result['kappa'], result['kappa_interval'])
+    rows.append([f'for comparison: {run.recipe.submit.final}', n, kappa])
+    return ['A random forest predicts the grades from features of the camera, without the retina. Where its kappa is '
+            'above 0, a network can learn the camera instead of the disease.',
+            Table(['features', 'images', 'kappa'], rows, _shortcut_findings(found))]
 
 
-def settings(run: Run) -> list:
-    "Every key of the stages, those that are equal everywhere in one column"
-    stages = run.recipe.stages
-    keys = [k for k in Stage.__dataclass_fields__ if k != 'name']
-    def text(o): return ' '.join(map(str, o)) if isinstance(o, tuple) else str(o)
-    rows = [[k, *(text(getattr(s, k)) for s in stages.values())] for k in keys]
-    same = [f'{r[0]} = {r[1] or "(empty)"}' for r in rows if len(set(r[1:])) == 1]
-    rec = run.record(list(stages)[-1], 0)
-    r = run.recipe
-    other = [[k, ', '.join(f'{a} = {text(b)}' for a, b in vars(o).items())] for k, o in (('images', r.images), ('augment', r.augment), ('submit', r.submit))]
-    return [Table(['key', *stages], [r for r in rows if len(set(r[1:])) > 1]),
-            Table(['section', 'keys'],
-                  [['stage, all', ', '.join(same)], *other, ['recipe', f'seed = {r.seed}, splits = {r.splits}, conflicts = {r.conflicts}']]),
-            Table(['made with', 'version'], [[k, v] for k, v in rec['versions'].items() if v])]
+def _shortcut_findings(found: list[tuple[str, int, float, tuple[float, float]]]) -> str:
+    "Say what the kappas of the camera features mean."
+    meaning = {
+        IMAGE_SIZE: 'cameras correlate with grades; [images] crop = retina hides the image size from the network',
+        CROP_SHAPE: "the crop's shape identifies the camera, and cameras correlate with grades; the network sees it",
+    }
+    sentences = [f'{name}: kappa {kappa:.2f}: {meaning[name]}.' for name, _, kappa, (low, _) in found
+                 if name in meaning and low > 0]
+    if not sentences: sentences = ["Neither the image size nor the crop's shape predicts the grades here."]
+    sentences.append('File size, colour and contrast depend on the camera and on lesions: a kappa above 0 there does '
+                     'not prove a shortcut.')
+    return ' '.join(sentences)
 
 
-def write_report(run: Run, summary: dict, oof: pd.DataFrame, given: pd.DataFrame, bars: Bars):
-    "report.html in the run folder: self-contained, for reading on screen and on paper"
-    sub = run.recipe.submit
-    v, final = validated(oof, sub.final), next(r for r in summary['stages'] if r['stage'] == sub.final)
-    dr, area = referable(v)
-    thresholds = run.thresholds(sub.final, sub.thresholds)
-    cards = [(interval_text(final['kappa'], final['kappa_interval']), f'kappa of {sub.final}, out of fold, n = {len(v)}'),
-             (f'{(v.grade == v.diagnosis).mean():.0%}', f'graded right; {((v.grade - v.diagnosis).abs() <= 1).mean():.0%} within one grade'),
-             (f'{area:.3f}'.replace('0.', '.'), 'area under the ROC curve, referable retinopathy'),
-             (f'{len(given)}', f'images of {sub.table} answered, by thresholds ' + ' '.join(f'{c:.2f}' for c in thresholds))]
-    sections = [('Stages', [stage_graph(run, summary), *kappas(run, summary)]), ('Choice of thresholds', cut_choices(run, oof)),
-                ('Mistakes of the answer', mistakes(v)), ('Referable retinopathy', dr),
-                ('Scores', scores(run, v, given, thresholds)), ('Certainty', certainty(v, run.parts(v), given, sub.coverage)),
-                ('Learning', learning(run)), ('Shortcuts', shortcuts(run, bars, final['kappa'])), ('Tables', [tables(run)])]
-    with bars('report: heat maps', 2, 'galleries') as bar:
-        galleries = [worst(run, v)]; bar.to(1)
-        galleries.append(uncertain(run, given)); bar.to(2)
-    write_html(run.root / 'report.html', 'report.html', title=f'{run.recipe.name}: report', warning=SYNTHETIC if run.recipe.demo else '',
-               note=f'{run.recipe.path.name} on {", ".join(f"{n} ({len(f)} images)" for n, f in run.frames.items())}. Research software, no medical device.',
-               cards=cards, sections=sections, worst=galleries[0], uncertain=galleries[1], settings=settings(run))
+def tables_section(run: Run) -> Table:
+    "Return the number of images, grades, quality flags and duplicates of each table."
+    duplicates = duplicates_table(run.frames)
+    columns = ['table', 'images', 'grades 0 / 1 / 2 / 3 / 4', 'unreadable', 'no circle found', 'quality flags',
+               'duplicates', 'with conflicting grades']
+    return Table(columns, [_table_row(run, name, duplicates[duplicates.source == name]) for name in run.frames],
+                 'The folder of the run lists the duplicates in duplicates.csv.' if len(duplicates) else '')
+
+
+def _table_row(run: Run, name: str, duplicates: pd.DataFrame) -> list:
+    "Return the row of a table."
+    frame = run.frames[name]
+    prepared = read_prepared(store_folder(frame, run.store, run.prep))
+    flags = prepared['flags'].str.split().explode().value_counts()
+    readable = prepared[prepared.error == '']
+    graded = run.recipe.tables[name].graded
+    return [name, len(frame),
+            ' / '.join(str((frame.diagnosis == grade).sum()) for grade in range(GRADES)) if graded else 'ungraded',
+            len(prepared) - len(readable),
+            int((readable.how != 'circle').sum()),
+            ', '.join(f'{flag} {count}' for flag, count in flags.items()) or 'none',
+            len(duplicates),
+            int(duplicates.conflict.sum())]
+
+
+def largest_errors(run: Run, valid: pd.DataFrame) -> list[dict]:
+    "Return the wrongly graded validation images whose scores are farthest from the true grade."
+    wrong = valid[valid.grade != valid.diagnosis]
+    wrong = wrong.assign(error=(wrong.score - wrong.diagnosis).abs()).nlargest(GALLERY_IMAGES, 'error')
+    return gallery(run, wrong, lambda o: f'{o.id_code}: true {o.diagnosis}, predicted {o.grade} (score {o.score:.2f})')
+
+
+def most_uncertain(run: Run, predictions: pd.DataFrame) -> list[dict]:
+    "Return the predictions with the largest score SD."
+    df = predictions[predictions.score_sd.notna()].nlargest(GALLERY_IMAGES, 'score_sd')
+    df = df.assign(source=run.recipe.submit.table, fold=0)
+    return gallery(run, df, lambda o: f'{o.id_code}: predicted {o.grade} ({o.grade_low}–{o.grade_high}), '
+                                      f'score {o.score:.2f} ± {o.score_sd:.2f}')
+
+
+def gallery(run: Run, df: pd.DataFrame, caption: Callable) -> list[dict]:
+    """Return image, heat map and caption of each row of `df` (source, id_code, score, fold).
+
+    The networks of the row's fold explain the image; `caption` makes text of a row.
+    """
+    stored = {name: frame.set_index('id_code').stored for name, frame in run.frames.items()}
+    members = run.recipe.members(run.recipe.submit.final)
+    graders = {k: Grader(fold_model(run.root, members, k), run.root) for k in df.fold.unique()}
+    out = []
+    for row in df.itertuples():
+        grader, path = graders[row.fold], stored[row.source][row.id_code]
+        sizes = {m.size for m in grader.model.members}
+        squares = {size: read_square(path, run.prep, size)[None] for size in sizes}
+        square = read_square(path, run.prep, THUMBNAIL)
+        box = (0, THUMBNAIL, 0, THUMBNAIL)
+        overlay = overlay_heatmap(square, heatmap(grader, squares)[0], box, row.score)
+        out.append(dict(image=embed_image(square, row.id_code),
+                        heatmap=embed_image(overlay, f'{row.id_code}: heat map'),
+                        caption=caption(row)))
+    return out
+
+
+def settings(run: Run) -> list[Table]:
+    "Return every key of the recipe and the versions of the packages."
+    recipe, stages = run.recipe, run.recipe.stages
+    differing, common = [], []
+    for key in Stage.__dataclass_fields__:
+        if key == 'name': continue
+        values = [_value_text(getattr(stage, key)) for stage in stages.values()]
+        if len(set(values)) > 1: differing.append([key, *values])
+        else: common.append(f'{key} = {values[0] or "(empty)"}')
+    rows = [['stage, all', ', '.join(common)]]
+    for section in ('images', 'augment', 'submit'):
+        keys = vars(getattr(recipe, section)).items()
+        rows.append([section, ', '.join(f'{key} = {_value_text(value)}' for key, value in keys)])
+    rows.append(['recipe', f'seed = {recipe.seed}, splits = {recipe.splits}, conflicts = {recipe.conflicts}'])
+    versions = run.record(list(stages)[-1], 0)['versions']
+    return [Table(['key', *stages], differing), Table(['section', 'keys'], rows),
+            Table(['package', 'version'], [[name, version] for name, version in versions.items() if version])]
+
+
+def _value_text(value) -> str: return ' '.join(map(str, value)) if isinstance(value, tuple) else str(value)

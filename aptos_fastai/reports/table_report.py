@@ -1,4 +1,4 @@
-"What a table's images look like: originals with the circle found, crops, augmented samples, and what there is of what."
+"Write inspect/<table>.html: what a table holds and what its images look like."
 from pathlib import Path
 
 import cv2
@@ -10,105 +10,164 @@ from aptos_fastai.common.io import AptosError, write_bytes
 from aptos_fastai.data.decode import decode
 from aptos_fastai.data.duplicates import duplicates_table
 from aptos_fastai.data.store import read_prepared, read_square, store_folder
-from aptos_fastai.metrics import GRADE_NAMES
+from aptos_fastai.metrics import GRADE_NAMES, GRADES
 from aptos_fastai.pipeline.graph import start_run
 from aptos_fastai.pipeline.summary import SYNTHETIC
-from aptos_fastai.reports.html import Bar, Table, image, write_html
+from aptos_fastai.reports.html import Bar, Section, Table, embed_image, write_html
 from aptos_fastai.run_folder import Run
 from aptos_fastai.training.loaders import FundusAugment
 
-SIDE = 192                                   # of a tile, pixels
-
-
-def choose(df: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
-    "`count` rows: up to half of them those that ask for a look (flags, no circle, errors), the others at random; grades in order"
-    asks = (df['flags'] != '') | (df.how != 'circle')
-    odd, rest = df[asks], df[~asks]
-    odd = odd.sample(min(len(odd), max(count // 2, count - len(rest))), random_state=seed)
-    return pd.concat([odd, rest.sample(min(len(rest), count - len(odd)), random_state=seed)]).sort_values(['diagnosis', 'id_code'], kind='stable')
-
-
-def tiles(row, run: Run) -> list[np.ndarray]:
-    "The original with its circle, the crop, two augmented samples; each SIDE high"
-    im, (w, h) = decode(Path(row.path).read_bytes(), 2 * SIDE)
-    k = SIDE / im.shape[0]
-    small = cv2.resize(im, (max(1, round(im.shape[1] * k)), SIDE), interpolation=cv2.INTER_AREA)
-    k *= max(im.shape[:2]) / max(w, h)
-    colour = dict(circle=(0, 255, 160), box=(255, 170, 0)).get(row.how, (255, 60, 60))
-    cv2.circle(small, (round(row.x * k), round(row.y * k)), round(row.r * k), colour, 1, cv2.LINE_AA)
-    sq = read_square(row.stored, run.prep, SIDE)
-    aug = FundusAugment(run.recipe.augment, run.recipe.seed)
-    return [small, sq, *(aug.apply(sq, [run.recipe.seed, k, row.Index]) for k in range(2))]
-
-
-def counts(df: pd.DataFrame, col: str, most: int = 8) -> list[list]:
-    "Rows of value, count and share, the commonest first"
-    n = df[col].value_counts()
-    rows = [[k or 'none', int(v), Bar(v / len(df))] for k, v in n.head(most).items()]
-    return rows + ([[f'{len(n) - most} others', int(n[most:].sum()), Bar(n[most:].sum() / len(df))]] if len(n) > most else [])
-
-
-def sections(run: Run, name: str, df: pd.DataFrame) -> list[tuple[str, list[Table]]]:
-    "What there is of what: headings with their tables"
-    df = df.assign(size=df.width.astype(str) + ' x ' + df.height.astype(str))
-    flags = df['flags'].str.split().explode().dropna().value_counts()
-    sizes, out = [Table(['original, pixels', 'images', 'share'], counts(df, 'size'))], []
-    if run.recipe.tables[name].graded:
-        rows = [[f'{g} {GRADE_NAMES[g]}', int((df.diagnosis == g).sum()), Bar((df.diagnosis == g).mean())] for g in range(5)]
-        out.append(('Grades', [Table(['grade', 'images', 'share'], rows)]))
-        by = pd.crosstab(df['size'], df.diagnosis).reindex(columns=range(5), fill_value=0).loc[df['size'].value_counts().index[:8]]
-        sizes.append(Table(['original, pixels', *(f'grade {g}' for g in range(5))], [[k, *map(int, v)] for k, v in by.iterrows()],
-                           'A camera has its sizes: where grades go with them, a network can learn the camera instead of the eye.'))
-    return [*out, ('Sizes and cameras', sizes),
-            ('Retina found as', [Table(['how', 'images', 'share'], counts(df, 'how'),
-                                       'circle: fitted; box: of what is lit; whole: nothing found, the image as it is')]),
-            ('Quality flags', [Table(['flag', 'images', 'share'], [[k, int(v), Bar(v / len(df))] for k, v in flags.items()] or [['none', len(df), Bar(1)]])]),
-            ('Images that stand there more than once', [duplicate_sets(run, name)])]
-
-
-def duplicate_sets(run: Run, name: str, most: int = 40) -> Table:
-    "The images of a table that stand in the tables more than once"
-    t = duplicates_table(run.frames)
-    t = t[t.duplicate.isin(t.duplicate[t.source == name])]
-    rows = [[', '.join(f'{o.source} {o.id_code}' + ('' if np.isnan(o.diagnosis) else f' (grade {o.diagnosis:.0f})') for o in g.itertuples()),
-             'unequal grades' if g.conflict.any() else ''] for _, g in t.groupby('duplicate')]
-    return Table(['images', ''], rows[:most], f'{len(rows) - most} more in duplicates.csv of the run folder' if len(rows) > most else '')
-
-
-def show(row, run: Run) -> tuple[dict, np.ndarray]:
-    "An image's tiles for the page and as a strip of the sheet"
-    ims = tiles(row, run)
-    words = row.id_code + ('' if np.isnan(row.diagnosis) else f'  grade {row.diagnosis:.0f}') + ('' if row.how == 'circle' else f'  {row.how}')
-    return dict(tiles=[image(o, words) for o in ims], words=words, flags=row.flags), _strip(ims, f'{words} {row.flags}')
+TILE = 192                                   # height of an image on the page, pixels
+ORIGINAL_WIDTH = TILE * 4 // 3               # width of the original on the contact sheet, pixels
+AUGMENTED = 2                                # augmented samples of each image
+MAX_ROWS = 8                                 # of a table of counts
+MAX_DUPLICATES = 40                          # sets of duplicates that are listed
+CIRCLE_COLOURS = dict(circle=(0, 255, 160), box=(255, 170, 0), whole=(255, 60, 60))      # RGB
+LEGEND = ('original with the circle found (green: fitted; orange: bounding box; red: no retina found), crop, '
+          'two augmented samples')
 
 
 def inspect_table(run: Run, name: str, count: int):
-    "`look TABLE [COUNT]`: <run>/look/<table>.html and the contact sheet alone as .png"
-    if name not in run.frames: raise AptosError(f'{name}: no such table in {run.recipe.path}; there are {", ".join(run.frames)}')
-    if count < 1: raise AptosError(f'{count}: at least one image must be looked at')
+    "`inspect TABLE [COUNT]`: write inspect/<table>.html, and its images as the contact sheet inspect/<table>.png."
+    if name not in run.frames:
+        raise AptosError(f'{name}: no such table in {run.recipe.path}. Choose one of {", ".join(run.frames)}.')
+    if count < 1: raise AptosError(f'{count}: choose at least 1 image.')
     with start_run(run) as (run, bars):
-        rec = read_prepared(store_folder(run.frames[name], run.store, run.prep))
-        df = run.frames[name].merge(rec[['id_code', 'width', 'height', 'x', 'y', 'r', 'how', 'flags']], on='id_code')
-        shown, parts = choose(df, count, run.recipe.seed), []
-        with bars(f'looking at {name}', len(shown), 'images') as bar:
-            for row in shown.itertuples(): parts.append(show(row, run)); bar.to(len(parts))
-    out = run.root / 'inspect' / f'{name}.html'
-    note = f'{len(df)} images, {run.recipe.path.name}; prepared at {run.prep.size} px ({run.prep.name})'
-    legend = f'{len(shown)} of {len(df)}: original with the circle found (orange: a box; red: nothing), crop, two augmented samples'
-    write_html(out, 'table_report.html', title=f'{name}: what the images look like', note=note, warning=SYNTHETIC if run.recipe.demo else '',
-               sections=sections(run, name, df), legend=legend, images=[p for p, _ in parts])
-    write_bytes(out.with_suffix('.png'), cv2.imencode('.png', _sheet([o for _, o in parts])[..., ::-1])[1].tobytes())
-    say(f'{len(df)} images of {name}, {len(shown)} shown -> {out} and {out.with_suffix(".png").name}')
+        prepared = read_prepared(store_folder(run.frames[name], run.store, run.prep))
+        columns = ['id_code', 'width', 'height', 'x', 'y', 'r', 'how', 'flags']
+        df = run.frames[name].merge(prepared[columns], on='id_code')
+        chosen = choose_images(df, count, run.recipe.seed)
+        images, strips = [], []
+        with bars(f'inspecting {name}', len(chosen), 'images') as bar:
+            for row in chosen.itertuples():
+                image, strip = inspect_image(row, run)
+                images.append(image)
+                strips.append(strip)
+                bar.to(len(images))
+    file = run.root / 'inspect' / f'{name}.html'
+    write_html(file, 'table_report.html', title=f'{name}: table report',
+               note=f'{len(df)} images of {run.recipe.path.name}, prepared at {run.prep.size} px ({run.prep.name})',
+               warning=SYNTHETIC if run.recipe.demo else '', sections=table_sections(run, name, df),
+               legend=f'{len(chosen)} of {len(df)} images: {LEGEND}.', images=images)
+    sheet = contact_sheet(strips)
+    write_bytes(file.with_suffix('.png'), cv2.imencode('.png', sheet[..., ::-1])[1].tobytes())
+    say(f'{name}: {len(chosen)} of {len(df)} images -> {file} and {file.with_suffix(".png").name}')
 
 
-def _strip(ims: list[np.ndarray], words: str) -> np.ndarray:
-    "The tiles side by side, the original fitted into 4:3, the words below"
-    first = cv2.resize(ims[0], (SIDE * 4 // 3, SIDE), interpolation=cv2.INTER_AREA) if ims[0].shape[1] > SIDE * 4 // 3 else \
-        cv2.copyMakeBorder(ims[0], 0, 0, 0, SIDE * 4 // 3 - ims[0].shape[1], cv2.BORDER_CONSTANT)
-    out = cv2.copyMakeBorder(np.hstack([first, *ims[1:]]), 0, 18, 0, 6, cv2.BORDER_CONSTANT)
-    return cv2.putText(out, words, (2, SIDE + 13), cv2.FONT_HERSHEY_SIMPLEX, .42, (230, 230, 230), 1, cv2.LINE_AA)
+def choose_images(df: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
+    "Choose `count` rows, sorted by grade: up to half of them have quality flags or no circle, the others are random."
+    suspect = (df['flags'] != '') | (df.how != 'circle')
+    first, others = df[suspect], df[~suspect]
+    n = min(len(first), max(count // 2, count - len(others)))
+    first = first.sample(n, random_state=seed)
+    others = others.sample(min(len(others), count - n), random_state=seed)
+    return pd.concat([first, others]).sort_values(['diagnosis', 'id_code'], kind='stable')
 
 
-def _sheet(lines: list[np.ndarray], across: int = 2) -> np.ndarray:
-    lines += [np.zeros_like(lines[0])] * (-len(lines) % across)
-    return np.vstack([np.hstack(lines[i:i + across]) for i in range(0, len(lines), across)])
+def inspect_image(row, run: Run) -> tuple[dict, np.ndarray]:
+    "Return an image's tiles for the page, and the same as a strip of the contact sheet."
+    parts = [row.id_code]
+    if not np.isnan(row.diagnosis): parts.append(f'grade {row.diagnosis:.0f}')
+    if row.how != 'circle': parts.append(row.how)
+    caption = '  '.join(parts)
+    images = tiles(row, run)
+    entry = dict(tiles=[embed_image(im, caption) for im in images], caption=caption, flags=row.flags)
+    return entry, _strip(images, f'{caption} {row.flags}')
+
+
+def tiles(row, run: Run) -> list[np.ndarray]:
+    "Return the original with its circle, the crop and the augmented samples (uint8 RGB), each `TILE` pixels high."
+    square = read_square(row.stored, run.prep, TILE)
+    augment = FundusAugment(run.recipe.augment, run.recipe.seed)
+    samples = [augment.apply(square, [run.recipe.seed, k, row.Index]) for k in range(AUGMENTED)]
+    return [_original_with_circle(row), square, *samples]
+
+
+def _original_with_circle(row) -> np.ndarray:
+    "Return the original, `TILE` pixels high, with the circle that was found."
+    im, (width, height) = decode(Path(row.path).read_bytes(), 2 * TILE)
+    scale = TILE / im.shape[0]
+    small = cv2.resize(im, (max(1, round(im.shape[1] * scale)), TILE), interpolation=cv2.INTER_AREA)
+    scale *= max(im.shape[:2]) / max(width, height)                      # x, y and r are pixels of the full size
+    centre = round(row.x * scale), round(row.y * scale)
+    cv2.circle(small, centre, round(row.r * scale), CIRCLE_COLOURS[row.how], 1, cv2.LINE_AA)
+    return small
+
+
+def table_sections(run: Run, name: str, df: pd.DataFrame) -> list[Section]:
+    "Return the counts of grades, sizes, circles, quality flags and duplicates of a table."
+    df = df.assign(size=df.width.astype(str) + ' x ' + df.height.astype(str))
+    sizes = [Table(['original, pixels', 'images', 'share'], count_rows(df, 'size'))]
+    sections = []
+    if run.recipe.tables[name].graded:
+        sections.append(Section('Grades', [Table(['grade', 'images', 'share'], _grade_rows(df))]))
+        sizes.append(grades_by_size(df))
+    flags = df['flags'].str.split().explode().dropna().value_counts()
+    flag_rows = [[flag, int(n), Bar(n / len(df))] for flag, n in flags.items()] or [['none', len(df), Bar(1)]]
+    found = Table(['method', 'images', 'share'], count_rows(df, 'how'),
+                  'circle: a fitted circle; box: the bounding box of the bright part; whole: no retina found, so the '
+                  'whole image is used')
+    return [*sections, Section('Image sizes', sizes), Section('Retina detection', [found]),
+            Section('Quality flags', [Table(['flag', 'images', 'share'], flag_rows)]),
+            Section('Duplicate images', [duplicate_sets(run, name)])]
+
+
+def _grade_rows(df: pd.DataFrame) -> list[list]:
+    "Return grade, count and share for each grade."
+    counts = [int((df.diagnosis == grade).sum()) for grade in range(GRADES)]
+    return [[f'{grade} {GRADE_NAMES[grade]}', n, Bar(n / len(df))] for grade, n in enumerate(counts)]
+
+
+def count_rows(df: pd.DataFrame, column: str, most: int = MAX_ROWS) -> list[list]:
+    "Return value, count and share of the `most` commonest values, and one row for all others."
+    counts = df[column].value_counts()
+    rows = [[value or 'none', int(n), Bar(n / len(df))] for value, n in counts.head(most).items()]
+    others = counts[most:]
+    if len(others): rows.append([f'{len(others)} others', int(others.sum()), Bar(others.sum() / len(df))])
+    return rows
+
+
+def grades_by_size(df: pd.DataFrame) -> Table:
+    "Return the number of images of each grade for the commonest image sizes."
+    commonest = df['size'].value_counts().index[:MAX_ROWS]
+    counts = pd.crosstab(df['size'], df.diagnosis).reindex(columns=range(GRADES), fill_value=0).loc[commonest]
+    columns = ['original, pixels', *(f'grade {grade}' for grade in range(GRADES))]
+    return Table(columns, [[size, *map(int, row)] for size, row in counts.iterrows()],
+                 'The image size identifies the camera. Where sizes correlate with grades, a network can learn the '
+                 'camera instead of the disease.')
+
+
+def duplicate_sets(run: Run, name: str) -> Table:
+    "Return the sets of duplicate images with at least one image of the table."
+    df = duplicates_table(run.frames)
+    df = df[df.duplicate_group.isin(df.duplicate_group[df.source == name])]
+    rows = []
+    for _, images in df.groupby('duplicate_group'):
+        note = 'conflicting grades' if images.conflict.any() else ''
+        rows.append([', '.join(map(_duplicate_text, images.itertuples())), note])
+    more = len(rows) - MAX_DUPLICATES
+    return Table(['images', 'note'], rows[:MAX_DUPLICATES],
+                 f'{more} more in duplicates.csv of the run folder' if more > 0 else '')
+
+
+def _duplicate_text(row) -> str:
+    "Return table, id and grade of an image."
+    text = f'{row.source} {row.id_code}'
+    return text if np.isnan(row.diagnosis) else f'{text} (grade {row.diagnosis:.0f})'
+
+
+def _strip(images: list[np.ndarray], caption: str) -> np.ndarray:
+    "Return the tiles side by side above the caption; the original is squeezed or padded to `ORIGINAL_WIDTH`."
+    original, *others = images
+    missing = ORIGINAL_WIDTH - original.shape[1]
+    if missing < 0: original = cv2.resize(original, (ORIGINAL_WIDTH, TILE), interpolation=cv2.INTER_AREA)
+    else: original = cv2.copyMakeBorder(original, 0, 0, 0, missing, cv2.BORDER_CONSTANT)
+    strip = cv2.copyMakeBorder(np.hstack([original, *others]), 0, 18, 0, 6, cv2.BORDER_CONSTANT)
+    return cv2.putText(strip, caption, (2, TILE + 13), cv2.FONT_HERSHEY_SIMPLEX, .42, (230, 230, 230), 1, cv2.LINE_AA)
+
+
+def contact_sheet(strips: list[np.ndarray], columns: int = 2) -> np.ndarray:
+    "Return the strips in rows of `columns`, the last row filled up with black."
+    missing = -len(strips) % columns
+    strips = strips + [np.zeros_like(strips[0])] * missing
+    return np.vstack([np.hstack(strips[i:i + columns]) for i in range(0, len(strips), columns)])

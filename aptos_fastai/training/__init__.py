@@ -1,1 +1,1 @@
-"What a fastai user would import: loaders, model, callbacks."
+"Data loaders, model, callbacks and weights: what a fastai user imports."

@@ -1,134 +1,198 @@
-"What happens around batches and epochs of a training: fastai callbacks."
+"fastai callbacks for training: seeds, history, moving average, loss scaling, gradient accumulation, progress."
+import math
+import random
 import time
 
-from fastai.vision.all import *
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.training import GradientAccumulation
+from fastai.vision.all import Callback, Tensor, get_model, nn, set_seed, tensor
 from timm.utils import ModelEmaV3
 
 from aptos_fastai.common.console import console, format_duration, say
 from aptos_fastai.common.distributed import world_size
 from aptos_fastai.common.io import AptosError
-from aptos_fastai.training.loaders import start_epoch
+from aptos_fastai.training.loaders import set_epoch
 
-CHECK_EVERY = 10                             # batches: how often the loss is looked at within an epoch
+CHECK_EVERY = 10                             # batches between two checks of the loss (and updates of the bar)
+
+
+class TrainingDiverged(AptosError):
+    "The loss or kappa of a training is NaN or infinite"
 
 
 class Reproducible(Callback):
-    "Order and augmentation of an epoch depend on the seed and its number in the stage alone"
-    order = 20                                # before anything draws, after the DataLoaders were parted among processes
+    "Seed every epoch from `seed` and its number, so that a resumed training sees the same order and augmentation"
+    order = 20                                # after DistributedTraining, before any random draw
     def __init__(self, seed: int, history: 'History'): self.seed, self.hist = seed, history
+
     def before_epoch(self):
-        n = len(self.hist.rows)
-        self.opt.zero_grad()                  # what an epoch accumulated past its last step
-        set_seed(self.seed + n)
-        self.train_dl.rng = random.Random(self.seed + n)
-        start_epoch(self.train_dl, n)
-    def after_fit(self): start_epoch(self.train_dl, None)
+        epoch = len(self.hist.rows)
+        self.opt.zero_grad()                  # drop gradients accumulated after the last step of the previous epoch
+        set_seed(self.seed + epoch)
+        self.train_dl.rng = random.Random(self.seed + epoch)
+        set_epoch(self.train_dl, epoch)
+
+    def after_fit(self): set_epoch(self.train_dl, None)
 
     @property
-    def train_dl(self): return getattr(self.dls.train, 'dl', self.dls.train) if world_size() > 1 else self.dls.train
+    def train_dl(self):
+        "The training DataLoader, without the wrapper of distributed training"
+        dl = self.dls.train
+        return getattr(dl, 'dl', dl) if world_size() > 1 else dl
 
 
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    "Its weights as they are now, on the CPU"
+def cpu_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    "Return a copy of the model's weights on the CPU"
     return {k: v.detach().cpu().clone() for k, v in get_model(model).state_dict().items()}
 
 
 class History(Callback):
-    "A row an epoch: losses, kappa, rate, time; and the weights of the best by `keep` (kappa, loss or last)"
+    """Record losses, kappa, learning rate and seconds of every epoch, and keep the weights of the best one.
+
+    `keep` chooses the best epoch: highest kappa (ties: lower validation loss), lowest validation loss, or the last.
+    `rows` holds a dict per epoch, `kept` is True in the best one; `weights` are the best epoch's.
+    Raises `TrainingDiverged` when a loss is NaN or infinite.
+    """
     order = 60                                # after fastai's Recorder
-    def __init__(self, keep: str): self.keep, self.rows, self.best, self.weights, self.smooth = keep, [], (-math.inf,), None, None
+    def __init__(self, keep: str):
+        self.keep = keep
+        self.rows: list[dict] = []
+        self.best: tuple = (-math.inf,)
+        self.weights: dict | None = None
+        self.smooth: tuple[int, float] | None = None      # count and value of the smoothed loss, from a checkpoint
+
     def before_epoch(self):
-        self.t0 = time.monotonic()
-        if self.smooth and self.epoch: self.recorder.smooth_loss.count, self.recorder.smooth_loss.val = self.smooth[0], tensor(self.smooth[1])      # in one fit
+        self.epoch_start = time.monotonic()
+        if self.smooth and self.epoch > 0:    # resumed inside this fit; a new fit starts with a new average
+            count, value = self.smooth
+            self.recorder.smooth_loss.count, self.recorder.smooth_loss.val = count, tensor(value)
 
     def after_batch(self):
-        if self.training and self.iter % CHECK_EVERY == 0 and not math.isfinite(self.smooth_loss): self.refuse(f'the loss is {float(self.smooth_loss):g}')
+        if self.training and self.iter % CHECK_EVERY == 0 and not math.isfinite(self.smooth_loss):
+            self.stop(f'the loss is {float(self.smooth_loss):g}')
 
     def after_epoch(self):
-        if not self.recorder.values[-1]: return          # skipped on the way to where it stopped
+        if not self.recorder.values[-1]: return          # an epoch that `start_epoch` skips
         train, valid, kappa, *more = map(float, self.recorder.values[-1])
         if not all(map(math.isfinite, (train, valid, kappa))):
-            self.refuse(f'the loss is {train:g} in training, {valid:g} in validation, kappa {kappa:g}')
-        n = len(self.rows)
-        worth = dict(kappa=(kappa, -valid), loss=(-valid,), last=(n,))[self.keep]
-        better = worth > self.best
-        if better:
-            self.best, self.weights = worth, snapshot(self.model)
-        others = dict(zip(self.recorder.metric_names[4:], more, strict=False))      # the last of the names is the time
-        self.rows.append(dict(epoch=n, train_loss=train, valid_loss=valid, kappa=kappa, **others, lr=float(self.opt.hypers[-1]['lr']),
-                              seconds=round(time.monotonic() - self.t0, 2), kept=False))
-        if better:
-            for r in self.rows: r['kept'] = r['epoch'] == n
+            self.stop(f'the training loss is {train:g}, the validation loss {valid:g}, kappa {kappa:g}')
+        epoch = len(self.rows)
+        criterion = self.criterion(epoch, valid, kappa)
+        improved = criterion > self.best
+        more_names = self.recorder.metric_names[4:]      # after epoch, losses and kappa; the last one is the time
+        self.rows.append(dict(
+            epoch=epoch, train_loss=train, valid_loss=valid, kappa=kappa, **dict(zip(more_names, more, strict=False)),
+            lr=float(self.opt.hypers[-1]['lr']), seconds=round(time.monotonic() - self.epoch_start, 2), kept=False))
+        if improved:
+            self.best, self.weights = criterion, cpu_state_dict(self.model)
+            for r in self.rows: r['kept'] = r['epoch'] == epoch
         self.smooth = None
 
-    def refuse(self, why: str): raise TrainingDiverged(f'epoch {len(self.rows) + 1}: {why}; lower the stage\'s lr ({self.opt.hypers[-1]["lr"]:g} now)')
+    def criterion(self, epoch: int, valid_loss: float, kappa: float) -> tuple:
+        "Return what `keep` compares: larger is better"
+        if self.keep == 'kappa': return kappa, -valid_loss
+        if self.keep == 'loss': return (-valid_loss,)
+        return (epoch,)
 
-    def state(self) -> dict:
-        "The best epoch's weights only where they are not the last one's, which the checkpoint holds anyhow"
+    @property
+    def kept_row(self) -> dict:
+        "The row of the epoch whose weights are kept"
+        return next(r for r in self.rows if r['kept'])
+
+    def stop(self, reason: str):
+        "Raise `TrainingDiverged` with the epoch, the reason and the present learning rate"
+        lr = self.opt.hypers[-1]['lr']
+        raise TrainingDiverged(f'epoch {len(self.rows) + 1}: {reason}. Lower the stage\'s lr ({lr:.2g} in this step).')
+
+    def state_dict(self) -> dict:
+        "Return what a checkpoint must hold; not the best weights where they are the last ones, which it holds already"
         smooth = self.recorder.smooth_loss
-        return dict(rows=self.rows, best=self.best, smooth=(smooth.count, float(smooth.val)), weights=None if self.rows[-1]['kept'] else self.weights)
-    def load(self, o: dict, model: nn.Module):
-        self.rows, self.best, self.smooth = o['rows'], o['best'], o['smooth']
-        self.weights = o['weights'] or snapshot(model)
+        weights = None if self.rows[-1]['kept'] else self.weights
+        return dict(rows=self.rows, best=self.best, smooth=(smooth.count, float(smooth.val)), weights=weights)
 
-
-class TrainingDiverged(AptosError):
-    "A training whose loss is no longer a number"
+    def load_state_dict(self, state: dict, model: nn.Module):
+        "Restore `state_dict`; `model` holds the last epoch's weights"
+        self.rows, self.best, self.smooth = state['rows'], state['best'], state['smooth']
+        self.weights = state['weights'] or cpu_state_dict(model)
 
 
 class EMACallback(Callback):
-    "Validates, and lets `History` keep, the moving average of the weights over steps (timm's `ModelEmaV3`, its decay rising to `decay`)"
-    def __init__(self, decay: float): self.decay, self.ema, self.raw, self.steps = decay, None, None, 0
-    def before_fit(self): self.ema = self.ema or ModelEmaV3(self.model, decay=self.decay, use_warmup=True)
+    """Validate and keep an exponential moving average of the weights (timm's `ModelEmaV3`).
+
+    The decay warms up to `decay`. Training itself goes on with the raw weights.
+    """
+    def __init__(self, decay: float):
+        self.decay, self.steps = decay, 0
+        self.average: ModelEmaV3 | None = None
+        self.raw: dict | None = None          # the weights before they were replaced by the average
+
+    def before_fit(self): self.average = self.average or ModelEmaV3(self.model, decay=self.decay, use_warmup=True)
+
     def before_epoch(self):
         if self.raw: get_model(self.model).load_state_dict(self.raw)
+
     def after_step(self):
         self.steps += 1
-        self.ema.update(get_model(self.model), step=self.steps)
+        self.average.update(get_model(self.model), step=self.steps)
+
     def before_validate(self):
         self.raw = {k: v.clone() for k, v in get_model(self.model).state_dict().items()}
-        get_model(self.model).load_state_dict(self.ema.module.state_dict())
+        get_model(self.model).load_state_dict(self.average.module.state_dict())
 
-    def state(self) -> dict: return dict(raw=self.raw, steps=self.steps)     # the average itself is what the checkpoint's model holds
-    def load(self, o: dict, model: nn.Module): self.raw, self.steps = o['raw'], o['steps']
+    def state_dict(self) -> dict:
+        "Return raw weights and steps; the average is in the checkpoint's model"
+        return dict(raw=self.raw, steps=self.steps)
+
+    def load_state_dict(self, state: dict, model: nn.Module): self.raw, self.steps = state['raw'], state['steps']
 
 
 class LossScaling(MixedPrecision):
-    "fastai's loss scaling for fp16, whose casting `precision.Autocast` does: pooling, the one unit and the loss stay in float32"
+    "Scale the loss for fp16 as fastai's `MixedPrecision` does; `precision.Autocast` does the casting"
     def before_batch(self): pass
     def after_loss(self): pass
 
 
-class Accumulate(Callback):
-    "A batch in `parts` equal parts, whose gradients add up to the whole one's: for batches that do not fit the device"
-    order, run_valid = MixedPrecision.order - 4, False
-    def __init__(self, parts: int): self.parts = parts
-    def before_epoch(self): self.n = 0
-    def after_loss(self): self.learn.loss_grad = self.loss_grad / self.parts
-    def before_step(self):
-        self.n += 1
-        if self.n % self.parts: raise CancelBatchException
+class AccumulateGradients(GradientAccumulation):
+    """Take one optimizer step per `n_acc` images: batches of a size that does not fit the GPU.
+
+    fastai's `GradientAccumulation` carries a count across epochs, but `Reproducible` drops the gradients of an
+    incomplete group: each epoch counts from zero, and a resumed training takes the same steps.
+    """
+    def before_epoch(self): self.count = 0
 
 
 class ShowProgress(Callback):
-    "Batches as a bar with loss, kappa so far, images a second and time left of the stage; epochs as lines"
+    "Show a bar of batches with loss, last kappa and images/s, and print a line per epoch"
     order = 70
     def __init__(self, title: str, epochs: int, bar, history: History):
-        self.title, self.epochs, self.bar, self.hist, self.t0, self.done = title, epochs, bar, history, time.monotonic(), 0
-        self.first = len(history.rows)
+        self.title, self.epochs, self.bar, self.hist = title, epochs, bar, history
+        self.fit_start, self.batches = time.monotonic(), 0
+        self.resumed_at = len(history.rows)
+
     @property
-    def n(self): return len(self.hist.rows)
-    def before_train(self): self.seen, self.te, self.done = 0, time.monotonic(), self.n * len(self.dls.train)
+    def finished(self) -> int: return len(self.hist.rows)
+
+    def before_train(self):
+        self.images, self.train_start = 0, time.monotonic()
+        self.batches = self.finished * len(self.dls.train)
+
     def after_batch(self):
         if not self.training: return
-        self.seen, self.done = self.seen + len(self.x) * world_size(), self.done + 1
-        if self.iter % CHECK_EVERY and self.iter + 1 < len(self.dls.train): return
-        self.rate = self.seen / max(time.monotonic() - self.te, 1e-6)
+        self.images += len(self.x) * world_size()
+        self.batches += 1
+        is_last = self.iter + 1 >= len(self.dls.train)
+        if self.iter % CHECK_EVERY and not is_last: return
+        self.images_per_second = self.images / max(time.monotonic() - self.train_start, 1e-6)
         kappa = f'kappa {self.hist.rows[-1]["kappa"]:.3f}  ' if self.hist.rows else ''
-        self.bar.to(self.done, f'epoch {self.n + 1}/{self.epochs}  loss {float(self.smooth_loss):.3f}  {kappa}{self.rate:.0f} images/s')
+        self.bar.to(self.batches, f'epoch {self.finished + 1}/{self.epochs}  loss {float(self.smooth_loss):.3f}  '
+                                  f'{kappa}{self.images_per_second:.0f} images/s')
+
     def after_epoch(self):
-        if self.n == self.first: return
-        r, done = self.hist.rows[-1], self.n - self.first
-        left = (time.monotonic() - self.t0) * (self.epochs - self.n) / done
-        say(f'  {self.title}  epoch {self.n}/{self.epochs}  loss {r["train_loss"]:.3f}  valid {r["valid_loss"]:.3f}  kappa {r["kappa"]:.3f}  '
-            f'{self.rate:.0f} images/s' + (f'  {format_duration(left)} left' if self.n < self.epochs else ''), 'dim' if console.is_terminal else None)
+        if self.finished == self.resumed_at: return      # an epoch that `start_epoch` skips
+        row = self.hist.rows[-1]
+        line = (f'  {self.title}  epoch {self.finished}/{self.epochs}  loss {row["train_loss"]:.3f}  '
+                f'valid {row["valid_loss"]:.3f}  kappa {row["kappa"]:.3f}  {self.images_per_second:.0f} images/s')
+        if self.finished < self.epochs:
+            seconds_per_epoch = (time.monotonic() - self.fit_start) / (self.finished - self.resumed_at)
+            line += f'  {format_duration(seconds_per_epoch * (self.epochs - self.finished))} left'
+        say(line, 'dim' if console.is_terminal else None)

@@ -1,4 +1,4 @@
-"A stage on its way: what a killed training goes on from, epoch by epoch."
+"Save and resume a stage's training state every epoch."
 import io
 from pathlib import Path
 
@@ -9,59 +9,71 @@ from fastai.torch_core import get_model
 from fastcore.foundation import L
 
 from aptos_fastai.common.console import say
-from aptos_fastai.common.io import file_hash, read_record, write_bytes, write_record
+from aptos_fastai.common.io import AptosError, file_hash, read_record, verify_file, write_bytes, write_record
+from aptos_fastai.training.callbacks import EMACallback, History
 
-BEST = 'best.safetensors'                    # of a training that could not end
-NOTE = 'checkpoint.json'                     # names the file that counts, with its hash; written after it
+BEST_WEIGHTS = 'best.safetensors'            # the best epoch of a training that diverged
+CHECKPOINT_RECORD = 'checkpoint.json'        # names the current checkpoint file and its hash; written after it
 
 
 class Checkpoint(Callback):
-    """Writes after every epoch all that the next one depends on: weights, optimizer, the epochs so far with the best one's weights, the moving average.
+    """Save a checkpoint after every epoch and resume from it.
 
-    Order and augmentation of an epoch depend on its number alone (`callbacks.Reproducible`), so that a resumed training is, on the CPU, equal to the bit.
-    `parts` are the callbacks with a state of their own (`state`, `load`).
+    It holds the weights, the optimizer's state and the states of `history` and `ema`. `key` identifies the settings,
+    data and parents of the training: a checkpoint with another key is ignored. `callbacks.Reproducible` seeds each
+    epoch by its number, so on the CPU a resumed training is bit for bit the same as an uninterrupted one.
     """
     order = 65                               # after History
-    def __init__(self, folder: Path, key: str, parts: list): self.folder, self.key, self.parts, self.resumed = Path(folder), key, parts, []
+    def __init__(self, folder: Path, key: str, history: History, ema: EMACallback | None = None):
+        self.folder, self.key, self.hist = Path(folder), key, history
+        self.stateful: list[History | EMACallback] = [history] if ema is None else [history, ema]
+        self.saved_epochs = 0
+        self.resumed: list[int] = []         # the epochs after which this training was resumed
 
     def after_epoch(self):
-        n = len(self.parts[0].rows)
-        if n == self.begun: return           # an epoch that is skipped on the way to where it stopped
-        buffer, file = io.BytesIO(), f'checkpoint-{n}.pt'
-        torch.save(dict(model=get_model(self.model).state_dict(), opt=_plain(self.opt.state_dict()), parts=[p.state() for p in self.parts]), buffer)
-        write_bytes(self.folder / file, buffer.getbuffer())
-        write_record(self.folder / NOTE, dict(key=self.key, file=file, hash=file_hash(self.folder / file), epochs=n, resumed=self.resumed))
-        self.begun = n
-        for f in self.folder.glob('checkpoint-*.pt'):
-            if f.name != file: f.unlink(missing_ok=True)
+        epochs = len(self.hist.rows)
+        if epochs == self.saved_epochs: return           # an epoch that `start_epoch` skips
+        state = dict(model=get_model(self.model).state_dict(), opt=_plain_opt_state(self.opt.state_dict()),
+                     callbacks=[cb.state_dict() for cb in self.stateful])
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        file = self.folder / f'checkpoint-{epochs}.pt'
+        write_bytes(file, buffer.getbuffer())
+        write_record(self.folder / CHECKPOINT_RECORD,
+                     dict(key=self.key, file=file.name, hash=file_hash(file), epochs=epochs, resumed=self.resumed))
+        self.saved_epochs = epochs
+        for old in self.folder.glob('checkpoint-*.pt'):
+            if old.name != file.name: old.unlink(missing_ok=True)
 
     def load(self, learn: Learner) -> dict | None:
-        "Puts weights and `parts` as they were after the last finished epoch of this very training, and returns the optimizer's state; None where there is none"
-        self.begun = 0
-        o = read_record(self.folder / NOTE)
-        if not o or o['key'] != self.key: return None
-        path = self.folder / Path(o['file']).name
-        if not path.is_file() or file_hash(path) != o['hash']:
-            say(f'  {path}: is not what this run wrote (its hash differs): not loaded, the stage begins anew', 'yellow')
+        "Restore weights and callbacks from the checkpoint and return the optimizer's state; without a checkpoint, None"
+        record = read_record(self.folder / CHECKPOINT_RECORD)
+        if not record or record['key'] != self.key: return None
+        file = self.folder / Path(record['file']).name
+        try: verify_file(file, record['hash'], 'The checkpoint is ignored and the stage restarts.')
+        except AptosError as e:
+            say(f'  {e}', 'yellow')
             return None
-        saved = torch.load(path, map_location='cpu', weights_only=True)
+        saved = torch.load(file, map_location='cpu', weights_only=True)
         learn.model.load_state_dict(saved['model'])
-        for p, s in zip(self.parts, saved['parts'], strict=True): p.load(s, learn.model)
-        self.begun, self.resumed = o['epochs'], [*o['resumed'], o['epochs']]
+        for cb, state in zip(self.stateful, saved['callbacks'], strict=True): cb.load_state_dict(state, learn.model)
+        self.saved_epochs, self.resumed = record['epochs'], [*record['resumed'], record['epochs']]
         return dict(state=saved['opt']['state'], hypers=L(saved['opt']['hypers']))
 
 
-def _plain(opt: dict) -> dict:
-    "fastai's optimizer state in types that load without a pickle's freedom"
-    return dict(state=[dict(s) for s in opt['state']], hypers=[{k: float(v) for k, v in h.items()} for h in opt['hypers']])
+def _plain_opt_state(opt: dict) -> dict:
+    "Convert fastai's optimizer state to plain types, which `torch.load(weights_only=True)` accepts"
+    hypers = [{k: float(v) for k, v in group.items()} for group in opt['hypers']]
+    return dict(state=[dict(s) for s in opt['state']], hypers=hypers)
 
 
-def epochs_kept(folder: Path) -> int:
-    "Finished epochs that a training in `folder` could go on from"
-    o = read_record(Path(folder) / NOTE)
-    return o['epochs'] if o else 0
+def finished_epochs(folder: Path) -> int:
+    "Return how many epochs the checkpoint in `folder` holds"
+    record = read_record(Path(folder) / CHECKPOINT_RECORD)
+    return record['epochs'] if record else 0
 
 
 def clear_checkpoint(folder: Path):
-    "The stage is finished: nothing is left to go on from, nor of an earlier attempt that could not end"
-    for f in [Path(folder) / NOTE, Path(folder) / BEST, *Path(folder).glob('checkpoint-*.pt')]: f.unlink(missing_ok=True)
+    "Delete the checkpoint of a finished stage, and the best weights of earlier attempts"
+    for f in [Path(folder) / CHECKPOINT_RECORD, Path(folder) / BEST_WEIGHTS, *Path(folder).glob('checkpoint-*.pt')]:
+        f.unlink(missing_ok=True)

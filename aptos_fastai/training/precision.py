@@ -1,6 +1,7 @@
-"How fast a network computes on this machine, and in which precision: measured, recorded, applied."
+"Choose and apply the numeric precision of training, and time training steps on this machine."
 import platform
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,111 +13,160 @@ from aptos_fastai.recipe import Stage
 from aptos_fastai.training.model import create_model, keep_freed_memory
 
 DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16)
-WORTH = 1.1                                  # times: what bf16 must be faster on the CPU to be taken
-FILE = 'precision.json'
+MIN_SPEEDUP = 1.1                            # bf16 is chosen on a CPU if it is this many times faster than f32
+PRECISION_RECORD = 'precision.json'
 
 
 class Autocast(Callback):
-    "The body computes in `precision`; pooling, the one unit and the loss stay in float32. fastai's own `to_bf16` does nothing on the CPU"
+    """Compute the body in `precision` (bf16 or fp16); pooling, output and loss stay in float32.
+
+    fastai's own `to_bf16` has no effect on the CPU.
+    """
     def __init__(self, precision: str): self.dtype = DTYPES[precision]
+
     def before_fit(self):
-        self.casts, body = [], self.model[0]
+        body, contexts = self.model[0], []
 
-        def enter(*_):
-            self.casts.append(torch.autocast(next(body.parameters()).device.type, self.dtype))
-            self.casts[-1].__enter__()
+        def enter_autocast(module, inputs):
+            device = next(module.parameters()).device.type
+            contexts.append(torch.autocast(device, self.dtype))
+            contexts[-1].__enter__()
 
-        def leave(_, __, maps):
-            self.casts.pop().__exit__(None, None, None)
-            return None if maps is None else maps.float()
-        self.hooks = body.register_forward_pre_hook(enter), body.register_forward_hook(leave, always_call=True)
+        def leave_autocast(module, inputs, maps):
+            contexts.pop().__exit__(None, None, None)
+            return None if maps is None else maps.float()      # None: the body has raised
+
+        self.hooks = [body.register_forward_pre_hook(enter_autocast),
+                      body.register_forward_hook(leave_autocast, always_call=True)]
+
     def after_fit(self):
-        for h in self.hooks: h.remove()
+        for hook in self.hooks: hook.remove()
 
 
 def machine() -> str:
-    "What the figures depend on"
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()
+    "Return what timings depend on: GPU or CPU, threads, PyTorch's version"
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
     return f'{name}, {torch.get_num_threads()} threads, torch {torch.__version__}'
 
 
-def _cpu() -> str:
-    try: return next(o.partition(':')[2].strip() for o in Path('/proc/cpuinfo').read_text().splitlines() if o.startswith('model name'))
-    except (OSError, StopIteration): return platform.processor() or platform.machine()
+def _cpu_name() -> str:
+    try: lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError: lines = []               # not Linux
+    names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
-def step_seconds(stage: Stage, precisions=('f32',), n: int = 4, rounds: int = 2) -> tuple[dict[str, float], float, int]:
-    """Seconds an image of a training step with Adam (random images, `n` a batch) by precision, the best of `rounds` in turns; of a forward pass in
-    float32; and the number of parameters"""
+def step_seconds(stage: Stage, precisions: Sequence[str] = ('f32',), n: int = 4,
+                 rounds: int = 2) -> tuple[dict[str, float], float, int]:
+    """Time training steps of the network of `stage` on batches of `n` random images.
+
+    Returns the seconds per image of a training step (AdamW) by precision, the best of `rounds`; those of a forward
+    pass in float32; and the number of parameters. Leaves the CPU's random state as it was.
+    """
     keep_freed_memory()
-    state = torch.random.get_rng_state()
+    rng_state = torch.random.get_rng_state()
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    model = create_model(stage).to(device, memory_format=torch.channels_last)
-    x, opt = torch.randn(n, 3, stage.size, stage.size, device=device), torch.optim.AdamW(model.parameters())
+    model = create_model(stage.arch, stage.head, stage.size, stage.dropout)
+    model = model.to(device, memory_format=torch.channels_last)
+    images = torch.randn(n, 3, stage.size, stage.size, device=device)
+    opt = torch.optim.AdamW(model.parameters())
 
-    def timed(precision: str, train: bool) -> float:
-        t = time.perf_counter()
-        with torch.set_grad_enabled(train):
-            model.train(train)
-            with torch.autocast(device, DTYPES.get(precision, torch.bfloat16), enabled=precision in DTYPES): maps = model[0](x)
-            y = model[1](maps.float()).mean()
-            if train: y.backward(); opt.step(); opt.zero_grad()
-            y.item()
-        return (time.perf_counter() - t) / n
-    steps = {p: [] for p in precisions}
-    for i in range(rounds + 1):
-        for p in precisions: steps[p].append(timed(p, True) if i else (timed(p, True), 1e9)[1])      # the first builds its buffers
-    forward = timed('f32', False)
-    torch.random.set_rng_state(state)
-    return {p: min(o) for p, o in steps.items()}, forward, sum(o.numel() for o in model.parameters())
+    def mean_score(precision: str) -> torch.Tensor:
+        with torch.autocast(device, DTYPES.get(precision, torch.bfloat16), enabled=precision in DTYPES):
+            maps = model[0](images)
+        return model[1](maps.float()).mean()
+
+    def train_step(precision: str):
+        model.train()
+        score = mean_score(precision)
+        score.backward()
+        opt.step()
+        opt.zero_grad()
+        score.item()                         # waits for the GPU
+
+    @torch.no_grad()
+    def predict(precision: str):
+        model.eval()
+        mean_score(precision).item()
+
+    def seconds_per_image(step: Callable[[str], None], precision: str) -> float:
+        start = time.perf_counter()
+        step(precision)
+        return (time.perf_counter() - start) / n
+
+    for p in precisions: train_step(p)       # warm-up: the first step allocates its buffers
+    times: dict[str, list[float]] = {p: [] for p in precisions}
+    for _ in range(rounds):
+        for p in precisions: times[p].append(seconds_per_image(train_step, p))
+    forward = seconds_per_image(predict, 'f32')
+    torch.random.set_rng_state(rng_state)
+    return {p: min(t) for p, t in times.items()}, forward, sum(p.numel() for p in model.parameters())
 
 
 def cpu_has_bf16() -> bool:
-    "Whether oneDNN has bf16 for this processor; without it a step of SE-ResNet50 takes 15 times as long as in float32 (measured on AVX2)"
+    """Return True if this CPU supports bf16 in hardware, by oneDNN.
+
+    Without it a training step of SE-ResNet50 takes 15 times as long as in float32 (measured on AVX2).
+    """
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def has_bf16() -> bool:
-    "Whether the device that networks run on computes in bf16 itself"
-    return torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else cpu_has_bf16()
+    "Return True if the GPU, or without one the CPU, supports bf16 in hardware"
+    if torch.cuda.is_available(): return torch.cuda.is_bf16_supported(including_emulation=False)
+    return cpu_has_bf16()
 
 
-def precisions(stage: Stage) -> tuple[str, ...]:
-    "Those that come into question on this machine. Raises `AptosError`"
+def candidate_precisions(stage: Stage) -> tuple[str, ...]:
+    "Return the precisions that `stage.precision` allows on this machine. Raises `AptosError` for fp16 without a GPU"
     gpu = torch.cuda.is_available()
-    if stage.precision == 'fp16' and not gpu: raise AptosError('precision = fp16: needs a GPU; set auto, bf16 or f32')
+    if stage.precision == 'fp16' and not gpu:
+        raise AptosError('precision = fp16: needs a GPU. Set precision = auto, bf16 or f32.')
     if stage.precision != 'auto': return (stage.precision,)
-    if gpu: return ('bf16' if has_bf16() else 'fp16',)
+    if gpu: return ('bf16',) if has_bf16() else ('fp16',)
     return ('f32', 'bf16') if has_bf16() else ('f32',)
 
 
 def precision_of(stage: Stage, folder: Path) -> str:
-    """f32, bf16 or fp16: what `stage.precision` says; for auto, on a GPU bf16 where it knows it, else fp16; on a CPU that knows bf16 what a few
-    steps measured faster, on another f32.
+    """Return the precision to train in: f32, bf16 or fp16.
 
-    The measurement stands in `folder`/precision.json and is not made again, so that a resumed training goes on as it began.
+    For `precision = auto` that is, on a GPU, bf16 if it supports it, else fp16; on a CPU with bf16 the faster of f32
+    and bf16 in a few timed steps, on another CPU f32. The timing is recorded in `folder`/precision.json and done once
+    per network, size and machine, so that a resumed training keeps its precision.
     """
-    which = precisions(stage)
-    if which == ('bf16',) and not has_bf16(): say('  precision = bf16: this machine has none, training in it is many times slower; set auto or f32', 'yellow')
-    if len(which) == 1: return which[0]
-    old, key = read_record(folder / FILE) or {}, f'{stage.arch} {stage.size} px on {machine()}'
-    if key not in old:
-        found, _, _ = step_seconds(stage, which, n=min(8, stage.bs))
-        old[key] = dict(images_per_second={p: round(1 / s, 1) for p, s in found.items()}, taken='bf16' if WORTH * found['bf16'] < found['f32'] else 'f32')
-        write_record(folder / FILE, old)
-        say(f'  {stage.arch} {stage.size} px trains ' + ', '.join(f'{r:.0f} images/s in {p}' for p, r in old[key]['images_per_second'].items())
-            + f' (a few steps, measured now): {old[key]["taken"]} -> {folder / FILE}')
-    return old[key]['taken']
+    candidates = candidate_precisions(stage)
+    if candidates == ('bf16',) and not has_bf16():
+        say('  precision = bf16: this machine has no bf16 hardware, training will be many times slower. '
+            'Set precision = auto or f32.', 'yellow')
+    if len(candidates) == 1: return candidates[0]
+    record = read_record(folder / PRECISION_RECORD) or {}
+    key = f'{stage.arch} {stage.size} px on {machine()}'
+    if key not in record:
+        seconds, _, _ = step_seconds(stage, candidates, n=min(8, stage.bs))
+        rates = {p: round(1 / s, 1) for p, s in seconds.items()}
+        taken = 'bf16' if MIN_SPEEDUP * seconds['bf16'] < seconds['f32'] else 'f32'
+        record[key] = dict(images_per_second=rates, taken=taken)
+        write_record(folder / PRECISION_RECORD, record)
+        timings = ', '.join(f'{rate:.0f} images/s in {p}' for p, rate in rates.items())
+        say(f'  {stage.arch} at {stage.size} px: {timings}. It trains in {taken} ({folder / PRECISION_RECORD}).')
+    return record[key]['taken']
 
 
 def fitting_batches(stage: Stage, most: int = 4096) -> list[tuple[int, float, float]]:
-    "(batch, images a second, GB) of training steps at 2, 4, 8, … images, as long as they fit the GPU. Raises `AptosError` without one"
-    if not torch.cuda.is_available(): raise AptosError('batch: looks for the largest batch that fits a GPU; there is none here')
-    which, out = precisions(stage), []
-    while (n := 2 ** (len(out) + 1)) <= most:
+    """Time training steps with batches of 2, 4, 8, … images up to `most` or until the GPU's memory is full.
+
+    Returns (batch size, images/s, peak memory in GB) of each that fits. Raises `AptosError` without a GPU.
+    """
+    if not torch.cuda.is_available():
+        raise AptosError('no GPU found. Run this on the GPU that trains: it measures the largest batch that fits.')
+    precision = candidate_precisions(stage)[0]
+    found: list[tuple[int, float, float]] = []
+    n = 2
+    while n <= most:
         torch.cuda.reset_peak_memory_stats()
-        try: seconds = step_seconds(stage, which, n=n, rounds=1)[0][which[0]]
+        try: seconds, _, _ = step_seconds(stage, (precision,), n=n, rounds=1)
         except torch.OutOfMemoryError: break
-        out.append((n, 1 / seconds, torch.cuda.max_memory_allocated() / 1e9))
+        found.append((n, 1 / seconds[precision], torch.cuda.max_memory_allocated() / 1e9))
+        n *= 2
     torch.cuda.empty_cache()
-    return out
+    return found

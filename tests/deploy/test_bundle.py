@@ -1,17 +1,16 @@
-"Bundles that answer elsewhere."
-import json
+"Bundles: the same grades elsewhere, by every backend, and nothing that was changed."
 import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import fails
+from conftest import expect_error
 
 from aptos_fastai.cli import main
-from aptos_fastai.common.io import write_record
+from aptos_fastai.common.io import read_record, write_record
 from aptos_fastai.data.retina import Prep, square_of
-from aptos_fastai.deploy import bundle as deploy_bundle
+from aptos_fastai.deploy import bundle as bundle_module
 from aptos_fastai.inference import backends
 from aptos_fastai.inference.grader import load_grader
 
@@ -20,92 +19,128 @@ onnxruntime = pytest.importorskip('onnxruntime')
 
 @pytest.fixture(scope='module')
 def bundle(toy, tmp_path_factory):
-    shutil.copytree(toy.parent, tmp_path_factory.mktemp('exported') / 'runs')
-    root = tmp_path_factory.getbasetemp() / 'exported0/runs' / toy.name
+    "The bundle of a copy of the toy run"
+    runs = tmp_path_factory.mktemp('exported') / 'runs'
+    shutil.copytree(toy.parent, runs)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(deploy_bundle, 'has_bf16', lambda: True)      # the toy's networks are small enough to compare on a machine without
-        main(['export', str(root)])
-    return root / 'bundle'
+        m.setattr(bundle_module, 'has_bf16', lambda: True)     # toy networks are fast enough in emulated bf16
+        main(['export', str(runs / toy.name)])
+    return runs / toy.name / 'bundle'
 
 
-def test_a_bundle_answers_as_its_run_does(bundle, toy, photos, tmp_path):
-    shutil.copytree(bundle, tmp_path / 'moved')                                          # and needs nothing beside it
-    a, b = load_grader(tmp_path / 'moved').predict(photos), load_grader(toy).predict(photos)
-    assert np.allclose(a.score, b.score, atol=1e-6) and a.drop(columns='score').equals(b.drop(columns='score'))
+@pytest.fixture
+def bundle_copy(bundle, tmp_path):
+    "A copy of the bundle that a test may spoil"
+    shutil.copytree(bundle, tmp_path / 'copy')
+    return tmp_path / 'copy'
 
 
-def test_onnx_gives_the_scores_of_raw_squares(bundle, photos):
-    o = json.loads((bundle / 'bundle.json').read_text())
-    m, g = o['model']['members'][0], load_grader(bundle)
-    session = onnxruntime.InferenceSession(str(bundle / m['file']).replace('.safetensors', '.onnx'))
-    got = [g.read(p)[0][m['size']] for p in photos]
-    score = session.run(None, {'squares': np.stack(got)})[0]
-    assert abs(score - g.scores({m['size']: np.stack(got)})[0]).max() < .3              # `g` takes the mean over two views
-    ways = {(p['backend'], p['precision']): p for p in o['parity']}
-    assert ways['onnx', 'f32']['max_difference'] < 1e-3 and ways['onnx', 'f32']['grades_changed'] == 0 and o['parity_on'] == 'images of the run'
-    assert 0 < ways['torch', 'bf16']['max_difference'] < .1
+def test_a_moved_bundle_gives_the_grades_of_its_run(bundle_copy, toy, image_paths):
+    df, expected = load_grader(bundle_copy).predict(image_paths), load_grader(toy).predict(image_paths)
+    assert np.allclose(df.score, expected.score, atol=1e-6)
+    assert df.drop(columns='score').equals(expected.drop(columns='score'))
+
+
+def test_onnx_takes_raw_squares(bundle, image_paths):
+    member = read_record(bundle / 'bundle.json')['model']['members'][0]
+    grader, side = load_grader(bundle), member['size']
+    session = onnxruntime.InferenceSession(str(bundle / member['file']).replace('.safetensors', '.onnx'))
+    squares = np.stack([grader.read(path)[0][side] for path in image_paths])
+    one_view = session.run(None, {'squares': squares})[0]
+    mean_of_views, _ = grader.scores({side: squares})
+    assert abs(one_view - mean_of_views).max() < .3
+
+
+def test_the_bundle_records_the_parity_of_backends(bundle):
+    record = read_record(bundle / 'bundle.json')
+    parity = {(o['backend'], o['precision']): o for o in record['parity']}
+    assert record['parity_on'] == 'images of the run'
+    assert parity['onnx', 'f32']['max_difference'] < 1e-3
+    assert parity['onnx', 'f32']['grades_changed'] == 0 and parity['onnx', 'f32']['within_bounds']
+    assert 0 < parity['torch', 'bf16']['max_difference'] < .1
 
 
 @pytest.mark.parametrize('backend', ['onnx', 'openvino'])
-def test_backends_answer_alike(bundle, photos, tmp_path, capsys, backend):
-    pytest.importorskip(dict(onnx='onnxruntime').get(backend, backend))
-    a, b = load_grader(bundle).predict(photos), load_grader(bundle, backend).predict(photos)
-    assert np.allclose(a.score, b.score, atol=1e-3) and np.allclose(a.score_sd, b.score_sd, atol=1e-3) and a.grade.equals(b.grade)
-    main(['predict', str(bundle), *photos, '-o', str(tmp_path / 'o.csv'), '--backend', backend])
-    file = next(bundle.glob('*.onnx'))
-    data = file.read_bytes()
-    try:
-        file.write_bytes(data[:-1])
-        fails(capsys, ['predict', bundle, photos[0], '--backend', backend], 'is not what was written')
-    finally: file.write_bytes(data)
+def test_backends_give_the_same_grades(bundle, image_paths, tmp_path, capsys, backend):
+    pytest.importorskip(bundle_module.PACKAGES[backend])
+    expected, df = load_grader(bundle).predict(image_paths), load_grader(bundle, backend).predict(image_paths)
+    assert np.allclose(df.score, expected.score, atol=1e-3)
+    assert np.allclose(df.score_sd, expected.score_sd, atol=1e-3)
+    assert df.grade.equals(expected.grade)
+    main(['predict', str(bundle), *image_paths, '-o', str(tmp_path / 'o.csv'), '--backend', backend])
 
 
-def test_a_precision_that_changes_grades_is_refused(bundle, photos, tmp_path, capsys):
-    shutil.copytree(bundle, tmp_path / 'b')
-    o = json.loads((tmp_path / 'b/bundle.json').read_text())
-    for p in o['parity']: p['fine'] = p['precision'] == 'f32'
-    write_record(tmp_path / 'b/bundle.json', {k: v for k, v in o.items() if k != 'seal'})
-    fails(capsys, ['predict', tmp_path / 'b', photos[0], '--precision', 'bf16'], 'torch bf16 changes scores by up to', 'use f32')
+@pytest.mark.parametrize('backend', ['onnx', 'openvino'])
+def test_a_changed_onnx_file_is_not_loaded(bundle_copy, image_paths, capsys, backend):
+    pytest.importorskip(bundle_module.PACKAGES[backend])
+    file = next(bundle_copy.glob('*.onnx'))
+    file.write_bytes(file.read_bytes()[:-1])
+    expect_error(capsys, ['predict', bundle_copy, image_paths[0], '--backend', backend], f'{file}: content changed')
 
 
-def test_the_card_says_what_it_is(bundle):
+def test_a_precision_that_changes_grades_is_refused(bundle_copy, image_paths, capsys):
+    record = read_record(bundle_copy / 'bundle.json')
+    for o in record['parity']: o['within_bounds'] = o['precision'] == 'f32'
+    write_record(bundle_copy / 'bundle.json', record)
+    expect_error(capsys, ['predict', bundle_copy, image_paths[0], '--precision', 'bf16'],
+                 'torch bf16 changes scores by up to', 'Use f32')
+
+
+@pytest.mark.parametrize('precision, max_difference, changed, expected', [
+    ('f32', .009, 0, True), ('f32', .011, 0, False), ('f32', 0., 1, False),
+    ('bf16', .09, 1, True), ('bf16', .11, 0, False), ('bf16', 0., 2, False),
+])
+def test_bounds_of_parity(precision, max_difference, changed, expected):
+    assert bundle_module.within_bounds(precision, max_difference, changed, 24) is expected
+
+
+def test_the_model_card_describes_the_bundle(bundle):
     card = (bundle / 'MODEL_CARD.md').read_text()
-    for words in ('SYNTHETIC', 'no medical device', 'kappa', 'retrain_512 fold 0', 'Limits'): assert words in card, words
+    for words in ('SYNTHETIC', 'not a medical device', 'kappa', 'retrain_512 fold 0', 'Limitations'):
+        assert words in card, words
     assert '{{' not in card and '&#' not in card
-    o = json.loads((bundle / 'bundle.json').read_text())
-    assert o['lineage'][0]['parents'] and o['metrics']['validated'] == 12 and set(o['files']) == {
-        'retrain_512-fold0-weights.safetensors', 'retrain_512-fold0-weights.onnx', 'MODEL_CARD.md'} - {'MODEL_CARD.md'}
+    record = read_record(bundle / 'bundle.json')
+    assert record['lineage'][0]['parents'] and record['metrics']['validated'] == 12
+    weights = 'retrain_512-fold0-weights'
+    assert set(record['files']) == {f'{weights}.safetensors', f'{weights}.onnx'}
 
 
-def test_loading_a_bundle_runs_no_pickle(bundle, photos):
+def test_loading_a_bundle_loads_no_pickle(bundle, image_paths):
     code = ('import pickle, sys, torch\n'
-            'def no(*a, **k): raise SystemExit("a pickle was loaded")\n'
-            'from aptos_fastai import load_grader\nimport aptos_fastai.inference.grader\n'
-            'pickle.load = pickle.loads = torch.load = no\npickle.Unpickler = None\n'
+            'def refuse(*args, **kwargs): raise SystemExit("a pickle was loaded")\n'
+            'from aptos_fastai import load_grader\n'
+            'import aptos_fastai.inference.grader\n'
+            'pickle.load = pickle.loads = torch.load = refuse\n'
+            'pickle.Unpickler = None\n'
             'print(len(load_grader(sys.argv[1]).predict(sys.argv[2])))')
-    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, str(bundle), photos[0]], capture_output=True, text=True)
+    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, str(bundle), image_paths[0]],
+                         capture_output=True, text=True)
     assert out.stdout.strip() == '1', out.stderr
 
 
-def test_a_bundle_that_was_changed_is_refused(bundle, photos, tmp_path, capsys):
-    shutil.copytree(bundle, tmp_path / 'b')
-    o = json.loads((tmp_path / 'b/bundle.json').read_text())
-    o['model']['members'][0]['file'] = '../../weights.safetensors'
-    write_record(tmp_path / 'b/bundle.json', {k: v for k, v in o.items() if k != 'seal'})
-    fails(capsys, ['predict', tmp_path / 'b', photos[0]], 'lies outside', 'not to be trusted')
-    fails(capsys, ['export', tmp_path / 'b'], 'is a bundle already')
+def test_weights_outside_the_bundle_are_not_loaded(bundle_copy, image_paths, capsys):
+    record = read_record(bundle_copy / 'bundle.json')
+    record['model']['members'][0]['file'] = '../../weights.safetensors'
+    write_record(bundle_copy / 'bundle.json', record)
+    expect_error(capsys, ['predict', bundle_copy, image_paths[0]], 'lies outside', 'Do not trust this bundle')
 
 
-def test_an_export_that_differs_is_refused_and_leaves_nothing(copied, monkeypatch, capsys):
-    real = backends.BACKENDS['onnx']
-    def off(*a):
-        run = real(*a)
-        return lambda x: run(x) + .5
-    monkeypatch.setitem(backends.BACKENDS, 'onnx', off)
-    fails(capsys, ['export', copied], 'onnx differs from PyTorch by 0.500')
-    assert not (copied / 'bundle').exists() and not (copied / '.bundle.tmp').exists()
+def test_a_bundle_is_not_exported_again(bundle, capsys):
+    expect_error(capsys, ['export', bundle], 'a bundle already')
 
 
-def test_parity_without_the_store_is_of_painted_images(tmp_path):
-    jpegs, what = deploy_bundle.parity_squares(tmp_path / 'run', Prep(size=64))
-    assert what == 'painted images' and square_of(jpegs[0], Prep(size=64), 32).shape == (32, 32, 3)
+def test_an_export_with_other_scores_is_refused_and_leaves_nothing(toy_copy, monkeypatch, capsys):
+    onnx_runner = backends.BACKENDS['onnx']
+
+    def wrong_runner(*args):
+        run = onnx_runner(*args)
+        return lambda squares: run(squares) + .5
+    monkeypatch.setitem(backends.BACKENDS, 'onnx', wrong_runner)
+    expect_error(capsys, ['export', toy_copy], 'onnx differs from PyTorch by 0.500')
+    assert not (toy_copy / 'bundle').exists() and not (toy_copy / '.bundle.tmp').exists()
+
+
+def test_parity_without_the_store_uses_synthetic_images(tmp_path):
+    images = bundle_module.parity_images(tmp_path / 'run', Prep(size=64))
+    assert images.origin == 'synthetic images' and len(images.jpegs) == bundle_module.PARITY_IMAGES
+    assert square_of(images.jpegs[0], Prep(size=64), 32).shape == (32, 32, 3)

@@ -1,4 +1,4 @@
-"The page and its endpoint, asked as programs and as people ask them."
+"The page and the endpoint of `serve`, used by programs and by people."
 import asyncio
 import os
 import shutil
@@ -8,107 +8,146 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, fails
+from conftest import ROOT, expect_error
 
 from aptos_fastai.deploy import serve
 from aptos_fastai.inference.grader import load_grader
 
 httpx = pytest.importorskip('httpx')
-uvicorn = pytest.importorskip('uvicorn')
+pytest.importorskip('uvicorn')
+pytest.importorskip('starlette')
 
 
+def upload(path, name=''): return 'files', (name or Path(path).name, Path(path).read_bytes())
 
 
-def ask(address, *files, **kw):
-    return httpx.post(address + '/api/predict', files=[('files', (Path(f).name, Path(f).read_bytes())) for f in files], timeout=60, **kw)
+def post_images(server_url, *paths, **options):
+    "Send image files to the endpoint"
+    return httpx.post(server_url + '/api/predict', files=[upload(p) for p in paths], timeout=60, **options)
 
 
-def test_the_endpoint_says_what_the_grader_says(address, toy, photos):
-    o, want = ask(address, *photos[:5]).json(), load_grader(toy).predict(photos[:5])
-    assert [r['file'] for r in o['rows']] == [Path(p).name for p in photos[:5]] and o['synthetic']
-    for r, w in zip(o['rows'], want.itertuples(), strict=True):
-        assert r['score'] == pytest.approx(w.score, abs=1e-4) and r['grade'] == w.grade and r['error'] == '' and 'heat' not in r
-    hot = ask(address, photos[0], data=dict(heat='1')).json()['rows'][0]
-    assert hot['heat'].startswith('data:image/jpeg;base64,') and hot['heat'] != hot['image']
+def test_the_endpoint_gives_the_grades_of_the_grader(server_url, toy, image_paths):
+    paths = image_paths[:5]
+    reply, expected = post_images(server_url, *paths).json(), load_grader(toy).predict(paths)
+    assert [row['file'] for row in reply['rows']] == [Path(p).name for p in paths]
+    assert reply['synthetic']
+    for row, e in zip(reply['rows'], expected.itertuples(), strict=True):
+        assert row['score'] == pytest.approx(e.score, abs=1e-4) and row['grade'] == e.grade
+        assert row['error'] == '' and 'heatmap' not in row
 
 
-def test_bad_files_are_answered_each_by_itself(address, photos, tmp_path):
-    (tmp_path / 'a.png').write_bytes(b'no image')
-    (tmp_path / 'b.png').write_bytes(Path(photos[0]).read_bytes()[:-50])
-    rows = ask(address, tmp_path / 'a.png', photos[0], tmp_path / 'b.png').json()['rows']
-    assert 'no image of a known kind' in rows[0]['error'] and rows[1]['error'] == '' and 'cut short' in rows[2]['error'] and rows[0]['grade'] is None
+def test_the_endpoint_gives_a_heatmap_if_asked(server_url, image_paths):
+    row = post_images(server_url, image_paths[0], data=dict(heatmap='1')).json()['rows'][0]
+    assert row['heatmap'].startswith('data:image/jpeg;base64,')
+    assert row['image'].startswith('data:image/jpeg;base64,')
+    assert row['heatmap'] != row['image']
 
 
-def test_what_is_too_much_is_refused(address, photos, tmp_path, monkeypatch):
-    assert 'Too many files' in ask(address, *photos[:1] * (serve.COUNT + 1)).json()['error']
-    assert httpx.post(address + '/api/predict', content=b'x', headers={'content-type': 'text/plain'}).status_code == 415
-    assert ask(address).status_code in (400, 411, 415)
-    assert httpx.post(address + '/api/predict', files={'other': b'x'}).json()['error'] == 'no image in the field `files`'
-    monkeypatch.setattr(serve, 'MEGABYTES', 1e-5)
-    got = ask(address, photos[0])
-    assert got.status_code == 413 and 'MB' in got.json()['error']
-    assert httpx.get(address + '/nothing').status_code == 404 and httpx.get(address + '/api/predict').status_code == 405
+def test_unreadable_files_are_rows_with_their_error(server_url, image_paths, tmp_path):
+    bad, short = tmp_path / 'a.png', tmp_path / 'b.png'
+    bad.write_bytes(b'no image')
+    short.write_bytes(Path(image_paths[0]).read_bytes()[:-50])
+    rows = post_images(server_url, bad, image_paths[0], short).json()['rows']
+    assert 'unknown image format' in rows[0]['error'] and rows[0]['grade'] is None
+    assert rows[1]['error'] == ''
+    assert 'the file is truncated' in rows[2]['error']
 
 
-def test_a_bomb_is_refused(address, tmp_path, monkeypatch):
+def test_requests_out_of_bounds_are_refused(server_url, image_paths, monkeypatch):
+    url = server_url + '/api/predict'
+    too_many = post_images(server_url, *image_paths[:1] * (serve.MAX_IMAGES + 1))
+    assert too_many.status_code == 400 and 'Too many files' in too_many.json()['error']
+    assert httpx.post(url, content=b'x', headers={'content-type': 'text/plain'}).status_code == 415
+    assert post_images(server_url).status_code == 415
+    assert httpx.post(url, content=iter([b'x'])).status_code == 411
+    assert httpx.post(url, files={'other': b'x'}).json()['error'] == 'no image in the field `files`'
+    assert httpx.get(server_url + '/nothing').status_code == 404
+    assert httpx.get(url).status_code == 405
+    monkeypatch.setattr(serve, 'MAX_MEGABYTES', 1e-5)
+    too_large = post_images(server_url, image_paths[0])
+    assert too_large.status_code == 413 and 'MB' in too_large.json()['error']
+
+
+def test_a_decompression_bomb_is_refused(server_url, tmp_path, monkeypatch):
     from PIL import Image
-    Image.new('L', (3000, 3000)).save(tmp_path / 'bomb.tif', compression='tiff_lzw')
+    bomb = tmp_path / 'bomb.tif'
+    Image.new('L', (3000, 3000)).save(bomb, compression='tiff_lzw')
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
-    assert 'DecompressionBomb' in ask(address, tmp_path / 'bomb.tif').json()['rows'][0]['error']
+    assert 'DecompressionBomb' in post_images(server_url, bomb).json()['rows'][0]['error']
 
 
-def test_fifty_at_once_none_lost(address, toy, photos):
-    want = load_grader(toy).predict(photos).score.tolist()
+def test_fifty_requests_at_once_all_get_their_grade(server_url, toy, image_paths):
+    expected = load_grader(toy).predict(image_paths).score.tolist()
+    n = len(image_paths)
 
-    async def all_of_them():
-        async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=50)) as c:
-            def post(i): return c.post(address + '/api/predict', files=[('files', (f'{i}.png', Path(photos[i % 20]).read_bytes()))])
+    async def send_all():
+        limits = httpx.Limits(max_connections=50)
+        async with httpx.AsyncClient(timeout=120, limits=limits) as client:
+            def post(i):
+                return client.post(server_url + '/api/predict', files=[upload(image_paths[i % n], f'{i}.png')])
             return await asyncio.gather(*map(post, range(50)))
-    got = [r.json()['rows'][0] for r in asyncio.run(all_of_them())]
-    assert [r['file'] for r in got] == [f'{i}.png' for i in range(50)]
-    assert all(r['score'] == pytest.approx(want[i % 20], abs=1e-4) for i, r in enumerate(got))
-    assert httpx.get(address + '/health').json()['pending'] == 0
+    rows = [reply.json()['rows'][0] for reply in asyncio.run(send_all())]
+    assert [row['file'] for row in rows] == [f'{i}.png' for i in range(50)]
+    assert all(row['score'] == pytest.approx(expected[i % n], abs=1e-4) for i, row in enumerate(rows))
+    assert httpx.get(server_url + '/health').json()['pending'] == 0
 
 
-def test_a_fault_in_a_batch_is_told_and_the_next_is_answered(toy, photos, monkeypatch):
+def test_after_an_error_in_a_batch_the_next_batch_is_graded(toy, image_paths):
     grader = load_grader(toy)
-    desk = serve.Desk(grader)
+    queue, grade = serve.BatchingQueue(grader), grader.grade
+    data = Path(image_paths[0]).read_bytes()
 
-    async def twice():
-        worker = asyncio.create_task(desk.work())
-        real, grader.grade = grader.grade, lambda *a: 1 / 0
-        with pytest.raises(ZeroDivisionError): await desk.grade('a', Path(photos[0]).read_bytes())
-        grader.grade = real
-        row = await desk.grade('b', Path(photos[0]).read_bytes())
+    async def fail_then_grade():
+        worker = asyncio.create_task(queue.work())
+        grader.grade = lambda *args: 1 / 0
+        with pytest.raises(ZeroDivisionError): await queue.grade('a', data)
+        grader.grade = grade
+        row = await queue.grade('b', data)
         worker.cancel()
         return row
-    assert asyncio.run(twice())['error'] == '' and desk.pending == 0
+    assert asyncio.run(fail_then_grade())['error'] == ''
+    assert queue.pending == 0
 
 
-def test_the_page_asks_no_other_host(address):
-    got = httpx.get(address)
-    text = got.text.replace('http://127.0.0.1:8000', '').replace('http://www.w3.org', '')
-    assert "default-src 'none'" in got.headers['content-security-policy'] and 'http://' not in text
-    assert 'https://' not in got.text and 'SYNTHETIC' in got.text and 'No medical device' in got.text
-    assert httpx.get(address, headers=dict(host='evil.example')).status_code == 400
-    assert not list(Path('.').glob('.sesskey')) and httpx.get(address + '/api').json()['columns'][0] == 'file'
+def test_the_page_loads_nothing_from_other_hosts(server_url):
+    reply = httpx.get(server_url)
+    assert "default-src 'none'" in reply.headers['content-security-policy']
+    assert 'SYNTHETIC' in reply.text and 'Not a medical device' in reply.text
+    assert f'{server_url}/api/predict' in reply.text
+    others = reply.text.replace(server_url, '').replace('http://www.w3.org', '')
+    assert 'http://' not in others and 'https://' not in others
 
 
-def test_a_port_in_use_and_a_bad_one_are_told(toy, capsys):
+def test_other_host_names_are_refused_and_no_session_is_kept(server_url):
+    assert httpx.get(server_url, headers=dict(host='evil.example')).status_code == 400
+    reply = httpx.get(server_url + '/api')
+    assert reply.json()['columns'][0] == 'file' and 'set-cookie' not in reply.headers
+    assert reply.json()['example'].endswith(f'{server_url}/api/predict')
+    assert not list(Path('.').glob('.sesskey'))
+
+
+def test_a_port_in_use_is_an_error(toy):
     with socket.socket() as s:
-        s.bind(('127.0.0.1', 0)); s.listen()
-        out = subprocess.run([sys.executable, str(ROOT / 'run.py'), 'serve', str(toy), '--port', str(s.getsockname()[1])], capture_output=True, text=True,
-                             timeout=120, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert out.returncode == 1 and 'cannot be listened on (' in out.stderr and 'choose another with --port' in out.stderr
-    fails(capsys, ['serve', toy, '--port', 'x'], '--port x: a number from 1 to 65535')
+        s.bind(('127.0.0.1', 0))
+        s.listen()
+        command = [sys.executable, str(ROOT / 'run.py'), 'serve', str(toy), '--port', str(s.getsockname()[1])]
+        out = subprocess.run(command, capture_output=True, text=True, timeout=120,
+                             env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert out.returncode == 1
+    assert 'cannot listen (' in out.stderr and 'Choose another port with --port' in out.stderr
+
+
+def test_a_bad_port_is_an_error(toy, capsys):
+    expect_error(capsys, ['serve', toy, '--port', 'x'], '--port', 'x is not')
+    expect_error(capsys, ['serve', toy, '--port', '70000'], '--port 70000', '1 to 65535')
 
 
 @pytest.fixture(scope='module')
 def browser():
     chromium = shutil.which('chromium') or shutil.which('google-chrome')
     if not chromium: pytest.skip('no Chromium here')
-    play = pytest.importorskip('playwright.sync_api')
-    with play.sync_playwright() as p:
+    playwright = pytest.importorskip('playwright.sync_api')
+    with playwright.sync_playwright() as p:
         b = p.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
         yield b
         b.close()
@@ -116,29 +155,35 @@ def browser():
 
 @pytest.mark.browser
 @pytest.mark.parametrize('width', [1100, 390])
-def test_a_person_grades_images(address, browser, photos, tmp_path, width):
-    (tmp_path / 'letter.png').write_bytes(b'dear doctor')
+def test_a_person_grades_images(server_url, browser, image_paths, tmp_path, width):
+    letter = tmp_path / 'letter.png'
+    letter.write_bytes(b'dear doctor')
     page = browser.new_page(viewport=dict(width=width, height=800))
-    asked, faults = [], []
-    page.on('request', lambda r: asked.append(r.url)); page.on('pageerror', lambda e: faults.append(str(e)))
-    page.on('console', lambda m: faults.append(m.text) if m.type == 'error' else None)
-    page.goto(address)
+    requests, errors = [], []
+    page.on('request', lambda r: requests.append(r.url))
+    page.on('pageerror', lambda e: errors.append(str(e)))
+    page.on('console', lambda m: errors.append(m.text) if m.type == 'error' else None)
+    page.goto(server_url)
     page.keyboard.press('Tab')
-    assert page.evaluate('document.activeElement.id') == 'files'                         # usable by keyboard alone
-    page.set_input_files('#files', [*photos[:2], str(tmp_path / 'letter.png')])
-    page.wait_for_selector('#busy', state='hidden'); page.wait_for_selector('.result.bad')
-    assert page.locator('.result').count() == 3 and 'no image of a known kind' in page.inner_text('.result.bad')
+    assert page.evaluate('document.activeElement.id') == 'files'       # the keyboard is enough
+    page.set_input_files('#files', [*image_paths[:2], str(letter)])
+    page.wait_for_selector('#busy', state='hidden')
+    page.wait_for_selector('.result.bad')
+    assert page.locator('.result').count() == 3
+    assert 'unknown image format' in page.inner_text('.result.bad')
     first = page.locator('.result').first
-    assert 'grade' in first.locator('h2').inner_text() and 'the true grade is one of' in first.inner_text()
-    before = first.locator('img').get_attribute('src')
-    first.locator('button').click()
-    assert first.locator('img').get_attribute('src') != before and first.locator('button').get_attribute('aria-pressed') == 'true'
-    with page.expect_download() as d: page.click('#csv')
-    text = Path(d.value.path()).read_text()
+    image, button = first.locator('img'), first.locator('button')
+    assert 'grade' in first.locator('h2').inner_text() and 'Prediction set' in first.inner_text()
+    original = image.get_attribute('src')
+    button.click()
+    assert image.get_attribute('src') != original and button.get_attribute('aria-pressed') == 'true'
+    with page.expect_download() as download: page.click('#csv')
+    text = Path(download.value.path()).read_text()
     assert text.startswith('file,score,grade') and len(text.splitlines()) == 4 and 'letter.png' in text
-    assert page.evaluate('document.documentElement.scrollWidth') <= width                # nothing sticks out
-    page.screenshot(path=os.environ.get('SHOTS', str(tmp_path)) + f'/serve-{width}.png', full_page=True)
+    assert page.evaluate('document.documentElement.scrollWidth') <= width
+    folder = os.environ.get('SHOTS', str(tmp_path))
+    page.screenshot(path=f'{folder}/serve-{width}.png', full_page=True)
     page.click('#clear')
-    assert page.locator('.result').count() == 0 and not faults
-    assert all(u.startswith((address, 'data:', 'blob:')) for u in asked)
+    assert page.locator('.result').count() == 0 and not errors
+    assert all(url.startswith((server_url, 'data:', 'blob:')) for url in requests)
     page.close()

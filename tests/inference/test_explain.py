@@ -1,82 +1,121 @@
-"Heat maps: what they add up to, where they lie, and that they fall on what a network looks at."
+"Heat maps: their sum, their place in the image, and that they lie on what a network sees."
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import fails
+from conftest import expect_error
 from torch import nn
 
 from aptos_fastai.cli import main
 from aptos_fastai.data.retina import Circle, Prep, crop_box, crop_square
-from aptos_fastai.inference.explain import SIDE, contributions, explained, heat, heat_layer, lay_over
+from aptos_fastai.inference.explain import (
+    CAPTION_HEIGHT,
+    HEATMAP_SIDE,
+    explain_image,
+    heatmap,
+    heatmap_layer,
+    hires_cam,
+    overlay_heatmap,
+)
 from aptos_fastai.inference.grader import load_grader
-from aptos_fastai.inference.views import unview, views
-from aptos_fastai.recipe import Stage
+from aptos_fastai.inference.views import undo_view, views
 from aptos_fastai.training.model import GeM, create_model
 
 
 @pytest.mark.parametrize('pool', [GeM(3.), GeM(1.), nn.AdaptiveAvgPool2d(1)])
-def test_places_add_up_to_the_score(pool):
+def test_the_mean_over_places_is_the_score_without_bias(pool):
     torch.manual_seed(0)
     head = nn.Sequential(pool, nn.Flatten(), nn.Linear(6, 1))
     net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU()), head)
     x = torch.randn(4, 3, 8, 8)
-    assert torch.allclose(contributions(net, x, net[0]).mean((1, 2)) + head[2].bias, net(x)[:, 0], atol=1e-4)
+    mean = hires_cam(net, x, net[0]).mean((1, 2))
+    assert torch.allclose(mean + head[2].bias, net(x)[:, 0], atol=1e-4)
 
 
-def test_a_network_that_sees_one_colour_is_hot_where_that_is():
-    body = nn.Conv2d(3, 1, 1, bias=False); body.weight.data[:] = torch.tensor([1., 0, 0])[None, :, None, None]
+def test_a_network_that_sees_only_red_is_hot_where_red_is():
+    body = nn.Conv2d(3, 1, 1, bias=False)
+    body.weight.data[:] = torch.tensor([1., 0, 0])[None, :, None, None]
     net = nn.Sequential(body, nn.Sequential(GeM(3.), nn.Flatten(), nn.Linear(1, 1)))
     net[1][2].weight.data.fill_(1.)
-    x = torch.zeros(1, 3, 16, 16); x[0, 0, 3, 12] = 1; x[0, 1, 9, 2] = 1
-    assert divmod(int(contributions(net, x, net[0])[0].argmax()), 16) == (3, 12)
+    red, green = 0, 1
+    x = torch.zeros(1, 3, 16, 16)
+    x[0, red, 3, 12] = 1
+    x[0, green, 9, 2] = 1
+    hottest = int(hires_cam(net, x, net[0])[0].argmax())
+    assert divmod(hottest, 16) == (3, 12)
 
 
 @pytest.mark.parametrize('arch', ['test_resnet', 'tf_efficientnet_lite0', 'densenet121', 'legacy_seresnet50'])
-def test_the_maps_are_an_eighth_of_the_image(arch):
-    net = create_model(Stage('x', ('t',), arch=arch, size=64)).eval()
-    out = contributions(net, torch.randn(1, 3, 64, 64), heat_layer(net))
-    assert out.shape == (1, 8, 8) and out.abs().max() > 0 and all(p.grad is None for p in net.parameters())
+def test_the_maps_have_an_eighth_of_the_side(arch):
+    net = create_model(arch, 'gem', 64).eval()
+    maps = hires_cam(net, torch.randn(1, 3, 64, 64), heatmap_layer(net))
+    assert maps.shape == (1, 8, 8) and maps.abs().max() > 0
+    assert all(p.grad is None for p in net.parameters())
 
 
 def test_a_score_near_0_is_drawn_faintly():
-    im, hot = np.full((50, 50, 3), 90, np.uint8), np.zeros((SIDE, SIDE)); hot[50:60, 50:60] = 1
-    strong, faint = (np.abs(lay_over(im, hot, (0, 50, 0, 50), s).astype(int) - im).max() for s in (2., 0.))
-    assert strong > 3 * faint > 0
+    im, hot = np.full((50, 50, 3), 90, np.uint8), np.zeros((HEATMAP_SIDE, HEATMAP_SIDE))
+    hot[50:60, 50:60] = 1
+
+    def strongest_change(score):
+        return np.abs(overlay_heatmap(im, hot, (0, 50, 0, 50), score).astype(int) - im).max()
+    assert strongest_change(2.) > 3 * strongest_change(0.) > 0
 
 
 def test_views_are_turned_back():
     x = torch.randn(2, 1, 5, 5)
-    for i, v in enumerate(views(x, 'd4')): assert (unview(v, i) == x).all()
-    assert i == 7
+    turned_back = [undo_view(v, i) for i, v in enumerate(views(x, 'd4'))]
+    assert len(turned_back) == 8
+    assert all((v == x).all() for v in turned_back)
 
 
-@pytest.mark.parametrize('prep', [Prep(size=100), Prep(size=100, aspect='squash'), Prep('none', size=100), Prep('none', 'squash', 100)])
+PREPS = [Prep(size=100), Prep(size=100, aspect='squash'), Prep('none', size=100), Prep('none', 'squash', 100)]
+
+
+@pytest.mark.parametrize('prep', PREPS)
 def test_heat_lies_where_the_square_shows_it(prep):
-    "A spot of the square comes back to its place in the original, whatever the crop"
+    "A bright spot of the square returns to its place in the original, whatever the crop"
     im = np.zeros((400, 600, 3), np.uint8)
     cv2.circle(im, (300, 200), 180, (120, 120, 120), -1)
     cv2.circle(im, (380, 120), 9, (255, 255, 255), -1)
-    c = Circle(300, 200, 180)
-    sq = crop_square(im, c, prep)
-    hot = cv2.resize((sq.min(2) > 180).astype(np.float32), (SIDE, SIDE), interpolation=cv2.INTER_AREA) * 9
-    out = lay_over(im, hot, crop_box(400, 600, c, prep), 3.).astype(int)
+    circle = Circle(300, 200, 180)
+    spot = (crop_square(im, circle, prep).min(2) > 180).astype(np.float32)
+    hot = cv2.resize(spot, (HEATMAP_SIDE, HEATMAP_SIDE), interpolation=cv2.INTER_AREA) * 9
+    out = overlay_heatmap(im, hot, crop_box(400, 600, circle, prep), 3.).astype(int)
     y, x = np.argwhere(np.abs(out - im).sum(2) > 100).mean(0)
     assert abs(x - 380) < 6 and abs(y - 120) < 6
 
 
-def test_images_are_explained(toy, photos, tmp_path, capsys):
-    (tmp_path / 'bad.png').write_bytes(b'x')
-    fails(capsys, ['explain', toy, photos[0], tmp_path / 'bad.png', '-o', tmp_path / 'out'], '1 of 2 images could not be explained', 'bad.png')
-    made = list((tmp_path / 'out').iterdir())
-    g = load_grader(toy)
-    im, over, row = explained(g, Path(photos[0]).read_bytes())
-    assert len(made) == 1 and cv2.imread(str(made[0])).shape == (im.shape[0] + 30, 2 * im.shape[1], 3) and im.shape == over.shape
-    assert row['score'] == pytest.approx(g.predict(photos[0]).score[0], abs=1e-5)
-    squares = g.read(photos[0])[0]
-    assert heat(g, {n: s[None] for n, s in squares.items()}).shape == (1, SIDE, SIDE)
-    fails(capsys, ['explain', toy], 'name the images, too')
-    main(['explain', str(toy), photos[1], photos[1], '-o', str(tmp_path / 'one')])
-    assert len(list((tmp_path / 'one').iterdir())) == 1
+def test_explain_writes_an_image_each_and_names_unreadable_ones(toy, image_paths, tmp_path, capsys):
+    bad, out = tmp_path / 'bad.png', tmp_path / 'out'
+    bad.write_bytes(b'x')
+    expect_error(capsys, ['explain', toy, image_paths[0], bad, '-o', out],
+                 '1 of 2 images could not be explained', 'bad.png')
+    written = list(out.iterdir())
+    assert len(written) == 1
+    grader = load_grader(toy)
+    im, overlay, row = explain_image(grader, Path(image_paths[0]).read_bytes())
+    height, width, _ = im.shape
+    assert im.shape == overlay.shape
+    assert cv2.imread(str(written[0])).shape == (height + CAPTION_HEIGHT, 2 * width, 3)
+    assert row['score'] == pytest.approx(grader.predict(image_paths[0]).score[0], abs=1e-5)
+    squares, _ = grader.read(image_paths[0])
+    hot = heatmap(grader, {side: square[None] for side, square in squares.items()})
+    assert hot.shape == (1, HEATMAP_SIDE, HEATMAP_SIDE)
+
+
+def test_explain_needs_images_and_draws_each_once(toy, image_paths, tmp_path, capsys):
+    expect_error(capsys, ['explain', toy], 'IMAGES')
+    main(['explain', str(toy), image_paths[1], image_paths[1], '-o', str(tmp_path)])
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_files_of_the_same_name_are_drawn_under_different_names(toy, image_paths, tmp_path):
+    for folder, path in (('a', image_paths[0]), ('b', image_paths[1])):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / 'eye.png').write_bytes(Path(path).read_bytes())
+    out = tmp_path / 'out'
+    main(['explain', str(toy), str(tmp_path / 'a'), str(tmp_path / 'b'), '-o', str(out)])
+    assert sorted(f.name for f in out.iterdir()) == ['eye-2.png', 'eye.png']

@@ -1,45 +1,97 @@
+"inspect/<table>.html, the report of a table, and the HTML that it is made of."
+import base64
 import re
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import fails
+from conftest import expect_error
 
 from aptos_fastai.cli import main
-from aptos_fastai.reports.html import Bar, Table, image, render
-from aptos_fastai.reports.table_report import choose, counts
+from aptos_fastai.reports.html import Bar, Section, Table, embed_image, render
+from aptos_fastai.reports.table_report import choose_images, contact_sheet, count_rows
 
 
-def test_a_page_of_a_table(tables, small_recipe, tmp_path, capsys):
-    (tables / 'train_images/train013.png').write_bytes((tables / 'train_images/train001.png').read_bytes())
-    main(['inspect', 'train', '6', '--recipe', str(small_recipe), '--data', str(tables), '--runs', str(tmp_path / 'runs')])
-    html = (tmp_path / 'runs/small/inspect/train.html').read_text()
-    assert (tmp_path / 'runs/small/inspect/train.png').read_bytes()[:4] == b'\x89PNG'
-    assert html.count('<figure>') == 6 and html.count('data:image/jpeg') == 24 and 'train013 (grade 3)' in html and 'unequal grades' in html
-    assert not re.findall(r'(?:src|href)="(?!data:)', html) and 'SYNTHETIC' not in html
-    main(['inspect', 'test', '100', '--recipe', str(small_recipe), '--data', str(tables), '--runs', str(tmp_path / 'runs')])
-    html = (tmp_path / 'runs/small/inspect/test.html').read_text()
-    assert html.count('<figure>') == 10 and '<h2>Grades' not in html
+@pytest.fixture
+def options(tables, small_recipe, tmp_path):
+    "Options of a run of the small recipe"
+    return ['--recipe', str(small_recipe), '--data', str(tables), '--runs', str(tmp_path / 'runs')]
 
-def test_look_names_what_is_wrong(tables, small_recipe, tmp_path, capsys):
-    args = ['--recipe', small_recipe, '--data', tables, '--runs', tmp_path / 'runs']
-    fails(capsys, ['inspect', 'nowhere', *args], 'nowhere: no such table', 'train, test')
-    fails(capsys, ['inspect', 'train', 'all', *args], 'all: a number of images is needed')
 
-def test_what_asks_for_a_look_is_shown_first():
-    df = pd.DataFrame(dict(id_code=[f'{i:03}' for i in range(100)], diagnosis=0., flags=[''] * 96 + ['dark'] * 3 + [''], how=['circle'] * 99 + ['whole']))
-    got = choose(df, 10, 1)
-    assert len(got) == 10 and {'096', '097', '098', '099'} <= set(got.id_code)
+def test_inspect_writes_a_page_and_a_contact_sheet(tables, options, tmp_path):
+    original = tables / 'train_images/train001.png'
+    (tables / 'train_images/train013.png').write_bytes(original.read_bytes())
+    main(['inspect', 'train', '6', *options])
+    folder = tmp_path / 'runs/small/inspect'
+    html = (folder / 'train.html').read_text(encoding='utf-8')
+    assert (folder / 'train.png').read_bytes().startswith(b'\x89PNG')
+    assert html.count('<figure>') == 6
+    assert html.count('data:image/jpeg') == 6 * 4
+    assert 'train013 (grade 3)' in html
+    assert 'conflicting grades' in html
+    assert 'SYNTHETIC' not in html
+    assert not re.findall(r'(?:src|href)="(?!data:)', html)
+
+
+def test_inspect_of_an_ungraded_table_shows_no_grades(options, tmp_path):
+    main(['inspect', 'test', '100', *options])
+    html = (tmp_path / 'runs/small/inspect/test.html').read_text(encoding='utf-8')
+    assert html.count('<figure>') == 10
+    assert 'Image sizes</h2>' in html
+    assert 'Grades</h2>' not in html
+
+
+def test_inspect_names_what_is_wrong(options, capsys):
+    expect_error(capsys, ['inspect', 'nowhere', *options], 'nowhere: no such table', 'train, test')
+    expect_error(capsys, ['inspect', 'train', 'all', *options], 'all: ', 'number')
+    expect_error(capsys, ['inspect', 'train', '0', *options], '0: choose at least 1 image')
+
+
+def test_suspect_images_are_chosen_first():
+    ids = [f'{i:03}' for i in range(100)]
+    flags = [''] * 96 + ['dark'] * 3 + ['']
+    how = ['circle'] * 99 + ['whole']
+    df = pd.DataFrame(dict(id_code=ids, diagnosis=0., flags=flags, how=how))
+    chosen = choose_images(df, 10, 1)
+    assert len(chosen) == 10
+    assert {'096', '097', '098', '099'} <= set(chosen.id_code)
     df['flags'] = 'dark'
-    assert len(choose(df, 10, 1)) == 10 and len(choose(df, 500, 1)) == 100
+    assert len(choose_images(df, 10, 1)) == 10
+    assert len(choose_images(df, 500, 1)) == 100
+
 
 def test_counts_add_up():
-    rows = counts(pd.DataFrame(dict(a=list('aaabbcdefghij'))), 'a', 3)
-    assert [r[0] for r in rows[:2]] == ['a', 'b'] and sum(r[1] for r in rows) == 13 and rows[-1][0] == '7 others'
+    rows = count_rows(pd.DataFrame(dict(letter=list('aaabbcdefghij'))), 'letter', 3)
+    assert [row[0] for row in rows[:2]] == ['a', 'b']
+    assert sum(row[1] for row in rows) == 13
+    assert rows[-1][0] == '7 others'
+
+
+def test_contact_sheet_fills_its_last_row_with_black():
+    strips = [np.full((4, 6, 3), 9, np.uint8)] * 3
+    sheet = contact_sheet(strips)
+    assert sheet.shape == (8, 12, 3)
+    assert (sheet[4:, 6:] == 0).all()
+    assert (sheet[4:, :6] == 9).all()
+    assert len(strips) == 3
+
+
+def test_embedded_image_decodes_to_the_same_colours():
+    im = np.zeros((16, 24, 3), np.uint8)
+    im[:] = (200, 100, 30)
+    embedded = embed_image(im, 'an orange image')
+    jpeg = base64.b64decode(embedded.uri.removeprefix('data:image/jpeg;base64,'))
+    decoded = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)[..., ::-1].astype(int)
+    assert (embedded.width, embedded.height) == (24, 16)
+    assert np.abs(decoded - im).max() < 6
+
 
 @pytest.mark.parametrize('evil', ['<script>alert(1)</script>', '"><img src=x>'])
 def test_names_are_escaped(evil):
-    shot = dict(tiles=[image(np.zeros((8, 8, 3), np.uint8), evil)], words=evil, flags=evil)
-    html = render('table_report.html', title=evil, note=evil, warning=evil, legend=evil, images=[shot],
-                  sections=[(evil, [Table([evil], [[evil], [1], [Bar(.5)]], evil)])])
-    assert '<script>' not in html and '<img src' not in html
+    entry = dict(tiles=[embed_image(np.zeros((8, 8, 3), np.uint8), evil)], caption=evil, flags=evil)
+    section = Section(evil, [Table([evil], [[evil], [1], [Bar(.5)]], evil), evil])
+    html = render('table_report.html', title=evil, note=evil, warning=evil, legend=evil, images=[entry],
+                  sections=[section])
+    assert '<script>' not in html
+    assert '<img src' not in html

@@ -1,0 +1,66 @@
+"""Write docs/recipe.md from the dataclasses of aptos_fastai/recipe.py: python docs/scripts/recipe_reference.py."""
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+
+from aptos_fastai.recipe import NAMED_SECTIONS, SECTIONS
+
+PAGE = Path(__file__).parents[1] / 'recipe.md'
+
+INTRO = """\
+# Recipe reference
+
+A recipe is an INI file. Its sections are tables, stages and ensembles; together they form a graph.
+This page is generated from `aptos_fastai/recipe.py`; `python run.py keys` prints the same list.
+
+- `[stage]` holds the defaults of every `[stage.NAME]`.
+- `[demo.stage]` and `[demo.stage.NAME]` override stage keys when the recipe runs on the demo.
+- `--set SECTION.KEY=VALUE` changes one key for one run: `--set stage.finetune_256.epochs=5`.
+- A list is written with spaces: `train = aptos_train finetune_256:aptos_test`.
+- Sections and keys are checked before anything runs. An unknown key is an error that names the file,
+  the section, the key and the accepted values.
+
+## Shipped recipes
+
+- `settings.ini`: pretrain, fine-tune, pseudo-label, retrain, and an ensemble of three. It needs
+  EyePACS 2015 and APTOS 2019, or the demo.
+- `recipes/published.ini`: the same graph with the constants of the 2020 team's code.
+- `recipes/one_table.ini`: a teacher, a student retrained on its labels, and the mean of both, five
+  folds each. It needs one graded and one ungraded table.
+
+`python run.py init FOLDER` copies them to a folder when you installed the package without a clone.
+"""
+
+
+def default_text(field: Field) -> str:
+    "Return the default of a key as a recipe would write it."
+    if field.default is MISSING: return '*required*'
+    if isinstance(field.default, tuple): text = ' '.join(map(str, field.default))
+    else: text = str(field.default)
+    return f'`{text}`' if text else '*empty*'
+
+
+def accepted_text(field: Field) -> str:
+    "Return the accepted values of a key: choices, or a range."
+    choices, low, high = (field.metadata[k] for k in ('choices', 'low', 'high'))
+    if choices: return ', '.join(f'`{c}`' for c in choices)
+    if low is not None: return f'{low} to {high}'
+    return ''
+
+
+def section_text(name: str, cls: type) -> str:
+    "Return the table of one section's keys as Markdown."
+    heading = f'[{name}.NAME]' if name in NAMED_SECTIONS else f'[{name}]'
+    lines = [f'## {heading}', '', '| Key | Default | Accepted | Meaning |', '|---|---|---|---|']
+    for field in fields(cls):
+        if field.name == 'name': continue
+        meaning = field.metadata['help'].replace('|', '\\|')
+        lines.append(f'| `{field.name}` | {default_text(field)} | {accepted_text(field)} | {meaning} |')
+    return '\n'.join(lines) + '\n'
+
+
+def page() -> str:
+    "Return docs/recipe.md."
+    return '\n'.join([INTRO, *(section_text(name, cls) for name, cls in SECTIONS.items())])
+
+
+if __name__ == '__main__': PAGE.write_text(page(), encoding='utf-8')

@@ -1,0 +1,135 @@
+import sys
+
+import cv2
+import numpy as np
+import pytest
+from conftest import dicom
+from example_images import SMALL_RETINA, encode
+from PIL import Image
+
+import aptos_fastai.data.decode as decode_module
+from aptos_fastai.data.decode import ImageError, decode
+from aptos_fastai.data.retina import Prep, prepare
+
+RGB = SMALL_RETINA
+
+
+def mean_difference(a, b):
+    return abs(a.astype(int) - b).mean()
+
+
+def largest_difference(a, b):
+    return abs(a.astype(int) - b).max()
+
+
+@pytest.mark.parametrize('fmt, options', [('PNG', {}), ('BMP', {}), ('TIFF', {}), ('WEBP', dict(lossless=True))])
+def test_lossless_formats_decode_exactly(fmt, options):
+    assert (decode(encode(RGB, fmt, **options))[0] == RGB).all()
+
+
+def test_other_modes_decode():
+    im = Image.fromarray(RGB)
+    grey = np.asarray(im.convert('L'))
+    grey16 = grey.astype(np.uint16) * 257
+    assert (decode(encode(grey, 'PNG'))[0][..., 0] == grey).all()
+    assert (decode(encode(im.convert('RGBA'), 'PNG'))[0] == RGB).all()
+    assert mean_difference(decode(encode(im.convert('CMYK'), 'JPEG'))[0], RGB) < 6
+    assert mean_difference(decode(encode(im.quantize(64), 'PNG'))[0], RGB) < 8
+    assert largest_difference(decode(encode(grey16, 'PNG'))[0][..., 0], grey) <= 1
+
+
+def test_transparent_pixels_are_black():
+    opaque = RGB.max(2) > 60
+    im = np.dstack([RGB, np.where(opaque, 255, 0).astype(np.uint8)])
+    im[~opaque, :3] = 200
+    decoded = decode(encode(im, 'PNG'))[0]
+    assert (decoded[~opaque] == 0).all()
+    assert (decoded[opaque] == RGB[opaque]).all()
+
+
+def test_exif_orientation_is_applied():
+    exif = Image.Exif()
+    exif[0x112] = 6                           # rotate by 90 degrees
+    assert decode(encode(RGB, 'JPEG', exif=exif))[0].shape == (120, 80, 3)
+
+
+def test_large_jpegs_are_decoded_small():
+    big = cv2.resize(RGB, (2400, 1600), interpolation=cv2.INTER_CUBIC)
+    im, size = decode(encode(big, 'JPEG', quality=95), 200)
+    assert im.shape == (200, 300, 3) and size == (2400, 1600)
+    jpegs = [prepare(encode(big, fmt, **options), Prep(size=200))[0]
+             for fmt, options in (('PNG', {}), ('JPEG', dict(quality=98)))]
+    from_png, from_jpeg = (cv2.imdecode(np.frombuffer(o, np.uint8), 1) for o in jpegs)
+    assert mean_difference(from_png, from_jpeg.astype(int)) < 3
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'L'])
+def test_fast_png_decoder_gives_the_pixels_of_pillow(mode):
+    im = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)).convert(mode)
+    data = encode(im, 'PNG')
+    full, size = decode(data)
+    assert size == (90, 70) and np.array_equal(full, np.asarray(im.convert('RGB')))
+    half, _ = decode(data, 32)
+    assert half.shape == (35, 45, 3)
+    means = full.reshape(35, 2, 45, 2, 3).mean((1, 3))
+    assert abs(half - means).max() <= 1
+
+
+@pytest.mark.parametrize('height, width', [(800, 1200), (805, 1201)])
+def test_without_libvips_the_pixels_are_the_same(height, width, monkeypatch):
+    data = encode(cv2.resize(RGB, (width, height)), 'PNG')
+    factors = (1, 2, 4, 8)
+    by_libvips = [decode_module._decode_png(data, k) for k in factors]
+    monkeypatch.setattr(decode_module, 'pyvips', None)
+    for k, expected in zip(factors, by_libvips, strict=True):
+        got = decode_module._decode_png(data, k)
+        assert got.shape == expected.shape
+        assert largest_difference(got[:-1, :-1], expected[:-1, :-1].astype(int)) <= 1
+
+
+# DICOM
+
+def test_dicom_colour():
+    pytest.importorskip('pydicom')
+    from pydicom.pixels import convert_color_space
+    decoded, size = decode(dicom(RGB, 'RGB', 8))
+    assert (decoded == RGB).all() and size == (120, 80)
+    ybr = convert_color_space(RGB, 'RGB', 'YBR_FULL')
+    assert largest_difference(decode(dicom(ybr, 'YBR_FULL', 8))[0], RGB) <= 3
+
+
+def test_dicom_greyscale():
+    grey = RGB[..., 1]
+    assert (decode(dicom(grey, 'MONOCHROME2', 8))[0] == grey[..., None]).all()
+    assert (decode(dicom(255 - grey, 'MONOCHROME1', 8))[0] == grey[..., None]).all()
+    grey12 = (grey * (4095 / 255)).round().astype(np.uint16)
+    assert largest_difference(decode(dicom(grey12, 'MONOCHROME2', 12))[0][..., 0], grey) <= 1
+
+
+def test_dicom_with_two_frames_is_an_error():
+    frames = np.concatenate([RGB, RGB])[:80]
+    with pytest.raises(ImageError, match='2 frames'): decode(dicom(frames, 'RGB', 8, frames=2))
+
+
+def test_dicom_without_pydicom_says_what_to_install(monkeypatch):
+    data = dicom(RGB, 'RGB', 8)
+    monkeypatch.setitem(sys.modules, 'pydicom', None)
+    with pytest.raises(ImageError, match='pip install pydicom'): decode(data)
+
+
+# Damaged files
+
+@pytest.mark.parametrize('data, words', [
+    (encode(RGB, 'JPEG')[:-200], 'the file is truncated'),
+    (encode(RGB, 'PNG')[:-40], 'the file is truncated'),
+    (b'', 'cannot be decoded'),
+    (b'hello' * 99, 'unknown image format'),
+    (encode(RGB, 'TIFF')[:300], 'cannot be decoded'),
+])
+def test_damaged_files_are_errors(data, words):
+    with pytest.raises(ImageError, match=words): decode(data)
+
+
+def test_a_decompression_bomb_is_refused(monkeypatch):
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
+    with pytest.raises(ImageError, match='DecompressionBomb'): decode(encode(RGB, 'PNG'))

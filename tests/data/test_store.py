@@ -1,0 +1,121 @@
+import os
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import dicom
+from example_images import SMALL_RETINA, add_noise
+from PIL import Image
+
+import aptos_fastai.data.store as store_module
+from aptos_fastai.common.console import Bars
+from aptos_fastai.data.decode import ImageError
+from aptos_fastai.data.retina import Prep
+from aptos_fastai.data.store import prepare_table, read_prepared, read_square, store_folder
+
+PREP = Prep(size=64)
+
+
+@pytest.fixture
+def frame(tmp_path):
+    "A table `t` of four images p0 … p3."
+    ids = [f'p{i}' for i in range(4)]
+    files = [tmp_path / f'originals/{i}.png' for i in ids]
+    files[0].parent.mkdir()
+    for seed, file in enumerate(files): Image.fromarray(add_noise(SMALL_RETINA, 3, seed)).save(file)
+    return pd.DataFrame(dict(id_code=ids, path=[str(f) for f in files], source='t'))
+
+
+def prepare_images(frame, store, **options):
+    with Bars() as bars: return prepare_table(frame, store, PREP, bars, **options)
+
+
+def prepared_csv(frame, store):
+    return read_prepared(store_folder(frame, store, PREP))
+
+
+def test_a_stored_image_has_the_pixels_of_the_prepared_original(frame, tmp_path):
+    for row in prepare_images(frame, tmp_path / 'store').itertuples():
+        for size in (64, 32):
+            assert (read_square(row.stored, PREP, size) == read_square(row.path, PREP, size)).all()
+
+
+def test_a_dicom_original_is_prepared(tmp_path):
+    (tmp_path / 'a.dcm').write_bytes(dicom(SMALL_RETINA, 'RGB', 8))
+    Image.fromarray(SMALL_RETINA).save(tmp_path / 'b.png')
+    from_dicom, from_png = (read_square(tmp_path / f, PREP, 64) for f in ('a.dcm', 'b.png'))
+    assert (from_dicom == from_png).all()
+
+
+def test_only_changed_originals_and_missing_copies_are_prepared_again(frame, tmp_path):
+    first = prepare_images(frame, tmp_path / 'store')
+    times = {p: os.stat(p).st_mtime_ns for p in first.stored}
+    Image.fromarray(add_noise(SMALL_RETINA, 3, 99)).save(frame.path[1])
+    os.utime(frame.path[1], ns=(1, 1))
+    Path(first.stored[2]).unlink()
+    again = prepare_images(frame, tmp_path / 'store')
+    rewritten = [i for i, p in zip(again.id_code, again.stored, strict=True) if os.stat(p).st_mtime_ns != times.get(p)]
+    assert rewritten == ['p1', 'p2']
+    assert not os.path.exists(first.stored[1])
+    assert (first.pixel_sha256 != again.pixel_sha256).tolist() == [False, True, False, False]
+    record = prepared_csv(frame, tmp_path / 'store')
+    assert (record.how == 'circle').all() and (record.width == 120).all() and abs(record.r - 36).max() < 2
+
+
+def test_old_temporary_files_of_killed_runs_are_removed(frame, tmp_path):
+    first = prepare_images(frame, tmp_path / 'store')
+    left = Path(first.stored[0]).with_name('.x.jpg.1.tmp')
+    left.write_bytes(b'x')
+    prepare_images(frame, tmp_path / 'store')
+    assert left.exists()                      # another run may be writing it
+    os.utime(left, (1, 1))
+    prepare_images(frame, tmp_path / 'store')
+    assert not left.exists()
+
+
+def test_interrupted_preparation_resumes(frame, tmp_path, monkeypatch):
+    prepare, calls = store_module.prepare, []
+
+    def prepare_and_count(data, prep):
+        calls.append(1)
+        return prepare(data, prep)
+
+    def prepare_three(data, prep):
+        if len(calls) == 3: raise KeyboardInterrupt
+        return prepare_and_count(data, prep)
+
+    monkeypatch.setattr(store_module, 'cores', lambda: 1)
+    monkeypatch.setattr(store_module, 'BATCH', 1)
+    monkeypatch.setattr(store_module, 'prepare', prepare_three)
+    with pytest.raises(KeyboardInterrupt): prepare_images(frame, tmp_path)
+    assert len(prepared_csv(frame, tmp_path)) == 3
+    monkeypatch.setattr(store_module, 'prepare', prepare_and_count)
+    assert len(prepare_images(frame, tmp_path)) == len(frame) == len(calls)
+
+
+def test_unreadable_images_are_listed(frame, tmp_path):
+    Path(frame.path[0]).write_bytes(b'no image')
+    message = r'\[table.t\]: 1 of 4 images are unreadable: p0 cannot be decoded: unknown .*skip_unreadable = yes'
+    with pytest.raises(ImageError, match=message): prepare_images(frame, tmp_path / 'store')
+    assert (prepared_csv(frame, tmp_path / 'store').error != '').tolist() == [True, False, False, False]
+
+
+def test_unreadable_images_are_left_out_on_request(frame, tmp_path, capsys):
+    Path(frame.path[1]).write_bytes(b'no image')
+    out = prepare_images(frame, tmp_path / 'store', skip_unreadable=True)
+    assert out.id_code.tolist() == ['p0', 'p2', 'p3']
+    assert [Path(p).name[:2] for p in out.stored] == ['p0', 'p2', 'p3']
+    printed = capsys.readouterr().out
+    assert '1 of 4 images are unreadable' in printed and 'They are left out (skip_unreadable = yes).' in printed
+
+
+def test_a_table_without_a_readable_image_is_an_error_even_on_request(frame, tmp_path):
+    for p in frame.path: Path(p).write_bytes(b'no image')
+    with pytest.raises(ImageError, match='4 of 4 images are unreadable'):
+        prepare_images(frame, tmp_path / 'store', skip_unreadable=True)
+
+
+def test_a_damaged_stored_image_is_an_error(frame, tmp_path):
+    stored = prepare_images(frame, tmp_path / 'store').stored[0]
+    Path(stored).write_bytes(b'xx')
+    with pytest.raises(ImageError, match='content changed'): read_square(stored, PREP, 64)
