@@ -2,6 +2,7 @@
 
 `import aptos_fastai` imports no PyTorch; each name below is imported at its first use.
 """
+import os
 import warnings
 from importlib import import_module
 from typing import Any
@@ -23,6 +24,14 @@ _MODULES = dict(                             # name -> module that defines it
     find_retina='data.retina',
 )
 __all__ = list(_MODULES)
+
+# GNU OpenMP, which PyTorch's threads wait in, spins so long by default that it wastes shared machines (see
+# docs/performance.md). It reads this variable when PyTorch is loaded: import aptos_fastai first in a notebook.
+SPIN_COUNT = '1000'
+if 'OMP_WAIT_POLICY' not in os.environ: os.environ.setdefault('GOMP_SPINCOUNT', SPIN_COUNT)
+
+# ONNX Runtime (since 1.32 also on Linux) writes a device id into the home folder and sends usage events when imported.
+os.environ['ORT_DISABLE_TELEMETRY'] = '1'
 
 warnings.filterwarnings('ignore', message='.torch.jit.script. is deprecated', category=FutureWarning)     # timm uses it
 warnings.filterwarnings('ignore', message='IProgress not found')     # progress bars of other packages in notebooks

@@ -15,8 +15,10 @@ from inspect import Parameter, Signature, cleandoc, signature
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperArgument, TyperCommand
 
 import aptos_fastai
+from aptos_fastai.common.disclaimer import DISCLAIMER
 
 if TYPE_CHECKING:
     from aptos_fastai.run_folder import Run
@@ -43,23 +45,28 @@ def whole_number(text: str) -> int:
     except ValueError: raise typer.BadParameter(f'{text} is not a whole number') from None
 
 
+RecipeFile = Annotated[str, typer.Option(metavar='FILE', help='The recipe.')]
+Sets = Annotated[list[str] | None, typer.Option(
+    '--set', metavar='SECTION.KEY=VALUE', help='Change a key of the recipe for this run. May be repeated.')]
 Stage = Annotated[str, argument('STAGE', 'A stage of the recipe.')]
 RunPath = Annotated[str, argument('RUN', 'A run folder <runs>/<recipe>, or a stage folder in it.')]
 Model = Annotated[str, argument('MODEL', 'A bundle, a run folder <runs>/<recipe>, or a stage folder in it.')]
+Root = Annotated[str | None, typer.Option(
+    metavar='FOLDER', help='Base folder of relative paths in a CSV. Default: the folder of the CSV.')]
 Images = Annotated[list[str], argument('IMAGES', 'Files, folders, a glob in quotes, or a CSV that names files.')]
 
 
 @dataclass
 class RunOptions:
     "The options of every command that works on a run"
-    recipe: Annotated[str, typer.Option(metavar='FILE', help='The recipe.')] = 'settings.ini'
+    recipe: RecipeFile = 'settings.ini'
     data: Annotated[str, typer.Option(
         metavar='FOLDER', help='The folder of the tables, or demo: generated images.')] = 'demo'
     runs: Annotated[str, typer.Option(metavar='FOLDER', help='Results go to FOLDER/<recipe name>/.')] = 'runs'
-    sets: Annotated[list[str] | None, typer.Option(
-        '--set', metavar='SECTION.KEY=VALUE', help='Change a key of the recipe for this run. May be repeated.')] = None
+    sets: Sets = None
     trusted: Annotated[list[str] | None, typer.Option(
-        '--trust', metavar='FILE', help='Allow this pickle, which the run did not write. May be repeated.')] = None
+        '--trust', metavar='FILE', help="Load this pickle although its hash is not in the run's records; a pickle can "
+        'run code. May be repeated.')] = None
 
     def load(self, node: str = '') -> 'Run':
         "Return the run; its recipe must have the stage or ensemble `node`"
@@ -69,27 +76,39 @@ class RunOptions:
 
 # From a function to a command
 
+class Command(TyperCommand):
+    "A command whose help shows the names of its arguments without Python types and braces"
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        for parameter in self.params:
+            if isinstance(parameter, TyperArgument): parameter.display_type_rich = lambda ctx: None  # type: ignore
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        "Return the parts of the usage line: [OPTIONS] MODEL IMAGES..."
+        return [piece.replace('{', '').replace('}', '') for piece in super().collect_usage_pieces(ctx)]
+
+
 def command(function: Callable) -> Callable:
     "Make `function` a command. A parameter `options: RunOptions` becomes the options of `RunOptions`"
     own = [p for p in signature(function).parameters.values() if p.annotation is not RunOptions]
-    shared = list(signature(RunOptions).parameters.values()) if uses_recipe(function) else []
+    shared = list(signature(RunOptions).parameters.values()) if uses_run(function) else []
 
     @functools.wraps(function)
     def parsed(**values: Any) -> None:
         options = RunOptions(**{p.name: values.pop(p.name) for p in shared})
         if shared: values['options'] = options
         with error_handling(function.__name__, options.runs if shared else ''):
-            run_on_leader(functools.partial(function, **values), options.trusted or [])
+            run_on_rank_0(functools.partial(function, **values), options.trusted or [])
 
     parameters = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in [*own, *shared]]
     parsed.__signature__ = Signature(parameters)      # type: ignore[attr-defined]
     parsed.__annotations__ = {p.name: p.annotation for p in parameters}
-    app.command(function.__name__, help=help_text(function), context_settings=HELP_OPTIONS)(parsed)
+    app.command(function.__name__, cls=Command, help=help_text(function), context_settings=HELP_OPTIONS)(parsed)
     COMMANDS[function.__name__] = function
     return function
 
 
-def uses_recipe(function: Callable) -> bool:
+def uses_run(function: Callable) -> bool:
     "Return whether a command takes the options of `RunOptions`"
     return any(p.annotation is RunOptions for p in signature(function).parameters.values())
 
@@ -102,13 +121,13 @@ def help_text(function: Callable) -> str:
     return '\n'.join([text, '', '\b', 'Examples:' if len(lines) > 1 else 'Example:', *(f'  {line}' for line in lines)])
 
 
-def run_on_leader(function: Callable, trusted: list[str]) -> None:
-    "Call `function` in the first process; under torchrun the others wait for the jobs that it sends"
+def run_on_rank_0(function: Callable, trusted: list[str]) -> None:
+    "Call `function` on rank 0; under torchrun the other ranks wait for the jobs that it sends"
     from aptos_fastai.common import distributed
     from aptos_fastai.common.io import trust
     trust(trusted)
-    with distributed.process_group() as leads:
-        if leads: function()
+    with distributed.process_group() as is_rank_0:
+        if is_rank_0: function()
         else: distributed.worker_loop()
 
 
@@ -189,7 +208,7 @@ def _show_version(wanted: bool) -> None:
     raise typer.Exit
 
 
-@app.callback(epilog=f'{PROGRAM} COMMAND --help shows the arguments of a command. Not a medical device.')
+@app.callback(epilog=f'{PROGRAM} COMMAND --help shows the arguments of a command. {DISCLAIMER}')
 def program(version: Annotated[bool, typer.Option(
         '--version', callback=_show_version, is_eager=True, help='Show the version and exit.')] = False) -> None:
     "Grade diabetic retinopathy (0-4) from fundus images with staged fastai training."
@@ -208,7 +227,7 @@ def all(options: RunOptions) -> None:
 
 @command
 def plan(options: RunOptions, images: Annotated[str, typer.Option(
-        metavar='"TABLE=N ..."', help='Estimate for tables of these sizes, which need not exist.')] = '') -> None:
+        metavar='"TABLE=N ..."', help='Plan for tables of these sizes, without the data.')] = '') -> None:
     """Show what `all` would do, with time and disk space. Trains nothing and writes nothing but the demo's images.
 
     python run.py plan --recipe recipes/one_table.ini --data ~/idrid
@@ -221,7 +240,7 @@ def plan(options: RunOptions, images: Annotated[str, typer.Option(
 
 @command
 def doctor(options: RunOptions) -> None:
-    """Check what would stop `all`. Checks packages, devices, tables, weights, disk space and time; shows how to
+    """Check that `all` can run. Checks packages, devices, tables, weights, disk space and time; shows how to
     download Kaggle's tables if they are missing.
 
     python run.py doctor --data ~/kaggle
@@ -267,7 +286,7 @@ def train(options: RunOptions, stage: Stage) -> None:
 @command
 def label(options: RunOptions,
           stage: Annotated[str, argument('STAGE', 'The stage or ensemble that labels.')],
-          table: Annotated[str, argument('TABLE', 'An ungraded table. Default: that of the submission.')] = '') -> None:
+          table: Annotated[str, argument('TABLE', 'An ungraded table. Default: [submit] table.')] = '') -> None:
     """Write pseudo-labels of an ungraded table. Writes soft_pseudo_label.csv (scores) and hard_pseudo_label.csv
     (grades); trains the stage first if needed.
 
@@ -284,18 +303,20 @@ def predict(model: Model, images: Images,
             backend: Annotated[str, typer.Option(
                 metavar='NAME', help='torch; for a bundle also onnx or openvino.')] = 'torch',
             precision: Annotated[str, typer.Option(
-                metavar='NAME', help='f32 or bf16, which is faster on CPUs that support it.')] = 'f32') -> None:
-    """Grade new images with a trained model and write a CSV. An interrupted command resumes.
+                metavar='NAME', help='f32 or bf16, which is faster on CPUs that support it.')] = 'f32',
+            root: Root = None, overwrite: Annotated[bool, typer.Option(
+                '--overwrite', help='Replace the CSV if it exists.')] = False) -> None:
+    """Grade new images with a trained model. Writes a CSV. An interrupted command resumes.
 
     python run.py predict runs/one_table ~/clinic/images -o grades.csv
     """
     from aptos_fastai.inference.grade_files import grade_files
-    grade_files(model, images, output, backend, precision)
+    grade_files(model, images, output, backend, precision, root=root, overwrite=overwrite)
 
 
 @command
 def score(options: RunOptions) -> None:
-    """Score the test table with the finished stages. Writes scores.csv.
+    """Predict the test table with the trained stages (writes scores.csv).
 
     python run.py score
     """
@@ -350,13 +371,14 @@ def export(run: RunPath) -> None:
 @command
 def explain(model: Model, images: Images,
             output: Annotated[str, typer.Option(
-                '-o', '--output', metavar='FOLDER', help='The folder to write to.')] = 'explained') -> None:
+                '-o', '--output', metavar='FOLDER', help='The folder to write to.')] = 'explained',
+            root: Root = None) -> None:
     """Write images beside their heat maps. A heat map shows which regions raised the score.
 
     python run.py explain runs/one_table ~/clinic/eye.jpg -o explained
     """
     from aptos_fastai.inference.explain import explain_files
-    explain_files(model, images, output)
+    explain_files(model, images, output, root=root)
 
 
 @command
@@ -406,14 +428,14 @@ def find_batch_size(options: RunOptions, stage: Stage) -> None:
 
 
 @command
-def demo(options: RunOptions,
-         folder: Annotated[str, argument('FOLDER', 'The folder to write to.')] = 'demo_data') -> None:
+def demo(folder: Annotated[str, argument('FOLDER', 'The folder to write to.')] = 'demo_data',
+         recipe: RecipeFile = 'settings.ini', sets: Sets = None) -> None:
     """Write the synthetic demo's tables to a folder. They look like Kaggle's folders and can be passed as --data.
 
     python run.py demo /tmp/demo
     """
     from aptos_fastai import commands
-    commands.write_demo_folder(options.recipe, options.sets or [], folder)
+    commands.write_demo_folder(recipe, sets or [], folder)
 
 
 @command

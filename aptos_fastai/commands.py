@@ -1,4 +1,5 @@
 "What each command does, with the functions of the other modules. `cli.py` parses its arguments."
+import re
 import textwrap
 import time
 from collections.abc import Iterable, Iterator
@@ -50,13 +51,14 @@ def run_all(run: Run) -> None:
 
 def write_outputs(run: Run, bars: Bars, start: float) -> dict:
     "Write oof.csv, scores.csv, submissions, report.html and, last, summary.json, which is returned"
+    from aptos_fastai.pipeline.run_gate import gate_result
     from aptos_fastai.reports.run_report import write_report
     oof = oof_table(run)                     # first: it checks the validation scores before anything is written
     scores = score_test_table(run, bars)
     write_submissions(run, scores)
     write_csv(run.root / 'oof.csv', oof)
     hashes = {name: file_hash(run.root / name) for name in OUTPUTS}
-    summary = dict(summarise(run, oof), seconds=round(time.monotonic() - start, 1),
+    summary = dict(summarise(run, oof), gate=gate_result(run, scores), seconds=round(time.monotonic() - start, 1),
                    inputs_digest=inputs_digest(run), outputs=hashes)
     write_report(run, summary, oof, scores, bars)
     write_record(run.root / 'summary.json', summary)
@@ -193,7 +195,7 @@ def write_demo_folder(recipe: str, sets: Iterable[str], folder: str) -> None:
 
 
 def show_keys() -> None:
-    "Print every section and key of a recipe with default, unit and accepted values, in lines of 80 characters"
+    "Print every section and key of a recipe with default, meaning and accepted values, in lines of 80 characters"
     for name, section in SECTIONS.items():
         say(f'\n[{name}.NAME]' if name in NAMED_SECTIONS else f'\n[{name}]', 'bold')
         for key in fields(section):
@@ -210,7 +212,9 @@ def default_text(key: Field) -> str:
 
 
 def accepted_text(key: Field) -> str:
-    "Return the accepted values of a key: ' (yes, no)', ' (0 to 1)' or ''"
+    "Return the accepted values of a key, ' (smooth_l1, mse)' or ' (0 to 1)'; '' if its help explains each of them"
     limits = key.metadata
-    if limits['choices']: return f' ({", ".join(limits["choices"])})'
+    if limits['choices']:
+        explained = all(re.search(rf'\b{choice}\b', limits['help']) for choice in limits['choices'])
+        return '' if explained else f' ({", ".join(limits["choices"])})'
     return f' ({limits["low"]} to {limits["high"]})' if limits['low'] is not None else ''

@@ -12,6 +12,9 @@ REFERABLE = 2                                # lowest grade that is referred to 
 MIDPOINTS = (.5, 1.5, 2.5, 3.5)              # thresholds that round a score to the nearest grade
 PUBLISHED_THRESHOLDS = (.75, 1.5, 2.5, 3.5)  # of the published code
 PRIOR_IMAGES = 100                           # `regularised` thresholds: the midpoints weigh as much as this many images
+N_BOOTSTRAP = 10_000                         # bootstrap resamples of images
+N_BOOTSTRAP_GROUPS = 2_000                          # bootstrap resamples of groups (patients), which take longer
+CALIBRATION_IMAGES = 2_000                   # of each grade, at most, that the prediction sets are fitted on
 
 
 def confusion(grades: ArrayLike, targs: ArrayLike) -> np.ndarray:
@@ -36,31 +39,71 @@ def quadratic_kappa(grades: ArrayLike, targs: ArrayLike) -> float:
     return float(kappa_from_confusion(confusion(grades, targs)))
 
 
-def kappa_interval(grades: ArrayLike, targs: ArrayLike, *, n: int = 10_000, level: float = .95,
-                   seed: int = 0) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of kappa from `n` resamples.
+def has_groups(groups: ArrayLike | None) -> bool:
+    "Return whether any group (patient) has more than one image"
+    return groups is not None and len(np.unique(np.asarray(groups))) < np.size(groups)
 
-    Resampling images is the same as drawing the confusion matrix from a multinomial distribution, which is faster.
+
+def bootstrap_counts(cells: ArrayLike, n_cells: int, groups: ArrayLike | None = None, *, n: int | None = None,
+                     seed: int = 0) -> np.ndarray:
+    """Return the counts (n, `n_cells`) of `n` bootstrap resamples of images that lie in `cells` (a number per image).
+
+    With `groups` (a label per image) whole groups are resampled: images of a patient are not independent (Field and
+    Welsh 2007). Groups with the same counts are drawn together, from one multinomial distribution; without groups
+    that is the multinomial distribution of the cells.
     """
-    cm = confusion(grades, targs)
-    draws = np.random.default_rng(seed).multinomial(cm.sum(), cm.ravel() / cm.sum(), n).reshape(n, GRADES, GRADES)
-    low, high = np.nanquantile(kappa_from_confusion(draws), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    rng = np.random.default_rng(seed)
+    cell = np.asarray(cells, int).ravel()
+    counts = np.bincount(cell, minlength=n_cells)
+    if not has_groups(groups):
+        return rng.multinomial(len(cell), counts / len(cell), n or N_BOOTSTRAP)
+    _, group = np.unique(np.asarray(groups), return_inverse=True)
+    per_group = np.zeros((group.max() + 1, n_cells), np.int64)
+    np.add.at(per_group, (group, cell), 1)
+    kinds, frequency = np.unique(per_group, axis=0, return_counts=True)
+    draws = n or N_BOOTSTRAP_GROUPS
+    chunk = max(1, 2_000_000 // len(kinds))              # resamples at once: 16 MB
+    parts = []
+    for i in range(0, draws, chunk):
+        resampled = rng.multinomial(len(per_group), frequency / len(per_group), min(chunk, draws - i))
+        parts.append(resampled @ kinds)
+    return np.concatenate(parts)
 
 
-def paired_interval(a: ArrayLike, b: ArrayLike, targs: ArrayLike, *, n: int = 10_000, level: float = .95,
-                    seed: int = 0) -> tuple[float, float, float]:
+def kappa_interval(grades: ArrayLike, targs: ArrayLike, groups: ArrayLike | None = None, *, n: int | None = None,
+                   level: float = .95, seed: int = 0) -> tuple[float, float]:
+    """Return the percentile bootstrap interval of kappa.
+
+    `groups` (a patient per image) are resampled whole: the interval over images is too narrow where the errors of a
+    patient's images are alike.
+    """
+    g, y = (np.asarray(o, int).ravel() for o in (grades, targs))
+    draws = bootstrap_counts(y * GRADES + g, GRADES**2, groups, n=n, seed=seed).reshape(-1, GRADES, GRADES)
+    return _percentiles(kappa_from_confusion(draws), level)
+
+
+def paired_interval(a: ArrayLike, b: ArrayLike, targs: ArrayLike, groups: ArrayLike | None = None, *,
+                    n: int | None = None, level: float = .95, seed: int = 0) -> tuple[float, float, float]:
     """Return kappa of grades `b` minus kappa of grades `a` on the same images, and its bootstrap interval.
 
-    The 5 x 5 x 5 table of counts (true, a, b) is drawn from a multinomial distribution `n` times.
+    Resamples the 5 x 5 x 5 table of counts (true, a, b): images, or whole `groups` (a patient per image).
     """
     y, a, b = (np.asarray(o, int).ravel() for o in (targs, a, b))
-    counts = np.bincount((y * GRADES + a) * GRADES + b, minlength=GRADES**3)
-    draws = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), n)
-    tables = np.vstack([counts, draws]).reshape(-1, GRADES, GRADES, GRADES)
-    difference = kappa_from_confusion(tables.sum(2)) - kappa_from_confusion(tables.sum(3))
-    low, high = np.nanquantile(difference[1:], [(1 - level) / 2, (1 + level) / 2])
-    return float(difference[0]), float(low), float(high)
+    cell = (y * GRADES + a) * GRADES + b
+
+    def difference(counts: np.ndarray) -> np.ndarray:
+        tables = counts.reshape(-1, GRADES, GRADES, GRADES)
+        return kappa_from_confusion(tables.sum(2)) - kappa_from_confusion(tables.sum(3))
+    value = difference(np.bincount(cell, minlength=GRADES**3))[0]
+    draws = difference(bootstrap_counts(cell, GRADES**3, groups, n=n, seed=seed))
+    return float(value), *_percentiles(draws, level)
+
+
+def _percentiles(draws: np.ndarray, level: float) -> tuple[float, float]:
+    "Return the ends of the interval that holds the fraction `level` of `draws`; nan if all are nan"
+    if np.isnan(draws).all(): return np.nan, np.nan
+    low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def apply_thresholds(scores: ArrayLike, thresholds: ArrayLike) -> np.ndarray:
@@ -112,9 +155,14 @@ def _check_fittable(s: np.ndarray, y: np.ndarray) -> None:
     problem = ''
     if not len(s) or len(s) != len(y): problem = f'{len(s)} scores and {len(y)} grades'
     elif not np.isfinite(s).all(): problem = f'{(~np.isfinite(s)).sum()} of {len(s)} scores are not finite numbers'
-    elif s.min() == s.max(): problem = f'all {len(s)} scores are {s[0]:g}'
-    elif y.min() == y.max(): problem = f'all {len(y)} grades are {y[0]:g}'
+    else: problem = _nothing_to_separate(s, y)
     if problem: raise AptosError(f'cannot fit thresholds: {problem}')
+
+
+def _nothing_to_separate(s: np.ndarray, y: np.ndarray) -> str:
+    "Return which of scores `s` and grades `y` are all equal, or an empty text"
+    if s.min() == s.max(): return f'all {len(s)} scores are {s[0]:g}'
+    return f'all {len(y)} grades are {y[0]:g}' if y.min() == y.max() else ''
 
 
 def _cheapest_thresholds(sums: np.ndarray) -> np.ndarray:
@@ -140,18 +188,38 @@ def fit_thresholds(how: str, scores: ArrayLike, grades: ArrayLike) -> np.ndarray
     which weigh as much as `PRIOR_IMAGES` images; with few images they stay near the midpoints.
     """
     best = GradeThresholds().fit(scores, grades).thresholds_
-    if how == 'optimal': return best
-    n = np.size(scores)
+    return best if how == 'optimal' else _regularise(best, np.size(scores))
+
+
+def _regularise(best: np.ndarray, n: int) -> np.ndarray:
+    "Return the weighted mean of thresholds fitted to `n` images with the midpoints"
     return (n * best + PRIOR_IMAGES * np.array(MIDPOINTS)) / (n + PRIOR_IMAGES)
 
 
+def thresholds_or_midpoints(how: str, scores: ArrayLike, grades: ArrayLike) -> tuple[np.ndarray, str]:
+    """Return the thresholds of `fit_thresholds` and an empty text; the midpoints and the reason if none can be fitted.
+
+    None can be fitted to equal scores, to a single grade, or where the best thresholds are one number, which gives
+    only the grades 0 and 4. Raises `AptosError` for scores that are not finite.
+    """
+    s, y = np.asarray(scores, float).ravel(), np.asarray(grades, float).ravel()
+    problem = _nothing_to_separate(s, y) if len(s) and np.isfinite(s).all() else ''
+    if problem: return np.array(MIDPOINTS), problem
+    best = GradeThresholds().fit(s, y).thresholds_
+    if best[0] == best[-1]: return np.array(MIDPOINTS), f'the optimal thresholds are all {best[0]:.3g}'
+    return best if how == 'optimal' else _regularise(best, len(s)), ''
+
+
 def cross_fitted_grades(scores: ArrayLike, targs: ArrayLike, parts: ArrayLike, how: str = 'optimal') -> np.ndarray:
-    "Return grades by cross-fitted thresholds: those of each part (`parts`: a label per image) are fitted on the others"
+    """Return grades by cross-fitted thresholds: those of each part (`parts`: a label per image) are fitted on others.
+
+    A part gets the midpoints where the others allow no fit (`thresholds_or_midpoints`).
+    """
     s, y, part = np.asarray(scores, float), np.asarray(targs, int), np.asarray(parts)
     grades = np.empty(len(y), int)
     for k in np.unique(part):
         inside = part == k
-        grades[inside] = apply_thresholds(s[inside], fit_thresholds(how, s[~inside], y[~inside]))
+        grades[inside] = apply_thresholds(s[inside], thresholds_or_midpoints(how, s[~inside], y[~inside])[0])
     return grades
 
 
@@ -168,19 +236,37 @@ def stratified_group_parts(targs: ArrayLike, groups: ArrayLike, n: int = 5) -> n
     return part[group]
 
 
-def auc(scores: ArrayLike, positive: ArrayLike, *, level: float = .95) -> tuple[float, float, float]:
-    "Return the area under the ROC curve and its DeLong interval (1988); nan if one class is missing"
+def auc(scores: ArrayLike, positive: ArrayLike, groups: ArrayLike | None = None, *,
+        level: float = .95) -> tuple[float, float, float]:
+    """Return the area under the ROC curve and its interval; nan if one class is missing.
+
+    The interval is DeLong's (1988); with `groups` (a patient per image) its extension to groups (Obuchowski 1997).
+    """
     from scipy.stats import norm, rankdata  # imported here because it takes a second
     s, pos = np.asarray(scores, float), np.asarray(positive, bool)
     n_pos, n_neg = pos.sum(), (~pos).sum()
     if not n_pos or not n_neg: return np.nan, np.nan, np.nan
     rank = rankdata(s)
-    of_positives = (rank[pos] - rankdata(s[pos])) / n_neg              # share of negatives below each positive
-    of_negatives = 1 - (rank[~pos] - rankdata(s[~pos])) / n_pos        # share of positives above each negative
+    of_positives = (rank[pos] - rankdata(s[pos])) / n_neg              # fraction of negatives below each positive
+    of_negatives = 1 - (rank[~pos] - rankdata(s[~pos])) / n_pos        # fraction of positives above each negative
     area = of_positives.mean()
-    sd = np.sqrt(sum(o.var(ddof=1) / len(o) for o in (of_positives, of_negatives) if len(o) > 1))
+    influence = np.empty(len(s))                                       # of each image on the area
+    influence[pos] = (of_positives - area) / n_pos
+    influence[~pos] = (of_negatives - area) / n_neg
+    sd = np.sqrt(_auc_variance(influence, pos, np.arange(len(s)) if groups is None else np.asarray(groups)))
     z = norm.ppf((1 + level) / 2)
     return float(area), float(max(0, area - z * sd)), float(min(1, area + z * sd))
+
+
+def _auc_variance(influence: np.ndarray, positive: np.ndarray, groups: np.ndarray) -> float:
+    "Return the variance of the area: sums of the images' influence over groups, of each class and across classes"
+    _, group = np.unique(groups, return_inverse=True)
+    sums = [np.bincount(group, influence * of_class) for of_class in (positive, ~positive)]
+    members = [len(np.unique(group[of_class])) for of_class in (positive, ~positive)]
+    n_groups = len(sums[0])
+    variance = sum((o ** 2).sum() * n / (n - 1) for o, n in zip(sums, members, strict=True) if n > 1)
+    if n_groups > 1: variance += 2 * (sums[0] * sums[1]).sum() * n_groups / (n_groups - 1)
+    return max(float(variance), 0.)
 
 
 def sensitivity_at(scores: ArrayLike, positive: ArrayLike, specificity: float) -> tuple[float, float]:
@@ -193,64 +279,135 @@ def sensitivity_at(scores: ArrayLike, positive: ArrayLike, specificity: float) -
     return float((s[pos] >= threshold).mean()), float(threshold)
 
 
-def wilson_interval(k: int, n: int, level: float = .95) -> tuple[float, float]:
+def upper_quantile(values: ArrayLike, fraction: float) -> float:
+    "Return the smallest of `values` that at most the fraction `fraction` of them exceeds"
+    return float(np.quantile(np.asarray(values, float), 1 - fraction, method='higher'))
+
+
+def wilson_interval(k: float, n: float, level: float = .95) -> tuple[float, float]:
     "Return the Wilson interval (1927) of the proportion `k` / `n`; (0, 1) if `n` is 0"
     if not n: return 0., 1.
-    from scipy.stats import binomtest  # imported here because it takes a second
-    interval = binomtest(k, n).proportion_ci(level, method='wilson')
-    return float(interval.low), float(interval.high)
+    from scipy.stats import norm  # imported here because it takes a second
+    z2, p = norm.ppf((1 + level) / 2) ** 2, k / n
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = np.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    return float(max(0, centre - half)), float(min(1, centre + half))
+
+
+def proportion_interval(correct: ArrayLike, groups: ArrayLike | None = None, level: float = .95) -> tuple[float, float]:
+    """Return the Wilson interval of the proportion of True values; (0, 1) if there is none.
+
+    With `groups` (a patient per image) the number of images is divided by the design effect (Rao and Scott 1992):
+    the variance over groups divided by that over images, at least 1. Where all values are equal, the groups count.
+    """
+    c = np.asarray(correct, bool)
+    if not has_groups(groups): return wilson_interval(int(c.sum()), len(c), level)
+    _, group = np.unique(np.asarray(groups), return_inverse=True)
+    n_groups, p = group.max() + 1, c.mean()
+    effective = float(n_groups)
+    if 0 < p < 1 and n_groups > 1:
+        residuals = np.bincount(group, c - p)
+        variance = n_groups / (n_groups - 1) * (residuals ** 2).sum() / len(c) ** 2
+        effective = min(len(c), p * (1 - p) / variance) if variance else float(len(c))
+    return wilson_interval(p * effective, effective, level)
+
+
+Calibration = tuple[tuple[tuple[float, ...], ...], ...]       # grade -> fold -> sorted distances
 
 
 class PredictionSets:
-    """Return sets of neighbouring grades that contain the true grade with probability `coverage`, for every true grade.
+    """Predict sets of neighbouring grades that contain the true grade with probability `coverage`, for each true grade.
 
-    Label-conditional split conformal prediction (Vovk 2012; Sadinle, Lei and Wasserman 2019) with the distance
-    |score - grade|. Fit on out-of-fold scores. A grade with too few images for the coverage is in every set.
-    Fitted attribute: `radius_` (5,), the largest distance at which each grade is in the set.
+    CV+ (Barber, Candès, Ramdas and Tibshirani 2021), label-conditional (Vovk 2012; Sadinle, Lei and Wasserman 2019).
+    Calibration: the n images of true grade g, each with its out-of-fold score and d_i = |score_i - g|.
+    New image: D_k = |score_k - g|, where score_k is its score by the network of fold k.
+    Grade g is in the set if d_i < D_(fold of i) for fewer than coverage * (n + 1) calibration images i.
+    With one fold this is split conformal prediction. A grade with coverage * (n + 1) > n is in every set.
+    The coverage is valid for images from the same source: the same cameras, clinics and graders.
+    Fitted attributes: `calibration_`, the sorted d_i of each grade and fold, and `radius_` (5,), the largest distance
+    at which each grade is in the set if the networks of all folds give the same score.
     """
-    radius_: np.ndarray
+    calibration_: Calibration
 
-    def __init__(self, coverage: float = .9):
-        self.coverage = coverage
+    def __init__(self, coverage: float = .9, calibration: Calibration = ()):
+        self.coverage, self.calibration_ = coverage, calibration or ((),) * GRADES
 
-    def fit(self, scores: ArrayLike, grades: ArrayLike) -> 'PredictionSets':
-        "Fit the radius of each grade to out-of-fold scores (n,) and true grades (n,)"
+    def fit(self, scores: ArrayLike, grades: ArrayLike, folds: ArrayLike | None = None) -> 'PredictionSets':
+        """Fit to out-of-fold scores (n,) and true grades (n,); `folds` (n,) says whose network gave each score.
+
+        Keeps at most `CALIBRATION_IMAGES` distances of a grade, drawn with a fixed seed, to four decimals.
+        """
         s, y = np.asarray(scores, float), np.asarray(grades, int)
-        self.radius_ = np.full(GRADES, np.inf)
+        fold = np.zeros(len(y), int) if folds is None else np.unique(np.asarray(folds), return_inverse=True)[1]
+        rng = np.random.default_rng(0)
+        n_folds = fold.max() + 1
+        calibration = []
         for g in range(GRADES):
-            distances = np.sort(np.abs(s[y == g] - g))
-            k = int(np.ceil((len(distances) + 1) * self.coverage))
-            if k <= len(distances): self.radius_[g] = distances[k - 1]
+            rows = np.flatnonzero(y == g)
+            if len(rows) > CALIBRATION_IMAGES: rows = rng.choice(rows, CALIBRATION_IMAGES, replace=False)
+            distance = np.abs(s[rows] - g).round(4)
+            calibration.append(tuple(tuple(np.sort(distance[fold[rows] == k]).tolist()) for k in range(n_folds)))
+        self.calibration_ = tuple(calibration)
         return self
+
+    @property
+    def radius_(self) -> np.ndarray:
+        "The largest distance at which each grade is in the set where all folds agree; infinite: always"
+        radius = np.full(GRADES, np.inf)
+        for g, by_fold in enumerate(self.calibration_):
+            distances = np.sort(np.concatenate([[], *by_fold]))
+            k = int(np.ceil((len(distances) + 1) * self.coverage - 1e-9))
+            if k <= len(distances): radius[g] = distances[k - 1]
+        return radius
 
     def predict(self, scores: ArrayLike, grades: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
         """Return the (lowest, highest) grade of each set.
 
-        The predicted `grades` are added and gaps are filled; both can only raise the coverage.
+        `scores` are those of each fold (n, folds), or one for all folds (n,). The predicted `grades` (n,) are added
+        and gaps are filled; both can only raise the coverage.
         """
-        distances = np.abs(np.asarray(scores, float)[:, None] - np.arange(GRADES))
-        inside = distances <= self.radius_
+        s = np.asarray(scores, float)
+        s = s[:, None] if s.ndim == 1 else s
+        inside = np.empty((len(s), GRADES), bool)
+        for g, by_fold in enumerate(self.calibration_):
+            smaller, n = np.zeros(len(s)), 0
+            for k, distances in enumerate(by_fold):
+                distance = np.abs(s[:, k if s.shape[1] > 1 else 0] - g).round(4)
+                smaller += np.searchsorted(distances, distance)        # calibration images that are nearer
+                n += len(distances)
+            inside[:, g] = smaller < self.coverage * (n + 1) - 1e-9
         inside[np.arange(len(inside)), np.asarray(grades, int)] = True
         return inside.argmax(1), GRADES - 1 - inside[:, ::-1].argmax(1)
 
 
-def grade_scores(scores: ArrayLike, thresholds: ArrayLike,
-                 prediction_sets: PredictionSets) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Return (grade, grade_low, grade_high) of scores: the grade and the ends of its prediction set"
+def grade_scores(scores: ArrayLike, thresholds: ArrayLike, prediction_sets: PredictionSets,
+                 fold_scores: ArrayLike | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (grade, grade_low, grade_high) of scores (n,): the grade and the ends of its prediction set.
+
+    `fold_scores` (n, folds) are the scores of each fold's networks, whose mean the scores are.
+    """
     grade = apply_thresholds(scores, thresholds)
-    low, high = prediction_sets.predict(scores, grade)
+    low, high = prediction_sets.predict(scores if fold_scores is None else fold_scores, grade)
     return grade, low, high
 
 
 class ScoreKappa:
-    "Compute kappa of score tensors at fixed `thresholds`, for fastai's `AccumMetric`; 0 where kappa is undefined"
+    """Compute kappa of score tensors, for fastai's `AccumMetric`; 0 where kappa is undefined.
+
+    `thresholds` are four numbers, or a method (optimal, regularised): then they are fitted to the same scores, as the
+    thresholds of a prediction are, and kappa is in-sample.
+    """
     __name__ = 'kappa'
 
-    def __init__(self, thresholds: ArrayLike = MIDPOINTS):
+    def __init__(self, thresholds: ArrayLike | str = MIDPOINTS):
         self.thresholds = thresholds
 
     def __call__(self, preds: Any, targs: Any) -> float:
         "Return kappa of scores (n,) or (n, 1) against grades as floats"
-        grades = apply_thresholds(preds.float().cpu().numpy(), self.thresholds)
-        kappa = quadratic_kappa(grades, targs.cpu().numpy().round())
+        scores, grades = preds.float().cpu().numpy().ravel(), targs.cpu().numpy().round().ravel()
+        thresholds = self.thresholds
+        if isinstance(thresholds, str):
+            finite = np.isfinite(scores).all()
+            thresholds = thresholds_or_midpoints(thresholds, scores, grades)[0] if finite else MIDPOINTS
+        kappa = quadratic_kappa(apply_thresholds(scores, thresholds), grades)
         return kappa if np.isfinite(kappa) else 0.

@@ -41,9 +41,12 @@ def _check_range(_: str, value: tuple[float, ...]) -> None:
 
 
 def _check_regex(text: str, _: Any) -> None:
-    try: re.compile(text)
+    try: groups = re.compile(text).groups
     except re.error as e:
         raise ValueError(rf'invalid regular expression ({e}). Example: ^(\d+)_(left|right)$') from None
+    if text and not groups:
+        raise ValueError('no group in parentheses. Put the part of the id that is the patient in parentheses, '
+                         r'for example ^(\d+)_(left|right)$ for the id 15_left.')
 
 
 # The sections and their keys
@@ -58,7 +61,7 @@ def _key(default: Any = MISSING, help: str = '', choices: tuple[str, ...] | None
 class General:
     "[recipe]: random seed and folds"
     seed: int = _key(42, 'random seed of folds, shuffling, augmentation and the demo', low=0, high=2**31)
-    splits: int = _key(5, 'number of equal parts of the graded tables; fold k is validated on part k', low=2, high=20)
+    splits: int = _key(5, 'number of cross-validation folds', low=2, high=20)
     conflicts: str = _key('keep', 'duplicate images with different grades. keep: train on both; drop: train on none; '
                           'mean: train on the mean grade', choices=('keep', 'drop', 'mean'))
 
@@ -94,7 +97,7 @@ class Augment:
     shear: float = _key(.2, 'shear: ± at most this, degrees', low=0, high=45)
     hflip: float = _key(.5, 'probability of a horizontal flip', low=0, high=1)
     vflip: float = _key(0., 'probability of a vertical flip', low=0, high=1)
-    on: str = _key('auto', 'image: one by one on the CPU while loading; batch: whole batches on the device; '
+    mode: str = _key('auto', 'image: one by one on the CPU while loading; batch: whole batches on the device; '
                    'auto: batch on a GPU, image on a CPU', choices=('auto', 'image', 'batch'))
 
 
@@ -107,13 +110,22 @@ class Table:
     id: str = _key('id_code', 'column of image ids: file names with or without extension')
     grade: str = _key('', 'column of grades 0-4; empty: the table is ungraded')
     folder: tuple[str, ...] = _key(('.',), 'folders inside --data to search; the first one with the CSV is used')
-    group: str = _key('', 'regular expression; its first group is the patient part of an image id', check=_check_regex)
+    group: str = _key('', 'regular expression; its first group in parentheses is the patient part of an image id', 
+                      check=_check_regex)
+    block: int = _key(0, 'group every N consecutive ids (natural sort) as if they were one patient; 0: off; needs an '
+                      'empty `group`', low=0, high=10_000)
     order: str = _key('', 'CSV with the ids and their order in the submission (sample_submission.csv)')
 
     @property
     def graded(self) -> bool:
         "Whether the table has grades"
         return bool(self.grade)
+
+    @property
+    def grouped_by(self) -> str:
+        "What shares a fold and is resampled for an interval: patients, blocks of N ids, or images"
+        if self.group: return 'patients'
+        return f'blocks of {self.block} ids' if self.block else 'images'
 
 
 @dataclass(frozen=True)
@@ -129,7 +141,7 @@ class Stage:
     head: str = _key('gem', 'pooling before the single output: gem (generalised mean) or avg', choices=('gem', 'avg'))
     dropout: float = _key(0., 'dropout probability before the output', low=0, high=.95)
     size: int = _key(256, 'side of the square input, pixels', low=32, high=2048)
-    folds: int = _key(1, 'number of folds to train: folds 0 … folds-1 of [recipe] splits', low=1, high=20)
+    folds: int = _key(1, 'how many of the [recipe] splits folds are trained, from fold 0', low=1, high=20)
     epochs: int = _key(10, 'epochs with all layers trainable', low=1, high=1000)
     freeze_epochs: int = _key(0, 'epochs before those that train the head only', low=0, high=1000)
     bs: int = _key(16, 'batch size, images', low=1, high=4096)
@@ -142,13 +154,15 @@ class Stage:
     eps: float = _key(1e-5, 'Adam\'s epsilon (fastai 1e-5, PyTorch 1e-8)', low=1e-12, high=1)
     wd: float = _key(.01, 'weight decay (decoupled)', low=0, high=10)
     loss: str = _key('smooth_l1', 'loss between score and grade', choices=('smooth_l1', 'mse'))
-    keep: str = _key('kappa', 'epoch to keep: highest validation kappa, lowest validation loss, or the last',
+    keep: str = _key('kappa', 'epoch to keep: highest validation kappa (by `thresholds`, fitted to that epoch), lowest '
+                     'validation loss (both are chosen on the validation images), or the last',
                      choices=('kappa', 'loss', 'last'))
     tta: str = _key('none', 'test-time augmentation, mean over views: none (1), hflip (2), d4 (8)',
                     choices=('none', 'hflip', 'd4'))
     ema: float = _key(0., 'decay per step of an exponential moving average of the weights; 0: off', low=0, high=.99999)
-    thresholds: str = _key('optimal', 'thresholds of this stage\'s grades: optimal or regularised (fitted out of '
-                           'fold), or four increasing numbers', check=_check_thresholds)
+    thresholds: str = _key('regularised', 'thresholds of this stage\'s grades, cross-fitted: optimal (highest kappa) '
+                           'or regularised (shrunk towards 0.5 1.5 2.5 3.5, better with few images); or four '
+                           'increasing numbers', check=_check_thresholds)
     labels: str = _key('soft', 'pseudo-labels to train on: soft (scores) or hard (grades)', choices=('soft', 'hard'))
     source_weights: tuple[float, ...] = _key((), 'sampling weight of the images of each entry of `train`; '
                                              'empty: every image once per epoch', low=0, high=1000)
@@ -190,10 +204,19 @@ class Submit:
     table: str = _key(help='ungraded table to predict')
     final: str = _key(help='stage or ensemble that becomes submission.csv')
     also: tuple[str, ...] = _key((), 'further stages and ensembles, each with its own file in submissions/')
-    thresholds: str = _key('optimal', 'thresholds of the submission: optimal or regularised (fitted out of fold), or '
-                           'four increasing numbers', check=_check_thresholds)
+    thresholds: str = _key('regularised', 'thresholds of the submission: optimal or regularised (see [stage]), or four '
+                           'increasing numbers', check=_check_thresholds)
     coverage: float = _key(.9, 'probability that the prediction set (grade_low to grade_high in scores.csv) contains '
-                           'the true grade', low=.5, high=.99)
+                           'the true grade of an image of the same source', low=.5, high=.99)
+
+
+@dataclass(frozen=True)
+class Gate:
+    "[gate]: the quality check before grading; images that fail it get no grade"
+    reject: float = _key(.01, 'fraction of validation images that the check against unfamiliar images may reject; 0: '
+                         'no check', low=0, high=.5)
+    ungradable: str = _key('refer', 'refer: ungradable images count as referable; exclude: they do not count',
+                           choices=('refer', 'exclude'))
 
 
 @dataclass(frozen=True)
@@ -207,12 +230,16 @@ class Demo:
 
 
 SECTIONS: dict[str, type] = dict(recipe=General, images=Images, augment=Augment, table=Table, stage=Stage,
-                                 ensemble=Ensemble, submit=Submit, demo=Demo)
+                                 ensemble=Ensemble, submit=Submit, gate=Gate, demo=Demo)
 NAMED_SECTIONS = ('table', 'stage', 'ensemble')
-SECTION_NAME = re.compile(r'(recipe|images|augment|submit|stage|demo|demo\.stage)'
+SECTION_NAME = re.compile(r'(recipe|images|augment|submit|gate|stage|demo|demo\.stage)'
                           r'|(table|stage|ensemble|demo\.stage)\.[A-Za-z]\w*')
 ACCEPTED_SECTIONS = ('[recipe] [images] [augment] [table.NAME] [stage] [stage.NAME] [ensemble.NAME] [submit] '
-                     '[demo] [demo.stage] [demo.stage.NAME]')
+                     '[gate] [demo] [demo.stage] [demo.stage.NAME]')
+
+COLUMNS_OF_SCORES = frozenset((              # of scores.csv and oof.csv, beside one for each stage and ensemble
+    'id_code', 'source', 'diagnosis', 'fold', 'group', 'score', 'grade', 'grade_low', 'grade_high', 'score_sd',
+    'ungradable'))
 
 
 @dataclass(frozen=True)
@@ -227,6 +254,7 @@ class Recipe:
     stages: dict[str, Stage]
     ensembles: dict[str, Ensemble]
     submit: Submit
+    gate: Gate = Gate()
     seed: int = 42
     splits: int = 5
     conflicts: str = 'keep'
@@ -327,7 +355,7 @@ def read_recipe(path: str | Path, *, demo: bool = False, sets: Sequence[str] = (
     if demo: stages = {n: _demo_stage(path, s, single['demo']) for n, s in stages.items()}
     recipe = Recipe(name=f'{path.stem}-demo' if demo else path.stem, path=path,
                     demo=single['demo'] if demo else None, images=single['images'], augment=single['augment'],
-                    tables=tables, stages=stages, ensembles=ensembles, submit=single['submit'],
+                    tables=tables, stages=stages, ensembles=ensembles, submit=single['submit'], gate=single['gate'],
                     **vars(single['recipe']))
     return replace(recipe, order=_check_graph(recipe))
 
@@ -400,16 +428,35 @@ def _check_graph(r: Recipe) -> tuple[str, ...]:
     if not r.stages: raise ConfigError(f'{r.path}: no section [stage.NAME]. Add at least one stage.')
     shared = set(r.stages) & set(r.ensembles)
     if shared: raise ConfigError(f'{r.path} [ensemble.{min(shared)}]: a stage has the same name. Rename one of them.')
+    _check_column_names(r)
+    for t in r.tables.values(): _check_groups(r, t)
     for s in r.stages.values():
         _check_init(r, s)
         _check_sources(r, s)
         _check_folds(r, s)
+    for s in r.stages.values(): _check_hard_labels(r, s)
     for e in r.ensembles.values(): _check_ensemble(r, e)
     _check_submit(r)
     try: return tuple(TopologicalSorter({name: node.parents for name, node in r.nodes.items()}).static_order())
     except CycleError as e:
         raise ConfigError(f'{r.path}: the stages form a cycle: {" -> ".join(e.args[1])}. '
                           'Change `init` or `train` of one of them.') from None
+
+
+def _check_column_names(r: Recipe) -> None:
+    "Check that no stage or ensemble is named like another column of the files in which it is a column"
+    taken = {*COLUMNS_OF_SCORES, *(f'{name}_grade' for name in r.nodes)}
+    for name in r.nodes:
+        kind = 'stage' if name in r.stages else 'ensemble'
+        if name in taken:
+            raise ConfigError(f'{r.path} [{kind}.{name}]: {name} is a column of scores.csv or oof.csv. '
+                              'Choose another name.')
+
+
+def _check_groups(r: Recipe, t: Table) -> None:
+    "Check that a table's images are grouped in one way only"
+    if t.group and t.block:
+        _fail(r, f'table.{t.name}', 'block', t.block, 'this table has a group. Remove group or block.')
 
 
 def _check_init(r: Recipe, s: Stage) -> None:
@@ -446,6 +493,20 @@ def _check_folds(r: Recipe, s: Stage) -> None:
     for m in [m for parent in s.parents for m in r.members(parent) if m in r.stages]:
         n = r.stages[m].folds
         if n < s.folds: _fail(r, section, 'folds', s.folds, f'its parent stage {m} trains only {n}. Use at most {n}.')
+
+
+def _check_hard_labels(r: Recipe, s: Stage) -> None:
+    "Check that no hard label comes from thresholds that were fitted on the images that validate the student"
+    if s.labels != 'hard': return
+    for teacher in dict.fromkeys(name for name, _ in s.sources if name):
+        node = r.nodes[teacher]
+        thresholds = node.thresholds if isinstance(node, Stage) else r.submit.thresholds
+        folds = min((r.stages[m].folds for m in r.members(teacher) if m in r.stages), default=2)
+        if folds > 1 or parse_thresholds(thresholds): continue
+        section = f'stage.{teacher}' if isinstance(node, Stage) else 'submit'
+        _fail(r, f'stage.{s.name}', 'labels', s.labels, f'its teacher {teacher} has one fold, so its thresholds are '
+              f'fitted on the images that validate {s.name}. Set folds = 2 or more for both, or [{section}] '
+              'thresholds = 0.5 1.5 2.5 3.5.')
 
 
 def _check_ensemble(r: Recipe, e: Ensemble) -> None:

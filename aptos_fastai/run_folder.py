@@ -9,7 +9,7 @@ import pandas as pd
 
 from aptos_fastai.common.io import AptosError, digest, is_trusted, read_record, verify_file
 from aptos_fastai.data.retina import Prep, get_prep
-from aptos_fastai.metrics import fit_thresholds, stratified_group_parts
+from aptos_fastai.metrics import stratified_group_parts, thresholds_or_midpoints, upper_quantile
 from aptos_fastai.recipe import Recipe, Stage, parse_thresholds
 
 FINISHED = 'stage.json'                      # a fold's record, written last: its presence means finished
@@ -17,6 +17,8 @@ EXPORT = 'learner.pkl'
 WEIGHTS = 'weights.safetensors'
 PREDS = 'preds.csv'                          # validation scores
 HISTORY = 'history.csv'
+FEATURES = 'features.safetensors'            # how the network's features of the training images are distributed
+FOLD_FILES = EXPORT, WEIGHTS, PREDS, HISTORY, FEATURES
 
 # Keys of a stage that do not change its weights; `init` and `train` enter as the fingerprints of what they name
 NOT_IN_FINGERPRINT = {'name', 'folds', 'workers', 'compile', 'track', 'init', 'train', 'thresholds'}
@@ -92,6 +94,7 @@ class Run:
             return digest([node, members])
         s = r.stages[node]
         settings = {k: v for k, v in asdict(s).items() if k not in NOT_IN_FINGERPRINT}
+        if s.keep == 'kappa': settings['thresholds'] = s.thresholds            # they choose the epoch
         return digest(dict(
             settings=settings, augment=asdict(r.augment), prep=asdict(self.prep), seed=r.seed, fold=fold,
             init=self.fingerprint(s.init, fold) if s.init else '',
@@ -124,6 +127,7 @@ class Run:
         """
         record = self.record(stage, fold)
         if not record or record.get('fingerprint') != self.fingerprint(stage, fold): return False
+        if not set(FOLD_FILES) <= set(record['files']): return False           # of an older version
         for file, recorded in record['files'].items():
             path = self.fold_dir(stage, fold) / file
             if not path.is_file() or path.stat().st_size != recorded['bytes']: return False
@@ -168,7 +172,22 @@ class Run:
                 raise RecordError(f'[ensemble.{node}]: {m} was validated on other images than the other members. '
                                   'Train all members on the same tables.')
             mean['score'] += weight * df.score
-        return mean
+        assert mean is not None
+        return mean.drop(columns='feature_distance')
+
+    def out_of_fold_distances(self, node: str) -> np.ndarray:
+        "Return the feature distance of each row of `oof`: the mean over members, each in its own unit"
+        parts = [weight / self.distance_unit(m) * self._validation_scores(m, self.folds_of(node)).feature_distance
+                 for m, weight in self.recipe.members(node).items()]
+        return np.sum(parts, 0)
+
+    def distance_unit(self, stage: str) -> float:
+        """Return the feature distance that at most the fraction [gate] `reject` of a stage's validation images exceeds.
+
+        Divide by it before you compare or average the distances of different networks.
+        """
+        distances = self._validation_scores(stage, self.folds_of(stage)).feature_distance
+        return upper_quantile(distances, self.recipe.gate.reject)
 
     def _validation_scores(self, stage: str, folds: Iterable[int]) -> pd.DataFrame:
         "Return the rows of preds.csv of some folds of a stage"
@@ -185,18 +204,20 @@ class Run:
 
         With `without`, the images of that fold are left out, unless there are no others. Raises `RecordError`.
         """
+        return self.fitted_thresholds(node, how, without)[0]
+
+    def fitted_thresholds(self, node: str, how: str, without: int | None = None) -> tuple[np.ndarray, str]:
+        """Return `thresholds` and an empty text; the midpoints and the reason if no thresholds can be fitted.
+
+        Raises `RecordError`.
+        """
         fixed = parse_thresholds(how)
-        if fixed: return np.array(fixed)
+        if fixed: return np.array(fixed), ''
         oof = self.oof(node)
         others = oof[oof.fold != without]
         if len(others): oof = others
-        advice = 'Train longer or with another lr, or set thresholds = 0.5 1.5 2.5 3.5.'
-        try: thresholds = fit_thresholds(how, oof.score, oof.diagnosis)
-        except AptosError as e: raise RecordError(f'{self.root / node}: {e}. {advice}') from None
-        if thresholds[0] == thresholds[-1]:
-            raise RecordError(f'{self.root / node}: the optimal thresholds are all {thresholds[0]:.3g}, which gives '
-                              f'only the grades 0 and 4. {advice}')
-        return thresholds
+        try: return thresholds_or_midpoints(how, oof.score, oof.diagnosis)
+        except AptosError as e: raise RecordError(f'{self.root / node}: {e}. Train with a lower lr.') from None
 
     def parts(self, oof: pd.DataFrame) -> np.ndarray:
         """Return a part for each out-of-fold image; the thresholds of each part are fitted on the other parts.
@@ -204,5 +225,15 @@ class Run:
         The parts are the folds; with fewer than three folds, five parts that keep patients together.
         """
         if oof.fold.nunique() > 2: return oof.fold.to_numpy()
+        return stratified_group_parts(oof.diagnosis, self.groups(oof))
+
+    def groups(self, oof: pd.DataFrame) -> np.ndarray:
+        "Return the group (patient, block of ids, or the image alone; with its duplicates) of each out-of-fold image"
         groups = pd.concat(self.frames.values()).set_index(['source', 'id_code']).group
-        return stratified_group_parts(oof.diagnosis, groups.loc[list(zip(oof.source, oof.id_code, strict=True))])
+        return groups.loc[list(zip(oof.source, oof.id_code, strict=True))].to_numpy()
+
+    def grouped_by(self, oof: pd.DataFrame) -> str:
+        "Return what `groups` are: patients, blocks of N ids, images; joined by ' and ' where tables differ"
+        sources = set(oof.source)
+        kinds = [table.grouped_by for name, table in self.recipe.tables.items() if name in sources]
+        return ' and '.join(dict.fromkeys(kinds))

@@ -1,7 +1,8 @@
 """The pointing game (Zhang et al. 2018) on the demo's lesions: python benchmarks/explain.py [RUN] [DEMO FOLDER]
 
 How often the hottest place of a heat map lies on a lesion, with a tolerance of 3 % of the retina's radius, compared
-with a random place in the retina. The images are test images of grade 1 and above; no network was trained on their grades.
+with a random place in the retina. The images are test images of grade 1 and above; no network was trained on their
+grades.
 Defaults: runs/settings-demo and the demo folder beside it.
 """
 import sys

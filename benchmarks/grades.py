@@ -1,7 +1,8 @@
-"""What thresholds, intervals and the report cost: python benchmarks/grades.py [IMAGES]
+"""Time thresholds, intervals and the report: python benchmarks/grades.py [IMAGES]
 
-Thresholds against Nelder-Mead (scipy) on the same scores; the bootstrap against resampling images one set at a time; and a report of that many made-up
-validated images (default 35,000), whose run folder is written to a temporary folder: time and size.
+- Thresholds are compared with Nelder-Mead (scipy) on the same scores.
+- The bootstrap interval is compared with resampling images one set at a time.
+- The report is written for a synthetic run of IMAGES validation images (default 35,000); its time and size are printed.
 """
 import sys
 import tempfile
@@ -19,94 +20,166 @@ from aptos_fastai.common.io import file_hash, write_bytes, write_csv, write_reco
 from aptos_fastai.data.demo import CAMERAS, generate_fundus
 from aptos_fastai.data.retina import prepare
 from aptos_fastai.data.store import jpeg_hash, store_folder
+from aptos_fastai.inference.gate import FeatureDistance, gate_rules
 from aptos_fastai.metrics import MIDPOINTS, GradeThresholds, apply_thresholds, kappa_interval, quadratic_kappa
+from aptos_fastai.pipeline.run_gate import gate_result
 from aptos_fastai.pipeline.summary import oof_table, summarise
-from aptos_fastai.recipe import read_recipe
+from aptos_fastai.recipe import Stage, read_recipe
 from aptos_fastai.reports.run_report import write_report
-from aptos_fastai.run_folder import HISTORY, PREDS, WEIGHTS, Run
+from aptos_fastai.run_folder import FEATURES, HISTORY, PREDS, WEIGHTS, Run
 from aptos_fastai.training.model import create_model
+
+RECIPE = Path(__file__).parents[1] / 'recipes/one_table.ini'
+GRADE_SHARES = (.73, .07, .15, .03, .02)     # of EyePACS 2015
+DIFFERENT_IMAGES = 50                        # the images of a synthetic table share so many files
+EPOCHS = 12
 
 rng = np.random.default_rng(0)
 
 
-def scored(n: int) -> tuple[np.ndarray, np.ndarray]:
-    y = rng.choice(5, n, p=(.73, .07, .15, .03, .02))                    # EyePACS 2015
-    return .6 * y + .2 + rng.normal(0, .45, n), y
+def random_scores(grades: np.ndarray) -> np.ndarray:
+    "Return scores that depend on the grades as a network's do"
+    return .6 * grades + .2 + rng.normal(0, .45, len(grades))
 
 
-def timed(f, *args):
-    t0 = time.perf_counter()
-    out = f(*args)
-    return time.perf_counter() - t0, out
+def scores_and_grades(n: int) -> tuple[np.ndarray, np.ndarray]:
+    "Return `n` scores and their grades, distributed as in EyePACS 2015"
+    grades = rng.choice(5, n, p=GRADE_SHARES)
+    return random_scores(grades), grades
 
 
-def nelder_mead(s, y) -> float:
+def timed(function, *args):
+    "Return the seconds that a call takes, and its result"
+    start = time.perf_counter()
+    result = function(*args)
+    return time.perf_counter() - start, result
+
+
+def fitted_kappa(scores, grades) -> float:
+    "Return kappa at the best thresholds"
+    return GradeThresholds().fit(scores, grades).kappa_
+
+
+def nelder_mead_kappa(scores, grades) -> float:
+    "Return kappa at the thresholds that Nelder-Mead finds"
     from scipy.optimize import minimize
-    return -minimize(lambda c: -quadratic_kappa(apply_thresholds(s, np.sort(c)), y), MIDPOINTS, method='Nelder-Mead').fun
+
+    def loss(thresholds): return -quadratic_kappa(apply_thresholds(scores, np.sort(thresholds)), grades)
+    return -minimize(loss, MIDPOINTS, method='Nelder-Mead').fun
 
 
-def resampled(g, y, n: int = 100): return [quadratic_kappa(g[r], y[r]) for r in rng.integers(0, len(y), (n, len(y)))]
+def resampled_kappas(predicted, grades, n: int = 100) -> list[float]:
+    "Return kappa of `n` resampled sets of images"
+    samples = rng.integers(0, len(grades), (n, len(grades)))
+    return [quadratic_kappa(predicted[rows], grades[rows]) for rows in samples]
 
 
-def made_up_run(root: Path, n: int) -> Run:
-    "A finished run of one_table.ini on `n` graded and `n` // 10 ungraded images that share 50 painted files"
-    recipe = read_recipe(Path(__file__).parents[1] / 'recipes/one_table.ini')
+# A synthetic finished run
+
+def synthetic_run(root: Path, n: int) -> Run:
+    "Write a finished run of one_table.ini on `n` graded and `n` // 10 ungraded images"
+    recipe = read_recipe(RECIPE)
     run = Run(recipe, root, root / 'runs' / recipe.name, {})
     cv2.imwrite(str(root / 'image.jpg'), np.zeros((64, 64, 3), np.uint8))
-    for name, m in (('train', n), ('test', n // 10)):
-        f = pd.DataFrame(dict(id_code=[f'{name}{i:06}' for i in range(m)], path=str(root / 'image.jpg'), source=name))
-        f['group'] = [f'{name}:{i // 2}' for i in range(m)]
-        f['diagnosis'] = scored(m)[1].astype(np.float32) if name == 'train' else np.float32('nan')
-        folder = store_folder(f, run.store, run.prep)
-        folder.mkdir(parents=True)
-        painted = [prepare(cv2.imencode('.png', generate_fundus(rng, i % 5, list(CAMERAS)[i % len(CAMERAS)], True)[0][..., ::-1])[1].tobytes(), run.prep)
-                   for i in range(50)]
-        files = [str(folder / f'{i}.{jpeg_hash(jpeg)}{run.prep.suffix}') for i, (jpeg, _) in enumerate(painted)]
-        for file, (jpeg, _) in zip(files, painted, strict=True): write_bytes(file, jpeg)
-        rows = [dict(id_code=o, bytes=1, mtime=1, **painted[i % 50][1], stored='', error='') for i, o in enumerate(f.id_code)]
-        write_csv(folder / 'prepared.csv', pd.DataFrame(rows))
-        run.frames[name] = f.assign(stored=[files[i % 50] for i in range(m)], pixel_sha256=f.id_code, target=f.diagnosis, duplicate_group=np.arange(m) + (name == 'test') * n,
-                                    fold=np.arange(m) // 2 % 5 if name == 'train' else -1)
-    for stage, spec in recipe.stages.items(): write_stage(run, stage, spec)
+    run.frames['train'] = synthetic_table(run, root / 'image.jpg', 'train', n, first_group=0)
+    run.frames['test'] = synthetic_table(run, root / 'image.jpg', 'test', n // 10, first_group=n)
+    for name, stage in recipe.stages.items(): write_stage(run, name, stage)
     return run
 
 
-def write_stage(run: Run, stage: str, spec):
-    "The folds of a stage as training would leave them"
+def synthetic_table(run: Run, original: Path, name: str, n: int, first_group: int) -> pd.DataFrame:
+    "Write the store of a table of `n` images, two a patient; return its frame. `train` is graded and has 5 folds"
+    rows = np.arange(n)
+    frame = pd.DataFrame(dict(id_code=[f'{name}{i:06}' for i in rows], path=str(original), source=name))
+    frame['group'] = [f'{name}:{i // 2}' for i in rows]
+    frame['diagnosis'] = scores_and_grades(n)[1].astype(np.float32) if name == 'train' else np.float32('nan')
+    folder = store_folder(frame, run.store, run.prep)
+    folder.mkdir(parents=True)
+    prepared = [prepare(fundus_png(i), run.prep) for i in range(DIFFERENT_IMAGES)]
+    files = [folder / f'{i}.{jpeg_hash(jpeg)}{run.prep.suffix}' for i, (jpeg, _) in enumerate(prepared)]
+    for file, (jpeg, _) in zip(files, prepared, strict=True): write_bytes(file, jpeg)
+    records = [dict(id_code=id_code, bytes=1, mtime=1, **prepared[i % DIFFERENT_IMAGES][1], stored='', error='')
+               for i, id_code in enumerate(frame.id_code)]
+    write_csv(folder / 'prepared.csv', pd.DataFrame(records))
+    found = {name: [prepared[i % DIFFERENT_IMAGES][1][name] for i in rows]
+             for name in ('how', 'flags', 'red_green', 'green_blue')}
+    return frame.assign(**found, stored=[str(files[i % DIFFERENT_IMAGES]) for i in rows], pixel_sha256=frame.id_code,
+                        target=frame.diagnosis, duplicate_group=rows + first_group,
+                        fold=rows // 2 % 5 if name == 'train' else -1)
+
+
+def fundus_png(i: int) -> bytes:
+    "Return a generated fundus image as PNG; grade and camera change with `i`"
+    camera = list(CAMERAS)[i % len(CAMERAS)]
+    rgb = generate_fundus(rng, i % 5, camera, True)[0]
+    return cv2.imencode('.png', rgb[..., ::-1])[1].tobytes()
+
+
+def write_stage(run: Run, name: str, stage: Stage) -> None:
+    "Write the files of a finished stage with random scores and weights"
     train = run.frames['train']
-    for k in range(spec.folds):
-        out, mine = run.fold_dir(stage, k), train[train.fold == k]
-        write_csv(out / PREDS, mine[['id_code', 'source', 'diagnosis', 'fold']].assign(score=.6 * mine.diagnosis + .2 + rng.normal(0, .45, len(mine))))
-        e = np.arange(12)
-        write_csv(out / HISTORY, pd.DataFrame(dict(epoch=e, train_loss=1 / (e + 1), valid_loss=1.1 / (e + 1), kappa=.9 - .5 / (e + 1), lr=1e-3, kept=e == 11)))
-        write_bytes(out / WEIGHTS, save(create_model(spec.arch, spec.head, spec.size).state_dict()))
-        write_record(out / 'stage.json', dict(
-            files={f: dict(sha256=file_hash(out / f)) for f in (PREDS, WEIGHTS)}, seconds=1., kept_epoch=11, kept_kappa=.85, versions={}, synthetic=True,
-            settings=asdict(spec), prep=asdict(run.prep), images=dict(train=len(train) - len(mine), valid=len(mine))))
+    epoch = np.arange(EPOCHS)
+    history = pd.DataFrame(dict(epoch=epoch, train_loss=1 / (epoch + 1), valid_loss=1.1 / (epoch + 1),
+                                kappa=.9 - .5 / (epoch + 1), lr=1e-3, kept=epoch == EPOCHS - 1))
+    for k in range(stage.folds):
+        folder, valid = run.fold_dir(name, k), train[train.fold == k]
+        scores = random_scores(valid.diagnosis.to_numpy())
+        write_csv(folder / PREDS, valid[['id_code', 'source', 'diagnosis', 'fold']].assign(
+            score=scores, feature_distance=rng.gamma(9, size=len(valid))))
+        FeatureDistance.fit(rng.normal(size=(100, 8))).write(folder / FEATURES)
+        write_csv(folder / HISTORY, history)
+        write_bytes(folder / WEIGHTS, save(create_model(stage.arch, stage.head, stage.size).state_dict()))
+        write_record(folder / 'stage.json', dict(
+            files={f: dict(sha256=file_hash(folder / f)) for f in (PREDS, WEIGHTS, FEATURES)}, seconds=1.,
+            fold=k, gate=dict(asdict(run.recipe.gate), rules=gate_rules(train)), kept_epoch=EPOCHS - 1,
+            kept_kappa=.85, versions={}, synthetic=True, settings=asdict(stage), prep=asdict(run.prep),
+            images=dict(train=len(train) - len(valid), valid=len(valid))))
 
 
-def report(run: Run):
+def report(run: Run) -> None:
+    "Write oof table, summary and report of a synthetic run"
+    test = run.frames['test']
+    scores = scores_and_grades(len(test))[0]
+    predictions = pd.DataFrame(dict(
+        id_code=test.id_code, score=scores, grade=apply_thresholds(scores, MIDPOINTS), grade_low=0, grade_high=2,
+        score_sd=np.abs(rng.normal(0, .1, len(scores))), ungradable=''))
     with Bars() as bars:
         oof = oof_table(run)
-        s = scored(len(run.frames['test']))[0]
-        given = dict(id_code=run.frames['test'].id_code, mean=s, grade=apply_thresholds(s, MIDPOINTS), grade_low=0, grade_high=2, score_sd=np.abs(rng.normal(0, .1, len(s))))
-        write_report(run, summarise(run, oof), oof, pd.DataFrame(given), bars)
+        summary = dict(summarise(run, oof), gate=gate_result(run, predictions))
+        write_report(run, summary, oof, predictions, bars)
 
 
-def main(images: str = '35000'):
-    n = int(images)
-    s, y = scored(n)
-    ours, theirs = timed(lambda: GradeThresholds().fit(s, y).kappa_), timed(nelder_mead, s, y)
-    few = apply_thresholds(s[:3662], MIDPOINTS), y[:3662]
-    fast, slow = timed(kappa_interval, *few), timed(resampled, *few)
-    with tempfile.TemporaryDirectory() as tmp:
-        run = made_up_run(Path(tmp), n)
-        took, _ = timed(report, run)
+# The table
+
+def threshold_row(scores, grades) -> list[str]:
+    seconds, kappa = timed(fitted_kappa, scores, grades)
+    reference_seconds, reference_kappa = timed(nelder_mead_kappa, scores, grades)
+    name = f'thresholds of {len(scores)} scores (kappa {kappa:.4f}; Nelder-Mead {reference_kappa:.4f})'
+    return [name, f'{seconds:.3f} s', f'{reference_seconds:.2f} s', f'{reference_seconds / seconds:.0f}']
+
+
+def interval_row(scores, grades) -> list[str]:
+    predicted = apply_thresholds(scores, MIDPOINTS)
+    seconds, _ = timed(kappa_interval, predicted, grades)
+    reference_seconds = 100 * timed(resampled_kappas, predicted, grades)[0]      # 100 resamples timed, 10,000 needed
+    return [f'10,000 resamples of {len(grades):,} images', f'{seconds:.2f} s', f'{reference_seconds:.2f} s',
+            f'{reference_seconds / seconds:.0f}']
+
+
+def report_row(n: int) -> list[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        run = synthetic_run(Path(folder), n)
+        seconds, _ = timed(report, run)
         size = (run.root / 'report.html').stat().st_size / 1e6
-    table(f'{n} images', ['what', 'here', 'reference', 'ratio'], [
-        [f'thresholds of {n} scores (kappa {ours[1]:.4f}; Nelder-Mead {theirs[1]:.4f})', f'{ours[0]:.3f} s', f'{theirs[0]:.2f} s', f'{theirs[0] / ours[0]:.0f}'],
-        ['10,000 resamples of 3,662 images', f'{fast[0]:.2f} s', f'{100 * slow[0]:.2f} s', f'{100 * slow[0] / fast[0]:.0f}'],
-        [f'report of {n} images, {size:.1f} MB', f'{took:.1f} s', '', '']], right=('here', 'reference', 'ratio'), wrap=('what',))
+    return [f'report of {n} images, {size:.1f} MB', f'{seconds:.1f} s', '', '']
+
+
+def main(images: str = '35000') -> None:
+    n = int(images)
+    scores, grades = scores_and_grades(n)
+    rows = [threshold_row(scores, grades), interval_row(scores[:3662], grades[:3662]), report_row(n)]
+    table(f'{n} images', ['what', 'here', 'reference', 'ratio'], rows,
+          right=('here', 'reference', 'ratio'), wrap=('what',))
 
 
 if __name__ == '__main__': main(*sys.argv[1:])

@@ -26,7 +26,7 @@ from aptos_fastai.data.store import jpeg_hash, read_square
 from aptos_fastai.recipe import Augment
 from aptos_fastai.training.loaders import FundusAugment
 
-PREP, AUGMENT = Prep(size=512), Augment(on='image')
+PREP, AUGMENT = Prep(size=512), Augment(mode='image')
 MEAN, STD = (.485, .456, .406), (.229, .224, .225)
 EYEPACS = 35_126                             # images of the 2015 training table
 

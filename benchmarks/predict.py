@@ -23,11 +23,11 @@ from aptos_fastai.common.console import table
 from aptos_fastai.common.io import file_hash, write_record
 from aptos_fastai.data.retina import Prep, prepare, square_of
 from aptos_fastai.deploy.bundle import write_onnx
-from aptos_fastai.inference.grade_files import find_images
+from aptos_fastai.inference.find_images import find_images
 from aptos_fastai.inference.grader import Grader, load_grader
 from aptos_fastai.inference.model_spec import BUNDLE, MemberSpec, ModelSpec
 from aptos_fastai.inference.views import views
-from aptos_fastai.metrics import GRADES, MIDPOINTS
+from aptos_fastai.metrics import MIDPOINTS
 from aptos_fastai.training.model import create_model
 from aptos_fastai.training.precision import has_bf16
 
@@ -47,7 +47,7 @@ def write_random_bundle(folder: Path, arch: str, size: int, tta: str) -> None:
                         mean=(.485, .456, .406), std=(.229, .224, .225), weight=1.)
     write_onnx(net, member, onnx)
     model = ModelSpec(name='random weights', prep=Prep(size=size), members=(member,), thresholds=MIDPOINTS,
-                      radius=(None,) * GRADES, coverage=.9, synthetic=True)
+                      coverage=.9, synthetic=True)
     write_record(folder / BUNDLE, dict(model=asdict(model), files={onnx.name: file_hash(onnx)}))
 
 
@@ -97,7 +97,7 @@ def time_in_turns(ways: dict[str, Callable[[], object]], images: int) -> dict[st
 
 
 def main(folder: str, arch: str = 'legacy_seresnet50', size: str = '256', tta: str = 'none'):
-    files = find_images([folder])
+    files = [str(entry) for entry in find_images([folder])]
     with tempfile.TemporaryDirectory() as temp:
         write_random_bundle(Path(temp), arch, int(size), tta)
         graders = {f'{backend} {precision}': load_grader(temp, backend, precision)

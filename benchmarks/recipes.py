@@ -1,13 +1,14 @@
-"""What each ingredient of recipes/one_table.ini is worth, out of fold, on one graded table: python benchmarks/recipes.py --data ~/idrid [VARIANT ...]
+"""Measure what each ingredient of recipes/one_table.ini adds: python benchmarks/recipes.py --data ~/idrid [VARIANT ...]
 
-Every variant is a run of its own under --runs (default runs/ablation), on the same folds and the same network; what is finished is not trained again.
-The table gives kappa by thresholds fitted on the other folds, its difference to ours on the same images (paired bootstrap),
-kappa at fixed thresholds, and the time to train.
+Every variant is a run under --runs (default runs/ablation) on the same folds. Finished variants are not trained again.
+The table shows out-of-fold kappa by thresholds fitted on the other folds, its difference from the reference on the same
+images (paired bootstrap), kappa at fixed thresholds, and the time to train.
 """
 import argparse
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,81 +19,116 @@ from aptos_fastai.metrics import (
     MIDPOINTS,
     PUBLISHED_THRESHOLDS,
     apply_thresholds,
-    kappa_interval,
     cross_fitted_grades,
+    kappa_interval,
     paired_interval,
     quadratic_kappa,
 )
-from aptos_fastai.pipeline.summary import interval_text
+from aptos_fastai.pipeline.summary import difference_text, interval_text
 
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / 'recipes/one_table.ini'
 REFERENCE = 'ours'
-RECIPE = Path(__file__).parents[1] / 'recipes/one_table.ini'
-PUBLISHED_AUGMENT = ['augment.hue=.1', 'augment.blur=.5', 'augment.shift=.2', 'augment.scale=.8 1.2', 'augment.shear=.2']
-PUBLISHED_PICTURE = ['images.crop=none', 'images.aspect=squash', 'images.size=0']
-CONSTANT = ['stage.schedule=constant', 'stage.lr_div=1', 'stage.freeze_epochs=0']
-NO_AUGMENT = [f'augment.{k}=0' for k in ('brightness', 'contrast', 'saturation', 'hue', 'rotate', 'shift', 'hflip')] + ['augment.scale=1 1']
-VARIANTS = {                                 # name -> (stage, keys)
-    'published recipe': ('teacher', [*PUBLISHED_PICTURE, *PUBLISHED_AUGMENT, *CONSTANT, 'stage.lr=2e-4', 'stage.wd=0', 'stage.epochs=30', 'stage.sqr_mom=.999',
-                                     'stage.eps=1e-8', 'stage.tta=hflip', 'stage.thresholds=.75 1.5 2.5 3.5']),
-    'ours': ('teacher', []),
-    'ours, retrained with soft labels': ('retrain', []),
-    'squashed whole image': ('teacher', PUBLISHED_PICTURE),
-    'constant rate': ('teacher', [*CONSTANT, 'stage.lr=1e-3', 'stage.epochs=12']),
-    'average pooling': ('teacher', ['stage.head=avg']),
-    'published augmentation': ('teacher', PUBLISHED_AUGMENT),
-    'no augmentation': ('teacher', NO_AUGMENT),
-    'cut-off left black': ('teacher', ['images.cut_off=black']),
-    'one rate and no frozen start': ('teacher', ['stage.lr_div=1', 'stage.freeze_epochs=0', 'stage.epochs=12']),
-    'progressive resizing': ('teacher', ['stage.small.train=train', 'stage.small.size=160', 'stage.small.epochs=6', 'stage.teacher.init=small',
-                                         'stage.teacher.epochs=6', 'stage.teacher.freeze_epochs=0', 'stage.teacher.lr=1.5e-3']),
-    'mean squared error': ('teacher', ['stage.loss=mse']),
-    'moving average of weights': ('teacher', ['stage.ema=.99']),
-    'four epochs in all': ('teacher', ['stage.epochs=3']),
-    'six epochs in all': ('teacher', ['stage.epochs=5']),
-    'one view, not eight': ('teacher', ['stage.tta=none']),
+
+PUBLISHED_AUGMENT = [
+    'augment.hue=.1', 'augment.blur=.5', 'augment.shift=.2', 'augment.scale=.8 1.2', 'augment.shear=.2',
+]
+PUBLISHED_IMAGE = ['images.crop=none', 'images.aspect=squash', 'images.size=0']
+CONSTANT_RATE = ['stage.schedule=constant', 'stage.lr_div=1', 'stage.freeze_epochs=0']
+NO_AUGMENT = [
+    'augment.brightness=0', 'augment.contrast=0', 'augment.saturation=0', 'augment.hue=0', 'augment.rotate=0',
+    'augment.shift=0', 'augment.hflip=0', 'augment.scale=1 1',
+]
+
+
+@dataclass
+class Variant:
+    "A change of the recipe: `sets` are its keys, `stage` is the stage that is measured"
+    sets: list[str]
+    stage: str = 'teacher'
+
+
+VARIANTS = {
+    'published recipe': Variant([
+        *PUBLISHED_IMAGE, *PUBLISHED_AUGMENT, *CONSTANT_RATE, 'stage.lr=2e-4', 'stage.wd=0', 'stage.epochs=30',
+        'stage.sqr_mom=.999', 'stage.eps=1e-8', 'stage.tta=hflip', 'stage.thresholds=.75 1.5 2.5 3.5']),
+    'ours': Variant([]),
+    'ours, retrained with soft labels': Variant([], 'retrain'),
+    'squashed whole image': Variant(PUBLISHED_IMAGE),
+    'constant rate': Variant([*CONSTANT_RATE, 'stage.lr=1e-3', 'stage.epochs=12']),
+    'average pooling': Variant(['stage.head=avg']),
+    'published augmentation': Variant(PUBLISHED_AUGMENT),
+    'no augmentation': Variant(NO_AUGMENT),
+    'cut-off left black': Variant(['images.cut_off=black']),
+    'one rate and no frozen start': Variant(['stage.lr_div=1', 'stage.freeze_epochs=0', 'stage.epochs=12']),
+    'progressive resizing': Variant([
+        'stage.small.train=train', 'stage.small.size=160', 'stage.small.epochs=6', 'stage.teacher.init=small',
+        'stage.teacher.epochs=6', 'stage.teacher.freeze_epochs=0', 'stage.teacher.lr=1.5e-3']),
+    'mean squared error': Variant(['stage.loss=mse']),
+    'moving average of weights': Variant(['stage.ema=.99']),
+    'four epochs in all': Variant(['stage.epochs=3']),
+    'six epochs in all': Variant(['stage.epochs=5']),
+    'one view, not eight': Variant(['stage.tta=none']),
 }
 
 
-def folder(name: str, runs: Path) -> Path: return runs / name.partition(',')[0].replace(' ', '_')
+def runs_folder(name: str, runs: Path) -> Path:
+    "Return the folder for the runs of a variant; variants of the same keys share it ('ours', 'ours, retrained ...')"
+    return runs / name.partition(',')[0].replace(' ', '_')
 
 
-def train(name: str, data: str, runs: Path):
-    stage, sets = VARIANTS[name]
-    args = ['--recipe', RECIPE, '--data', data, '--runs', folder(name, runs), *(o for s in sets for o in ('--set', s))]
-    if subprocess.run([sys.executable, RECIPE.parents[1] / 'run.py', 'train', stage, *args], check=False).returncode: sys.exit(1)
+def train(name: str, data: str, runs: Path) -> None:
+    "Train the stage of a variant; exit if that fails"
+    variant = VARIANTS[name]
+    command = [sys.executable, ROOT / 'run.py', 'train', variant.stage, '--recipe', RECIPE, '--data', data,
+               '--runs', runs_folder(name, runs)]
+    for key in variant.sets: command += ['--set', key]
+    if subprocess.run(command, check=False).returncode: sys.exit(1)
 
 
-def validated(name: str, runs: Path) -> tuple[pd.DataFrame, float]:
-    "Out-of-fold scores of a variant in the order of ids, and the seconds that its stage and what it starts from took to train"
-    stage, sets = VARIANTS[name]
-    root = folder(name, runs) / RECIPE.stem
-    stages = {stage, *(s.partition('=')[2] for s in sets if '.init=' in s), *(['teacher'] if stage == 'retrain' else [])}
-    preds = pd.concat([pd.read_csv(f, dtype=dict(id_code=str)) for f in sorted((root / stage).glob('fold*/preds.csv'))])
-    seconds = sum(json.loads(f.read_text())['seconds'] for s in stages for f in (root / s).glob('fold*/stage.json'))
-    return preds.sort_values('id_code').reset_index(drop=True), seconds
+def out_of_fold(name: str, runs: Path) -> pd.DataFrame:
+    "Return the out-of-fold scores of a variant, in the order of ids"
+    folder = runs_folder(name, runs) / RECIPE.stem / VARIANTS[name].stage
+    files = sorted(folder.glob('fold*/preds.csv'))
+    preds = pd.concat([pd.read_csv(file, dtype=dict(id_code=str)) for file in files])
+    return preds.sort_values('id_code').reset_index(drop=True)
 
 
-def row(name: str, runs: Path, reference: np.ndarray | None) -> tuple[list, np.ndarray]:
-    "A row of the table and the grades that it is about"
-    o, seconds = validated(name, runs)
-    grades = cross_fitted_grades(o.score, o.diagnosis, o.fold)
-    d = '' if reference is None else '{:+.3f} [{:+.3f} {:+.3f}]'.format(*paired_interval(reference, grades, o.diagnosis))
-    fixed = [f'{quadratic_kappa(apply_thresholds(o.score, c), o.diagnosis):.3f}' for c in (MIDPOINTS, PUBLISHED_THRESHOLDS)]
-    return [name, interval_text(quadratic_kappa(grades, o.diagnosis), kappa_interval(grades, o.diagnosis)), d, *fixed, format_duration(seconds)], grades
+def training_seconds(name: str, runs: Path) -> float:
+    "Return the seconds that a variant's stage and the stages that it builds on took to train"
+    variant = VARIANTS[name]
+    stages = {variant.stage, *(key.partition('=')[2] for key in variant.sets if '.init=' in key)}
+    if variant.stage == 'retrain': stages.add('teacher')
+    root = runs_folder(name, runs) / RECIPE.stem
+    records = [file for stage in stages for file in (root / stage).glob('fold*/stage.json')]
+    return sum(json.loads(file.read_text())['seconds'] for file in records)
 
 
-def main(data: str, runs: Path, names: list[str]):
-    for n in names: train(n, data, runs)
-    reference = row(REFERENCE, runs, None)[1] if REFERENCE in names else None
-    rows = [row(n, runs, reference)[0] for n in names]
-    table(f'{RECIPE.name}, out of fold; the difference is to "{REFERENCE}" on the same images',
-          ['variant', 'kappa, nested', 'difference', 'at .5', 'at .75', 'time'], rows, right=('at .5', 'at .75'), wrap=('variant', 'time'))
+def result_row(name: str, runs: Path, reference: np.ndarray | None) -> tuple[list, np.ndarray]:
+    "Return the table row of a variant and its grades; `reference` are the grades of the reference"
+    oof = out_of_fold(name, runs)
+    grades = cross_fitted_grades(oof.score, oof.diagnosis, oof.fold)
+    kappa = interval_text(quadratic_kappa(grades, oof.diagnosis), kappa_interval(grades, oof.diagnosis))
+    difference = ''
+    if reference is not None: difference = difference_text(*paired_interval(reference, grades, oof.diagnosis))
+    fixed = [f'{quadratic_kappa(apply_thresholds(oof.score, thresholds), oof.diagnosis):.3f}'
+             for thresholds in (MIDPOINTS, PUBLISHED_THRESHOLDS)]
+    return [name, kappa, difference, *fixed, format_duration(training_seconds(name, runs))], grades
+
+
+def main(data: str, runs: Path, names: list[str]) -> None:
+    for name in names: train(name, data, runs)
+    reference = result_row(REFERENCE, runs, None)[1] if REFERENCE in names else None
+    rows = [result_row(name, runs, reference)[0] for name in names]
+    columns = ['variant', 'kappa (95 % CI)', 'difference (95 % CI)', 'at midpoints', 'at .75 …', 'time']
+    table(f'{RECIPE.name}, out-of-fold; difference from "{REFERENCE}" on the same images', columns, rows,
+          right=('at midpoints', 'at .75 …'), wrap=('variant', 'time'))
 
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('variants', nargs='*', metavar='VARIANT', help=', '.join(VARIANTS))
-    p.add_argument('--data', required=True)
-    p.add_argument('--runs', type=Path, default=Path('runs/ablation'))
-    a = p.parse_args()
-    main(a.data, a.runs, a.variants or list(VARIANTS))
+    p.add_argument('--data', required=True, help='folder of the tables')
+    p.add_argument('--runs', type=Path, default=Path('runs/ablation'), help='folder for the runs')
+    args = p.parse_args()
+    main(args.data, args.runs, args.variants or list(VARIANTS))

@@ -81,8 +81,8 @@ def score_table(n: int, folder: Path) -> float:
 
 def write_reports(n: int, folder: Path) -> float:
     "Time the out-of-fold table, the summary and report.html."
-    from grades import made_up_run, report
-    run = made_up_run(folder, n)
+    from grades import report, synthetic_run
+    run = synthetic_run(folder, n)
     start = time.perf_counter()
     report(run)
     return time.perf_counter() - start

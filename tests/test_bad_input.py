@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT, TOY, expect_error, toy_args
 
-from aptos_fastai.cli import COMMANDS, uses_recipe
+from aptos_fastai.cli import COMMANDS, uses_run
 
 
 def write(path, content):
@@ -167,7 +167,7 @@ BAD_COMMANDS = {
 def test_bad_commands(tmp_path, monkeypatch, capsys, name):
     args, words = BAD_COMMANDS[name]
     monkeypatch.chdir(ROOT)
-    if args[0] in COMMANDS and uses_recipe(COMMANDS[args[0]]):
+    if args[0] in COMMANDS and uses_run(COMMANDS[args[0]]):
         defaults = {'--runs': tmp_path / 'runs', '--recipe': ROOT / 'settings.ini'}
         args = [*args, *TOY]
         for option, value in defaults.items():

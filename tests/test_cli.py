@@ -11,7 +11,7 @@ from conftest import ROOT, expect_error
 
 import aptos_fastai
 from aptos_fastai import cli
-from aptos_fastai.cli import COMMANDS, main, uses_recipe
+from aptos_fastai.cli import COMMANDS, main, uses_run
 
 # Help
 
@@ -28,7 +28,21 @@ def test_help_of_a_command(name, capsys):
     main([name, '--help'])
     out = capsys.readouterr().out
     assert f'python run.py {name}' in out     # an example
-    assert ('--recipe' in out) == uses_recipe(COMMANDS[name])
+    assert ('--data' in out) == uses_run(COMMANDS[name])
+    assert '{' not in out and '<str>' not in out
+
+
+def test_help_of_predict_shows_its_arguments_as_they_are_typed(capsys):
+    main(['predict', '--help'])
+    out = capsys.readouterr().out
+    assert out.startswith('Usage: run.py predict [OPTIONS] MODEL IMAGES...\n') and '\n  IMAGES  ' in out
+
+
+def test_help_of_demo_shows_only_the_options_that_it_uses(capsys):
+    main(['demo', '--help'])
+    out = capsys.readouterr().out
+    assert '--recipe' in out and '--set' in out
+    for option in ('--data', '--runs', '--trust'): assert option not in out
 
 
 def test_help_of_the_program_shows_complete_sentences(capsys):
@@ -103,6 +117,34 @@ def test_a_command_runs_outside_the_main_thread(capsys):
     thread.start()
     thread.join()
     assert '[recipe]' in capsys.readouterr().out
+
+
+# The environment
+
+ENTRIES = {
+    'run.py': [sys.executable, '-c', 'import runpy, sys; sys.argv = ["run.py", "keys"]; runpy.run_path("run.py", '
+               'run_name="__main__"); SHOW'],
+    'console script': [sys.executable, '-c', 'from aptos_fastai.cli import main; SHOW; main(["--version"])'],
+    'import': [sys.executable, '-c', 'import aptos_fastai; SHOW'],
+}
+SHOW = 'import os; print("\\n", os.environ.get("GOMP_SPINCOUNT"), os.environ.get("ORT_DISABLE_TELEMETRY"))'
+
+
+@pytest.mark.parametrize('entry', ENTRIES)
+@pytest.mark.parametrize('own, expected', [
+    ({}, aptos_fastai.SPIN_COUNT), (dict(GOMP_SPINCOUNT='7'), '7'), (dict(OMP_WAIT_POLICY='active'), 'None')])
+def test_openmp_waits_briefly_unless_the_user_chose_otherwise(entry, own, expected):
+    changed = 'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY', 'ORT_DISABLE_TELEMETRY'
+    env = {k: v for k, v in os.environ.items() if k not in changed}
+    command = [o.replace('SHOW', SHOW) for o in ENTRIES[entry]]
+    out = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env | own)
+    assert f'\n {expected} 1\n' in out.stdout, out.stdout + out.stderr
+
+
+def test_importing_the_package_loads_no_pytorch():
+    "OpenMP reads its settings when PyTorch is loaded, so the package must not load it before it has set them"
+    code = 'import sys, aptos_fastai; assert "torch" not in sys.modules'
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
 
 
 # Commands that need no run

@@ -16,14 +16,17 @@ from aptos_fastai.metrics import (
     ScoreKappa,
     apply_thresholds,
     auc,
+    bootstrap_counts,
     cross_fitted_grades,
     fit_thresholds,
     grade_scores,
     kappa_interval,
     paired_interval,
+    proportion_interval,
     quadratic_kappa,
     sensitivity_at,
     stratified_group_parts,
+    thresholds_or_midpoints,
     wilson_interval,
 )
 
@@ -73,6 +76,78 @@ def test_paired_interval_is_that_of_resampled_images():
     assert paired_interval(a, a, y) == (0, 0, 0)
 
 
+def test_group_intervals_are_those_of_resampled_patients():
+    rng = np.random.default_rng(1)
+    patient = np.repeat(np.arange(150), rng.integers(1, 4, 150))
+    y = rng.integers(0, 5, 150)[patient]
+    a, b = (np.clip(y + rng.integers(-k, k + 1, 150)[patient], 0, 4) for k in (2, 1))
+    rows_of = [np.flatnonzero(patient == p) for p in range(150)]
+    kappas, differences = [], []
+    for _ in range(1500):
+        rows = np.concatenate([rows_of[p] for p in rng.integers(0, 150, 150)])
+        kappas.append(quadratic_kappa(b[rows], y[rows]))
+        differences.append(kappas[-1] - quadratic_kappa(a[rows], y[rows]))
+    assert kappa_interval(b, y, patient) == pytest.approx(tuple(np.quantile(kappas, [.025, .975])), abs=.012)
+    low, high = paired_interval(a, b, y, patient)[1:]
+    assert (low, high) == pytest.approx(tuple(np.quantile(differences, [.025, .975])), abs=.02)
+
+
+def test_groups_of_one_image_are_resampled_as_images():
+    y, g = np.arange(50) % 5, np.arange(50) % 3
+    assert kappa_interval(g, y, np.arange(50)) == kappa_interval(g, y)
+    assert auc(g, y > 1, np.arange(50)) == pytest.approx(auc(g, y > 1))
+    assert proportion_interval(g == y, np.arange(50)) == proportion_interval(g == y)
+    assert bootstrap_counts(y, 5, np.zeros(50), n=10).tolist() == [[10] * 5] * 10      # a single patient
+
+
+def two_eyes(rng, patients=80, correlation=.8):
+    "Return scores, true grades and patients of pairs of eyes whose errors correlate"
+    shared, own = rng.normal(size=(patients, 1)), rng.normal(size=(patients, 2))
+    error = np.sqrt(correlation) * shared + np.sqrt(1 - correlation) * own
+    y = np.repeat(rng.integers(0, 5, patients)[:, None], 2, 1)
+    return (y + 1.3 * error).ravel(), y.ravel(), np.repeat(np.arange(patients), 2)
+
+
+def test_intervals_over_images_cover_less_than_they_say_where_eyes_correlate():
+    rng = np.random.default_rng(4)
+    s, y, _ = two_eyes(rng, 200_000)
+    true_kappa, true_auc = quadratic_kappa(apply_thresholds(s, MIDPOINTS), y), auc(s, y >= 2)[0]
+    true_share = (apply_thresholds(s, MIDPOINTS) == y).mean()
+    covered = np.zeros((3, 2))
+    repetitions = 300
+    for _ in range(repetitions):
+        s, y, patient = two_eyes(rng)
+        g = apply_thresholds(s, MIDPOINTS)
+        for column, groups in enumerate([None, patient]):
+            intervals = [kappa_interval(g, y, groups, n=1000), auc(s, y >= 2, groups)[1:],
+                         proportion_interval(g == y, groups)]
+            for row, (truth, (low, high)) in enumerate(zip((true_kappa, true_auc, true_share), intervals, strict=True)):
+                covered[row, column] += low <= truth <= high
+    over_images, over_patients = covered.T / repetitions
+    assert (over_patients > .905).all(), over_patients
+    assert over_images[0] < .89                         # kappa
+    assert (over_images < over_patients - .03).all(), (over_images, over_patients)
+
+
+def test_proportion_interval_of_equal_values_counts_patients():
+    patient = np.repeat(np.arange(10), 2)
+    assert proportion_interval(np.ones(20, bool), patient) == wilson_interval(10, 10)
+    same_in_both_eyes = np.repeat(np.arange(10) < 6, 2)
+    low, high = proportion_interval(same_in_both_eyes, patient)
+    assert (low, high) == pytest.approx(wilson_interval(6, 10), abs=.02)
+    assert proportion_interval([]) == (0, 1)
+
+
+def test_score_kappa_fits_thresholds_as_the_prediction_does():
+    y = np.repeat(range(5), 40).astype(float)
+    s = torch.tensor(.5 * y + .2)                       # separable, but not at the midpoints
+    assert ScoreKappa()(s, torch.tensor(y)) < .8
+    assert ScoreKappa('optimal')(s, torch.tensor(y)) == 1
+    assert ScoreKappa('regularised')(s, torch.tensor(y)) > ScoreKappa()(s, torch.tensor(y))
+    assert ScoreKappa('optimal')(torch.full((200,), torch.nan), torch.tensor(y)) <= 0
+    assert ScoreKappa('optimal')(torch.zeros(200), torch.tensor(y)) == 0
+
+
 def test_score_kappa_takes_columns_and_is_never_nan():
     kappa = ScoreKappa()
     assert kappa(torch.tensor([[0.], [1.2], [3.6]]), torch.tensor([0., 1., 4.])) == 1
@@ -108,6 +183,25 @@ def test_thresholds_are_the_global_optimum(pairs):
     ([1, 2], [1], '2 scores and 1 grades')])
 def test_thresholds_that_cannot_be_fitted(scores, grades, words):
     with pytest.raises(AptosError, match=words): GradeThresholds().fit(scores, grades)
+
+
+@pytest.mark.parametrize('scores, grades, words', [
+    ([1, 1, 1], [0, 1, 2], 'all 3 scores are 1'),
+    ([0, 1, 2], [2, 2, 2], 'all 3 grades are 2'),
+    ([0, .1, .2, .3], [0, 4, 0, 4], '')])
+def test_midpoints_where_no_thresholds_can_be_fitted(scores, grades, words):
+    thresholds, reason = thresholds_or_midpoints('optimal', scores, grades)
+    assert words in reason
+    assert (tuple(thresholds) == MIDPOINTS) == bool(reason)
+
+
+def test_thresholds_that_coincide_become_the_midpoints():
+    s, y = np.r_[np.zeros(20), np.ones(20)], np.r_[np.zeros(20), np.full(20, 4)]
+    assert len(set(GradeThresholds().fit(s, y).thresholds_)) == 1
+    for how in ('optimal', 'regularised'):
+        thresholds, reason = thresholds_or_midpoints(how, s, y)
+        assert tuple(thresholds) == MIDPOINTS and 'the optimal thresholds are all 0.5' in reason
+    with pytest.raises(AptosError, match='not finite'): thresholds_or_midpoints('optimal', [0, np.nan], [0, 1])
 
 
 def test_a_score_at_a_threshold_gets_the_grade_above():
@@ -222,3 +316,68 @@ def test_grade_scores_puts_the_grade_into_its_set():
     assert grade.tolist() == [0, 1, 2]
     assert (low <= grade).all()
     assert (grade <= high).all()
+
+
+def test_one_fold_is_split_conformal_prediction():
+    rng = np.random.default_rng(5)
+    y = rng.integers(0, 5, 300)
+    s = y + rng.normal(0, .7, 300)
+    sets = PredictionSets(.9).fit(s, y)
+    new = rng.uniform(0, 4, 200)
+    low, high = sets.predict(new, np.clip(new.round(), 0, 4).astype(int))
+    inside = np.abs(new[:, None] - np.arange(5)) <= sets.radius_ + 1e-4
+    assert (low <= inside.argmax(1)).all() and (high >= 4 - inside[:, ::-1].argmax(1)).all()
+    for g in range(5): assert sets.radius_[g] in np.abs(s[y == g] - g).round(4)
+
+
+def fold_models(rng, n_train, n_new, folds=5, features=12):
+    "Fit a linear model without each fold; return out-of-fold scores, grades and folds, and fold scores of new images"
+    weights = rng.normal(size=features)
+    x = rng.normal(size=(n_train + n_new, features))
+    latent = x @ weights / np.linalg.norm(weights) + rng.normal(0, .5, len(x))
+    y = np.digitize(latent, [-.5, .3, .9, 1.5])
+    train, fold = np.arange(n_train), np.arange(n_train) % folds
+    columns = []
+    for k in range(folds):
+        rows = train[fold != k]
+        design = np.c_[np.ones(len(rows)), x[rows]]
+        fitted = np.linalg.solve(design.T @ design + .1 * np.eye(features + 1), design.T @ y[rows])
+        columns.append(np.c_[np.ones(len(x)), x] @ fitted)
+    scores = np.stack(columns, 1)
+    return scores[train, fold], y[:n_train], fold, scores[n_train:], y[n_train:]
+
+
+def test_sets_of_the_mean_over_folds_reach_their_coverage():
+    rng = np.random.default_rng(6)
+    covered, size = [], []
+    for _ in range(60):                                 # few images: the folds' models differ
+        s, y, fold, new, truth = fold_models(rng, 100, 400)
+        sets = PredictionSets(.8).fit(s, y, fold)
+        low, high = sets.predict(new, apply_thresholds(new.mean(1), MIDPOINTS))
+        covered.append((low <= truth) & (truth <= high))
+        size.append(high - low + 1)
+    assert .8 < np.mean(covered) < .93
+    assert np.mean(size) < 4
+
+
+def test_each_fold_is_compared_with_its_own_networks_scores():
+    y = np.repeat(range(5), 40)
+    fold = np.tile([0, 1], 100)
+    s = y + np.where(fold == 0, .01, .6)                # the second network is worse
+    sets = PredictionSets(.9).fit(s, y, fold)
+    assert [len(o) for o in sets.calibration_[0]] == [20, 20]
+    low, high = sets.predict([[2., 2.]], [2])
+    assert (low[0], high[0]) == (2, 2)
+    low, high = sets.predict([[2., 2.7]], [2])
+    assert high[0] == 3                                 # only the second network's score is near grade 3
+
+
+def test_calibration_distances_are_sampled_and_rounded():
+    rng = np.random.default_rng(7)
+    y = np.repeat([0, 1], 5000)
+    s = y + rng.normal(size=len(y))
+    sets = PredictionSets(.9).fit(s, y, np.arange(len(y)) % 5)
+    assert sum(map(len, sets.calibration_[0])) == 2000
+    assert sets.calibration_ == PredictionSets(.9).fit(s, y, np.arange(len(y)) % 5).calibration_
+    assert all(round(o, 4) == o for by_fold in sets.calibration_ for fold in by_fold for o in fold)
+    assert PredictionSets(.9, sets.calibration_).radius_[0] == pytest.approx(np.quantile(np.abs(s[y == 0]), .9), abs=.1)

@@ -70,7 +70,7 @@ def test_set_overrides_the_demo_keys():
 BAD_RECIPES = [                              # --set values and words of the message
     (['stage.teacher.epoch=3'], '[stage.teacher] epoch: no such key, did you mean epochs? Accepted keys: train,'),
     (['images.colour=graham'], '[images] colour: no such key. Accepted keys: crop,'),
-    (['augment.on=picture'], 'on = picture: no such value. Accepted: auto, image, batch.'),
+    (['augment.mode=picture'], 'mode = picture: no such value. Accepted: auto, image, batch.'),
     (['stage.epochs=three'], 'epochs = three: enter a whole number from 1 to 1000.'),
     (['stage.epochs=1.5'], 'epochs = 1.5: enter a whole number from 1 to 1000.'),
     (['stage.epochs=0'], 'epochs = 0: enter a whole number from 1 to 1000.'),
@@ -82,6 +82,11 @@ BAD_RECIPES = [                              # --set values and words of the mes
     (['augment.scale=1.2 .8'], 'scale = 1.2 .8: enter two numbers, the smaller one first.'),
     (['augment.blur_sigma=1'], 'blur_sigma = 1: enter two numbers, the smaller one first.'),
     (['table.train.group=('], 'invalid regular expression'),
+    (['table.train.group=^\\d+'], r'[table.train] group = ^\d+: no group in parentheses'),
+    (['stage.score.train=train'], '[stage.score]: score is a column of scores.csv or oof.csv. Choose another name.'),
+    (['ensemble.grade_low.members=teacher'], '[ensemble.grade_low]: grade_low is a column of scores.csv or oof.csv.'),
+    (['stage.group.train=train'], '[stage.group]: group is a column of'),
+    (['stage.teacher_grade.train=train'], '[stage.teacher_grade]: teacher_grade is a column of'),
     (['table.train.csv='], 'csv: empty. Enter: CSV file'),
     (['table.x.csv=x'], '[table.x] images: missing. Enter: folder of the images'),
     (['stages.epochs=1'], '[stages]: no such section. Accepted: [recipe]'),
@@ -107,6 +112,11 @@ BAD_RECIPES = [                              # --set values and words of the mes
     (['ensemble.e.members=teacher', 'ensemble.e.weights=1 2'], 'enter one number for each of the 1 members'),
     (['ensemble.teacher.members=retrain'], '[ensemble.teacher]: a stage has the same name. Rename one of them.'),
     (['epochs=3'], '--set epochs=3: enter SECTION.KEY=VALUE'),
+    (['stage.folds=1', 'stage.retrain.labels=hard'],
+     '[stage.retrain] labels = hard: its teacher teacher has one fold, so its thresholds are fitted on the images that '
+     'validate retrain. Set folds = 2 or more for both, or [stage.teacher] thresholds = 0.5 1.5 2.5 3.5.'),
+    (['table.train.group=^(.)', 'table.train.block=10'], 'block = 10: this table has a group. Remove group or block.'),
+    (['table.train.block=-1'], 'block = -1: enter a whole number from 0 to 10000.'),
 ]
 
 
@@ -116,6 +126,22 @@ def test_a_bad_recipe_stops_before_anything_runs(tables, tmp_path, capsys, sets,
     runs = tmp_path / 'runs'
     expect_error(capsys, ['all', '--recipe', ONE_TABLE, '--data', tables, '--runs', runs, *options], words)
     assert not runs.exists()
+
+
+@pytest.mark.parametrize('sets', [['stage.folds=2'], ['stage.folds=1', 'stage.teacher.thresholds=.5 1.5 2.5 3.5']])
+def test_hard_labels_need_thresholds_of_other_images(sets):
+    assert read_recipe(ONE_TABLE, sets=['stage.retrain.labels=hard', *sets]).stages['retrain'].labels == 'hard'
+
+
+def test_hard_labels_of_an_ensemble_use_the_thresholds_of_submit():
+    sets = ['stage.folds=1', 'stage.last.train=train both:test', 'stage.last.labels=hard']
+    with pytest.raises(ConfigError, match=r'or \[submit\] thresholds = 0.5'): read_recipe(ONE_TABLE, sets=sets)
+    read_recipe(ONE_TABLE, sets=[*sets, 'submit.thresholds=.5 1.5 2.5 3.5'])
+
+
+def test_few_images_get_regularised_thresholds_by_default():
+    r = read_recipe(ONE_TABLE)
+    assert {s.thresholds for s in r.stages.values()} == {r.submit.thresholds} == {'regularised'}
 
 
 def test_bad_demo_archs():

@@ -1,7 +1,7 @@
 "Decode image bytes to RGB."
 import io
-import warnings
 from collections.abc import Callable
+from typing import Any
 
 import cv2
 import numpy as np
@@ -15,11 +15,35 @@ try:
     pyvips.concurrency_set(1)               # the thread pool of the store already uses every core
 except (ImportError, OSError): pyvips = None   # missing on Kaggle: Pillow decodes PNG instead
 
-Image.MAX_IMAGE_PIXELS = 400_000_000        # a fundus image has 5-50 million; more is a decompression bomb
+MAX_PIXELS = 64_000_000                     # a fundus image has 5-50 million; decoding needs up to 16 bytes a pixel
+Image.MAX_IMAGE_PIXELS = None               # `check_size` does it for every format
+
+
+HEADER_BYTES = 132                          # of a file: enough to recognise its format
+SIGNATURES = {b'\xff\xd8\xff': 'JPEG', b'\x89PNG\r\n\x1a\n': 'PNG', b'II*\0': 'TIFF', b'MM\0*': 'TIFF',
+              b'II+\0': 'TIFF', b'MM\0+': 'TIFF', b'BM': 'BMP', b'GIF8': 'GIF', b'\0\0\0\x0cjP  ': 'JPEG 2000'}
+ISO_BRANDS = {b'heic': 'HEIC', b'heix': 'HEIC', b'hevc': 'HEIC', b'mif1': 'HEIC', b'msf1': 'HEIC', b'avif': 'AVIF'}
 
 
 class ImageError(AptosError):
     "Raised for an image that cannot be read; the message says why."
+
+
+def image_format(header: bytes) -> str:
+    "Return the image format that the first `HEADER_BYTES` of a file show; an empty string for anything else."
+    if header[128:132] == b'DICM': return 'DICOM'
+    if header[:4] == b'RIFF' and header[8:12] == b'WEBP': return 'WebP'
+    if header[4:8] == b'ftyp': return ISO_BRANDS.get(header[8:12], '')
+    return next((name for signature, name in SIGNATURES.items() if header.startswith(signature)), '')
+
+
+def check_size(width: int, height: int, frames: int = 1, max_pixels: int = MAX_PIXELS) -> None:
+    "Raise `ImageError` for an image with too many pixels; called before any of them is decoded."
+    pixels = width * height * frames
+    if pixels > max_pixels:
+        shape = f'{width} x {height}' + (f' x {frames} frames' if frames > 1 else '')
+        raise ImageError(f'too large: {shape} = {pixels / 1e6:.0f} megapixels, the limit is {max_pixels / 1e6:.0f}; '
+                         'save a smaller copy')
 
 
 def _is_complete(data: bytes, fmt: str) -> bool:
@@ -76,24 +100,34 @@ def _decode_png_pillow(data: bytes, factor: int) -> np.ndarray | None:
 FAST_DECODERS: dict[str, Callable[[bytes, int], np.ndarray | None]] = dict(JPEG=decode_jpeg, PNG=_decode_png)
 
 
-def decode(data: bytes, min_side: int = 0) -> tuple[np.ndarray, tuple[int, int]]:
+def decode(data: bytes, min_side: int = 0, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, tuple[int, int]]:
     """Decode the bytes of an image file.
 
     Returns uint8 HxWx3 RGB, rotated as its EXIF orientation says, and the (width, height) of the file.
     With `min_side`, a JPEG or a plain PNG is decoded at 1/2, 1/4 or 1/8 of its size if its shorter side stays at least
-    `min_side`. Raises `ImageError`.
+    `min_side`. Raises `ImageError`, for more than `max_pixels` before anything is decoded.
     """
+    fmt = image_format(data[:HEADER_BYTES])
     try:
-        if data[128:132] == b'DICM': return decode_dicom(data)
-        with warnings.catch_warnings():
-            warnings.simplefilter('error', Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as im:
-                size = im.size
-                return _decode_opened(im, data, min_side), size
+        if fmt == 'DICOM': return decode_dicom(data, max_pixels)
+        if fmt == 'HEIC': _register_heic()
+        with Image.open(io.BytesIO(data)) as im:
+            check_size(*im.size, max_pixels=max_pixels)
+            return _decode_opened(im, data, min_side), im.size
     except ImageError: raise
     except UnidentifiedImageError: raise ImageError('cannot be decoded: unknown image format') from None
     except Exception as e:   # Pillow's plugins raise anything from SyntaxError to struct.error on damaged files
         raise ImageError(f'cannot be decoded ({type(e).__name__}: {e})') from None
+
+
+def _register_heic() -> None:
+    "Let Pillow open HEIC, the format of phones. Raises `ImageError` if pillow-heif is not installed."
+    try:
+        import pillow_heif
+    except ImportError:
+        raise ImageError('cannot be decoded: HEIC needs pillow-heif (pip install pillow-heif); or convert it to JPEG') \
+            from None
+    pillow_heif.register_heif_opener()
 
 
 def _decode_opened(im: Image.Image, data: bytes, min_side: int) -> np.ndarray:
@@ -116,7 +150,7 @@ def _to_rgb(im: Image.Image) -> np.ndarray:
     return np.array(im.convert('RGB'))
 
 
-def decode_dicom(data: bytes) -> tuple[np.ndarray, tuple[int, int]]:
+def decode_dicom(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, tuple[int, int]]:
     """Decode a DICOM file with one frame, colour or greyscale, of any bit depth; returns what `decode` returns.
 
     Raises `ImageError`, also if pydicom (the extra `dicom`) is not installed.
@@ -125,8 +159,10 @@ def decode_dicom(data: bytes) -> tuple[np.ndarray, tuple[int, int]]:
         import pydicom
     except ImportError: raise ImageError('cannot be decoded: DICOM needs pydicom (pip install pydicom)') from None
     ds = pydicom.dcmread(io.BytesIO(data))
-    if int(ds.get('NumberOfFrames', 1)) != 1:
-        raise ImageError(f'cannot be decoded: DICOM with {ds.NumberOfFrames} frames; save one frame per file')
+    frames = int(ds.get('NumberOfFrames') or 1)
+    check_size(ds.Columns, ds.Rows, frames, max_pixels)
+    if frames != 1: raise ImageError(f'cannot be decoded: DICOM with {frames} frames; save one frame per file')
+    _check_transfer_syntax(ds.file_meta.TransferSyntaxUID)
     pixels = pydicom.pixels.pixel_array(ds)          # converts YBR to RGB
     palette = ds.PhotometricInterpretation == 'PALETTE COLOR'
     if palette: pixels = pydicom.pixels.apply_color_lut(pixels, ds)
@@ -140,3 +176,16 @@ def decode_dicom(data: bytes) -> tuple[np.ndarray, tuple[int, int]]:
     if pixels.ndim == 2: pixels = np.repeat(pixels[..., None], 3, 2)
     height, width = pixels.shape[:2]
     return pixels, (width, height)
+
+
+def _check_transfer_syntax(uid: Any) -> None:
+    "Raise `ImageError` for a compression of DICOM pixels that is unknown or that no installed package decodes."
+    from pydicom.pixels import get_decoder
+    try: decoder = get_decoder(uid)
+    except NotImplementedError:
+        raise ImageError(f'cannot be decoded: DICOM transfer syntax {uid.name} is not supported; export the image '
+                         'uncompressed or as JPEG') from None
+    if decoder.is_available: return
+    packages = ' or '.join(sorted({o.partition(' - ')[0] for o in decoder.missing_dependencies}))
+    raise ImageError(f'cannot be decoded: DICOM transfer syntax {uid.name} needs {packages} (pip install pylibjpeg '
+                     'pylibjpeg-libjpeg pylibjpeg-openjpeg)')

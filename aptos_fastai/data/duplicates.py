@@ -1,11 +1,31 @@
-"Find duplicate images across tables, under whichever ids, so that all copies share a fold and a grade."
-import base64
+"""Find duplicate images across tables, under whichever ids, so that all copies share a fold and a grade.
 
+Perceptual hashes name the candidates; registration of the two prepared images confirms them.
+"""
+import base64
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+import cv2
 import numpy as np
 import pandas as pd
 
+from aptos_fastai.data.decode import ImageError
+from aptos_fastai.data.retina import Prep
+from aptos_fastai.data.store import read_square
+
 NEAR = 84                                    # differing bits of 576; measured in `data.retina.perceptual_hash`
 NEIGHBOURS = 128                             # rows that `near_pairs` compares each row with
+
+# The second look at a pair, measured by benchmarks/duplicates.py
+LOOK_SIDE = 128                              # side of the registered images, pixels
+LOOK_RADIUS = .8                             # compared part of the retina, share of its radius: without the rim
+LOOK_BAND = 1., 3.                           # standard deviations of the Gaussians whose difference is registered
+MIN_CORRELATION = .88                        # of the registered images
+MAX_SHIFT = 4.                               # of the registration, pixels
+MAX_STRETCH = .05                            # of the registration: the largest change of an entry of its matrix
+
+Edges = list[tuple[np.ndarray, np.ndarray]]  # arrays of rows (from, to)
 
 
 def near_pairs(bits: np.ndarray, near: int = NEAR) -> list[tuple[int, int]]:
@@ -38,7 +58,7 @@ def _first_row_with_key(keys: pd.Series) -> np.ndarray:
     return np.unique(codes, return_index=True)[1][codes]
 
 
-def _first_row_connected(n: int, edges: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+def _first_row_connected(n: int, edges: Edges) -> np.ndarray:
     "Return for each of `n` rows the smallest row that it is connected to; `edges` are arrays of rows (from, to)."
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -48,7 +68,7 @@ def _first_row_connected(n: int, edges: list[tuple[np.ndarray, np.ndarray]]) -> 
     return np.unique(labels, return_index=True)[1][labels]
 
 
-def _looks_alike(hashes: pd.Series) -> list[tuple[np.ndarray, np.ndarray]]:
+def _similar_hashes(hashes: pd.Series) -> Edges:
     "Return edges between rows of equal or near perceptual hashes; a black image (all bits 0) is like no other."
     unique = hashes.drop_duplicates()
     bits = np.stack([np.frombuffer(base64.b64decode(o), np.uint8) for o in unique])
@@ -60,16 +80,77 @@ def _looks_alike(hashes: pd.Series) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(rows[_first_row_with_key(hashes.iloc[rows])], rows), (first[pairs[:, 0]], first[pairs[:, 1]])]
 
 
-def group_duplicates(frames: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+# The second look
+
+@lru_cache(1)
+def _look_mask() -> np.ndarray:
+    "Return uint8 `LOOK_SIDE` x `LOOK_SIDE`: 255 in the part of the retina that is compared, else 0."
+    offset = np.arange(LOOK_SIDE) - (LOOK_SIDE - 1) / 2
+    distance = np.hypot(offset[:, None], offset)
+    return np.where(distance < LOOK_RADIUS * LOOK_SIDE / 2, 255, 0).astype(np.uint8)
+
+
+def texture(sq: np.ndarray) -> np.ndarray:
+    "Return the fine structure of a prepared square for `is_same_image`: vessels and lesions, without illumination."
+    green = cv2.resize(sq[..., 1], (LOOK_SIDE, LOOK_SIDE), interpolation=cv2.INTER_AREA).astype(np.float32)
+    fine, coarse = (cv2.GaussianBlur(green, (0, 0), sigma) for sigma in LOOK_BAND)
+    return fine - coarse
+
+
+def is_same_image(a: np.ndarray, b: np.ndarray) -> bool:
+    """Return whether two `texture`s are of one photograph: they correlate once `b` is registered to `a`.
+
+    Registers by an affine map that maximises the correlation (ECC, Evangelidis and Psarakis 2008). Copies need almost
+    none, because the circle of the retina aligns them; different images are bent to fit each other, and rejected.
+    """
+    still = np.eye(2, 3, dtype=np.float32)
+    criteria = cv2.TERM_CRITERIA_COUNT + cv2.TERM_CRITERIA_EPS, 30, 1e-4
+    try: correlation, warp = cv2.findTransformECC(a, b, still.copy(), cv2.MOTION_AFFINE, criteria, _look_mask(), 5)
+    except cv2.error: return False           # no registration was found, or one of the images has no structure
+    change = np.abs(warp - still)
+    is_small = change[:, :2].max() <= MAX_STRETCH and change[:, 2].max() <= MAX_SHIFT
+    return bool(is_small and correlation >= MIN_CORRELATION)
+
+
+def _confirm(df: pd.DataFrame, edges: Edges, prep: Prep) -> Edges:
+    """Return the `edges` between rows whose prepared images `is_same_image` finds equal.
+
+    A pair with an image that is not in the store, or that was changed there, counts as equal: the image is prepared
+    before anything uses it, or stops the run.
+    """
+    read: Callable[[str], np.ndarray] = lru_cache(4096)(partial(_read_texture, prep=prep))
+
+    def confirmed(i: int, j: int) -> bool:
+        try: return is_same_image(read(df.stored.iat[i]), read(df.stored.iat[j]))
+        except ImageError: return True
+
+    pixels, kept = pd.factorize(df.pixel_sha256)[0], []
+    for start, end in edges:
+        same = pixels[start] == pixels[end]
+        for k in np.flatnonzero(~same): same[k] = confirmed(start[k], end[k])
+        kept.append((start[same], end[same]))
+    return kept
+
+
+def _read_texture(path: str, prep: Prep) -> np.ndarray:
+    return texture(read_square(path, prep, LOOK_SIDE))
+
+
+# Groups
+
+def group_duplicates(frames: dict[str, pd.DataFrame], prep: Prep | None = None) -> dict[str, pd.DataFrame]:
     """Add a column `duplicate_group` to prepared `frames` and merge the groups of duplicates.
 
-    `duplicate_group` is equal for copies of an image, in whichever table: equal pixels or a near perceptual hash.
+    `duplicate_group` is equal for copies of an image, in whichever table: equal pixels, or a near perceptual hash that
+    a second look at the images prepared with `prep` confirms; without `prep` the hash alone decides.
     Groups that share a duplicate become one `group`, so that neither a patient nor an image is on both sides of a fold.
     """
     df = pd.concat(frames.values(), ignore_index=True)
     rows = np.arange(len(df))
     same_pixels = _first_row_with_key(df.pixel_sha256), rows
-    duplicate_group = _first_row_connected(len(df), [same_pixels, *_looks_alike(df.perceptual_hash)])
+    similar = _similar_hashes(df.perceptual_hash)
+    if prep: similar = _confirm(df, similar, prep)
+    duplicate_group = _first_row_connected(len(df), [same_pixels, *similar])
     same_group = _first_row_with_key(df.group), rows
     first = _first_row_connected(len(df), [(duplicate_group, rows), same_group])
     df = df.assign(duplicate_group=duplicate_group, group=df.group.to_numpy()[first])

@@ -12,15 +12,15 @@ from aptos_fastai.recipe import Recipe
 FOLDS = ['source', 'id_code', 'fold', 'digest']       # columns of folds.csv
 
 
-def make_folds(frame: pd.DataFrame, splits: int, seed: int) -> np.ndarray:
+def make_folds(frame: pd.DataFrame, splits: int, seed: int, grouped_by: str = 'images') -> np.ndarray:
     """Return the fold 0 … `splits`-1 of each row, stratified by grade; a group is never in two folds.
 
-    Raises `TableError` if there are too few groups, or too few images of a grade.
+    `grouped_by` says what a group is. Raises `TableError` if there are too few groups, or too few images of a grade.
     """
     from sklearn.model_selection import StratifiedGroupKFold
     table, groups = f'[table.{frame.source.iloc[0]}]', frame.group.nunique()
     if groups < splits:
-        raise TableError(f'{table}: {groups} patients or images are too few for [recipe] splits = {splits}. '
+        raise TableError(f'{table}: {groups} {grouped_by} are too few for [recipe] splits = {splits}. '
                          'Lower splits or add images.')
     cv = StratifiedGroupKFold(splits, shuffle=True, random_state=seed)
     with warnings.catch_warnings():       # real tables contain grades rarer than `splits`; some folds then lack them
@@ -51,7 +51,7 @@ def add_folds(recipe: Recipe, frames: dict[str, pd.DataFrame], file: Path) -> di
         if not recipe.tables[name].graded: continue
         fold = _reuse_folds(recipe, df, old, file)
         if fold is None:
-            made = pd.Series(make_folds(df, recipe.splits, recipe.seed))
+            made = pd.Series(make_folds(df, recipe.splits, recipe.seed, recipe.tables[name].grouped_by))
             fold = df.group.map(fold_of_group).fillna(made)
         out[name] = df.assign(fold=fold.astype(int))
         fold_of_group |= dict(zip(df.group, out[name].fold, strict=True))

@@ -1,13 +1,13 @@
 "Find the retina in a fundus image, crop it and measure its quality."
 import base64
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import cv2
 import numpy as np
 
-from aptos_fastai.data.decode import ImageError, decode, decode_jpeg, reduction
+from aptos_fastai.data.decode import MAX_PIXELS, ImageError, decode, decode_jpeg, reduction
 from aptos_fastai.recipe import Recipe
 
 
@@ -97,7 +97,7 @@ def _is_near(points: np.ndarray, x, y, r, tol: float) -> np.ndarray:
 def _fit_circle(points: np.ndarray, tol: float, tries: int = 300) -> tuple[tuple[float, float, float], float]:
     """Fit a circle by RANSAC (Fischler and Bolles 1981).
 
-    Returns x, y, r of the circle that most points (n, 2) lie within `tol` of, and the share of such points.
+    Returns x, y, r of the circle that most points (n, 2) lie within `tol` of, and the fraction of such points.
     """
     i = np.random.default_rng(0).integers(0, len(points), (tries, 3))
     x, y, r, exists = _circumcircles(*(points[i[:, k]] for k in range(3)))
@@ -109,6 +109,20 @@ def _fit_circle(points: np.ndarray, tol: float, tries: int = 300) -> tuple[tuple
     return circle, float(_is_near(points, *circle, tol).mean())
 
 
+def _lit_mask(im: np.ndarray, side: int) -> tuple[np.ndarray, int]:
+    """Return which pixels of a small copy are lit (1, else 0), and how many times smaller the copy is.
+
+    The copy has about `side` pixels. Nothing is lit in an image that is too narrow for it.
+    """
+    h, w = im.shape[:2]
+    n = max(1, round(max(h, w) / side))
+    if min(h, w) < 16 * n: return np.zeros((1, 1), np.uint8), n
+    # means of n x n pixels: the fast case of INTER_AREA
+    small = cv2.resize(im[:h // n * n, :w // n * n], (w // n, h // n), interpolation=cv2.INTER_AREA)
+    bright = cv2.medianBlur(_max_channel(small), 3)
+    return (bright > max(8., .15 * np.percentile(bright, 95))).astype(np.uint8), n
+
+
 def find_retina(im: np.ndarray, side: int = 256) -> Circle:
     """Find the circle of the retina in a uint8 HxWx3 image, on a copy of about `side` pixels.
 
@@ -116,25 +130,38 @@ def find_retina(im: np.ndarray, side: int = 256) -> Circle:
     """
     h, w = im.shape[:2]
     whole = Circle(w / 2, h / 2, max(h, w) / 2, 'whole')
-    n = max(1, round(max(h, w) / side))
-    if min(h, w) < 16 * n: return whole
-    # means of n x n pixels: the fast case of INTER_AREA
-    small = cv2.resize(im[:h // n * n, :w // n * n], (w // n, h // n), interpolation=cv2.INTER_AREA)
-    bright = cv2.medianBlur(_max_channel(small), 3)
-    mask = (bright > max(8., .15 * np.percentile(bright, 95))).astype(np.uint8)
+    mask, n = _lit_mask(im, side)
     count, labels, stats, _ = cv2.connectedComponentsWithStats(mask)
     if count < 2: return whole
     largest = 1 + stats[1:, cv2.CC_STAT_AREA].argmax()
     bx, by, bw, bh, area = stats[largest]
-    if area < .1 * bright.size: return whole
+    if area < .1 * mask.size: return whole
     k = 1 / n
     box = Circle((bx + bw / 2) / k, (by + bh / 2) / k, max(bw, bh) / 2 / k, 'box')
     points = _edge_points(labels == largest)
-    if len(points) < 24: return box if area < .95 * bright.size else whole
-    (x, y, r), share = _fit_circle(points, tol=max(1.5, .012 * max(bright.shape)))
+    if len(points) < 24: return box if area < .95 * mask.size else whole
+    (x, y, r), share = _fit_circle(points, tol=max(1.5, .012 * max(mask.shape)))
     # an image may cut the circle off, but the circle is not much larger than the visible part
     fits = share > .5 and _overlap(x, y, r, labels == largest) > .85 and .45 * max(bw, bh) <= r <= .8 * max(bw, bh)
     return Circle((x + .5) / k, (y + .5) / k, (r + .5) / k) if fits else box
+
+
+def has_multiple_retinas(im: np.ndarray, side: int = 256) -> bool:
+    """Return whether an image (uint8 HxWx3) shows more than one retina, apart or touching.
+
+    The lit area is filled. Its depth at a pixel is the distance to its edge. There is more than one retina if the
+    pixels deeper than 0.55 x the maximum form more than one region, or if the bounding box of the largest lit part is
+    more than 1.75 times longer than wide.
+    """
+    mask, _ = _lit_mask(im, side)
+    outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    if not outlines: return False
+    filled = cv2.drawContours(np.zeros_like(mask), outlines, -1, 1, cv2.FILLED)
+    filled = cv2.copyMakeBorder(filled, 1, 1, 1, 1, cv2.BORDER_CONSTANT)       # the image's border is an edge, too
+    depth = cv2.distanceTransform(filled, cv2.DIST_L2, 5)
+    centres = cv2.connectedComponents((depth > .55 * depth.max()).astype(np.uint8))[0] - 1
+    *_, width, height = cv2.boundingRect(max(outlines, key=cv2.contourArea))
+    return centres > 1 or max(width, height) > 1.75 * min(width, height)
 
 
 def _overlap(x: float, y: float, r: float, mask: np.ndarray) -> float:
@@ -160,7 +187,8 @@ def crop_square(im: np.ndarray, c: Circle, prep: Prep) -> np.ndarray:
     """Crop the square of side `prep.size` around the circle `c`; pixels outside a fitted circle are black.
 
     Where the image cuts the circle off, its content is mirrored (`cut_off` = mirror), so that every retina is a full
-    disc: the crop's shape identifies the camera, and cameras correlate with grades (`audit` measures it).
+    disc: the crop's shape identifies the camera, and cameras correlate with grades (the shortcut check of the
+    report measures it).
     """
     h, w = im.shape[:2]
     x0, x1, y0, y1 = crop_box(h, w, c, prep)
@@ -190,26 +218,37 @@ def _blacken_outside(sq: np.ndarray) -> np.ndarray:
     return cv2.bitwise_and(sq, sq, mask=_disc(len(sq), .98))
 
 
-def quality_flags(sq: np.ndarray, visible: float) -> str:
-    """Return the flags of a prepared square that a person should check: dark, bright, blurred, cut-off.
+FLAGS = 'dark', 'bright', 'blurred', 'cut-off', 'multiple'
+DARK_LEVEL = 5                               # added to the mean of a channel: that of blue can be near 0
+QUALITY_SIDE = 256                           # pixels of the square that flags and colour are measured on
 
-    `visible` is the share of the retina's circle inside the image.
-    The limits lie outside the range of the 516 IDRiD images: mean of the brightest channel 80-224, edges 1.5-7 % of the
-    green level (.9 % after a blur of 1 % of the side).
+
+def measure_quality(im: np.ndarray, c: Circle, prep: Prep) -> dict:
+    """Return the flags of an image that a person should check, and its colour: keys flags, red_green, green_blue.
+
+    Flags, separated by spaces: dark, bright, blurred, cut-off, multiple (retinas). The colours are logarithms of the
+    ratios of the mean channels inside the retina. All are measured on a square of `QUALITY_SIDE`, whatever the size of
+    the image and of the prepared squares. The limits lie outside the range of most of the 516 IDRiD images: mean of the
+    brightest channel 71-228, edges 1.3-5 % of the green level in 99 % (.6-1.4 % after a blur of 1 % of the side).
     """
-    sq = cv2.resize(sq, (256, 256), interpolation=cv2.INTER_AREA)
+    sq = crop_square(im, c, replace(prep, size=QUALITY_SIDE))
     brightest, green = _max_channel(sq), cv2.extractChannel(sq, 1)
-    inside = (_disc(256, .85) > 0) & (brightest > 12)
-    if not inside.any(): return 'dark'
+    inside = (_disc(QUALITY_SIDE, .85) > 0) & (brightest > 12)
+    if not inside.any(): return dict(flags='dark', red_green=0., green_blue=0.)
     smooth = cv2.GaussianBlur(green.astype(np.float32), (0, 0), 1)
     edges = cv2.Laplacian(smooth, cv2.CV_32F)[inside].std() / max(green[inside].mean(), 1)
+    visible = _visible_share(c, *im.shape[:2]) if c.how == 'circle' else 1.
     flags = {
         'dark': brightest[inside].mean() < 60,
         'bright': (green[inside] >= 245).mean() > .05,
-        'blurred': edges < .013,
+        'blurred': edges < .011,
         'cut-off': visible < .85,
+        'multiple': has_multiple_retinas(im),
     }
-    return ' '.join(name for name, is_set in flags.items() if is_set)
+    red_level, green_level, blue_level = np.log(sq[inside].mean(0) + DARK_LEVEL)
+    return dict(flags=' '.join(name for name, is_set in flags.items() if is_set),
+                red_green=round(float(red_level - green_level), 4),
+                green_blue=round(float(green_level - blue_level), 4))
 
 
 def perceptual_hash(sq: np.ndarray) -> str:
@@ -225,27 +264,27 @@ def perceptual_hash(sq: np.ndarray) -> str:
 
 
 def _visible_share(c: Circle, h: int, w: int) -> float:
-    "Return the share of the circle's area inside an image of h x w pixels, on a grid of 64 x 64."
+    "Return the fraction of the circle's area inside an image of h x w pixels, on a grid of 64 x 64."
     grid = (np.arange(64) + .5) / 32 - 1
     x, y = np.meshgrid(c.x + c.r * grid, c.y + c.r * grid)
     disc = np.hypot(*np.meshgrid(grid, grid)) < 1
     return float(((x >= 0) & (x < w) & (y >= 0) & (y < h))[disc].mean())
 
 
-def prepare(data: bytes, prep: Prep) -> tuple[bytes, dict]:
+def prepare(data: bytes, prep: Prep, max_pixels: int = MAX_PIXELS) -> tuple[bytes, dict]:
     """Prepare the bytes of an original image; returns a JPEG of the square and what was found.
 
-    Keys: width, height, x, y, r (pixels of the original), how, flags, perceptual_hash, pixel_sha256.
+    Keys: width, height, x, y, r (pixels of the original), how, perceptual_hash, pixel_sha256, and those of
+    `measure_quality`.
     Raises `ImageError`.
     """
-    im, (width, height) = decode(data, prep.size)
+    im, (width, height) = decode(data, prep.size, max_pixels)
     h, w = im.shape[:2]
     c = find_retina(im) if prep.crop == 'retina' else Circle(w / 2, h / 2, max(h, w) / 2, 'whole')
     k = max(width, height) / max(h, w)       # `im` may be decoded at a fraction of the original's size
     sq = crop_square(im, c, prep)
-    visible = _visible_share(c, h, w) if c.how == 'circle' else 1.
     found = dict(width=width, height=height, x=round(c.x * k, 1), y=round(c.y * k, 1), r=round(c.r * k, 1), how=c.how,
-                 flags=quality_flags(sq, visible), perceptual_hash=perceptual_hash(sq),
+                 **measure_quality(im, c, prep), perceptual_hash=perceptual_hash(sq),
                  pixel_sha256=hashlib.sha256(np.ascontiguousarray(im).data).hexdigest()[:24])
     return _encode_jpeg(sq, prep.quality), found
 

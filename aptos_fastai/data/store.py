@@ -21,8 +21,10 @@ from aptos_fastai.data.retina import Prep, prepare, square_of
 
 BATCH = 32                                   # images per core between two updates of the progress bar
 SAVE_EVERY = 1000                            # images between two writes of prepared.csv
-NOT_PREPARED = dict(width=0, height=0, x=0, y=0, r=0, how='', flags='', perceptual_hash='', pixel_sha256='', stored='')
-REQUIRED = {'stored', 'perceptual_hash', 'pixel_sha256', 'error', 'bytes', 'mtime'}      # columns of prepared.csv
+NOT_PREPARED = dict(width=0, height=0, x=0, y=0, r=0, how='', flags='', red_green=0., green_blue=0.,
+                    perceptual_hash='', pixel_sha256='', stored='')
+REQUIRED = {*NOT_PREPARED, 'error', 'bytes', 'mtime'}            # columns of prepared.csv
+FOUND = ('pixel_sha256', 'perceptual_hash', 'how', 'flags', 'red_green', 'green_blue')      # that a run's tables get
 
 
 def jpeg_hash(data: bytes) -> str:
@@ -120,7 +122,7 @@ def prepare_table(frame: pd.DataFrame, store: Path, prep: Prep, bars: Bars, *,
                   skip_unreadable: bool = False) -> pd.DataFrame:
     """Prepare the images of `frame` that are not in the store yet.
 
-    Returns `frame` with the columns `stored` (path), `pixel_sha256` and `perceptual_hash`.
+    Returns `frame` with the columns `stored` (path) and those of `FOUND`.
     Raises `ImageError` with a list of unreadable images; with `skip_unreadable` prints the list and drops their rows.
     """
     folder = store_folder(frame, store, prep)
@@ -181,9 +183,8 @@ def prepared_already(frame: pd.DataFrame, store: Path, prep: Prep, *, skip_unrea
 
 
 def _with_stored(frame: pd.DataFrame, folder: Path, prep: Prep, record: pd.DataFrame) -> pd.DataFrame:
-    "Add the columns `stored`, `pixel_sha256` and `perceptual_hash`; drop the rows of unreadable images."
+    "Add the columns `stored` and those of `FOUND`; drop the rows of unreadable images."
     stored = [str(_stored_path(folder, i, h, prep)) for i, h in zip(frame.id_code, record.stored, strict=True)]
-    df = frame.assign(stored=stored, pixel_sha256=record.pixel_sha256.to_numpy(),
-                      perceptual_hash=record.perceptual_hash.to_numpy())
+    df = frame.assign(stored=stored, **{name: record[name].to_numpy() for name in FOUND})
     readable = (record.error == '').to_numpy()
     return df[readable].reset_index(drop=True)

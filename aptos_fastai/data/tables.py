@@ -100,13 +100,59 @@ def _match_images(csv: Path, ids: pd.Series, folder: Path) -> list[str]:
 
 
 def _read_groups(ids: pd.Series, table: Table) -> pd.Series:
-    """Return TABLE:GROUP of each id: the first group of the table's pattern, or all that it matches if it has no group.
+    """Return TABLE:PATIENT of each id; an id without a patient is its own group.
 
-    An id without a match is its own group.
+    Raises `TableError` if the table's pattern matches no id.
     """
     if not table.group: return f'{table.name}:' + ids
-    pattern = table.group if re.compile(table.group).groups else f'({table.group})'
-    return f'{table.name}:' + ids.str.extract(pattern)[0].fillna(ids)
+    patients = _read_patients(ids, table)
+    if patients.isna().all():
+        raise TableError(f'[table.{table.name}] group = {table.group}: matches none of the {len(ids)} ids, for example '
+                         f'{ids.iloc[0]}. Put the part that is the patient in parentheses, or remove group and set '
+                         'block = 10 if patients are unknown.')
+    return f'{table.name}:' + patients.fillna(ids)
+
+
+def _read_patients(ids: pd.Series, table: Table) -> pd.Series:
+    "Return the first group of the table's pattern in each id; NaN where it matches nothing."
+    return ids.str.extract(table.group)[0].replace('', np.nan)
+
+
+def unmatched_ids(ids: pd.Series, table: Table) -> pd.Series:
+    "Return the ids that the table's `group` does not match; none without `group`."
+    if not table.group: return ids[:0]
+    return ids[_read_patients(ids, table).isna()]
+
+
+def unmatched_text(ids: pd.Series, table: Table) -> str:
+    "Return a warning of ids that the table's `group` does not match, or an empty text."
+    unmatched = unmatched_ids(ids, table)
+    if not len(unmatched): return ''
+    each = 'it is' if len(unmatched) == 1 else 'each is'
+    return (f'[table.{table.name}] group = {table.group}: does not match {len(unmatched)} of {len(ids)} ids '
+            f'({_first_few(unmatched)}); {each} a patient of its own. Change the pattern if that is wrong.')
+
+
+def patients_text(frame: pd.DataFrame, table: Table) -> str:
+    "Return how many patients the images of a table are of: '120 patients', or 'patients unknown'."
+    n = frame.group.nunique()
+    if table.group: return f'{n} patient' if n == 1 else f'{n} patients'
+    return f'patients unknown, {n} {table.grouped_by}' if table.block else 'patients unknown'
+
+
+def natural_order(ids: pd.Series) -> np.ndarray:
+    "Return the positions of ids in natural order: a2 before a10"
+    def key(text: str) -> list[tuple[int, str]]:
+        parts = re.split(r'([0-9]+)', text)              # text and number in turn
+        return [(int(part), '') if i % 2 else (0, part) for i, part in enumerate(parts)]
+    return np.array(sorted(range(len(ids)), key=lambda i: key(ids.iloc[i])), int)
+
+
+def _blocks(ids: pd.Series, table: Table) -> pd.Series:
+    "Return TABLE:block K of each id: `block` neighbouring ids in natural order are one group"
+    block = np.empty(len(ids), int)
+    block[natural_order(ids)] = np.arange(len(ids)) // table.block
+    return f'{table.name}:block ' + pd.Series(block, ids.index).astype(str)
 
 
 def read_table(table: Table, data: Path) -> pd.DataFrame:
@@ -122,7 +168,7 @@ def read_table(table: Table, data: Path) -> pd.DataFrame:
     df = _read_csv(csv, [table.id, table.grade] if table.graded else [table.id])
     ids = df[table.id]
     paths = _match_images(csv, ids, folder / table.images)
-    groups = _read_groups(ids, table)
+    groups = _blocks(ids, table) if table.block else _read_groups(ids, table)
     grades = _read_grades(csv, df, table) if table.graded else np.full(len(df), np.nan, np.float32)
     return pd.DataFrame(dict(id_code=ids, diagnosis=grades, path=paths, group=groups, source=table.name))
 

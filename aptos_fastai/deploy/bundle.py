@@ -14,17 +14,21 @@ from torch import nn
 
 import aptos_fastai
 from aptos_fastai.common.console import Bars, say, table
+from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.io import AptosError, file_hash, read_record, write_bytes, write_record
 from aptos_fastai.data.retina import Prep, prepare, square_of
 from aptos_fastai.inference.grader import Grader, Squares, load_grader
 from aptos_fastai.inference.model_spec import BUNDLE, MemberSpec, ModelSpec, copy_members, read_model
+from aptos_fastai.inference.views import mean_and_sd
 from aptos_fastai.metrics import GRADE_NAMES, apply_thresholds
-from aptos_fastai.pipeline.summary import interval_text
+from aptos_fastai.pipeline.summary import OUT_OF_FOLD, SETS_CONDITION
+from aptos_fastai.recipe import parse_thresholds
 from aptos_fastai.reports.html import render
 from aptos_fastai.run_folder import FINISHED
+from aptos_fastai.training.model import features_and_scores
 from aptos_fastai.training.precision import has_bf16
 
-BUNDLE_FORMAT = 1
+BUNDLE_FORMAT = 2
 MAX_DIFFERENCE = dict(f32=.01, bf16=.1)      # of a score, from PyTorch f32
 MAX_CHANGED = dict(f32=0., bf16=.01)         # share of the grades that may change (in bf16 one grade always may)
 COMPARED = ('onnx', 'f32'), ('openvino', 'f32'), ('openvino', 'bf16'), ('torch', 'bf16')
@@ -33,7 +37,7 @@ PARITY_IMAGES = 24
 
 
 class NetOfSquares(nn.Module):
-    "A network with its normalisation: squares (n, side, side, 3) uint8 RGB -> scores (n,)"
+    "A network with its normalisation: squares (n, side, side, 3) uint8 RGB -> scores (n,), pooled features (n, C)"
     def __init__(self, net: nn.Module, member: MemberSpec):
         super().__init__()
         self.net = net
@@ -41,13 +45,14 @@ class NetOfSquares(nn.Module):
         self.register_buffer('std', 255 * torch.tensor(member.std))
 
     def forward(self, squares):
-        "Return the scores"
+        "Return the scores and the pooled features"
         x = (squares.float() - self.mean) / self.std
-        return self.net(x.permute(0, 3, 1, 2)).flatten()
+        features, scores = features_and_scores(self.net, x.permute(0, 3, 1, 2))
+        return scores, features
 
 
 def write_onnx(net: nn.Module, member: MemberSpec, file: Path) -> None:
-    "Write a member's network as ONNX: input `squares` (n, side, side, 3) uint8 RGB, output `score` (n,)"
+    "Write a member's network as ONNX: input `squares` (n, side, side, 3) uint8 RGB, outputs `score`, `features`"
     if find_spec('onnxscript') is None:      # the exporter of PyTorch needs it
         raise AptosError('ONNX needs the extra export. Run `pip install onnx onnxscript onnxruntime`.')
     squares = torch.zeros(2, member.size, member.size, 3, dtype=torch.uint8)
@@ -56,7 +61,8 @@ def write_onnx(net: nn.Module, member: MemberSpec, file: Path) -> None:
         warnings.simplefilter('ignore')      # of the exporter about its own parts
         torch.onnx.export(
             NetOfSquares(net.float().cpu(), member).eval(), (squares,), file, input_names=['squares'],
-            output_names=['score'], dynamic_shapes=({0: batch},), dynamo=True, external_data=False, verbose=False)
+            output_names=['score', 'features'], dynamic_shapes=({0: batch},), dynamo=True, external_data=False,
+            verbose=False)
 
 
 class ParityImages(NamedTuple):
@@ -91,20 +97,28 @@ def compare_backends(folder: Path, jpegs: list[bytes]) -> list[dict]:
     reference = load_grader(folder)
     model = reference.model
     squares: Squares = {side: np.stack([square_of(j, model.prep, side) for j in jpegs]) for side in model.sizes}
-    expected, _ = reference.scores(squares)
-    expected_grades = apply_thresholds(expected, model.thresholds)
+    expected, expected_grades = _scores_and_grades(reference, squares)
     parity = []
     for backend, precision in COMPARED:
         if find_spec(PACKAGES[backend]) is None: continue
         if precision == 'bf16' and not has_bf16(): continue
-        scores, _ = load_grader(folder, backend, precision).scores(squares)
+        scores, grades = _scores_and_grades(load_grader(folder, backend, precision), squares)
         difference = np.abs(scores - expected)
-        changed = int((apply_thresholds(scores, model.thresholds) != expected_grades).sum())
+        changed = int((grades != expected_grades).sum())
         parity.append(dict(
             backend=backend, precision=precision, images=len(jpegs), max_difference=float(difference.max()),
             mean_difference=float(difference.mean()), grades_changed=changed, bound=MAX_DIFFERENCE[precision],
             within_bounds=within_bounds(precision, float(difference.max()), changed, len(jpegs))))
     return parity
+
+
+def _scores_and_grades(grader: Grader, squares: Squares) -> tuple[np.ndarray, np.ndarray]:
+    "Return the scores (n,) and the grades; -1 where the features are too far from the training images"
+    parts, distances = grader.scores_and_distances(squares)
+    scores, _ = mean_and_sd(parts)
+    limit = grader.model.gate.limit
+    too_far = np.zeros(len(scores), bool) if limit is None else distances > limit
+    return scores, np.where(too_far, -1, apply_thresholds(scores, grader.model.thresholds))
 
 
 def within_bounds(precision: str, max_difference: float, changed: int, images: int) -> bool:
@@ -118,7 +132,7 @@ def lineage(root: Path, member: MemberSpec) -> dict:
     record = read_record((root / member.file).parent / FINISHED)
     if not record: raise AptosError(f'{(root / member.file).parent}: no finished fold here. Run `all` or `train`.')
     keys = ('stage', 'fold', 'fingerprint', 'settings', 'augment', 'seed', 'images', 'kept_epoch', 'parents',
-            'versions')
+            'gate', 'versions')
     return {key: record[key] for key in keys}
 
 
@@ -127,7 +141,7 @@ def run_metrics(root: Path) -> dict:
     summary = read_record(root / 'summary.json')
     if not summary: return {}
     stage = next(s for s in summary['stages'] if s['stage'] == summary['submission']['node'])
-    metrics = {key: stage[key] for key in ('kappa', 'kappa_interval', 'validated')}
+    metrics = {key: stage[key] for key in ('kappa', 'kappa_interval', 'resampled', 'threshold_method', 'validated')}
     return metrics | dict(node=stage['stage'])
 
 
@@ -190,9 +204,12 @@ def write_bundle(folder: Path, model: ModelSpec, origins: list[dict], metrics: d
     networks = [dict(stage=o['stage'], fold=o['fold'], arch=m.arch, size=m.size, train=o['images']['train'],
                      valid=o['images']['valid'], tables=', '.join(o['settings']['train']))
                 for o, m in zip(origins, model.members, strict=True)]
-    kappa = interval_text(metrics['kappa'], metrics['kappa_interval']) if metrics else ''
-    card = render('MODEL_CARD.md', model=model, networks=networks, kappa=kappa, metrics=metrics, parity=parity,
-                  parity_on=parity_on, grade_names=GRADE_NAMES, version=aptos_fastai.__version__)
+    reject = origins[0]['gate']['reject']
+    fixed = bool(metrics) and parse_thresholds(metrics['threshold_method'])
+    card = render('MODEL_CARD.md', model=model, networks=networks, metrics=metrics, fixed_thresholds=fixed,
+                  out_of_fold=OUT_OF_FOLD, sets_condition=SETS_CONDITION, parity=parity, parity_on=parity_on,
+                  grade_names=GRADE_NAMES, disclaimer=DISCLAIMER,
+                  reject=reject, version=aptos_fastai.__version__)
     write_bytes(folder / 'MODEL_CARD.md', card.encode())
     write_record(folder / BUNDLE, dict(
         format=BUNDLE_FORMAT, classes=list(GRADE_NAMES),

@@ -9,11 +9,13 @@ from pathlib import Path
 import pandas as pd
 
 from aptos_fastai.common.console import format_duration, say
+from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.io import AptosError, write_bytes, write_csv, write_json, write_record
 from aptos_fastai.data import decode
 from aptos_fastai.inference.grade_files import grade_files
 from aptos_fastai.inference.grader import Grader, load_grader
 from aptos_fastai.inference.model_spec import BUNDLE, SYNTHETIC_MODEL, copy_members, read_model
+from aptos_fastai.metrics import apply_thresholds
 
 COMPETITION = 'aptos2019-blindness-detection'
 HIDDEN_IMAGES = 13_000                       # of the hidden test set, at most
@@ -97,18 +99,26 @@ def write_submission(bundle: str | Path, test: str | Path, work: str | Path) -> 
     """Write submission.csv to `work` for the ids (id_code) of the CSV `test`, from the images in test_images beside it.
 
     Rows are in the order of sample_submission.csv beside `test`, if there is one. An interrupted call resumes.
-    An unreadable image gets the most frequent grade and is named.
+    An ungradable image gets the grade of its score, because the competition needs one for every id; an unreadable image
+    gets the most frequent grade. Both are named.
     """
     bundle, test, work = Path(bundle), Path(test), Path(work)
+    say(DISCLAIMER, 'dim')
     if decode.pyvips is None: say('pyvips is not installed: Pillow decodes large PNGs, which takes twice as long')
     sample = test.parent / 'sample_submission.csv'
     ids = pd.read_csv(sample if sample.is_file() else test, dtype=str).id_code
-    say_duration(load_grader(bundle), test.parent / 'test_images', len(ids))
+    grader = load_grader(bundle)
+    say_duration(grader, test.parent / 'test_images', len(ids))
     grades_csv = work / 'grades.csv'
-    try: grade_files(str(bundle), [str(test)], str(grades_csv), 'torch', 'f32')
+    try: grade_files(str(bundle), [str(test)], str(grades_csv), root=str(test.parent / 'test_images'), overwrite=True)
     except AptosError as e: say(str(e))      # names the unreadable images, which get a grade below
-    df = pd.read_csv(grades_csv, dtype=dict(file=str))
-    grades = ids.map(df.set_index(df.file.map(lambda f: Path(f).stem)).grade)
+    df = pd.read_csv(grades_csv, dtype=dict(id_code=str)).set_index('id_code')
+    ungradable = df.index[df.ungradable.notna()]
+    if len(ungradable):
+        say(f'{len(ungradable)} images are ungradable and get the grade of their score, because the competition needs '
+            f'one for every id: {", ".join(ungradable[:5])}', 'yellow')
+    df['grade'] = pd.Series(apply_thresholds(df.score, grader.model.thresholds), df.index).where(df.score.notna())
+    grades = ids.map(df.grade)
     missing = ids[grades.isna()]
     most_frequent = df.grade.mode()[0]
     if len(missing):

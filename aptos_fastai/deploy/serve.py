@@ -3,25 +3,31 @@ import asyncio
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import PurePath
 
 import pandas as pd
 
 from aptos_fastai.common.console import say
+from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.io import AptosError
 from aptos_fastai.inference.explain import explain_image
-from aptos_fastai.inference.grader import COLUMNS, Grader, Prepared, load_grader
+from aptos_fastai.inference.grader import COLUMNS, Grader, Prepared, load_grader, reader_threads
 from aptos_fastai.inference.model_spec import SYNTHETIC_MODEL, ModelSpec
+from aptos_fastai.pipeline.summary import OUT_OF_FOLD
 from aptos_fastai.reports.html import data_uri, render
 
 PACKAGES = 'starlette', 'uvicorn', 'python_multipart'
 MAX_MEGABYTES = 50                           # of one image
 MAX_IMAGES = 20                              # in one request
 MEGABYTE = 2 ** 20
+MAX_PIXELS = 36_000_000                      # of one image; a single one above this is refused before it is decoded
+MAX_PENDING = 200                            # images that wait for their grade; further requests get status 503
+MAX_HELD = 1024                              # MB of the requests that are being read or graded
 BATCH_SIZE = 16                              # images that are graded together, at most
 MAX_WAIT = .02                               # seconds that the first image of a batch waits for others
 JPEG_QUALITY = 88
@@ -51,7 +57,8 @@ class BatchingQueue:
         self.grader = grader
         self.jobs: asyncio.Queue[Job] = asyncio.Queue()
         self.pending = 0
-        self.readers = ThreadPoolExecutor()
+        self.held = 0                                  # bytes of the requests at work
+        self.readers = ThreadPoolExecutor(reader_threads())
         self.networks = ThreadPoolExecutor(1)          # one batch at a time
 
     async def grade(self, name: str, data: bytes, heatmap: bool = False) -> dict:
@@ -62,6 +69,15 @@ class BatchingQueue:
             await self.jobs.put(job)
             return await job.row
         finally: self.pending -= 1
+
+    @contextmanager
+    def reserve(self, size: int) -> Iterator[None]:
+        "Count the `size` bytes of a request while it is served. Raises `RequestError` if the server has enough to do"
+        if self.held + size > MAX_HELD * MEGABYTE or self.pending >= MAX_PENDING:
+            raise RequestError(503, 'the server is busy; try again in a few seconds')
+        self.held += size
+        try: yield
+        finally: self.held -= size
 
     async def work(self) -> None:
         "Grade batches until the task is cancelled"
@@ -82,7 +98,7 @@ class BatchingQueue:
         loop = asyncio.get_running_loop()
         try:
             images = await asyncio.gather(*(
-                loop.run_in_executor(self.readers, self.grader.prepare, job.data) for job in batch))
+                loop.run_in_executor(self.readers, self.grader.prepare, job.data, MAX_PIXELS) for job in batch))
             rows = await loop.run_in_executor(self.networks, self._rows, batch, images)
         except Exception as e:               # any error: these requests must end and the next batch must start
             for job in batch:
@@ -109,13 +125,18 @@ class BatchingQueue:
         self.networks.shutdown(cancel_futures=True)
 
 
-async def read_uploads(request) -> tuple[list[tuple[str, bytes]], bool]:
-    "Return (name, bytes) of each file of a request, and whether it asks for heat maps. Raises `RequestError`"
-    from starlette.exceptions import HTTPException
+def content_length(request) -> int:
+    "Return the size of a request's body in bytes. Raises `RequestError` if it is unknown or too large"
     length = request.headers.get('content-length', '')
     if not length.isdigit(): raise RequestError(411, 'header Content-Length is missing')
     if int(length) > MAX_MEGABYTES * MAX_IMAGES * MEGABYTE:
         raise RequestError(413, f'at most {MAX_IMAGES} images of {MAX_MEGABYTES} MB in one request')
+    return int(length)
+
+
+async def read_uploads(request) -> tuple[list[tuple[str, bytes]], bool]:
+    "Return (name, bytes) of each file of a request, and whether it asks for heat maps. Raises `RequestError`"
+    from starlette.exceptions import HTTPException
     if not request.headers.get('content-type', '').startswith('multipart/form-data'):
         raise RequestError(415, 'send the images as multipart/form-data, field `files`')
     try:
@@ -138,8 +159,10 @@ def _file_name(text: str) -> str:
 def describe_model(model: ModelSpec, url: str) -> dict:
     "Return what the page and `/api` say about the model; `url` is that of the server"
     return dict(
-        model=model.name, key=model.key, synthetic=model.synthetic, thresholds=list(model.thresholds),
-        coverage=model.coverage, networks=len(model.members), columns=COLUMNS, max_megabytes=MAX_MEGABYTES,
+        model=model.name, key=model.key, synthetic=model.synthetic, disclaimer=DISCLAIMER, gate=asdict(model.gate),
+        thresholds=list(model.thresholds),
+        coverage=model.coverage, kappa=model.kappa, figures=OUT_OF_FOLD, warnings=list(model.warnings),
+        networks=len(model.members), columns=COLUMNS, max_megabytes=MAX_MEGABYTES,
         max_images=MAX_IMAGES, example=f'curl -F files=@eye.jpg -F heatmap=0 {url}api/predict')
 
 
@@ -174,10 +197,15 @@ def get_app(grader: Grader, hosts: list[str]):
         return JSONResponse(dict(status='ok', model=model.name, pending=queue.pending), headers=HEADERS)
 
     async def predict(request):
-        try: uploads, heatmap = await read_uploads(request)
-        except RequestError as e: return JSONResponse(dict(error=e.reason), e.status, headers=HEADERS)
-        rows = await asyncio.gather(*(queue.grade(name, data, heatmap) for name, data in uploads))
-        return JSONResponse(dict(model=model.name, synthetic=model.synthetic, rows=rows), headers=HEADERS)
+        try:
+            with queue.reserve(content_length(request)):
+                uploads, heatmap = await read_uploads(request)
+                rows = await asyncio.gather(*(queue.grade(name, data, heatmap) for name, data in uploads))
+        except RequestError as e:
+            retry = {'Retry-After': '5'} if e.status == 503 else {}
+            return JSONResponse(dict(error=e.reason), e.status, headers=HEADERS | retry)
+        reply = dict(model=model.name, synthetic=model.synthetic, disclaimer=DISCLAIMER, rows=rows)
+        return JSONResponse(reply, headers=HEADERS)
 
     routes = [Route('/', page), Route('/api', describe), Route('/health', health),
               Route('/api/predict', predict, methods=['POST'])]

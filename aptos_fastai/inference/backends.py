@@ -1,6 +1,8 @@
 "Inference backends: PyTorch, ONNX Runtime, OpenVINO."
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -14,7 +16,8 @@ from aptos_fastai.training.precision import has_bf16
 PRECISIONS = 'f32', 'bf16'
 OPENVINO_BATCH = 8                           # images; a fixed batch is 10 % faster than a variable one
 
-Runner = Callable[[np.ndarray], np.ndarray]  # squares (n, side, side, 3) uint8 RGB -> scores (n, views) float32
+# squares (n, side, side, 3) uint8 RGB -> scores (n, views) float32, pooled features (n, C) of the first view
+Runner = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 GetNet = Callable[[], torch.nn.Module]       # gives a member's PyTorch network; only the backend that needs it loads it
 
 
@@ -31,7 +34,7 @@ def torch_runner(member: MemberSpec, root: Path, device: torch.device, precision
     net = get_net()
 
     @torch.no_grad()
-    def run(squares: np.ndarray) -> np.ndarray:
+    def run(squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16'):
             return view_scores(net, to_tensor(member, squares, device), member.tta)
     return run
@@ -46,28 +49,39 @@ def onnx_runner(member: MemberSpec, root: Path, device: torch.device, precision:
     try:
         import onnxruntime
     except ImportError: raise AptosError('backend onnx: install it with `pip install onnxruntime`') from None
+    onnxruntime.disable_telemetry_events()     # where it was imported before this package, which turns telemetry off
     session = onnxruntime.InferenceSession(str(file), providers=['CPUExecutionProvider'])
-    return _runner_of_views(member, lambda squares: session.run(None, {'squares': squares})[0])
+    return _runner_of_views(member, lambda squares: session.run(['score', 'features'], {'squares': squares}))
 
 
 def openvino_runner(member: MemberSpec, root: Path, device: torch.device, precision: str, get_net: GetNet) -> Runner:
     "Run a member of a bundle with OpenVINO on the CPU"
     file = _onnx_file(member, root)
-    try:
-        import openvino
-    except ImportError: raise AptosError('backend openvino: install it with `pip install openvino`') from None
-    core = openvino.Core()
+    core = import_openvino().Core()
     model = core.read_model(str(file))
     model.reshape([OPENVINO_BATCH, member.size, member.size, 3])
     net = core.compile_model(model, 'CPU', dict(INFERENCE_PRECISION_HINT=precision, PERFORMANCE_HINT='LATENCY'))
 
-    def score(squares: np.ndarray) -> np.ndarray:
+    def score(squares: np.ndarray) -> list[np.ndarray]:
         n = len(squares)
         padding = np.zeros((-n % OPENVINO_BATCH, *squares.shape[1:]), squares.dtype)
         padded = np.concatenate([squares, padding])
         batches = np.split(padded, len(padded) // OPENVINO_BATCH)
-        return np.concatenate([net([batch])[0] for batch in batches])[:n]
+        results = [net([batch]) for batch in batches]
+        return [np.concatenate([o[name] for o in results])[:n] for name in ('score', 'features')]
     return _runner_of_views(member, score)
+
+
+def import_openvino() -> ModuleType:
+    """Return OpenVINO, imported without its telemetry, which writes a client id and looks up an analytics host.
+
+    OpenVINO takes its own stub where the package `openvino_telemetry` cannot be imported.
+    """
+    sys.modules.setdefault('openvino_telemetry', None)      # type: ignore[arg-type]
+    try:
+        import openvino
+    except ImportError: raise AptosError('backend openvino: install it with `pip install openvino`') from None
+    return openvino
 
 
 def _onnx_file(member: MemberSpec, root: Path) -> Path:
@@ -79,12 +93,13 @@ def _onnx_file(member: MemberSpec, root: Path) -> Path:
     return verify_file(file, bundle['files'].get(file.name, ''), 'Export again.')
 
 
-def _runner_of_views(member: MemberSpec, score: Callable[[np.ndarray], np.ndarray]) -> Runner:
-    "Return a runner that calls `score`, squares -> scores (n,), once for each view"
-    def run(squares: np.ndarray) -> np.ndarray:
+def _runner_of_views(member: MemberSpec, score: Callable[[np.ndarray], list[np.ndarray]]) -> Runner:
+    "Return a runner that calls `score`, squares -> scores (n,) and features (n, C), once for each view"
+    def run(squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         x = torch.from_numpy(squares).permute(0, 3, 1, 2)
         turned = [np.ascontiguousarray(v.permute(0, 2, 3, 1).numpy()) for v in views(x, member.tta)]
-        return np.stack([score(v) for v in turned], 1)
+        results = [score(v) for v in turned]
+        return np.stack([scores for scores, _ in results], 1), results[0][1]
     return run
 
 

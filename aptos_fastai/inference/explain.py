@@ -6,15 +6,18 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 
 from aptos_fastai.common.console import Bars, say
-from aptos_fastai.common.io import AptosError, write_bytes
+from aptos_fastai.common.disclaimer import DISCLAIMER
+from aptos_fastai.common.io import AptosError, write_bytes, write_csv
 from aptos_fastai.data.decode import decode
 from aptos_fastai.data.retina import Circle, crop_box
 from aptos_fastai.inference.backends import to_tensor
-from aptos_fastai.inference.grade_files import find_images
+from aptos_fastai.inference.find_images import find_images
+from aptos_fastai.inference.grade_files import safe_cell
 from aptos_fastai.inference.grader import Grader, Squares, load_grader
 from aptos_fastai.inference.views import undo_view, views
 from aptos_fastai.metrics import GRADE_NAMES
@@ -111,7 +114,8 @@ def explain_image(grader: Grader, data: bytes) -> tuple[np.ndarray, np.ndarray, 
 
 
 def grade_text(row: dict) -> str:
-    "Return a grade as a line of text"
+    "Return a grade, or why there is none, as a line of text"
+    if row['ungradable']: return f'not gradable: {row["ungradable"]}'
     grade = f'grade {row["grade"]} {GRADE_NAMES[row["grade"]]}'
     return f'{grade} (prediction set {row["grade_low"]}-{row["grade_high"]}), score {row["score"]:.2f} {row["flags"]}'
 
@@ -124,24 +128,33 @@ def side_by_side(im: np.ndarray, overlay: np.ndarray, row: dict) -> np.ndarray:
     return cv2.putText(out, grade_text(row), origin, cv2.FONT_HERSHEY_SIMPLEX, scale, colour, thickness, cv2.LINE_AA)
 
 
-def explain_files(model: str, paths: Iterable[str], output: str) -> None:
-    """`explain MODEL IMAGES`: write <output>/<name>.png for each image.
+def explain_files(model: str, paths: Iterable[str], output: str, *, root: str | None = None) -> None:
+    """`explain MODEL IMAGES`: write <output>/<name>.png for each image, and <output>/index.csv: file, output, error.
 
     Raises `AptosError` at the end if some could not be read.
     """
-    files, grader, folder = find_images(paths), load_grader(model), Path(output)
+    entries, grader, folder = find_images(list(paths), root), load_grader(model), Path(output)
     if folder.exists() and not folder.is_dir(): raise AptosError(f'{folder}: this is a file. Give a folder with -o.')
-    failed = []
-    with Bars() as bars, bars(f'explaining with {grader.model.name}', len(files), 'images') as bar:
-        for i, (file, name) in enumerate(zip(files, _unique_stems(files), strict=True), 1):
-            try:
-                drawn = side_by_side(*explain_image(grader, Path(file).read_bytes()))
-                png = cv2.imencode('.png', drawn[..., ::-1])[1]
-                write_bytes(folder / f'{name}.png', png.tobytes())
-            except (AptosError, OSError) as e: failed.append(f'{file} {e}')
-            bar.to(i)
-    say(f'{len(files) - len(failed)} images -> {folder}')
-    if failed: raise AptosError(f'{len(failed)} of {len(files)} images could not be explained: {"; ".join(failed[:3])}')
+    rows = []
+    with Bars() as bars, bars(f'explaining with {grader.model.name}', len(entries), 'images') as bar:
+        for entry, name in zip(entries, _unique_stems(map(str, entries)), strict=True):
+            error = entry.error or _explain_file(grader, Path(str(entry)), folder / f'{name}.png')
+            rows.append(dict(file=safe_cell(str(entry)), output='' if error else f'{name}.png', error=error))
+            bar.to(len(rows))
+    write_csv(folder / 'index.csv', pd.DataFrame(rows))
+    failed = [f'{row["file"]} {row["error"]}' for row in rows if row['error']]
+    say(f'{len(rows) - len(failed)} images -> {folder}; index.csv names the file of each')
+    say(DISCLAIMER, 'dim')
+    if failed: raise AptosError(f'{len(failed)} of {len(rows)} images could not be explained: {"; ".join(failed[:3])}')
+
+
+def _explain_file(grader: Grader, file: Path, output: Path) -> str:
+    "Write an image beside its heat map; return the error if it could not be read"
+    try: drawn = side_by_side(*explain_image(grader, file.read_bytes()))
+    except OSError as e: return f'cannot be read ({e.strerror})'
+    except AptosError as e: return str(e)
+    write_bytes(output, cv2.imencode('.png', drawn[..., ::-1])[1].tobytes())
+    return ''
 
 
 def _unique_stems(files: Iterable[str]) -> list[str]:

@@ -9,15 +9,19 @@ import numpy as np
 import pandas as pd
 import torch
 
-from aptos_fastai.data.decode import ImageError
+from aptos_fastai.common.distributed import cores
+from aptos_fastai.data.decode import MAX_PIXELS, ImageError
 from aptos_fastai.data.retina import prepare, square_of
 from aptos_fastai.inference.backends import BACKENDS, check_backend
-from aptos_fastai.inference.model_spec import MemberSpec, ModelSpec, read_model, read_net
+from aptos_fastai.inference.find_images import ImageEntry
+from aptos_fastai.inference.model_spec import MemberSpec, ModelSpec, read_distance, read_model, read_net
 from aptos_fastai.inference.views import mean_and_sd
 from aptos_fastai.metrics import GRADE_NAMES, REFERABLE, grade_scores
 from aptos_fastai.training.model import keep_freed_memory
 
-COLUMNS = ['file', 'score', 'grade', 'grade_name', 'referable', 'score_sd', 'grade_low', 'grade_high', 'flags', 'error']
+COLUMNS = ['file', 'score', 'grade', 'grade_name', 'referable', 'ungradable', 'score_sd', 'grade_low', 'grade_high',
+           'flags', 'error']
+UNGRADABLE = 'ungradable'                    # in the columns grade_name and referable
 
 Squares = dict[int, np.ndarray]              # the prepared square of an image (or of a batch) for each side in pixels
 Prepared = tuple[Squares | None, dict]       # None for an unreadable image; `prepare`'s record, with flags and error
@@ -26,8 +30,9 @@ Prepared = tuple[Squares | None, dict]       # None for an unreadable image; `pr
 class Grader:
     """Grade images as the run did that trained the model: `load_grader(path).predict(files)`.
 
-    Retina crop, sizes, normalisation, views, thresholds and prediction sets come with the model. It runs on the GPU if
-    there is one. Raises `AptosError` for weights that are missing or changed.
+    Retina crop, sizes, normalisation, views, thresholds, prediction sets and the gate come with the model. What the
+    gate refuses gets no grade. It runs on the GPU if there is one. Raises `AptosError` for weights that are missing or
+    changed.
     """
     def __init__(self, model: ModelSpec, root: Path, backend: str = 'torch', precision: str = 'f32'):
         check_backend(root, backend, precision)
@@ -38,6 +43,8 @@ class Grader:
         self._nets: dict[str, torch.nn.Module] = {}
         get_runner = BACKENDS[backend]
         self.runners = [(m, get_runner(m, root, self.device, precision, partial(self.net, m))) for m in model.members]
+        judges_distance = model.gate.limit is not None
+        self.feature_distances = {m.file: read_distance(m, root) for m in model.members} if judges_distance else {}
 
     def net(self, member: MemberSpec) -> torch.nn.Module:
         "Return the PyTorch network of a member; it is read once"
@@ -50,21 +57,38 @@ class Grader:
 
     def scores(self, squares: Squares) -> tuple[np.ndarray, np.ndarray]:
         "Return the scores and their SD (n,) of prepared squares: side -> (n, side, side, 3) uint8 RGB"
-        parts = []
-        for member, run in self.runners:
-            scores = run(squares[member.size])
-            parts.append((member.weight, scores.mean(1), scores.std(1)))
-        return mean_and_sd(parts)
+        return mean_and_sd(self.member_scores(squares))
 
-    def read(self, file: str | Path) -> Prepared:
-        "Read and prepare an image file; an unreadable one gives None and its error"
+    def member_scores(self, squares: Squares) -> list[tuple[float, np.ndarray, np.ndarray]]:
+        "Return the weight of each network, its scores and their SD over views (n,)"
+        return self.scores_and_distances(squares)[0]
+
+    def scores_and_distances(self, squares: Squares) -> tuple[list[tuple[float, np.ndarray, np.ndarray]], np.ndarray]:
+        """Return what `member_scores` returns and the weighted mean of the networks' feature distances (n,).
+
+        The distances are in units of the networks' own limits; 0 if the gate does not judge them.
+        """
+        parts, distance = [], np.zeros(len(next(iter(squares.values()))))
+        for member, run in self.runners:
+            scores, features = run(squares[member.size])
+            parts.append((member.weight, scores.mean(1), scores.std(1)))
+            if not self.feature_distances: continue
+            own = self.feature_distances[member.file].distances(features)
+            distance += member.weight * own / member.distance_unit
+        return parts, distance
+
+    def read(self, file: str | Path | ImageEntry) -> Prepared:
+        "Read and prepare an image file; an unreadable or missing one gives None and its error"
+        if isinstance(file, ImageEntry):
+            if file.path is None: return None, dict(flags='', error=file.error)
+            file = file.path
         try: data = Path(file).read_bytes()
         except OSError as e: return None, dict(flags='', error=f'cannot be read ({e.strerror})')
         return self.prepare(data)
 
-    def prepare(self, data: bytes) -> Prepared:
-        "Prepare the bytes of an image file, as `read` does"
-        try: jpeg, info = prepare(data, self.model.prep)
+    def prepare(self, data: bytes, max_pixels: int = MAX_PIXELS) -> Prepared:
+        "Prepare the bytes of an image file, as `read` does; an image of more than `max_pixels` gives its error"
+        try: jpeg, info = prepare(data, self.model.prep, max_pixels)
         except ImageError as e: return None, dict(flags='', error=str(e))
         squares = {side: square_of(jpeg, self.model.prep, side) for side in self.model.sizes}
         return squares, dict(info, error='')
@@ -75,25 +99,34 @@ class Grader:
         df = pd.DataFrame(dict(file=names, flags=flags, error=errors)).reindex(columns=COLUMNS)
         readable = [squares for squares, _ in images if squares is not None]
         ok = np.array([squares is not None for squares, _ in images])
+        df['ungradable'] = ''
         if readable:
-            score, score_sd = self.scores({side: np.stack([o[side] for o in readable]) for side in readable[0]})
-            grade, low, high = grade_scores(score, self.model.thresholds, self.prediction_sets)
+            parts, distance = self.scores_and_distances(
+                {side: np.stack([o[side] for o in readable]) for side in readable[0]})
+            score, score_sd = mean_and_sd(parts)
+            fold_scores = self.model.fold_scores([mean for _, mean, _ in parts])
+            grade, low, high = grade_scores(score, self.model.thresholds, self.prediction_sets, fold_scores)
             values = dict(score=score, score_sd=score_sd, grade=grade, grade_low=low, grade_high=high)
             for column, value in values.items(): df.loc[ok, column] = value
+            found = [info for squares, info in images if squares is not None]
+            df.loc[ok, 'ungradable'] = ['; '.join(self.model.gate.reasons(info, d))
+                                        for info, d in zip(found, distance, strict=True)]
         integers = ['grade', 'grade_low', 'grade_high']
         df[integers] = df[integers].astype('Int64')
+        df.loc[df.ungradable != '', integers] = pd.NA
         df['grade_name'] = ['' if pd.isna(g) else GRADE_NAMES[g] for g in df.grade]
         df['referable'] = ['' if pd.isna(g) else _yes_or_no(g >= REFERABLE) for g in df.grade]
+        df.loc[df.ungradable != '', ['grade_name', 'referable']] = UNGRADABLE
         return df
 
-    def stream(self, files: Iterable[str | Path], batch: int = 16) -> Iterator[pd.DataFrame]:
+    def stream(self, files: Iterable[str | Path | ImageEntry], batch: int = 16) -> Iterator[pd.DataFrame]:
         """Yield the rows of `batch` images at a time, in the order of `files`.
 
         While one batch is graded, threads read the next one; no more images are in memory.
         """
-        names = map(str, files)
-        with ThreadPoolExecutor() as pool:
-            def start_reading(): return [(name, pool.submit(self.read, name)) for name in islice(names, batch)]
+        remaining = iter(files)
+        with ThreadPoolExecutor(reader_threads()) as pool:
+            def start_reading(): return [(str(file), pool.submit(self.read, file)) for file in islice(remaining, batch)]
             current = start_reading()
             while current:
                 following = start_reading()
@@ -105,6 +138,11 @@ class Grader:
         if isinstance(files, str | Path): files = [files]
         parts = list(self.stream(files))
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=COLUMNS)
+
+
+def reader_threads() -> int:
+    "Return how many images are decoded at once; each takes up to 1 GB (`MAX_PIXELS`)"
+    return min(4, cores())
 
 
 def _yes_or_no(condition: bool) -> str: return 'yes' if condition else 'no'

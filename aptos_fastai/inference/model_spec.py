@@ -1,5 +1,6 @@
 "What a model is, apart from its weights: networks, preprocessing, thresholds, prediction sets."
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -10,9 +11,10 @@ from safetensors.torch import load
 
 from aptos_fastai.common.io import AptosError, digest, read_record, verify_file, write_bytes
 from aptos_fastai.data.retina import Prep
-from aptos_fastai.metrics import GRADES, MIDPOINTS, PredictionSets, fit_thresholds
+from aptos_fastai.inference.gate import FeatureDistance, GateSpec, fit_gate, gate_of_record
+from aptos_fastai.metrics import MIDPOINTS, Calibration, PredictionSets, thresholds_or_midpoints, upper_quantile
 from aptos_fastai.recipe import parse_thresholds
-from aptos_fastai.run_folder import FINISHED, PREDS, WEIGHTS
+from aptos_fastai.run_folder import FEATURES, FINISHED, PREDS, WEIGHTS
 from aptos_fastai.training.model import body_stats, create_model
 
 BUNDLE = 'bundle.json'                       # its presence means that a bundle is complete
@@ -33,6 +35,10 @@ class MemberSpec:
     mean: tuple[float, ...]                  # of the images, 0-1
     std: tuple[float, ...]
     weight: float                            # in the weighted mean of the scores; the weights add up to 1
+    fold: int = 0                            # the fold whose images validated it
+    distance: str = ''                       # its `FeatureDistance` (safetensors), relative to the model's root folder
+    distance_sha256: str = ''
+    distance_unit: float = 1.                # its distances are divided by this before they are averaged
 
 
 @dataclass(frozen=True)
@@ -42,9 +48,12 @@ class ModelSpec:
     prep: Prep
     members: tuple[MemberSpec, ...]
     thresholds: tuple[float, ...]
-    radius: tuple[float | None, ...]         # of the `PredictionSets`, one for each grade; None: infinite
-    coverage: float
+    coverage: float                          # of the `PredictionSets`
     synthetic: bool
+    calibration: Calibration = ()            # distances that the prediction sets are fitted on; empty: all grades
+    kappa: str = ''                          # out-of-fold, with its interval and what that interval resamples
+    warnings: tuple[str, ...] = ()           # that every figure of the model needs
+    gate: GateSpec = GateSpec()              # what counts as a gradable fundus image
 
     @property
     def key(self) -> str:
@@ -54,19 +63,18 @@ class ModelSpec:
     @property
     def prediction_sets(self) -> PredictionSets:
         "The fitted prediction sets"
-        sets = PredictionSets(self.coverage)
-        sets.radius_ = np.array([np.inf if r is None else r for r in self.radius])
-        return sets
+        return PredictionSets(self.coverage, self.calibration)
 
     @property
     def sizes(self) -> set[int]:
         "The sides of the squares that the networks take, pixels"
         return {m.size for m in self.members}
 
-
-def _finite(radius: Iterable[float]) -> tuple[float | None, ...]:
-    "Return radii as JSON can hold them: None for infinity"
-    return tuple(float(r) if np.isfinite(r) else None for r in radius)
+    def fold_scores(self, scores: Sequence[np.ndarray]) -> np.ndarray:
+        "Return the scores (n, folds) by the networks of each fold from the scores (n,) of each member"
+        folds = sorted({m.fold for m in self.members})
+        weights = np.array([[m.weight * (m.fold == k) for k in folds] for m in self.members])
+        return np.stack(scores, 1) @ (weights / weights.sum(0))
 
 
 def _fold_member(root: Path, folder: Path, weight: float) -> tuple[MemberSpec, dict]:
@@ -75,30 +83,34 @@ def _fold_member(root: Path, folder: Path, weight: float) -> tuple[MemberSpec, d
     if not record: raise AptosError(NO_FOLD.format(folder))
     s = record['settings']
     mean, std = body_stats(s['arch'])
+    if FEATURES not in record['files']: raise AptosError(f'{folder}: written by an older version. Run `all` again.')
     member = MemberSpec(
         file=(folder / WEIGHTS).relative_to(root).as_posix(), sha256=record['files'][WEIGHTS]['sha256'],
         arch=s['arch'], head=s['head'], size=s['size'], tta=s['tta'],
-        mean=tuple(map(float, mean)), std=tuple(map(float, std)), weight=weight)
+        mean=tuple(map(float, mean)), std=tuple(map(float, std)), weight=weight, fold=record['fold'],
+        distance=(folder / FEATURES).relative_to(root).as_posix(), distance_sha256=record['files'][FEATURES]['sha256'])
     return member, record
 
 
-def _stages_model(root: Path, name: str, stages: dict[str, float], thresholds: Iterable[float],
-                  radius: Iterable[float | None], coverage: float) -> ModelSpec:
-    "Return the model that averages `stages` (folder -> weight) and their folds"
+def _folds_model(root: Path, name: str, folds: dict[str, float], thresholds: Iterable[float],
+                 sets: PredictionSets, gate: GateSpec, units: dict[str, float], kappa: str = '',
+                 warnings: Iterable[str] = ()) -> ModelSpec:
+    """Return the weighted mean of finished folds (folder relative to `root` -> weight).
+
+    `units` are the units of feature distances of each stage.
+    """
     members, records = [], []
-    for stage, weight in stages.items():
-        folds = sorted((root / stage).glob('fold*'), key=lambda p: int(p.name.removeprefix('fold')))
-        for folder in folds:
-            member, record = _fold_member(root, folder, weight / len(folds))
-            members.append(member)
-            records.append(record)
-    if not members: raise AptosError(NO_FOLD.format(root))
+    for folder, weight in folds.items():
+        member, record = _fold_member(root, root / folder, weight)
+        members.append(replace(member, distance_unit=units[folder.rpartition('/')[0]]))
+        records.append(record)
     ways = len({digest(r['prep']) for r in records})
     if ways > 1:
         raise AptosError(f'{root}: its stages were trained on images prepared in {ways} ways. Run `all` again.')
     return ModelSpec(
         name=name, prep=Prep(**records[0]['prep']), members=tuple(members), thresholds=tuple(map(float, thresholds)),
-        radius=tuple(radius), coverage=coverage, synthetic=records[0]['synthetic'])
+        coverage=sets.coverage, calibration=sets.calibration_, synthetic=records[0]['synthetic'], kappa=kappa,
+        warnings=tuple(warnings), gate=gate)
 
 
 def read_model(path: str | Path) -> tuple[ModelSpec, Path]:
@@ -121,29 +133,46 @@ def read_model(path: str | Path) -> tuple[ModelSpec, Path]:
 def _bundle_model(bundle: dict) -> ModelSpec:
     "Return the model of a bundle's record"
     o = bundle['model']
-    return ModelSpec(**{**o, 'prep': Prep(**o['prep']), 'members': tuple(MemberSpec(**m) for m in o['members'])})
+    if 'gate' not in o: raise AptosError('bundle.json: written by an older version. Export the run again.')
+    parts = dict(prep=Prep(**o['prep']), members=tuple(MemberSpec(**m) for m in o['members']),
+                 gate=gate_of_record(o['gate']))
+    return ModelSpec(**{**o, **parts})
 
 
 def _run_model(root: Path, summary: dict) -> ModelSpec:
     "Return the model that made a run's submission. Raises `AptosError` if its stages were trained again since"
     s = summary['submission']
-    if 'weights' not in s: raise AptosError(f'{root / "summary.json"}: written by an older version. Run `all` again.')
+    if 'gate' not in s:
+        raise AptosError(f'{root / "summary.json"}: written by an older version. Run `all` again.')
     name = f'{summary["recipe"]}/{s["node"]}'
-    model = _stages_model(root, name, s['members'], s['thresholds'], s['radius'], s['coverage'])
-    now = {PurePosixPath(m.file).parent.as_posix(): m.sha256 for m in model.members}
-    if now != s['weights']:
-        raise AptosError(f'{root}: stages were trained again after the submission was made; its thresholds belong to '
-                         'the old weights. Run `all` again.')
+    folds = Counter(folder.rpartition('/')[0] for folder in s['weights'])         # of each stage
+    weights = {folder: s['members'][folder.rpartition('/')[0]] / folds[folder.rpartition('/')[0]]
+               for folder in s['weights']}
+    sets = PredictionSets(s['coverage'], s['calibration'])
+    gate = gate_of_record(s['gate'])
+    model = _folds_model(root, name, weights, s['thresholds'], sets, gate, s['distance_units'], s['kappa_text'],
+                         s['warnings'])
+    for member, sha256 in zip(model.members, s['weights'].values(), strict=True):
+        if member.sha256 == sha256: continue
+        raise AptosError(f'{root}: {PurePosixPath(member.file).parent} was trained again after the submission was '
+                         'made; its thresholds belong to the old weights. Run `all` again.')
     return model
 
 
 def _stage_model(folder: Path, how: str) -> ModelSpec:
-    "Return the mean of a stage's folds, its thresholds (method `how`) and prediction sets fitted on out-of-fold scores"
-    oof = pd.concat([_read_preds(f) for f in sorted(folder.glob(f'fold*/{PREDS}'))])
-    thresholds = parse_thresholds(how) or fit_thresholds(how, oof.score, oof.diagnosis)
-    sets = PredictionSets(STAGE_COVERAGE).fit(oof.score, oof.diagnosis)
+    "Return the mean of a stage's folds; thresholds (method `how`), prediction sets and gate are fitted out-of-fold"
+    files = sorted(folder.glob(f'fold*/{PREDS}'), key=lambda f: int(f.parent.name.removeprefix('fold')))
+    oof = pd.concat([_read_preds(f) for f in files])
+    thresholds = parse_thresholds(how) or thresholds_or_midpoints(how, oof.score, oof.diagnosis)[0]
+    sets = PredictionSets(STAGE_COVERAGE).fit(oof.score, oof.diagnosis, oof.fold)
     name = f'{folder.parent.name}/{folder.name}'
-    return _stages_model(folder.parent, name, {folder.name: 1.}, thresholds, _finite(sets.radius_), STAGE_COVERAGE)
+    weights = dict.fromkeys((f'{folder.name}/{f.parent.name}' for f in files), 1 / len(files))
+    records = [read_record(f.parent / FINISHED) or {} for f in files]
+    if 'gate' not in records[0]: raise AptosError(f'{folder}: written by an older version. Run `all` again.')
+    reject, ungradable = (records[0]['gate'][key] for key in ('reject', 'ungradable'))
+    unit = upper_quantile(oof.feature_distance, reject)
+    gate = fit_gate([r['gate']['rules'] for r in records], oof.feature_distance / unit, reject, ungradable)
+    return _folds_model(folder.parent, name, weights, thresholds, sets, gate, {folder.name: unit})
 
 
 def _read_preds(file: Path) -> pd.DataFrame:
@@ -155,13 +184,22 @@ def _read_preds(file: Path) -> pd.DataFrame:
 
 def read_net(member: MemberSpec, root: Path) -> torch.nn.Module:
     "Return the network of a member in eval mode. Raises `AptosError` if its weights are missing or changed"
-    file = root / member.file
-    if not file.resolve().is_relative_to(root.resolve()):
-        raise AptosError(f'{member.file}: lies outside {root}. Do not trust this bundle.')
-    verify_file(file, member.sha256, 'Export or train again.')
     net = create_model(member.arch, member.head, member.size)
-    net.load_state_dict(load(file.read_bytes()))
+    net.load_state_dict(load(_verified_bytes(root, member.file, member.sha256)))
     return net.eval().to(memory_format=torch.channels_last)
+
+
+def read_distance(member: MemberSpec, root: Path) -> FeatureDistance:
+    "Return the `FeatureDistance` of a member. Raises `AptosError` if its file is missing or changed"
+    return FeatureDistance.from_bytes(_verified_bytes(root, member.distance, member.distance_sha256))
+
+
+def _verified_bytes(root: Path, name: str, sha256: str) -> bytes:
+    "Return the content of a model's file. Raises `AptosError` if it is outside `root`, missing or changed"
+    file = root / name
+    if not file.resolve().is_relative_to(root.resolve()):
+        raise AptosError(f'{name}: lies outside {root}. Do not trust this bundle.')
+    return verify_file(file, sha256, 'Export or train again.').read_bytes()
 
 
 def fold_model(root: Path, stages: dict[str, float], fold: int) -> ModelSpec:
@@ -173,15 +211,16 @@ def fold_model(root: Path, stages: dict[str, float], fold: int) -> ModelSpec:
     members = tuple(replace(m, tta='none') for m, _ in found)
     record = found[0][1]
     prep, synthetic = Prep(**record['prep']), record['synthetic']
-    return ModelSpec(f'fold{fold}', prep, members, MIDPOINTS, (None,) * GRADES, STAGE_COVERAGE, synthetic)
+    return ModelSpec(f'fold{fold}', prep, members, MIDPOINTS, STAGE_COVERAGE, synthetic)
 
 
 def copy_members(model: ModelSpec, root: Path, folder: Path) -> ModelSpec:
     "Copy the weights of a model from `root` into `folder`, and return the model with the new file names"
     members = []
     for m in model.members:
-        name = m.file.replace('/', '-').replace('\\', '-')
-        source = verify_file(root / m.file, m.sha256, 'Train again.')
-        write_bytes(folder / name, source.read_bytes())
-        members.append(replace(m, file=name))
+        names = []
+        for file, sha256 in ((m.file, m.sha256), (m.distance, m.distance_sha256)):
+            names.append(file.replace('/', '-').replace('\\', '-'))
+            write_bytes(folder / names[-1], verify_file(root / file, sha256, 'Train again.').read_bytes())
+        members.append(replace(m, file=names[0], distance=names[1]))
     return replace(model, members=tuple(members))

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from aptos_fastai.training.model import features_and_scores
+
 VIEWS = dict(none=1, hflip=2, d4=8)          # number of views for each value of `tta`
 
 
@@ -28,9 +30,12 @@ def undo_view(x: torch.Tensor, i: int) -> torch.Tensor:
     return x.rot90(-(i // 2), (-2, -1))
 
 
-def view_scores(net: torch.nn.Module, x: torch.Tensor, tta: str) -> np.ndarray:
-    "Return the scores (N, views) float32 of a batch (N, C, H, W)"
-    return torch.stack([net(v).float().flatten() for v in views(x, tta)], 1).cpu().numpy()
+def view_scores(net: torch.nn.Module, x: torch.Tensor, tta: str) -> tuple[np.ndarray, np.ndarray]:
+    "Return the scores (N, views) float32 of a batch (N, C, H, W), and the pooled features (N, C) of its first view"
+    first, *others = views(x, tta)
+    features, score = features_and_scores(net, first)
+    scores = [score, *(net(v).flatten() for v in others)]
+    return torch.stack([s.float() for s in scores], 1).cpu().numpy(), features.float().cpu().numpy()
 
 
 def mean_and_sd(parts: Sequence[tuple[float, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,8 @@ from pathlib import Path
 from aptos_fastai.common.console import format_duration, say
 from aptos_fastai.common.distributed import cores
 from aptos_fastai.common.io import AptosError, run_lock
-from aptos_fastai.data.tables import TableError, read_table
+from aptos_fastai.data.id_order import compare_id_orders, id_order_text
+from aptos_fastai.data.tables import TableError, patients_text, read_table, unmatched_text
 from aptos_fastai.recipe import Recipe, read_recipe
 
 PACKAGES = 'aptos_fastai fastai torch timm pandas numpy scikit-learn opencv-python-headless pillow'.split()
@@ -33,7 +34,8 @@ DOWNLOADS = {                                # folder that a recipe names -> com
     ],
 }
 
-Finding = tuple[str, str, bool]              # what was checked, what was found, whether it is in order
+WARNING = 'warning'                          # `all` can run, but something should be changed
+Finding = tuple[str, str, bool | str]        # what was checked, what was found, whether it is in order (or `WARNING`)
 
 
 def check_software() -> Iterator[Finding]:
@@ -54,6 +56,8 @@ def check_devices() -> Iterator[Finding]:
 
     from aptos_fastai.training.precision import cpu_has_bf16, has_bf16
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30 if hasattr(os, 'sysconf') else 0
+    load = busy_text()
+    if load: yield 'machine', load, WARNING
     yield 'CPU', f'{cores()} cores, {memory:.0f} GB memory, {torch.get_num_threads()} PyTorch threads', True
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
@@ -61,6 +65,15 @@ def check_devices() -> Iterator[Finding]:
         yield f'GPU {i}', f'{gpu.name}, {gpu.total_memory / 2**30:.0f} GB, {precision}', True
     if not torch.cuda.is_available(): yield 'GPU', 'none: networks run on the CPU', True
     yield 'bf16 on the CPU', 'supported' if cpu_has_bf16() else 'not supported: it trains and predicts in f32', True
+
+
+def busy_text() -> str:
+    "Return that other programs keep the machine busy, or an empty text"
+    if not hasattr(os, 'getloadavg'): return ''            # Windows
+    load, n = os.getloadavg()[0], os.cpu_count() or 1
+    if load <= n: return ''
+    return (f'busy: load average {load:.1f} on {n} cores. Training is slower than on a quiet machine, and measured '
+            'times are too long.')
 
 
 def check_tables(recipe: Recipe, data: Path) -> Iterator[Finding]:
@@ -71,11 +84,14 @@ def check_tables(recipe: Recipe, data: Path) -> Iterator[Finding]:
         except TableError as e:
             yield name, str(e), False
             continue
-        found = f'{len(df)} images, {df.group.nunique()} groups (patients or images)'
+        found = f'{len(df)} images, {patients_text(df, table)}'
         if table.graded:
             counts = [str(int((df.diagnosis == grade).sum())) for grade in range(5)]
             found += f', images of grade 0-4: {" ".join(counts)}'
         yield name, found, True
+        tests = compare_id_orders(df, recipe.seed) if table.graded else []
+        for warning in (unmatched_text(df.id_code, table), id_order_text(tests, table)):
+            if warning: yield name, warning, WARNING
 
 
 def download_commands(recipe: Recipe, data: Path) -> list[list[str]]:
@@ -142,11 +158,17 @@ def find_problems(recipe: str, data: str, runs: str, sets: Iterable[str]) -> Ite
         except AptosError as e: yield 'plan', str(e), False
 
 
+# how `doctor` prints a finding that is, or is not, in order: its mark and its colour
+MARKS: dict[bool | str, tuple[str, str | None]] = {
+    True: ('ok  ', None), WARNING: ('WARN', 'yellow'), False: ('FAIL', 'red')}
+
+
 def doctor(recipe: str, data: str, runs: str, sets: Iterable[str]) -> None:
     "Print a line for each finding. Raises `AptosError` if `all` would fail"
     keys, problems = list(sets), 0
     for what, found, ok in find_problems(recipe, data, runs, keys):
-        say(f'{"ok  " if ok else "FAIL"} {what}: {found}', None if ok else 'red')
+        status, style = MARKS[ok]
+        say(f'{status} {what}: {found}', style)
         problems += not ok
     if not problems:
         say('No problem found: `all` can run.')

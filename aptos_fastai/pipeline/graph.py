@@ -7,6 +7,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from aptos_fastai.common.console import Bars, say
@@ -25,12 +26,13 @@ from aptos_fastai.common.io import (
 from aptos_fastai.data.duplicates import duplicates_table, group_duplicates, resolve_conflicts
 from aptos_fastai.data.folds import add_folds, write_folds
 from aptos_fastai.data.store import prepare_table, prepared_already
-from aptos_fastai.data.tables import read_order, read_tables
+from aptos_fastai.data.tables import read_order, read_tables, unmatched_text
 from aptos_fastai.metrics import GRADES, PredictionSets, apply_thresholds, grade_scores
 from aptos_fastai.pipeline.summary import SUMMARY_FORMAT, SYNTHETIC, tables_text
 from aptos_fastai.recipe import ConfigError, Recipe, Stage, did_you_mean, read_recipe
 from aptos_fastai.run_folder import Run
 
+UNREADABLE = 'cannot be read'                              # in the column ungradable of scores.csv
 OUTPUTS = ('submission.csv', 'scores.csv', 'oof.csv')     # their SHA-256 are in summary.json
 
 
@@ -61,7 +63,8 @@ def require_name(recipe: Recipe, name: str, names: Iterable[str]) -> str:
     known = list(names)
     if name in known: return name
     hint = did_you_mean(name, known)
-    raise AptosError(f'{name}: no such stage in {recipe.path}{hint} Choose from: {", ".join(known)}.')
+    kind = 'stage or ensemble' if recipe.ensembles.keys() & known else 'stage'
+    raise AptosError(f'{name}: no such {kind} in {recipe.path}{hint} Choose from: {", ".join(known)}.')
 
 
 def demo_tables(recipe: Recipe, runs: Path) -> Path:
@@ -118,7 +121,7 @@ def with_folds(run: Run) -> Run:
     "Return the run with a fold for each image; once all images are prepared, duplicate images share a fold"
     frames = run.frames
     if all('perceptual_hash' in f for f in frames.values()):
-        frames = resolve_conflicts(group_duplicates(frames), run.recipe.conflicts)
+        frames = resolve_conflicts(group_duplicates(frames, run.prep), run.recipe.conflicts)
     return replace(run, frames=add_folds(run.recipe, frames, run.root / 'folds.csv'))
 
 
@@ -137,6 +140,7 @@ def start_run(run: Run, nodes: Iterable[str] = ()) -> Iterator[tuple[Run, Bars]]
         write_folds(run.recipe, run.frames, run.root / 'folds.csv')
         report_duplicates(run)
         warn_missing_grades(run)
+        warn_unmatched_ids(run)
         if run.recipe.demo: write_bytes(run.root / 'SYNTHETIC.txt', f'{SYNTHETIC}.\n'.encode())
         write_record(run.root / 'run.json', dict(
             data=_relative_to_root(run.root, run.data), recipe=run.recipe.path.name, synthetic=bool(run.recipe.demo)))
@@ -160,7 +164,7 @@ def report_duplicates(run: Run) -> None:
     write_csv(file, rows)
     groups, conflicts = rows.duplicate_group.nunique(), rows.duplicate_group[rows.conflict].nunique()
     say(f'{len(rows)} duplicate images in {groups} {"group" if groups == 1 else "groups"}, '
-        f'{conflicts} with different grades. All copies share a fold. List: {file}')
+        f'{conflicts} with conflicting grades. All copies share a fold. List: {file}')
 
 
 def warn_missing_grades(run: Run) -> None:
@@ -173,6 +177,13 @@ def warn_missing_grades(run: Run) -> None:
         gaps = [f'fold {k} has no image of grade {", ".join(map(str, lost))}' for k, lost in missing.items() if lost]
         advice = f'Lower [recipe] splits = {run.recipe.splits} or add images of these grades.'
         if gaps: say(f'{name}: {"; ".join(gaps)}. {advice}', 'yellow')
+
+
+def warn_unmatched_ids(run: Run) -> None:
+    "Warn of ids in which a table's `group` finds no patient"
+    for name, frame in run.frames.items():
+        warning = unmatched_text(frame.id_code, run.recipe.tables[name])
+        if warning: say(warning, 'yellow')
 
 
 # Checks before training
@@ -257,18 +268,23 @@ def score_test_table(run: Run, bars: Bars) -> pd.DataFrame:
     """Score the submission's table with each submitted stage and ensemble; write and return scores.csv.
 
     Columns: id_code; a score for each stage and ensemble; then of the final one score, grade, grade_low and grade_high
-    (the prediction set at [submit] coverage) and score_sd (standard deviation over views, folds and members).
+    (the prediction set at [submit] coverage) and score_sd (standard deviation over views, folds and members), and why
+    the gate finds the image ungradable.
     """
-    from aptos_fastai.pipeline.scores import node_scores
+    from aptos_fastai.pipeline.run_gate import ungradable_test
+    from aptos_fastai.pipeline.scores import fold_scores, node_scores
     submit = run.recipe.submit
     found = {n: node_scores(run, n, submit.table, bars) for n in submitted_nodes(run.recipe)}
     final = found[submit.final]
     df = pd.DataFrame(dict(id_code=final.id_code, **{n: o.score for n, o in found.items()}, score=final.score))
     oof = run.oof(submit.final)
-    sets = PredictionSets(submit.coverage).fit(oof.score, oof.diagnosis)
+    sets = PredictionSets(submit.coverage).fit(oof.score, oof.diagnosis, oof.fold)
     thresholds = run.thresholds(submit.final, submit.thresholds)
-    df['grade'], df['grade_low'], df['grade_high'] = grade_scores(final.score, thresholds, sets)
+    by_fold = [fold_scores(run, submit.final, submit.table, k, bars).score for k in run.folds_of(submit.final)]
+    df['grade'], df['grade_low'], df['grade_high'] = grade_scores(
+        final.score, thresholds, sets, np.stack(by_fold, axis=1))
     df['score_sd'] = final.score_sd
+    df['ungradable'] = ungradable_test(run, bars)
     df = in_submission_order(run, df)
     write_csv(run.root / 'scores.csv', df)
     return df
@@ -286,13 +302,18 @@ def in_submission_order(run: Run, scores: pd.DataFrame) -> pd.DataFrame:
         say(f'{table}: {lost} images have no score (skip_unreadable = yes). '
             'They get the most frequent grade and the prediction set 0-4.', 'yellow')
     rows = scores.set_index('id_code').reindex(ids).reset_index()
-    rows = rows.fillna(dict(grade=scores.grade.mode()[0], grade_low=0, grade_high=GRADES - 1))
+    rows = rows.fillna(dict(grade=scores.grade.mode()[0], grade_low=0, grade_high=GRADES - 1, ungradable=UNREADABLE))
     return rows.astype(dict(grade=int, grade_low=int, grade_high=int))
 
 
 def write_submissions(run: Run, scores: pd.DataFrame) -> None:
     "Write submissions/NAME.csv (id_code, diagnosis) for each submitted stage and ensemble, and submission.csv"
     submit = run.recipe.submit
+    ungradable = scores.id_code[scores.ungradable != '']
+    if len(ungradable):
+        say(f'{submit.table}: {len(ungradable)} of {len(scores)} images are ungradable ({", ".join(ungradable[:5])}); '
+            'the submission grades them all the same, because it needs a grade for every id. '
+            'Reasons: column ungradable of scores.csv.', 'yellow')
     for n in submitted_nodes(run.recipe):
         grades = pd.Series(apply_thresholds(scores[n], run.thresholds(n, submit.thresholds))).where(scores[n].notna())
         diagnosis = grades.fillna(grades.mode()[0]).astype(int)
@@ -317,4 +338,5 @@ def inputs_digest(run: Run) -> str:
     r = run.recipe
     records = [[run.record(name, k) for k in range(s.folds)] for name, s in r.stages.items()]
     files = [[o and o['files'] for o in folds] for folds in records]
-    return digest([SUMMARY_FORMAT, run.table_hashes[r.submit.table], repr([r.submit, r.ensembles, r.stages]), files])
+    recipe = repr([r.submit, r.ensembles, r.stages, r.tables, r.gate])
+    return digest([SUMMARY_FORMAT, run.table_hashes[r.submit.table], recipe, files])

@@ -1,4 +1,6 @@
 "Score tables with exported learners; average scores over views, folds and members."
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 import torch
@@ -7,43 +9,62 @@ from fastai.learner import Learner
 from aptos_fastai.common.console import Bars
 from aptos_fastai.common.distributed import all_gather, run_on_all_ranks, shard, world_size
 from aptos_fastai.common.io import digest, file_hash, read_record, write_csv, write_record
+from aptos_fastai.inference.gate import FeatureDistance
 from aptos_fastai.inference.views import VIEWS, mean_and_sd, view_scores
-from aptos_fastai.run_folder import EXPORT, WEIGHTS, Run
+from aptos_fastai.run_folder import EXPORT, FEATURES, WEIGHTS, Run
 from aptos_fastai.training.weights import load_exported
 
 CHUNK = 8192                                 # images per test DataLoader, which keeps 5 kB of each in memory
 
 
-@torch.no_grad()
-def predict_views(learn: Learner, frame: pd.DataFrame, tta: str = 'none', bar=None) -> np.ndarray:
-    """Return the scores (n, views) float32 of the images in column `stored` of `frame`, in the order of its rows.
+def predict_views(learn: Learner, frame: pd.DataFrame, tta: str = 'none', bar=None,
+                  distance: FeatureDistance | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the scores (n, views) float32 and the feature distances (n,) of the images in `frame`, in its order.
 
-    Images are not augmented. All processes share the work. `bar` shows the progress.
+    Column `stored` names the images; they are not augmented. All processes share the work. `bar` shows the progress.
+    Without `distance` the distances are 0.
     """
+    views = VIEWS[tta]
+
+    def row(scores: np.ndarray, features: np.ndarray) -> np.ndarray:
+        return np.c_[scores, distance.distances(features) if distance else np.zeros(len(scores))]
+    rows = _predict(learn, frame, tta, bar, views + 1, row)
+    return rows[:, :views], rows[:, views].astype(float)
+
+
+def predict_features(learn: Learner, frame: pd.DataFrame, bar=None) -> np.ndarray:
+    "Return the pooled features (n, C) float32 of the images in `frame`, as `predict_views` does"
+    return _predict(learn, frame, 'none', bar, learn.model[0].model.num_features, lambda scores, features: features)
+
+
+@torch.no_grad()
+def _predict(learn: Learner, frame: pd.DataFrame, tta: str, bar, columns: int,
+             row: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+    "Return what `row` makes of the scores (N, views) and the features (N, C) of each batch: (n, `columns`) float32"
     part = frame.iloc[shard(len(frame))]
     model = learn.model.eval()
     # one array from the start: small arrays between large buffers would keep the buffers from being reused
-    scores = np.empty((len(part), VIEWS[tta]), np.float32)
+    rows = np.empty((len(part), columns), np.float32)
     n = 0
     for i in range(0, len(part), CHUNK):
         for batch in learn.dls.test_dl(part.iloc[i:i + CHUNK], bs=32):
-            new = view_scores(model, batch[0], tta)
-            scores[n:n + len(new)] = new
+            new = row(*view_scores(model, batch[0], tta))
+            rows[n:n + len(new)] = new
             n += len(new)
             if bar: bar.to(min(n * world_size(), len(frame)))
-    if world_size() == 1: return scores
-    return np.stack(all_gather(scores))      # type: ignore[arg-type]    # an array is sent faster than a list of rows
+    if world_size() == 1: return rows
+    return np.stack(all_gather(rows))        # type: ignore[arg-type]    # an array is sent faster than a list of rows
 
 
 def predict_scores(learn: Learner, frame: pd.DataFrame, tta: str = 'none', bar=None) -> np.ndarray:
     "Return the scores (n,) of the images in `frame`: the mean over the views"
-    return predict_views(learn, frame, tta, bar).mean(1)
+    return predict_views(learn, frame, tta, bar)[0].mean(1)
 
 
 def pool(parts: list[tuple[float, pd.DataFrame]]) -> pd.DataFrame:
     "Average tables of scores with their weights; `score_sd` covers views, folds and members"
     score, score_sd = mean_and_sd([(w, o.score.to_numpy(), o.score_sd.to_numpy()) for w, o in parts])
-    return parts[0][1].assign(score=score, score_sd=score_sd)
+    return pd.DataFrame(dict(id_code=parts[0][1].id_code, score=score, score_sd=score_sd))
 
 
 def read_exported(run: Run, stage: str, fold: int) -> Learner:
@@ -52,29 +73,32 @@ def read_exported(run: Run, stage: str, fold: int) -> Learner:
 
 
 def stage_scores(run: Run, stage: str, table: str, fold: int, bars: Bars) -> pd.DataFrame:
-    """Return id_code, score and score_sd (over views) of a table by one fold of a stage.
+    """Return id_code, score, score_sd (over views) and feature_distance of a table by one fold of a stage.
 
     They are read from the fold's folder if they were made with the same weights and images, else predicted and saved.
     """
     tta, folder = run.recipe.stages[stage].tta, run.fold_dir(stage, fold)
     csv, note = folder / f'scores_{table}.csv', folder / f'scores_{table}.json'
-    key = digest([file_hash(run.verified_file(stage, fold, WEIGHTS)), run.table_hashes[table], tta, 'score_sd'])
+    network = [file_hash(run.verified_file(stage, fold, file)) for file in (WEIGHTS, FEATURES)]
+    key = digest([*network, run.table_hashes[table], tta])
     old = read_record(note)
     up_to_date = old and old['key'] == key and csv.is_file() and file_hash(csv) == old['sha256']
     if not up_to_date:
-        scores = run_on_all_ranks(score_table, bars, run, stage, table, fold)
+        scores, distances = run_on_all_ranks(score_table, bars, run, stage, table, fold)
         ids = run.frames[table].id_code
-        write_csv(csv, pd.DataFrame(dict(id_code=ids, score=scores.mean(1), score_sd=scores.std(1))))
+        write_csv(csv, pd.DataFrame(dict(id_code=ids, score=scores.mean(1), score_sd=scores.std(1),
+                                         feature_distance=distances)))
         write_record(note, dict(key=key, sha256=file_hash(csv), tta=tta, synthetic=bool(run.recipe.demo)))
     return pd.read_csv(csv, dtype=dict(id_code=str))
 
 
-def score_table(bars: Bars, run: Run, stage: str, table: str, fold: int) -> np.ndarray:
-    "Return the scores (n, views) of a table by a finished fold; every process calls this"
+def score_table(bars: Bars, run: Run, stage: str, table: str, fold: int) -> tuple[np.ndarray, np.ndarray]:
+    "Return the scores (n, views) and feature distances (n,) of a table by a finished fold; every process calls this"
+    distance = FeatureDistance.from_bytes(run.verified_file(stage, fold, FEATURES).read_bytes())
     learn, frame = read_exported(run, stage, fold), run.frames[table]
     if torch.cuda.is_available(): learn.dls.cuda()
     with bars(f'{stage} fold {fold}  scoring {table}', len(frame), 'images') as bar:
-        return predict_views(learn, frame, run.recipe.stages[stage].tta, bar)
+        return predict_views(learn, frame, run.recipe.stages[stage].tta, bar, distance)
 
 
 def fold_scores(run: Run, node: str, table: str, fold: int, bars: Bars) -> pd.DataFrame:

@@ -21,10 +21,11 @@ import aptos_fastai
 from aptos_fastai.common.console import Bars, say
 from aptos_fastai.common.distributed import is_peer_lost, rank, run_on_all_ranks, world_size
 from aptos_fastai.common.io import AptosError, atomic_write, digest, file_hash, write_bytes, write_csv, write_record
+from aptos_fastai.inference.gate import FeatureDistance, gate_rules
 from aptos_fastai.pipeline.pseudo_labels import read_labels
-from aptos_fastai.pipeline.scores import predict_scores, read_exported
+from aptos_fastai.pipeline.scores import predict_features, predict_views, read_exported
 from aptos_fastai.recipe import Stage
-from aptos_fastai.run_folder import EXPORT, FINISHED, HISTORY, PREDS, WEIGHTS, Run
+from aptos_fastai.run_folder import EXPORT, FEATURES, FINISHED, FOLD_FILES, HISTORY, PREDS, WEIGHTS, Run
 from aptos_fastai.training.callbacks import (
     AccumulateGradients,
     EMACallback,
@@ -38,6 +39,8 @@ from aptos_fastai.training.checkpoint import BEST_WEIGHTS, Checkpoint, clear_che
 from aptos_fastai.training.loaders import get_dls
 from aptos_fastai.training.model import body_stats, get_learner
 from aptos_fastai.training.precision import Autocast, precision_of
+
+DISTANCE_IMAGES = 2000                       # training images, at most, that the feature distance is fitted to
 
 
 def training_frame(run: Run, stage: Stage, fold: int, labels: dict[tuple[str, str], pd.DataFrame]) -> pd.DataFrame:
@@ -112,21 +115,40 @@ def fit_and_write(bars: Bars, run: Run, name: str, fold: int, precision: str) ->
     fit_end = time.monotonic()
     warn_rising_loss(title, hist)
     learn.model.load_state_dict(hist.weights)
+    distance = fit_distance(learn, run.recipe.seed, bars, title)
     valid = learn.dls.valid.items.copy()
     with bars(f'{title}  validating', len(valid), 'images') as bar:
-        scores = predict_scores(learn, valid, stage.tta, bar)
+        scores, distances = predict_views(learn, valid, stage.tta, bar, distance)
     if rank() > 0: return
-    write_fold(learn, out, valid.assign(score=scores, fold=fold), hist)
+    write_fold(learn, out, valid.assign(score=scores.mean(1), fold=fold, feature_distance=distances), hist)
+    distance.write(out / FEATURES)
     seconds = sum(r['seconds'] for r in hist.rows) + time.monotonic() - fit_end
     images = dict(train=len(learn.dls.train_ds), valid=len(valid))
     write_record(out / FINISHED, dict(
         fold_settings(run, name, fold), images=images,
         kept_epoch=hist.kept_row['epoch'], kept_kappa=hist.kept_row['kappa'],
-        resumed_after_epochs=checkpoint.resumed, precision=precision, processes=world_size(), seconds=round(seconds, 1),
+        gate=dict(asdict(run.recipe.gate), rules=stage_rules(run, stage)), resumed_after_epochs=checkpoint.resumed,
+        precision=precision, processes=world_size(), seconds=round(seconds, 1),
         files={f: dict(sha256=file_hash(out / f), bytes=(out / f).stat().st_size)
-               for f in (EXPORT, WEIGHTS, PREDS, HISTORY)},
+               for f in FOLD_FILES},
         versions=versions()))
     clear_checkpoint(out)
+
+
+def fit_distance(learn: Learner, seed: int, bars: Bars, title: str) -> FeatureDistance:
+    "Fit the feature distance to graded training images of a fold, without augmentation; every process calls this"
+    images = learn.dls.train.items
+    images = images[~images.source.str.contains(':')]        # not the pseudo-labelled ones: no one has looked at them
+    if len(images) > DISTANCE_IMAGES:
+        chosen = np.random.default_rng(seed).choice(len(images), DISTANCE_IMAGES, replace=False)
+        images = images.iloc[np.sort(chosen)]
+    with bars(f'{title}  features of training images', len(images), 'images') as bar:
+        return FeatureDistance.fit(predict_features(learn, images, bar))
+
+
+def stage_rules(run: Run, stage: Stage) -> dict:
+    "Return the gate's rules that the graded tables of a stage need"
+    return gate_rules(pd.concat([run.frames[table] for teacher, table in stage.sources if not teacher]))
 
 
 def fold_settings(run: Run, name: str, fold: int) -> dict:
@@ -262,7 +284,7 @@ def write_fold(learn: Learner, out: Path, preds: pd.DataFrame, hist: History) ->
     learn.dls.path = learn.path = out
     with atomic_write(out / EXPORT) as tmp: learn.export(tmp.name)
     write_weights(out / WEIGHTS, learn.model.state_dict())
-    write_csv(out / PREDS, preds[['id_code', 'source', 'diagnosis', 'fold', 'score']])
+    write_csv(out / PREDS, preds[['id_code', 'source', 'diagnosis', 'fold', 'score', 'feature_distance']])
     write_csv(out / HISTORY, pd.DataFrame(hist.rows))
 
 

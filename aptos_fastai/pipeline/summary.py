@@ -1,11 +1,14 @@
 "Results of a run: out-of-fold grades, summary.json, the table on the terminal, and the comparison of two runs."
 from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from aptos_fastai.common.console import format_duration, say, table
+from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.io import AptosError, read_record
 from aptos_fastai.metrics import (
     MIDPOINTS,
@@ -16,12 +19,21 @@ from aptos_fastai.metrics import (
     paired_interval,
     quadratic_kappa,
 )
+from aptos_fastai.pipeline.clusters import cluster_results
 from aptos_fastai.recipe import Stage, parse_thresholds
 from aptos_fastai.run_folder import WEIGHTS, RecordError, Run
 
 SYNTHETIC = 'SYNTHETIC DEMO: generated images, no patient data; results have no clinical meaning'
-SUMMARY_FORMAT = 4                           # of summary.json and scores.csv; `all` replaces older ones
-KEYS = ['source', 'id_code', 'diagnosis', 'fold']
+OUT_OF_FOLD = ('All metrics are out-of-fold, on images of the same source. Evaluate on images of another source before '
+               'you use them.')
+PATIENTS_UNKNOWN = 'patients unknown: may be optimistic, intervals too narrow'
+EPOCH_CHOSEN = 'with keep = kappa or loss the epoch is chosen on the validation images'
+SETS_CONDITION = 'from the same source as the training images (cameras, clinics, graders); for others, less often'
+SETS_CAUTION = ('the submitted model was trained on pseudo-labels of these test images: their prediction sets can '
+                'contain the true grade less often')
+NEARLY_EQUAL = .1                            # thresholds closer than this leave a grade that is hardly ever predicted
+SUMMARY_FORMAT = 5                           # of summary.json and scores.csv; `all` replaces older ones
+KEYS = ['source', 'id_code', 'diagnosis', 'fold', 'group']
 
 
 # Out-of-fold scores and grades
@@ -42,20 +54,21 @@ def out_of_fold_grades(run: Run, oof: pd.DataFrame, setting: str) -> np.ndarray:
 def oof_table(run: Run) -> pd.DataFrame:
     """Return oof.csv, a row for each validation image.
 
-    Columns: source, id_code, diagnosis, fold; NAME and NAME_grade, score and grade by each stage and ensemble.
+    Columns: source, id_code, diagnosis, fold, group (patient, block of ids, or the image alone; with its duplicates);
+    NAME and NAME_grade, score and grade by each stage and ensemble.
     """
     total: pd.DataFrame | None = None
     for name in run.recipe.order:
         oof = run.oof(name)
         grades = out_of_fold_grades(run, oof, threshold_setting(run, name))
-        oof = oof.assign(**{name: oof.score, f'{name}_grade': grades}).drop(columns='score')
+        oof = oof.assign(group=run.groups(oof), **{name: oof.score, f'{name}_grade': grades}).drop(columns='score')
         total = oof if total is None else total.merge(oof, on=KEYS, how='outer')
     assert total is not None
     return total
 
 
 def validated(oof: pd.DataFrame, node: str) -> pd.DataFrame:
-    "Return the rows of `oof_table` that `node` has validated: source, id_code, diagnosis, fold, score, grade"
+    "Return the rows of `oof_table` that `node` has validated: source, id_code, diagnosis, fold, group, score, grade"
     rows = oof[oof[node].notna()]
     grade = rows[f'{node}_grade'].astype(int)
     return rows[KEYS].assign(diagnosis=rows.diagnosis.astype(int), score=rows[node], grade=grade).reset_index(drop=True)
@@ -71,15 +84,19 @@ def finished_record(run: Run, stage: str, fold: int) -> dict:
 
 
 def summarise(run: Run, oof: pd.DataFrame) -> dict:
-    """Return the results of a finished run: a dict for each stage and ensemble, and the submission.
+    """Return the results of a finished run: a dict for each stage and ensemble, the submission, and its clusters.
 
     Each kappa is of out-of-fold grades: by fixed thresholds, or by thresholds fitted on the other folds.
     """
+    final = run.recipe.submit.final
     synthetic = bool(run.recipe.demo)
     stages = [(stage_result if name in run.recipe.stages else ensemble_result)(run, name, validated(oof, name))
               for name in run.recipe.order]
+    valid = validated(oof, final)
+    result = next(o for o in stages if o['stage'] == final)
     return dict(recipe=run.recipe.name, synthetic=synthetic, note=SYNTHETIC if synthetic else '', stages=stages,
-                submission=submission_result(run, validated(oof, run.recipe.submit.final)))
+                submission=submission_result(run, valid, result),
+                clusters=cluster_results(run, valid, threshold_setting(run, final)))
 
 
 def stage_result(run: Run, name: str, valid: pd.DataFrame) -> dict:
@@ -90,7 +107,7 @@ def stage_result(run: Run, name: str, valid: pd.DataFrame) -> dict:
         stage=name, tables=list(stage.train), arch=stage.arch, size=stage.size, folds=len(records),
         images=records[0]['images'], epochs=stage.freeze_epochs + stage.epochs,
         kept_epochs=[o['kept_epoch'] + 1 for o in records],
-        best_kappa=float(np.mean([o['kept_kappa'] for o in records])),
+        kept_kappa=float(np.mean([o['kept_kappa'] for o in records])),
         seconds=sum(o['seconds'] for o in records), **kappa_result(run, name, valid))
 
 
@@ -98,31 +115,71 @@ def ensemble_result(run: Run, name: str, valid: pd.DataFrame) -> dict:
     "Return the results of an ensemble on its validation images `valid`"
     return dict(
         stage=name, tables=list(run.recipe.members(name)), arch='ensemble', size=None, folds=len(run.folds_of(name)),
-        images=dict(train=0, valid=len(valid)), epochs=None, kept_epochs=None, best_kappa=None, seconds=0,
+        images=dict(train=0, valid=len(valid)), epochs=None, kept_epochs=None, kept_kappa=None, seconds=0,
         **kappa_result(run, name, valid))
 
 
 def kappa_result(run: Run, name: str, valid: pd.DataFrame) -> dict:
-    "Return kappa with its interval, kappa at the midpoints, and the thresholds fitted on all validation images"
+    "Return kappa with its interval and warnings, and the thresholds fitted on all validation images"
     setting = threshold_setting(run, name)
-    return dict(
+    thresholds, not_fitted = run.fitted_thresholds(name, setting)
+    result = dict(
         validated=len(valid), kappa=quadratic_kappa(valid.grade, valid.diagnosis),
-        kappa_interval=kappa_interval(valid.grade, valid.diagnosis),
+        kappa_interval=kappa_interval(valid.grade, valid.diagnosis, valid.group), resampled=run.grouped_by(valid),
         kappa_midpoints=quadratic_kappa(apply_thresholds(valid.score, MIDPOINTS), valid.diagnosis),
-        thresholds=run.thresholds(name, setting).tolist(), threshold_method=setting)
+        thresholds=thresholds.tolist(), threshold_method=setting)
+    return dict(result, warnings=warnings(result, not_fitted))
 
 
-def submission_result(run: Run, valid: pd.DataFrame) -> dict:
-    "Return what turns test images into the submission: members, weights, thresholds, radius of the prediction sets"
+def warnings(result: dict, not_fitted: str = '') -> list[str]:
+    """Return what a reader of a kappa must know; it is shown wherever the kappa is.
+
+    `result` is an entry of `stages` in summary.json, `not_fitted` why no thresholds could be fitted.
+    """
+    found = [PATIENTS_UNKNOWN] if result['resampled'] != 'patients' else []
+    low, high = result['kappa_interval']
+    if low <= 0 <= high: found.append("kappa's interval contains 0: the model may grade no better than chance")
+    if not_fitted:
+        found.append(f'no thresholds could be fitted ({not_fitted}): the midpoints 0.5 1.5 2.5 3.5 are used')
+    thresholds = result['thresholds']
+    for grade, (below, above) in enumerate(pairwise(thresholds), 1):
+        if above - below >= NEARLY_EQUAL: continue
+        found.append(f'thresholds {below:.2f} and {above:.2f} nearly coincide: grade {grade} is hardly ever predicted')
+    kappa, at_midpoints = result['kappa'], result['kappa_midpoints']
+    if not parse_thresholds(result['threshold_method']) and kappa < at_midpoints:
+        found.append(f'fitted thresholds are worse than the midpoints, out-of-fold (kappa {kappa:.3f} against '
+                     f'{at_midpoints:.3f}): thresholds = 0.5 1.5 2.5 3.5 may be better')
+    return found
+
+
+def trained_on(run: Run, node: str, name: str) -> bool:
+    "Return whether a stage, a member of an ensemble or one that it starts from was trained on images of a table"
+    for m in run.recipe.members(node):
+        stage = run.recipe.stages[m]
+        if any(table_name == name for _, table_name in stage.sources): return True
+        if stage.init and trained_on(run, stage.init, name): return True
+    return False
+
+
+def submission_result(run: Run, valid: pd.DataFrame, result: dict) -> dict:
+    """Return what turns test images into the submission: members, weights, thresholds, prediction sets; and cautions.
+
+    `calibration` holds the distances that the prediction sets are fitted on, for each grade and fold; `radius` says
+    the same in one number for each grade. `result` is the submitted stage's or ensemble's.
+    """
+    from aptos_fastai.pipeline.run_gate import run_gate  # imported here because it imports PyTorch
     submit = run.recipe.submit
     members = run.recipe.members(submit.final)
     weights = {f'{m}/fold{k}': finished_record(run, m, k)['files'][WEIGHTS]['sha256']
-               for m in members for k in run.folds_of(m)}
-    radius = PredictionSets(submit.coverage).fit(valid.score, valid.diagnosis).radius_
+               for m in members for k in run.folds_of(submit.final)}
+    sets = PredictionSets(submit.coverage).fit(valid.score, valid.diagnosis, valid.fold)
     return dict(file='submission.csv', node=submit.final, members=members, coverage=submit.coverage, weights=weights,
-                radius=[float(r) if np.isfinite(r) else None for r in radius],
-                thresholds=run.thresholds(submit.final, submit.thresholds).tolist(),
-                images=len(run.frames[submit.table]))
+                radius=[float(r) if np.isfinite(r) else None for r in sets.radius_], calibration=sets.calibration_,
+                thresholds=result['thresholds'], images=len(run.frames[submit.table]),
+                kappa_text=interval_text(result['kappa'], result['kappa_interval'], result['resampled']),
+                gate=asdict(run_gate(run, submit.final)), distance_units={m: run.distance_unit(m) for m in members},
+                warnings=result['warnings'],
+                cautions=[SETS_CAUTION] if trained_on(run, submit.final, submit.table) else [])
 
 
 # On the terminal
@@ -132,11 +189,38 @@ def tables_text(stage: Stage) -> str:
     return ', '.join(f'{name} by {teacher}' if teacher else name for teacher, name in stage.sources)
 
 
-def interval_text(value: float, interval: Sequence[float], label: str = '95 % CI ') -> str:
-    "Return a value with its interval: '0.833 (95 % CI 0.80–0.86)'"
+def interval_text(value: float, interval: Sequence[float], over: str = '') -> str:
+    """Return a value with its interval and what that resamples: '0.833 (95 % CI over patients 0.80–0.86)'.
+
+    Without `over` only the numbers: '0.833 (0.80–0.86)'.
+    """
     low, high = interval
     separator = ' to ' if low < 0 else '–'
+    label = f'95 % CI over {over} ' if over else ''
     return f'{value:.3f} ({label}{low:.2f}{separator}{high:.2f})'
+
+
+def by_value(values: dict[str, str]) -> str:
+    "Return the names of each value, 'patients (a, b), images (c)'; the value alone if all have the same"
+    names: dict[str, list[str]] = {}
+    for name, value in values.items(): names.setdefault(value, []).append(name)
+    if len(names) == 1: return next(iter(names))
+    return ', '.join(f'{value} ({", ".join(of_value)})' for value, of_value in names.items())
+
+
+def all_warnings(results: Sequence[dict]) -> list[str]:
+    "Return each warning of stages and ensembles once, with the names of those that it is about"
+    names: dict[str, list[str]] = {}
+    for result in results:
+        for text in result['warnings']: names.setdefault(text, []).append(result['stage'])
+    return [f'{", ".join(stages)}: {text}' for text, stages in names.items()]
+
+
+def clusters_text(clusters: Sequence[dict]) -> str:
+    "Return the drop of kappa between the clusters of each kind: 'camera 0.12 (0.05 by chance)'"
+    drops = [f'{o["kind"]} {o["drop"]:.2f} ({o["drop_by_chance"]:.2f} by chance)'
+             for o in clusters if o['drop'] is not None]
+    return ', '.join(drops) or 'fewer than two clusters of 30 images and two grades'
 
 
 def difference_text(value: float, low: float, high: float) -> str:
@@ -149,24 +233,33 @@ def show_summary(run: Run, summary: dict) -> None:
     demo = ' (SYNTHETIC demo)' if run.recipe.demo else ''
     columns = ['stage', 'tables', 'images', 'px', 'epochs', 'kappa (95 % CI)', 'time']
     rows = [summary_row(run, result) for result in summary['stages']]
-    table(run.recipe.name + demo, columns, rows, right=('images', 'px', 'epochs'), wrap=('tables',))
-    say('images: training + validation of one fold. kappa: out-of-fold, bootstrap interval.\n'
-        'Fitted thresholds are fitted on the other folds. With keep = kappa or loss the epoch\n'
-        'is chosen on the validation images.', 'dim')
+    table(run.recipe.name + demo, columns, rows, right=('images', 'px', 'epochs'),
+          wrap=('tables', 'kappa (95 % CI)', 'time'))
     submission = summary['submission']
+    resampled = by_value({result['stage']: result['resampled'] for result in summary['stages']})
+    say('images: training + validation of one fold. Thresholds are fixed, or fitted on other images;\n'
+        f'{EPOCH_CHOSEN}.\n'
+        f'Intervals: bootstrap over {resampled}.\n'
+        f'Drop of kappa between clusters of images: {clusters_text(summary["clusters"])}.', 'dim')
+    say(OUT_OF_FOLD, 'yellow')
+    for text in [*all_warnings(summary['stages']), *submission['cautions']]: say(text, 'yellow')
     say(f'submission by {submission["node"]} -> {run.root / "submission.csv"} ({submission["images"]} images)\n'
         'also written: report.html, submissions/, scores.csv, oof.csv, summary.json')
+    for name, part in summary['gate'].items():
+        if part['ungradable']: say(f'ungradable {name} images: {part["ungradable"]} of {part["images"]}', 'yellow')
+    say(DISCLAIMER, 'dim')
     if run.recipe.demo: say(SYNTHETIC, 'yellow')
 
 
 def summary_row(run: Run, result: dict) -> list:
     "Return a stage's or ensemble's row of `show_summary`"
     name, stage = result['stage'], run.recipe.stages.get(result['stage'])
-    kappa = interval_text(result['kappa'], result['kappa_interval'], label='')
+    kappa = interval_text(result['kappa'], result['kappa_interval'])
     if stage is None: return [name, f'mean of {len(result["tables"])}', result['validated'], '', '', kappa, '']
-    images = f'{result["images"]["train"]}+{result["images"]["valid"]}'
+    tables = '\n'.join(f'{name}\nby {teacher}' if teacher else name for teacher, name in stage.sources)
+    images = f'{result["images"]["train"]}\n+{result["images"]["valid"]}'
     epochs = f'{result["folds"]}x{result["epochs"]}' if result['folds'] > 1 else str(result['epochs'])
-    return [name, tables_text(stage), images, result['size'], epochs, kappa, format_duration(result['seconds'])]
+    return [name, tables, images, result['size'], epochs, kappa, format_duration(result['seconds'])]
 
 
 # Two runs side by side
@@ -177,7 +270,7 @@ def compare_runs(first: str, second: str) -> None:
     names_b = {result['stage'] for result in summary_b['stages']}
     common = [result['stage'] for result in summary_a['stages'] if result['stage'] in names_b]
     final_a, final_b = summary_a['submission']['node'], summary_b['submission']['node']
-    rows = []
+    rows, resampled = [], {}
     for label, a, b in [*((name, name, name) for name in common), ('submission', final_a, final_b)]:
         both = validated(oof_a, a).merge(validated(oof_b, b), on=['source', 'id_code'], suffixes=('', '_b'))
         if not len(both): continue
@@ -186,22 +279,32 @@ def compare_runs(first: str, second: str) -> None:
             raise AptosError(f'{second}: {changed} images have other grades than in {first}. '
                              'Compare runs on the same tables.')
         seconds = [_seconds(summary_a, a), _seconds(summary_b, b)]
+        resampled[label], both['group'] = compared_groups(both, _result(summary_a, a), _result(summary_b, b))
         rows.append(comparison_row(label, both, seconds))
     if not rows:
         raise AptosError(f'{first} and {second}: no validation image in common. Compare runs on the same tables.')
     table('kappa on the images that both runs validated',
-          ['stage', 'n', 'first', 'second', 'difference (95 % CI)', 'time', 'same fold'], rows,
-          right=('n', 'first', 'second', 'same fold'), wrap=('time',))
+          ['stage', 'n', 'first', 'second', 'difference (95 % CI)', 'time', 'folds'], rows,
+          right=('n', 'first', 'second', 'folds'), wrap=('time',))
     say(f'first: {first}, submission by {final_a}. second: {second}, submission by {final_b}.')
-    say('Paired bootstrap over images: a difference whose interval contains 0 may be chance.\n'
-        'same fold: share of images that both runs validated in the same fold.', 'dim')
+    say(f'Paired bootstrap over {by_value(resampled)}: a difference whose interval contains 0 may be chance.\n'
+        'folds: fraction of the images that both runs validated in the same fold.', 'dim')
+    say(OUT_OF_FOLD, 'yellow')
+    for folder, summary in ((first, summary_a), (second, summary_b)):
+        for text in all_warnings(summary['stages']): say(f'{folder}: {text}', 'yellow')
     if summary_a['synthetic'] or summary_b['synthetic']: say(SYNTHETIC, 'yellow')
+
+
+def compared_groups(both: pd.DataFrame, a: dict, b: dict) -> tuple[str, pd.Series]:
+    "Return what a paired interval resamples: the groups of the first run, or of the second if only that knows patients"
+    second = b['resampled'] != a['resampled'] and (b['resampled'] == 'patients' or a['resampled'] == 'images')
+    return (b['resampled'], both.group_b) if second else (a['resampled'], both.group)
 
 
 def comparison_row(label: str, both: pd.DataFrame, seconds: list[float]) -> list:
     "Return a row of `compare_runs`; `both` has grade and fold of the first run, grade_b and fold_b of the second"
     kappas = [f'{quadratic_kappa(grade, both.diagnosis):.3f}' for grade in (both.grade, both.grade_b)]
-    difference = difference_text(*paired_interval(both.grade, both.grade_b, both.diagnosis))
+    difference = difference_text(*paired_interval(both.grade, both.grade_b, both.diagnosis, both.group))
     same_fold = (both.fold == both.fold_b).mean()
     return [label, len(both), *kappas, difference, ' / '.join(map(format_duration, seconds)), f'{same_fold:.0%}']
 
@@ -210,11 +313,13 @@ def _read_results(folder: str) -> tuple[dict, pd.DataFrame]:
     "Return summary.json and oof.csv of a run folder. Raises `AptosError` if the run is not finished"
     root = Path(folder)
     summary, oof = read_record(root / 'summary.json'), root / 'oof.csv'
+    if summary and 'clusters' not in summary:
+        raise AptosError(f'{root / "summary.json"}: written by an older version. Run `all` again.')
     if not summary or not oof.is_file():
         raise AptosError(f'{root}: not a finished run (no summary.json and oof.csv). '
                          'Give <runs>/<recipe>, or run `all` first.')
     return summary, pd.read_csv(oof, dtype=dict(id_code=str))
 
 
-def _seconds(summary: dict, node: str) -> float:
-    return next(result['seconds'] for result in summary['stages'] if result['stage'] == node)
+def _result(summary: dict, node: str) -> dict: return next(o for o in summary['stages'] if o['stage'] == node)
+def _seconds(summary: dict, node: str) -> float: return _result(summary, node)['seconds']

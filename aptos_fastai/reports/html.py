@@ -1,5 +1,6 @@
 "Render self-contained HTML pages: no external requests, light and dark mode, printable."
 import base64
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +42,7 @@ class Figure:
 class Section:
     "A heading and what follows it; `grid` places the parts side by side where the screen is wide enough."
     heading: str
-    parts: list[Table | Figure | str]
+    parts: Sequence[Table | Figure | str]
     grid: bool = False
 
 

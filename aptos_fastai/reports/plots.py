@@ -1,7 +1,7 @@
 "Draw the figures of the report as SVG. Lines and text take the text colour of the page, in light and dark mode."
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import matplotlib
@@ -90,7 +90,7 @@ def interval_dots(names: Sequence[str], values: Sequence[float], intervals: Arra
 
 @styled
 def confusion_matrix(counts: np.ndarray) -> Figure:
-    "Draw the (5, 5) counts (row: true grade), shaded by their share of the row."
+    "Draw the (5, 5) counts (row: true grade), shaded by their proportion of the row."
     fig, ax = subplots(4.6, 3.9)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     for true, predicted in np.ndindex(counts.shape):
@@ -151,7 +151,7 @@ def calibration(scores: ArrayLike, grades: ArrayLike, bins: int = 10) -> Figure:
 
 
 @styled
-def score_histograms(scores: ArrayLike, grades: ArrayLike, thresholds: Sequence[float]) -> Figure:
+def score_histograms(scores: ArrayLike, grades: ArrayLike, thresholds: Iterable[float]) -> Figure:
     "Draw a histogram of the scores for each true grade, and the thresholds."
     fig, axes = subplots(6.2, 4.4, GRADES, 1, sharex=True)
     scores, grades = np.asarray(scores), np.asarray(grades)
@@ -197,7 +197,7 @@ def _stage_curves(axes: np.ndarray, stage: str, folds: list[pd.DataFrame]):
 
 @styled
 def grade_distribution(groups: dict[str, np.ndarray]) -> Figure:
-    "Draw the share of each grade in each of `groups` (name -> grades)."
+    "Draw the proportion of each grade in each of `groups` (name -> grades)."
     fig, ax = subplots(5.6, 3.2)
     width = .8 / len(groups)
     for i, (name, grades) in enumerate(groups.items()):
@@ -205,7 +205,7 @@ def grade_distribution(groups: dict[str, np.ndarray]) -> Figure:
         x = np.arange(GRADES) + (i - (len(groups) - 1) / 2) * width
         colour, alpha = (INK, .45) if i == 0 else (GRADE_COLOURS[i - 1], .85)
         ax.bar(x, shares, width * .92, color=colour, alpha=alpha, label=f'{name}, n = {len(grades)}')
-    ax.set(xlabel='grade', ylabel='share of images', xticks=range(GRADES))
+    ax.set(xlabel='grade', ylabel='proportion of images', xticks=range(GRADES))
     ax.set_ylim(0, 1.3 * ax.get_ylim()[1])   # room for the legend
     ax.legend(fontsize=8.5, loc='upper right')
     return fig

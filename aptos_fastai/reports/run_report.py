@@ -6,6 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure as Plot
 
 from aptos_fastai.common.console import Bars, format_duration
+from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.data.duplicates import duplicates_table
 from aptos_fastai.data.store import read_prepared, read_square, store_folder
 from aptos_fastai.inference.explain import heatmap, overlay_heatmap
@@ -16,18 +17,23 @@ from aptos_fastai.metrics import (
     MIDPOINTS,
     PUBLISHED_THRESHOLDS,
     REFERABLE,
-    GradeThresholds,
     PredictionSets,
     apply_thresholds,
     auc,
     confusion,
     kappa_interval,
+    proportion_interval,
     quadratic_kappa,
     sensitivity_at,
-    wilson_interval,
+    thresholds_or_midpoints,
 )
 from aptos_fastai.pipeline.summary import (
+    EPOCH_CHOSEN,
+    OUT_OF_FOLD,
+    SETS_CONDITION,
     SYNTHETIC,
+    all_warnings,
+    by_value,
     interval_text,
     out_of_fold_grades,
     tables_text,
@@ -52,19 +58,21 @@ def write_report(run: Run, summary: dict, oof: pd.DataFrame, predictions: pd.Dat
     result = next(r for r in summary['stages'] if r['stage'] == final)
     sections = result_sections(run, summary, oof, valid, predictions)
     sections += [Section('Shortcut check', shortcut_section(run, bars, result)),
+                 Section('Ungradable images', gate_section(summary['gate'])),
                  Section('Tables', [tables_section(run)])]
     with bars('report: heat maps', 2, 'galleries') as bar:
         errors = largest_errors(run, valid)
         bar.to(1)
         uncertain = most_uncertain(run, predictions)
         bar.to(2)
-    write_html(run.root / 'report.html', 'report.html', title=f'{run.recipe.name}: report', note=introduction(run),
-               warning=SYNTHETIC if run.recipe.demo else '', cards=cards(run, result, valid, predictions),
+    write_html(run.root / 'report.html', 'report.html', title=f'{run.recipe.name}: report',
+               note=introduction(run, result), warning=SYNTHETIC if run.recipe.demo else '',
+               cards=cards(run, result, valid, predictions),
                sections=sections, errors=errors, uncertain=uncertain, settings=settings(run))
 
 
-def introduction(run: Run) -> str:
-    "Return the first lines of the report: what it is, what the model was trained on, what it is not for."
+def introduction(run: Run, result: dict) -> str:
+    "Return the first lines of the report: what it is, what the model was trained on, its limits and warnings."
     submit = run.recipe.submit
     trained_on = {table for stage in run.recipe.stages.values() for _, table in stage.sources}
     tables = []
@@ -75,16 +83,18 @@ def introduction(run: Run) -> str:
         f'Results of the training run {run.recipe.name} ({run.recipe.path.name}): '
         f'{submit.final} grades diabetic retinopathy (DR) from 0 to 4 in fundus images.',
         f'Trained on: {", ".join(tables)}. Predictions: {submit.table} ({len(run.frames[submit.table])} images).',
-        'All reported kappas are out-of-fold; exceptions are labelled.',
-        'Research use only. Not a medical device.'])
+        f'{OUT_OF_FOLD} Exceptions are labelled.',
+        *(f'Warning: {text}.' for text in result['warnings']),
+        DISCLAIMER])
 
 
 def cards(run: Run, result: dict, valid: pd.DataFrame, predictions: pd.DataFrame) -> list[tuple[str, str]]:
     "Return the (figure, label) pairs at the top of the report."
     submit = run.recipe.submit
-    kappa, kappa_ci = interval_text(result['kappa'], result['kappa_interval']).split(' ', 1)
-    area, *area_interval = auc(valid.score, valid.diagnosis >= REFERABLE)
-    area_text, area_ci = interval_text(area, area_interval).split(' ', 1) if np.isfinite(area) else ('none', '')
+    over = run.grouped_by(valid)
+    kappa, kappa_ci = interval_text(result['kappa'], result['kappa_interval'], over).split(' ', 1)
+    area, *area_interval = auc(valid.score, valid.diagnosis >= REFERABLE, valid.group)
+    area_text, area_ci = interval_text(area, area_interval, over).split(' ', 1) if np.isfinite(area) else ('none', '')
     distance = (valid.grade - valid.diagnosis).abs()
     thresholds = thresholds_text(run.thresholds(submit.final, submit.thresholds))
     return [(kappa, f'quadratic weighted kappa {kappa_ci}, {submit.final}, out-of-fold, n = {len(valid)}'),
@@ -96,12 +106,14 @@ def cards(run: Run, result: dict, valid: pd.DataFrame, predictions: pd.DataFrame
 def result_sections(run: Run, summary: dict, oof: pd.DataFrame, valid: pd.DataFrame,
                     predictions: pd.DataFrame) -> list[Section]:
     "Return the sections that show how well the stages and the final model (`valid`) predict."
+    over = run.grouped_by(valid)
     return [Section('Results by stage', [stage_graph(run, summary), *stage_results(run, summary)]),
+            Section('Kappa by cluster', cluster_section(run, summary)),
             Section('Thresholds', [threshold_comparison(run, oof)]),
-            Section('Confusion matrix and per-grade recall', confusion_section(valid), grid=True),
-            Section(f'Referable DR (grade ≥ {REFERABLE})', referable_section(valid), grid=True),
+            Section('Confusion matrix and per-grade recall', confusion_section(valid, over), grid=True),
+            Section(f'Referable DR (grade ≥ {REFERABLE})', referable_section(valid, over), grid=True),
             Section('Calibration', calibration_section(run, valid, predictions), grid=True),
-            Section('Prediction sets', prediction_sets(run, valid, predictions), grid=True),
+            Section('Prediction sets', prediction_sets(run, summary, valid, predictions), grid=True),
             Section('Learning curves', learning_curves(run))]
 
 
@@ -153,9 +165,11 @@ def stage_results(run: Run, summary: dict) -> list[Figure | Table]:
                                [r['kappa_interval'] for r in rows], 'quadratic weighted kappa')
     columns = ['stage', 'trained on', 'network', 'validation images', 'kappa', 'thresholds', 'time']
     return [figure(f'Out-of-fold quadratic weighted kappa by stage, n = {images} images', plot,
-                   'Thresholds are fixed, or fitted on other images than those they grade (cross-fitted). '
-                   'Lines: 95 % CI (bootstrap over images).'),
-            Table(columns, [_stage_row(run, r) for r in rows])]
+                   'Thresholds are fixed, or fitted on other images than those they grade (cross-fitted); '
+                   f'{EPOCH_CHOSEN}. Lines: 95 % CI, bootstrap over '
+                   f'{by_value({r["stage"]: r["resampled"] for r in rows})}.'),
+            Table(columns, [_stage_row(run, r) for r in rows]),
+            *(f'Warning: {text}.' for text in all_warnings(rows))]
 
 
 def _stage_row(run: Run, result: dict) -> list:
@@ -167,17 +181,41 @@ def _stage_row(run: Run, result: dict) -> list:
             tables_text(stage) if stage else 'mean of ' + ', '.join(result['tables']),
             f'{stage.arch} {stage.size} px' if stage else '',
             result['validated'],
-            interval_text(result['kappa'], result['kappa_interval']),
+            interval_text(result['kappa'], result['kappa_interval'], result['resampled']),
             f'{thresholds_text(result["thresholds"])} ({method})',
             format_duration(result['seconds']) if stage else '']
 
 
+def cluster_section(run: Run, summary: dict) -> list[Table | str]:
+    "Return the out-of-fold kappa of the submitted model by camera, visual cluster and block of ids."
+    over = next(o for o in summary['stages'] if o['stage'] == summary['submission']['node'])['resampled']
+    columns = ['cluster', 'images', f'kappa (95 % CI over {over})', 'thresholds of\nthe other clusters',
+               'mean\nabsolute error']
+    tables = []
+    for kind in summary['clusters']:
+        rows = [[o['name'], o['images'],
+                 'one grade' if o['kappa'] is None else interval_text(o['kappa'], o['kappa_interval']),
+                 '' if o['kappa_others'] is None else f'{o["kappa_others"]:.3f}',
+                 f'{o["mean_error"]:.2f}'] for o in kind['clusters']]
+        drop = 'Fewer than two clusters can be compared.'
+        if kind['drop'] is not None:
+            drop = (f'Gap between the highest and the lowest kappa: {kind["drop"]:.2f}; expected by chance (random '
+                    f'clusters): {kind["drop_by_chance"]:.2f}.')
+        caption = f'{kind["kind"].capitalize()}: {kind["meaning"]}. {drop}'
+        tables.append(Table([kind['kind'], *columns[1:]], rows, caption))
+    return ['Out-of-fold kappa of images that resemble each other. A gap well above chance warns that other cameras '
+            'or clinics can be graded worse. This is no test on other images: the networks have trained on images of '
+            'every cluster. For "thresholds of the other clusters", only the thresholds are fitted without the '
+            'cluster. Kappa also depends on the mix of grades in a cluster.', *tables]
+
+
 def threshold_comparison(run: Run, oof: pd.DataFrame) -> Table:
     "Compare the kappa of each stage between the ways to set its thresholds."
-    def kappa(grades, truth):
-        text = interval_text(quadratic_kappa(grades, truth), kappa_interval(grades, truth))
+    def kappa(grades, valid):
+        interval = kappa_interval(grades, valid.diagnosis, valid.group)
+        text = interval_text(quadratic_kappa(grades, valid.diagnosis), interval)
         return text.replace(' (', '\n(')     # two lines: the table fits the page
-    rows = []
+    rows, over = [], {}
     for name in run.recipe.order:
         valid = validated(oof, name)
         grades = [
@@ -186,44 +224,48 @@ def threshold_comparison(run: Run, oof: pd.DataFrame) -> Table:
             out_of_fold_grades(run, valid, 'optimal'),
             out_of_fold_grades(run, valid, 'regularised'),
         ]
-        in_sample = GradeThresholds().fit(valid.score, valid.diagnosis).kappa_
-        kappas = [kappa(g, valid.diagnosis) for g in grades]
+        best, _ = thresholds_or_midpoints('optimal', valid.score, valid.diagnosis)
+        in_sample = quadratic_kappa(apply_thresholds(valid.score, best), valid.diagnosis)
+        kappas = [kappa(g, valid) for g in grades]
+        over[name] = run.grouped_by(valid)
         rows.append([name, *kappas, f'{in_sample:.3f}', threshold_setting(run, name)])
     columns = ['stage', 'midpoints\n0.5 1.5 2.5 3.5', 'published\n0.75 1.5 2.5 3.5', 'optimal,\ncross-fitted',
                'regularised,\ncross-fitted', 'optimal,\nin-sample', 'used in this run']
     return Table(columns, rows,
                  'Kappa of each stage for each way to set the thresholds. Cross-fitted: the thresholds for a fold are '
-                 'fitted on the other folds. In-sample: fitted on the images they grade, not out-of-fold, too high.')
+                 'fitted on the other folds. In-sample: fitted on the images they grade, not out-of-fold, too high. '
+                 f'In parentheses: 95 % CI over {by_value(over)}.')
 
 
-def confusion_section(valid: pd.DataFrame) -> list[Figure]:
+def confusion_section(valid: pd.DataFrame, over: str) -> list[Figure]:
     "Return the confusion matrix and the recall of each grade."
     counts = confusion(valid.grade, valid.diagnosis)
     correct, n = np.diag(counts), counts.sum(1)
-    intervals = [wilson_interval(*pair) for pair in zip(correct, n, strict=True)]
+    by_grade = [valid[valid.diagnosis == grade] for grade in range(GRADES)]
+    intervals = [proportion_interval(o.grade == o.diagnosis, o.group) for o in by_grade]
     return [figure(f'Confusion matrix, n = {len(valid)} images', plots.confusion_matrix(counts),
-                   'Number of images and share of the true grade (row), out-of-fold.'),
+                   'Number of images and proportion of the true grade (row), out-of-fold.'),
             figure(f'Per-grade recall, n = {len(valid)} images',
                    plots.recall_bars(correct / np.maximum(n, 1), intervals, n),
-                   'Share of each true grade that is predicted correctly. Lines: 95 % CI (Wilson).')]
+                   f'Proportion of each true grade that is predicted correctly. Lines: 95 % CI over {over} (Wilson).')]
 
 
-def referable_section(valid: pd.DataFrame) -> list[Figure | Table | str]:
+def referable_section(valid: pd.DataFrame, over: str) -> list[Figure | Table | str]:
     "Return the ROC curve and the operating points of referable against non-referable DR."
     from sklearn.metrics import roc_curve
     referable = (valid.diagnosis >= REFERABLE).to_numpy()
-    area, *interval = auc(valid.score, referable)
+    area, *interval = auc(valid.score, referable, valid.group)
     if not np.isfinite(area):
         kind = 'referable' if referable.all() else 'non-referable'
         return [f'No ROC curve: all validation images are {kind}.']
     fpr, tpr, _ = roc_curve(referable, valid.score)
     points, rows = operating_points(valid, referable)
     counts = f'n = {referable.sum()} referable + {(~referable).sum()} non-referable'
-    return [figure(f'ROC curve: AUC {interval_text(area, interval)}, {counts}', plots.roc_curve(fpr, tpr, points),
+    return [figure(f'ROC curve: AUC {interval_text(area, interval, over)}, {counts}', plots.roc_curve(fpr, tpr, points),
                    'Out-of-fold scores. CI: DeLong; it has no width at an AUC of 1.'),
             Table(['referable if', 'sensitivity', 'specificity'], rows,
                   'The score thresholds are chosen on these images, for a specificity of 90 % and 95 %: in-sample. '
-                  'The grade thresholds are cross-fitted or fixed.')]
+                  f'The grade thresholds are cross-fitted or fixed. In parentheses: 95 % CI over {over} (Wilson).')]
 
 
 def operating_points(valid: pd.DataFrame, referable: np.ndarray) -> tuple[list[tuple], list[list[str]]]:
@@ -234,20 +276,20 @@ def operating_points(valid: pd.DataFrame, referable: np.ndarray) -> tuple[list[t
         false_positives = 1 - (valid.score[~referable] < threshold).mean()
         points.append((false_positives, sensitivity,
                        f'sensitivity {percent(sensitivity)} at {percent(specificity)} specificity'))
-        rows.append([f'score ≥ {threshold:.2f}', *_sensitivity_specificity(valid.score >= threshold, referable)])
-    rows.append([f'grade ≥ {REFERABLE}', *_sensitivity_specificity(valid.grade >= REFERABLE, referable)])
+        rows.append([f'score ≥ {threshold:.2f}', *_sensitivity_specificity(valid, valid.score >= threshold, referable)])
+    rows.append([f'grade ≥ {REFERABLE}', *_sensitivity_specificity(valid, valid.grade >= REFERABLE, referable)])
     return points, rows
 
 
-def _sensitivity_specificity(predicted: pd.Series, referable: np.ndarray) -> list[str]:
+def _sensitivity_specificity(valid: pd.DataFrame, predicted: pd.Series, referable: np.ndarray) -> list[str]:
     "Return both with their Wilson intervals."
-    return [_share_text(predicted[referable]), _share_text(~predicted[~referable])]
+    return [_share_text(predicted[referable], valid.group[referable]),
+            _share_text(~predicted[~referable], valid.group[~referable])]
 
 
-def _share_text(correct: pd.Series) -> str:
-    "Return the share of True values with its Wilson interval."
-    count, n = int(correct.sum()), len(correct)
-    return interval_text(count / n, wilson_interval(count, n))
+def _share_text(correct: pd.Series, groups: pd.Series) -> str:
+    "Return the proportion of True values with its Wilson interval."
+    return interval_text(correct.mean(), proportion_interval(correct, groups))
 
 
 def calibration_section(run: Run, valid: pd.DataFrame, predictions: pd.DataFrame) -> list[Figure]:
@@ -264,17 +306,19 @@ def calibration_section(run: Run, valid: pd.DataFrame, predictions: pd.DataFrame
                    plots.score_histograms(valid.score, valid.diagnosis, thresholds),
                    f'Pearson correlation {correlation:.3f}, mean absolute error {error:.3f}, out-of-fold.'),
             figure(f'Calibration, n = {len(valid)} images', plots.calibration(valid.score, valid.diagnosis),
-                   'On the diagonal, the score equals the mean true grade. Vertical lines: 95 % CI of the mean.'),
+                   'On the diagonal, the score equals the mean true grade. Vertical lines: 95 % CI of the mean over '
+                   'images.'),
             figure('Grade distribution', plots.grade_distribution(groups),
                    f'Total variation distance between the predicted grades of validation and test: {shift:.2f} '
-                   '(0: equal shares; 1: no common grade). Possible causes: other patients, another camera, chance.')]
+                   '(0: equal proportions; 1: no common grade). Possible causes: other patients, another camera, '
+                   'chance.')]
 
 
 def _grade_shares(grades: pd.Series) -> np.ndarray: return np.bincount(grades, minlength=GRADES)[:GRADES] / len(grades)
 
 
-def prediction_sets(run: Run, valid: pd.DataFrame, predictions: pd.DataFrame) -> list[Table]:
-    "Return the empirical coverage and the size of the prediction sets; each part by radii fitted on the others."
+def prediction_sets(run: Run, summary: dict, valid: pd.DataFrame, predictions: pd.DataFrame) -> list[Table | str]:
+    "Return the empirical coverage and the size of the prediction sets; each part by sets fitted on the others."
     coverage, parts = run.recipe.submit.coverage, run.parts(valid)
     low, high = np.empty(len(valid), int), np.empty(len(valid), int)
     for part in np.unique(parts):
@@ -284,15 +328,18 @@ def prediction_sets(run: Run, valid: pd.DataFrame, predictions: pd.DataFrame) ->
     covered, size = (low <= valid.diagnosis) & (valid.diagnosis <= high), high - low + 1
     groups = {'all': np.full(len(valid), True)}
     for grade in range(GRADES): groups[str(grade)] = (valid.diagnosis == grade).to_numpy()
-    rows = [[name, int(group.sum()), _share_text(covered[group]), f'{size[group].mean():.2f}']
+    rows = [[name, int(group.sum()), _share_text(covered[group], valid.group[group]), f'{size[group].mean():.2f}']
             for name, group in groups.items() if group.any()]
     test_sizes = (predictions.grade_high - predictions.grade_low + 1).value_counts().sort_index()
     columns = ['true grade', 'images', f'empirical coverage\n(target {percent(coverage)})', 'mean set size']
     return [Table(columns, rows,
-                  'Conformal prediction sets. Each fold is measured with radii fitted on the other folds. The sets of '
-                  'the predictions are grade_low to grade_high in scores.csv; their scores are means over folds, so '
-                  'their coverage can be a little higher.'),
-            Table(['set size (grades)', 'predictions', 'share'],
+                  'Conformal prediction sets (CV+), measured out-of-fold: the sets of each fold are fitted on '
+                  'the other folds and use the score of one network. '
+                  f'In parentheses: 95 % CI over {run.grouped_by(valid)} (Wilson). '
+                  f'The target is valid for images {SETS_CONDITION}. '
+                  'grade_low to grade_high in scores.csv are the sets of the predictions.'),
+            *(f'Caution: {text}.' for text in summary['submission']['cautions']),
+            Table(['set size (grades)', 'predictions', 'proportion'],
                   [[int(k), int(n), Bar(n / len(predictions))] for k, n in test_sizes.items()])]
 
 
@@ -306,8 +353,9 @@ def learning_curves(run: Run) -> list[Figure]:
     for i, chunk in enumerate(chunks, 1):
         title = 'Learning curves' if len(chunks) == 1 else f'Learning curves ({i} of {len(chunks)})'
         out.append(figure(title, plots.learning_curves({name: histories[name] for name in chunk}),
-                          'One line per fold. Blue: training loss. Orange: validation loss. Green: validation kappa at '
-                          'fixed thresholds; red dot: the epoch kept.'))
+                          'One line per fold. Blue: training loss. Orange: validation loss. Green: validation kappa, '
+                          'by fixed thresholds or by thresholds fitted to the same images (in-sample). Red dot: the '
+                          f'epoch kept; {EPOCH_CHOSEN}.'))
     return out
 
 
@@ -315,8 +363,9 @@ def shortcut_section(run: Run, bars: Bars, result: dict) -> list[Table | str]:
     "Return the kappa of each set of camera features, and what it means."
     n = len(run.oof(run.recipe.submit.final))
     with bars('report: shortcut check', min(n, MAX_IMAGES), 'images') as bar: found = shortcut_check(run, bar)
-    rows = [[name, images, interval_text(kappa, interval)] for name, images, kappa, interval in found]
-    kappa = interval_text(result['kappa'], result['kappa_interval'])
+    over = result['resampled']
+    rows = [[name, images, interval_text(kappa, interval, over)] for name, images, kappa, interval in found]
+    kappa = interval_text(result['kappa'], result['kappa_interval'], over)
     rows.append([f'for comparison: {run.recipe.submit.final}', n, kappa])
     return ['A random forest predicts the grades from features of the camera, without the retina. Where its kappa is '
             'above 0, a network can learn the camera instead of the disease.',
@@ -335,6 +384,21 @@ def _shortcut_findings(found: list[tuple[str, int, float, tuple[float, float]]])
     sentences.append('File size, colour and contrast depend on the camera and on lesions: a kappa above 0 there does '
                      'not prove a shortcut.')
     return ' '.join(sentences)
+
+
+def gate_section(gate: dict) -> list[Table | str]:
+    "Return how many validation and test images the gate refuses, and why; `gate` is that of summary.json."
+    parts = gate['validated'], gate['test']
+    names = dict.fromkeys(name for part in parts for name in part['reasons'])
+    counts = [('any reason', [part['ungradable'] for part in parts]),
+              *((name, [part['reasons'].get(name, 0) for part in parts]) for name in names)]
+    rows = [[name, *(f'{k} of {part["images"]} ({100 * k / max(part["images"], 1):.1f} %)'
+                     for k, part in zip(numbers, parts, strict=True))] for name, numbers in counts]
+    return ['Images that fail the quality check get no grade. The metrics of this report count every '
+            'validation image, and the submission grades every test image: scores.csv names the ungradable ones.',
+            Table(['reason', 'validation images', 'test images'], rows,
+                  'The distance from the training images is out-of-fold; [gate] reject is the fraction of validation '
+                  'images that it may reject.')]
 
 
 def tables_section(run: Run) -> Table:

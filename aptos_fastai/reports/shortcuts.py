@@ -23,8 +23,9 @@ def mask_shape(square: np.ndarray, side: int = 64) -> np.ndarray:
     return np.r_[mask.mean(), mask.any(0).sum(), mask.any(1).sum(), mask.mean(0)[::4], mask.mean(1)[::4]]
 
 
-def forest_kappa(features: np.ndarray, grades: np.ndarray, parts: np.ndarray) -> tuple[float, tuple[float, float]]:
-    """Return the kappa of a random forest on `features` (n, k), and its interval.
+def forest_kappa(features: np.ndarray, grades: np.ndarray, parts: np.ndarray,
+                 groups: np.ndarray | None = None) -> tuple[float, tuple[float, float]]:
+    """Return the kappa of a random forest on `features` (n, k), and its interval over `groups` (patients) or images.
 
     Cross-fitted: each part of `parts` (n,) is graded by a forest and by thresholds that were fitted on the other parts.
     """
@@ -36,7 +37,7 @@ def forest_kappa(features: np.ndarray, grades: np.ndarray, parts: np.ndarray) ->
         scores[test] = forest.fit(features[~test], grades[~test]).predict(features[test])
     scores += 1e-9 * np.random.default_rng(0).random(len(scores))        # thresholds cannot be fitted on equal scores
     predicted = cross_fitted_grades(scores, grades, parts)
-    return quadratic_kappa(predicted, grades), kappa_interval(predicted, grades)
+    return quadratic_kappa(predicted, grades), kappa_interval(predicted, grades, groups)
 
 
 def shortcut_check(run: Run, bar=None) -> list[tuple[str, int, float, tuple[float, float]]]:
@@ -60,7 +61,8 @@ def shortcut_check(run: Run, bar=None) -> list[tuple[str, int, float, tuple[floa
     }
     grades = df.diagnosis.to_numpy(float)
     parts = stratified_group_parts(df.diagnosis, df.group)
-    return [(name, len(df), *forest_kappa(x, grades, parts)) for name, x in features.items()]
+    groups = df.group.to_numpy()
+    return [(name, len(df), *forest_kappa(x, grades, parts, groups)) for name, x in features.items()]
 
 
 def _sample(run: Run) -> pd.DataFrame:

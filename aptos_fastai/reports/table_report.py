@@ -6,10 +6,13 @@ import numpy as np
 import pandas as pd
 
 from aptos_fastai.common.console import say
+from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.io import AptosError, write_bytes
 from aptos_fastai.data.decode import decode
 from aptos_fastai.data.duplicates import duplicates_table
+from aptos_fastai.data.id_order import ORDERS, compare_id_orders, id_order_text
 from aptos_fastai.data.store import read_prepared, read_square, store_folder
+from aptos_fastai.data.tables import patients_text
 from aptos_fastai.metrics import GRADE_NAMES, GRADES
 from aptos_fastai.pipeline.graph import start_run
 from aptos_fastai.pipeline.summary import SYNTHETIC
@@ -34,8 +37,9 @@ def inspect_table(run: Run, name: str, count: int):
     if count < 1: raise AptosError(f'{count}: choose at least 1 image.')
     with start_run(run) as (run, bars):
         prepared = read_prepared(store_folder(run.frames[name], run.store, run.prep))
-        columns = ['id_code', 'width', 'height', 'x', 'y', 'r', 'how', 'flags']
-        df = run.frames[name].merge(prepared[columns], on='id_code')
+        columns = ['width', 'height', 'x', 'y', 'r', 'how', 'flags']
+        frame = run.frames[name].drop(columns=columns, errors='ignore')
+        df = frame.merge(prepared[['id_code', *columns]], on='id_code')
         chosen = choose_images(df, count, run.recipe.seed)
         images, strips = [], []
         with bars(f'inspecting {name}', len(chosen), 'images') as bar:
@@ -46,7 +50,8 @@ def inspect_table(run: Run, name: str, count: int):
                 bar.to(len(images))
     file = run.root / 'inspect' / f'{name}.html'
     write_html(file, 'table_report.html', title=f'{name}: table report',
-               note=f'{len(df)} images of {run.recipe.path.name}, prepared at {run.prep.size} px ({run.prep.name})',
+               note=f'{len(df)} images of {run.recipe.path.name}, prepared at {run.prep.size} px ({run.prep.name})\n'
+                    f'{DISCLAIMER}',
                warning=SYNTHETIC if run.recipe.demo else '', sections=table_sections(run, name, df),
                legend=f'{len(chosen)} of {len(df)} images: {LEGEND}.', images=images)
     sheet = contact_sheet(strips)
@@ -97,19 +102,34 @@ def _original_with_circle(row) -> np.ndarray:
 def table_sections(run: Run, name: str, df: pd.DataFrame) -> list[Section]:
     "Return the counts of grades, sizes, circles, quality flags and duplicates of a table."
     df = df.assign(size=df.width.astype(str) + ' x ' + df.height.astype(str))
-    sizes = [Table(['original, pixels', 'images', 'share'], count_rows(df, 'size'))]
+    sizes = [Table(['original, pixels', 'images', 'proportion'], count_rows(df, 'size'))]
     sections = []
     if run.recipe.tables[name].graded:
-        sections.append(Section('Grades', [Table(['grade', 'images', 'share'], _grade_rows(df))]))
+        sections.append(Section('Grades', [Table(['grade', 'images', 'proportion'], _grade_rows(df))]))
         sizes.append(grades_by_size(df))
+        sections.append(id_order_section(run, name, df))
     flags = df['flags'].str.split().explode().dropna().value_counts()
     flag_rows = [[flag, int(n), Bar(n / len(df))] for flag, n in flags.items()] or [['none', len(df), Bar(1)]]
-    found = Table(['method', 'images', 'share'], count_rows(df, 'how'),
+    found = Table(['method', 'images', 'proportion'], count_rows(df, 'how'),
                   'circle: a fitted circle; box: the bounding box of the bright part; whole: no retina found, so the '
                   'whole image is used')
     return [*sections, Section('Image sizes', sizes), Section('Retina detection', [found]),
-            Section('Quality flags', [Table(['flag', 'images', 'share'], flag_rows)]),
+            Section('Quality flags', [Table(['flag', 'images', 'proportion'], flag_rows)]),
             Section('Duplicate images', [duplicate_sets(run, name)])]
+
+
+def id_order_section(run: Run, name: str, df: pd.DataFrame) -> Section:
+    "Return the tests of whether ids tell the grade, and the warning if they do; print it too."
+    table = run.recipe.tables[name]
+    tests = compare_id_orders(df, run.recipe.seed)
+    warning = id_order_text(tests, table)
+    if warning: say(f'{name}: {warning}', 'yellow')
+    rows = [[f'{t.order}, {ORDERS[t.order]}', f'{100 * t.share:.0f} %', f'{100 * t.chance:.0f} %', f'{t.p:.3f}']
+            for t in tests]
+    caption = (f'{patients_text(df, table)}. One image of each patient or block. If neighbours have equal grades more '
+               'often than by chance, they may be of one patient, and an out-of-fold kappa is optimistic.')
+    return Section('Order of ids', [Table(['neighbours', 'equal grades', 'by chance', 'p'], rows, caption),
+                                    *([f'Warning: {warning}'] if warning else [])])
 
 
 def _grade_rows(df: pd.DataFrame) -> list[list]:

@@ -1,5 +1,7 @@
 "Build DataLoaders from a table, and augment the training images."
+import multiprocessing
 import random
+import sys
 import zlib
 from dataclasses import dataclass
 from functools import partial
@@ -41,8 +43,13 @@ class ReadRetina(Transform):
 
     def encodes(self, path):
         im = PILImage.create(np.ascontiguousarray(read_square(path, self.prep, self.size)))
-        im.key = zlib.crc32(Path(path).name.split('.')[0].encode())      # identifies the image for its random draws
+        im.key = zlib.crc32(image_id(Path(path), self.prep).encode())     # identifies the image for its random draws
         return im
+
+
+def image_id(path: Path, prep: Prep) -> str:
+    "Return the id of a prepared image (<id>.<hash><suffix>) or of an original (<id>.<extension>)"
+    return path.name.removesuffix(prep.suffix).rpartition('.')[0] or path.name
 
 
 @dataclass(frozen=True)
@@ -50,16 +57,16 @@ class AugmentParams:
     "The random augmentation of one training image, as `FundusAugment` and `BatchAugment` apply it"
     warp: np.ndarray                          # 2 x 3 affine matrix, source pixels to target pixels
     colour: np.ndarray                        # 3 x 3 matrix on RGB
-    lift: float                               # times the image's mean grey: what is added to each channel
+    offset: float                               # times the image's mean grey: what is added to each channel
     sigma: float                              # of a 3 x 3 Gaussian blur, pixels; 0: no blur
 
 
 def draw_params(aug: Augment, rng: np.random.Generator, side: int) -> AugmentParams:
     "Draw the augmentation of an image of `side` x `side` pixels from `rng`"
     warp = draw_warp(aug, rng, side)
-    colour, lift = draw_colour(aug, rng)
+    colour, offset = draw_colour(aug, rng)
     sigma = rng.uniform(*aug.blur_sigma) if rng.random() < aug.blur else 0.
-    return AugmentParams(warp, colour, lift, sigma)
+    return AugmentParams(warp, colour, offset, sigma)
 
 
 def draw_warp(aug: Augment, rng: np.random.Generator, side: int) -> np.ndarray:
@@ -80,7 +87,7 @@ _yiq = np.array([[.299, .587, .114], [.596, -.274, -.322], [.211, -.523, .312]])
 
 
 def draw_colour(aug: Augment, rng: np.random.Generator) -> tuple[np.ndarray, float]:
-    """Draw hue, saturation, contrast and brightness: a 3 x 3 matrix on RGB, and the share of the mean grey to add.
+    """Draw hue, saturation, contrast and brightness: a 3 x 3 matrix on RGB, and the fraction of the mean grey to add.
 
     Hue turns the colour about the grey axis (in YIQ); contrast scales about the image's mean grey.
     """
@@ -120,7 +127,7 @@ class FundusAugment(RandTransform):
         params = draw_params(self.aug, np.random.default_rng(seed), width)
         a = cv2.warpAffine(a, params.warp, (width, height), flags=cv2.INTER_LINEAR)      # fills with black
         mean_grey = cv2.mean(a)[:3] @ _grey
-        a = cv2.transform(a, np.c_[params.colour, np.full(3, params.lift * mean_grey)])
+        a = cv2.transform(a, np.c_[params.colour, np.full(3, params.offset * mean_grey)])
         return cv2.GaussianBlur(a, (3, 3), params.sigma) if params.sigma else a
 
 
@@ -144,8 +151,8 @@ class BatchAugment(RandTransform):
         def on_device(o): return torch.tensor(np.array(o), dtype=torch.float32).to(x.device, non_blocking=True)
         a = _warp(x.as_subclass(Tensor), on_device([_affine_theta(p.warp, side) for p in params]))
         mean_grey = torch.einsum('nchw,c->n', a, on_device(_grey)) / a[0, 0].numel()
-        lift = on_device([p.lift for p in params]) * mean_grey
-        a = torch.einsum('nij,njhw->nihw', on_device([p.colour for p in params]), a) + lift[:, None, None, None]
+        offset = on_device([p.offset for p in params]) * mean_grey
+        a = torch.einsum('nij,njhw->nihw', on_device([p.colour for p in params]), a) + offset[:, None, None, None]
         neighbour = [np.exp(-.5 / p.sigma ** 2) if p.sigma else 0. for p in params]
         return TensorImage(_blur3(a.clamp(0, 1), on_device(neighbour)))
 
@@ -165,10 +172,11 @@ def _blur3(x: Tensor, neighbour: Tensor) -> Tensor:
 
     The border is reflected without its edge, as in OpenCV.
     """
-    side, mid = (o[:, None, None, None] for o in (neighbour / (1 + 2 * neighbour), 1 / (1 + 2 * neighbour)))
+    total = (1 + 2 * neighbour)[:, None, None, None]
+    neighbour_weight, middle_weight = neighbour[:, None, None, None] / total, 1 / total
     p = F.pad(x, (1, 1, 1, 1), 'reflect')
-    p = mid * p[..., 1:-1] + side * (p[..., :-2] + p[..., 2:])
-    return mid * p[..., 1:-1, :] + side * (p[..., :-2, :] + p[..., 2:, :])
+    p = middle_weight * p[..., 1:-1] + neighbour_weight * (p[..., :-2] + p[..., 2:])
+    return middle_weight * p[..., 1:-1, :] + neighbour_weight * (p[..., :-2, :] + p[..., 2:, :])
 
 
 def loader_workers(stage: Stage) -> int:
@@ -181,15 +189,25 @@ def loader_workers(stage: Stage) -> int:
     return -(-cores() // 8) if cores() >= 4 else 0
 
 
+def start_workers_by_fork() -> None:
+    """Start DataLoader workers by fork on Linux, unless the user has chosen another start method.
+
+    Python 3.14 starts them by forkserver: each imports fastai again for each epoch, which takes seconds.
+    """
+    if sys.platform == 'linux' and multiprocessing.get_start_method(allow_none=True) is None:
+        multiprocessing.set_start_method('fork')
+
+
 def get_dls(frame: pd.DataFrame, stage: Stage, prep: Prep, aug: Augment, stats: tuple, *, seed: int = 42,
             path='.') -> DataLoaders:
     """Return DataLoaders of `frame` (columns stored, diagnosis, valid and, with `source_weights`, weight).
 
     `stats` are the mean and std to normalise with: those of the body's pretraining. Training images are augmented
-    one by one by the workers, or in batches on the device: [augment] on.
+    one by one by the workers, or in batches on the device: [augment] mode.
     """
+    start_workers_by_fork()
     cuda = torch.cuda.is_available()
-    on_batch = dict(auto=cuda, image=False, batch=True)[aug.on]
+    on_batch = dict(auto=cuda, image=False, batch=True)[aug.mode]
     item_augment = [] if on_batch else [FundusAugment(aug, seed)]
     batch_augment = [BatchAugment(aug, seed)] if on_batch else []
     block = DataBlock(

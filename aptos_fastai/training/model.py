@@ -72,6 +72,13 @@ def create_model(arch: str, head: str = 'gem', size: int = 256, dropout: float =
                                              nn.Linear(body.model.num_features, 1)))
 
 
+def features_and_scores(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    "Return the pooled features (N, C) and the scores (N,) of images (N, 3, H, W), from one pass of `create_model`'s"
+    body, (pool, flatten, dropout, linear) = model[0], model[1]
+    features = flatten(pool(body(x)))
+    return features, linear(dropout(features)).flatten()
+
+
 def keep_freed_memory():
     """Let glibc keep freed memory instead of returning it to the system.
 
@@ -91,7 +98,10 @@ def split_body_head(m: nn.Module) -> L:
 
 
 def QuadraticKappa(thresholds=MIDPOINTS) -> AccumMetric:
-    "Quadratic weighted kappa of scores, graded by `thresholds`, as a fastai metric"
+    """Quadratic weighted kappa of scores, graded by `thresholds`, as a fastai metric.
+
+    `thresholds` are four numbers, or optimal or regularised: fitted to the same scores, so that kappa is in-sample.
+    """
     return AccumMetric(ScoreKappa(thresholds), name='kappa')
 
 
@@ -106,5 +116,5 @@ def get_learner(stage: Stage, dls: DataLoaders, weights: dict | None = None) -> 
     # BaseLoss flattens (N, 1); PyTorch's own losses would broadcast it against (N,)
     loss = BaseLoss(losses[stage.loss], axis=-1, floatify=True, is_2d=False)
     return Learner(dls, model, loss_func=loss, opt_func=partial(Adam, sqr_mom=stage.sqr_mom, eps=stage.eps),
-                   metrics=QuadraticKappa(parse_thresholds(stage.thresholds) or MIDPOINTS),
+                   metrics=QuadraticKappa(parse_thresholds(stage.thresholds) or stage.thresholds),
                    splitter=split_body_head, lr=stage.lr, wd=stage.wd, path=dls.path)

@@ -2,7 +2,6 @@
 
 Needs Chromium and the extra `test`. Use the synthetic demo only: no photographs of patients in the repository.
 """
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,9 +33,10 @@ def save_page(browser: Browser, run_folder: Path) -> None:
     command = [sys.executable, str(ROOT / 'run.py'), 'serve', str(run_folder), '--port', str(PORT)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
-            url = re.search(r'http://\S+', server.stdout.readline()).group()
+            while 'http://' not in server.stdout.readline():
+                if server.poll() is not None: sys.exit(f'{" ".join(command)}: stopped')
             page = browser.new_page(viewport=dict(width=1000, height=720))
-            page.goto(url)
+            page.goto(f'http://127.0.0.1:{PORT}')
             page.set_input_files('#files', frame.path[example.id_code])
             page.wait_for_selector('.result img')
             page.screenshot(path=IMAGES / 'page.png')

@@ -1,3 +1,4 @@
+import subprocess
 import sys
 
 import cv2
@@ -130,6 +131,40 @@ def test_damaged_files_are_errors(data, words):
     with pytest.raises(ImageError, match=words): decode(data)
 
 
-def test_a_decompression_bomb_is_refused(monkeypatch):
-    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
-    with pytest.raises(ImageError, match='DecompressionBomb'): decode(encode(RGB, 'PNG'))
+def test_too_many_pixels_are_refused_before_any_is_decoded(monkeypatch):
+    monkeypatch.setattr('aptos_fastai.data.decode._decode_opened', lambda *a: pytest.fail('decoded'))
+    png = encode(np.zeros((100, 100, 3), np.uint8), 'PNG')
+    with pytest.raises(ImageError, match='too large: 100 x 100 = 0 megapixels'): decode(png, max_pixels=9_999)
+    many = dicom(np.zeros((50, 2, 3), np.uint8), 'RGB', 8, frames=100)
+    with pytest.raises(ImageError, match='too large: 2 x 50 x 100 frames'): decode(many, max_pixels=9_999)
+
+
+@pytest.mark.parametrize('mode', ['L', 'P', '1', 'RGB', 'RGBA', 'I;16'])
+def test_memory_of_large_images_is_bounded(mode):
+    "Decoding takes at most 16 bytes a pixel, so that `MAX_PIXELS` take 1 GB"
+    code = f'''
+import io, resource
+from PIL import Image
+from aptos_fastai.data.decode import decode
+def png(side):
+    out = io.BytesIO()
+    Image.new({mode!r}, (side, side)).save(out, 'PNG', compress_level=1)
+    return out.getvalue()
+side = 3000
+small = png(side)
+base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+decode(small, 512)
+used = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) * 1024
+assert used <= 16 * side ** 2 + 60e6, f'{{used / side ** 2:.1f}} bytes a pixel'
+'''
+    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+
+
+def test_heic_and_unknown_dicom_compressions_say_what_helps(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'pillow_heif', None)
+    with pytest.raises(ImageError, match='HEIC needs pillow-heif .*convert it to JPEG'):
+        decode(b'\0\0\0\x18ftypheic' + b'\0' * 200)
+    pytest.importorskip('pydicom')
+    odd = dicom(np.zeros((8, 8, 3), np.uint8), 'RGB', 8).replace(b'1.2.840.10008.1.2.1\0', b'1.2.840.10008.9.9.9\0')
+    with pytest.raises(ImageError, match='transfer syntax 1.2.840.10008.9.9.9 is not supported; export'): decode(odd)

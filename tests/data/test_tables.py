@@ -1,9 +1,13 @@
+import contextlib
+
 import pandas as pd
 import pytest
 from conftest import ROOT, expect_error, write_table
 
+from aptos_fastai.cli import main
 from aptos_fastai.data.demo import write_demo
-from aptos_fastai.data.tables import TableError, read_order, read_table, read_tables
+from aptos_fastai.data.folds import make_folds
+from aptos_fastai.data.tables import TableError, natural_order, read_order, read_table, read_tables, unmatched_ids
 from aptos_fastai.recipe import Table, read_recipe
 
 TRAIN = Table('train', 'train.csv', 'train_images', grade='diagnosis')
@@ -38,11 +42,58 @@ def test_ids_are_file_names_with_or_without_extension(tables):
     assert read_table(TRAIN, tables).path[[1, 2]].str[-5:].tolist() == ['.jpeg', '2.png']
 
 
-@pytest.mark.parametrize('pattern', ['train0[01]', '(train0[01])(.)'])
-def test_a_group_pattern_joins_ids(tables, pattern):
-    table = Table('train', 'train.csv', 'train_images', grade='diagnosis', group=pattern)
-    groups = read_table(table, tables).group
-    assert groups[[0, 9, 10, 20]].tolist() == ['train:train00', 'train:train00', 'train:train01', 'train:train020']
+def grouped_table(pattern):
+    return Table('train', 'train.csv', 'train_images', grade='diagnosis', group=pattern)
+
+
+@pytest.mark.parametrize('pattern', ['(train0[01])', '(train0[01])(.)'])
+def test_the_first_group_of_a_pattern_is_the_patient(tables, pattern):
+    df = read_table(grouped_table(pattern), tables)
+    assert df.group[[0, 9, 10, 20]].tolist() == ['train:train00', 'train:train00', 'train:train01', 'train:train020']
+    assert unmatched_ids(df.id_code, grouped_table(pattern)).tolist() == [f'train{i:03}' for i in range(20, 40)]
+
+
+def test_an_empty_patient_is_no_patient(tables):
+    df = read_table(grouped_table(r'train0(0?)'), tables)
+    assert df.group[:10].eq('train:0').all() and df.group[10:].tolist() == ['train:' + i for i in df.id_code[10:]]
+
+
+@pytest.mark.parametrize('command', ['doctor', 'inspect'])
+@pytest.mark.parametrize('pattern, words', [
+    ('train0', [r'[table.train] group = train0: no group in parentheses', r'^(\d+)_(left|right)$']),
+    (r'^(\d+)_left$', [r'[table.train] group = ^(\d+)_left$: matches none of the 40 ids, for example train000',
+                       'block'])])
+def test_a_pattern_that_finds_no_patient_is_an_error(tables, small_recipe, tmp_path, capsys, command, pattern, words):
+    args = ['--recipe', small_recipe, '--data', tables, '--runs', tmp_path / 'runs']
+    args += ['--set', f'table.train.group={pattern}']
+    if command == 'inspect':
+        expect_error(capsys, ['inspect', 'train', *args], *words)
+        return
+    with pytest.raises(SystemExit): main([str(o) for o in ['doctor', *args]])
+    out = capsys.readouterr()
+    assert 'Traceback' not in out.out + out.err
+    for word in words: assert word in out.out
+
+
+def test_ids_outside_the_pattern_are_counted(tables, small_recipe, tmp_path, capsys):
+    args = ['--recipe', small_recipe, '--data', tables, '--runs', tmp_path / 'runs']
+    args += ['--set', 'table.train.group=^(train0[01])']
+    warning = '[table.train] group = ^(train0[01]): does not match 20 of 40 ids (train020, train021, train022,'
+    for command in (['doctor'], ['inspect', 'train']):
+        main([str(o) for o in [*command, *args]])
+        out = ' '.join(capsys.readouterr().out.split())
+        assert warning in out and 'each is a patient of its own' in out
+
+
+@pytest.mark.parametrize('keys, words', [
+    ([], 'patients unknown'),
+    (['group=(train..)'], '4 patients'),
+    (['block=8'], 'patients unknown, 5 blocks of 8 ids')])
+def test_doctor_says_how_many_patients_are_known(tables, small_recipe, tmp_path, capsys, keys, words):
+    args = ['--recipe', small_recipe, '--data', tables, '--runs', tmp_path / 'runs']
+    for key in keys: args += ['--set', f'table.train.{key}']
+    with contextlib.suppress(SystemExit): main([str(o) for o in ['doctor', *args]])
+    assert f'ok   table train: 40 images, {words}, images of grade 0-4' in capsys.readouterr().out
 
 
 def test_folder_names_of_other_downloads(tmp_path):
@@ -62,6 +113,27 @@ def test_the_submission_has_the_order_of_the_sample_submission(tables):
     sample[1:].to_csv(tables / 'sample_submission.csv', index=False)
     with pytest.raises(TableError, match='1 id in only one of this file and test.csv: test000'):
         read_order(table, tables)
+
+
+def test_blocks_of_neighbouring_ids_are_groups(tables):
+    ids = [f'{name}{i}' for name in 'ab' for i in range(1, 21)]
+    for old, new in zip(sorted((tables / 'train_images').iterdir()), ids, strict=True):
+        old.rename(old.with_stem(new))
+    edit_ids = pd.read_csv(tables / 'train.csv').assign(id_code=ids).sample(frac=1, random_state=0)
+    edit_ids.to_csv(tables / 'train.csv', index=False)
+    recipe = read_recipe(ROOT / 'recipes/one_table.ini', sets=['table.train.block=8'])
+    frame = read_table(recipe.tables['train'], tables).set_index('id_code')
+    assert recipe.tables['train'].grouped_by == 'blocks of 8 ids'
+    for first in range(0, 40, 8): assert frame.group[ids[first:first + 8]].nunique() == 1
+    assert frame.group.nunique() == 5
+    fold = make_folds(frame.reset_index(), 5, 0)
+    assert pd.Series(fold).groupby(frame.group.to_numpy()).nunique().max() == 1
+
+
+@pytest.mark.parametrize('ids', [['a2', 'a10', 'a10b', 'b1'], ['7', '12', 'x'], ['img²1', 'img²3']])
+def test_natural_order(ids):
+    shuffled = pd.Series(ids[::-1])
+    assert shuffled.iloc[natural_order(shuffled)].tolist() == ids
 
 
 BAD_TABLES = {                               # name: how to spoil the table, words of the message
@@ -85,7 +157,7 @@ BAD_TABLES = {                               # name: how to spoil the table, wor
                         ['train_images: image folder not found']),
     'one grade': (set_one_grade, ['contains a single grade', 'Lower [recipe] splits']),
     'too few images': (lambda data: write_table(data, 4),
-                       ['4 patients or images are too few for [recipe] splits = 5']),
+                       ['4 images are too few for [recipe] splits = 5']),
 }
 
 

@@ -13,6 +13,7 @@ from aptos_fastai.data.retina import Prep, square_of
 from aptos_fastai.deploy import bundle as bundle_module
 from aptos_fastai.inference import backends
 from aptos_fastai.inference.grader import load_grader
+from aptos_fastai.pipeline.summary import OUT_OF_FOLD, PATIENTS_UNKNOWN, SETS_CONDITION
 
 onnxruntime = pytest.importorskip('onnxruntime')
 
@@ -98,11 +99,13 @@ def test_the_model_card_describes_the_bundle(bundle):
     card = (bundle / 'MODEL_CARD.md').read_text()
     for words in ('SYNTHETIC', 'not a medical device', 'kappa', 'retrain_512 fold 0', 'Limitations'):
         assert words in card, words
-    assert '{{' not in card and '&#' not in card
+    for words in (OUT_OF_FOLD, PATIENTS_UNKNOWN, SETS_CONDITION, '95 % CI over images', 'were fitted on other images'):
+        assert words in card, words
+    assert '{{' not in card and '&#' not in card and '{%' not in card
     record = read_record(bundle / 'bundle.json')
     assert record['lineage'][0]['parents'] and record['metrics']['validated'] == 12
-    weights = 'retrain_512-fold0-weights'
-    assert set(record['files']) == {f'{weights}.safetensors', f'{weights}.onnx'}
+    files = ('weights.safetensors', 'weights.onnx', 'features.safetensors')
+    assert set(record['files']) == {f'retrain_512-fold0-{name}' for name in files}
 
 
 def test_loading_a_bundle_loads_no_pickle(bundle, image_paths):
@@ -134,7 +137,11 @@ def test_an_export_with_other_scores_is_refused_and_leaves_nothing(toy_copy, mon
 
     def wrong_runner(*args):
         run = onnx_runner(*args)
-        return lambda squares: run(squares) + .5
+
+        def with_wrong_scores(squares):
+            scores, features = run(squares)
+            return scores + .5, features
+        return with_wrong_scores
     monkeypatch.setitem(backends.BACKENDS, 'onnx', wrong_runner)
     expect_error(capsys, ['export', toy_copy], 'onnx differs from PyTorch by 0.500')
     assert not (toy_copy / 'bundle').exists() and not (toy_copy / '.bundle.tmp').exists()

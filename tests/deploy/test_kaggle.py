@@ -4,11 +4,15 @@ import os
 import shutil
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pandas as pd
 import pytest
 from conftest import expect_error
 
 from aptos_fastai.cli import main
+from aptos_fastai.inference.model_spec import read_model
+from aptos_fastai.metrics import apply_thresholds
 
 nbformat, nbclient = pytest.importorskip('nbformat'), pytest.importorskip('nbclient')
 
@@ -56,6 +60,8 @@ def test_the_notebook_writes_a_submission_offline(uploaded):
     ids = pd.read_csv(test / 'test.csv').id_code
     unreadable = ids[3]
     (test / 'test_images' / f'{unreadable}.png').write_bytes(b'broken')
+    ungradable = ids[5]
+    cv2.imwrite(str(test / 'test_images' / f'{ungradable}.png'), np.zeros((96, 128, 3), np.uint8))
     pd.DataFrame(dict(id_code=ids[::-1], diagnosis=0)).to_csv(test / 'sample_submission.csv', index=False)
     printed = run_notebook(folder / 'kernel', root)
     submission = pd.read_csv(root / 'working/submission.csv', dtype=dict(id_code=str))
@@ -64,9 +70,12 @@ def test_the_notebook_writes_a_submission_offline(uploaded):
     expected = pd.read_csv(folder.parent / 'scores.csv', dtype=dict(id_code=str)).set_index('id_code').score
     assert submission.id_code.tolist() == ids[::-1].tolist()
     # Pillow decodes a little differently from libvips
-    assert (grades.score - expected[grades.index]).abs().max() < 2e-3
+    assert (grades.score - expected[grades.index]).drop(ungradable).abs().max() < 2e-3
     diagnosis = submission.set_index('id_code').diagnosis
-    assert (diagnosis[grades.index] == grades.grade).sum() == len(ids) - 1
+    assert (diagnosis[grades.index] == grades.grade).sum() == len(ids) - 2
+    assert grades.referable[ungradable] == 'ungradable' and '1 images are ungradable' in printed
+    thresholds = read_model(folder.parent)[0].thresholds
+    assert diagnosis[ungradable] == apply_thresholds(grades.score[ungradable], thresholds)
     assert diagnosis[unreadable] == grades.grade.mode()[0]
     assert f'from {root / "input"}' in printed
     assert 'pyvips is not installed' in printed and 'for 13,000' in printed

@@ -12,6 +12,7 @@ from conftest import ROOT, expect_error
 
 from aptos_fastai.deploy import serve
 from aptos_fastai.inference.grader import load_grader
+from aptos_fastai.pipeline.summary import OUT_OF_FOLD, PATIENTS_UNKNOWN
 
 httpx = pytest.importorskip('httpx')
 pytest.importorskip('uvicorn')
@@ -72,8 +73,14 @@ def test_a_decompression_bomb_is_refused(server_url, tmp_path, monkeypatch):
     from PIL import Image
     bomb = tmp_path / 'bomb.tif'
     Image.new('L', (3000, 3000)).save(bomb, compression='tiff_lzw')
-    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
-    assert 'DecompressionBomb' in post_images(server_url, bomb).json()['rows'][0]['error']
+    monkeypatch.setattr(serve, 'MAX_PIXELS', 1000)
+    assert 'too large' in post_images(server_url, bomb).json()['rows'][0]['error']
+
+
+def test_a_busy_server_says_so(server_url, image_paths, monkeypatch):
+    monkeypatch.setattr(serve, 'MAX_PENDING', 0)
+    response = post_images(server_url, image_paths[0])
+    assert response.status_code == 503 and response.headers['retry-after'] and 'busy' in response.json()['error']
 
 
 def test_fifty_requests_at_once_all_get_their_grade(server_url, toy, image_paths):
@@ -107,6 +114,13 @@ def test_after_an_error_in_a_batch_the_next_batch_is_graded(toy, image_paths):
         return row
     assert asyncio.run(fail_then_grade())['error'] == ''
     assert queue.pending == 0
+
+
+def test_page_and_endpoint_say_what_the_kappa_claims(server_url):
+    about = httpx.get(server_url + '/api').json()
+    assert '95 % CI over images' in about['kappa'] and PATIENTS_UNKNOWN in about['warnings']
+    page = httpx.get(server_url).text
+    for words in (about['kappa'], OUT_OF_FOLD, PATIENTS_UNKNOWN, 'from the same source'): assert words in page, words
 
 
 def test_the_page_loads_nothing_from_other_hosts(server_url):

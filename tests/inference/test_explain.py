@@ -93,7 +93,7 @@ def test_explain_writes_an_image_each_and_names_unreadable_ones(toy, image_paths
     bad.write_bytes(b'x')
     expect_error(capsys, ['explain', toy, image_paths[0], bad, '-o', out],
                  '1 of 2 images could not be explained', 'bad.png')
-    written = list(out.iterdir())
+    written = list(out.glob('*.png'))
     assert len(written) == 1
     grader = load_grader(toy)
     im, overlay, row = explain_image(grader, Path(image_paths[0]).read_bytes())
@@ -109,7 +109,7 @@ def test_explain_writes_an_image_each_and_names_unreadable_ones(toy, image_paths
 def test_explain_needs_images_and_draws_each_once(toy, image_paths, tmp_path, capsys):
     expect_error(capsys, ['explain', toy], 'IMAGES')
     main(['explain', str(toy), image_paths[1], image_paths[1], '-o', str(tmp_path)])
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.glob('*.png'))) == 1
 
 
 def test_files_of_the_same_name_are_drawn_under_different_names(toy, image_paths, tmp_path):
@@ -118,4 +118,4 @@ def test_files_of_the_same_name_are_drawn_under_different_names(toy, image_paths
         (tmp_path / folder / 'eye.png').write_bytes(Path(path).read_bytes())
     out = tmp_path / 'out'
     main(['explain', str(toy), str(tmp_path / 'a'), str(tmp_path / 'b'), '-o', str(out)])
-    assert sorted(f.name for f in out.iterdir()) == ['eye-2.png', 'eye.png']
+    assert sorted(f.name for f in out.glob('*.png')) == ['eye-2.png', 'eye.png']

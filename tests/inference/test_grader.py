@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -13,9 +14,9 @@ import pytest
 from conftest import dicom, expect_error, toy_args
 
 from aptos_fastai.cli import main
-from aptos_fastai.common.io import AptosError, read_record, write_record
-from aptos_fastai.inference.grade_files import find_images
+from aptos_fastai.common.io import read_record, write_record
 from aptos_fastai.inference.grader import COLUMNS, Grader, load_grader
+from aptos_fastai.inference.model_spec import read_model
 from aptos_fastai.inference.views import mean_and_sd
 from aptos_fastai.metrics import GRADE_NAMES
 
@@ -49,6 +50,17 @@ def test_a_grader_gives_the_grades_of_its_run(toy, image_paths):
     assert df.grade_name.tolist() == [GRADE_NAMES[g] for g in df.grade]
 
 
+def test_scores_of_each_fold_are_means_over_its_members(toy):
+    spec, _ = read_model(toy)
+    two = replace(spec, members=(replace(spec.members[0], weight=.5), replace(spec.members[0], weight=.5, fold=1)))
+    scores = [np.array([0., 1.]), np.array([1., 3.])]
+    assert two.fold_scores(scores).tolist() == [[0., 1.], [1., 3.]]
+    mixed = replace(spec, members=tuple(replace(spec.members[0], weight=w, fold=k)
+                                        for w, k in [(.1, 0), (.3, 0), (.15, 1), (.45, 1)]))
+    scores = [np.array([float(o)]) for o in (4, 0, 4, 0)]
+    assert np.allclose(mixed.fold_scores(scores), [[1., 1.]])          # the mean over members, fold by fold
+
+
 def test_a_stage_is_a_model(toy, image_paths):
     df = load_grader(toy / 'finetune_256').predict(image_paths[:5])
     assert np.allclose(df.score, run_scores(toy, image_paths[:5]).finetune_256, atol=1e-4)
@@ -63,6 +75,7 @@ def test_an_ensemble_is_the_weighted_mean_of_its_members(toy, image_paths, tmp_p
     summary['submission']['weights'] = {
         f'{stage}/fold0': read_record(toy / stage / 'fold0/stage.json')['files']['weights.safetensors']['sha256']
         for stage in weights}
+    summary['submission']['distance_units'] = dict.fromkeys(weights, 1.)
     write_record(mixed / 'summary.json', summary)
     score = load_grader(mixed).predict(image_paths[:5]).score
     parts = [w * load_grader(toy / stage).predict(image_paths[:5]).score for stage, w in weights.items()]
@@ -110,45 +123,12 @@ def test_an_interrupted_prediction_resumes(toy, image_paths, tmp_path, monkeypat
         return stream(self, files, batch)
     monkeypatch.setattr(Grader, 'stream', record_files)
     main(['predict', str(toy), *image_paths, '-o', str(out)])
-    assert graded == image_paths[7:]
+    assert [str(entry) for entry in graded] == image_paths[7:]
     assert '7 of 20 images are graded already' in capsys.readouterr().out
     monkeypatch.undo()
     whole = tmp_path / 'whole.csv'
     main(['predict', str(toy), *image_paths, '-o', str(whole)])
     assert out.read_text() == whole.read_text() and not list(tmp_path.glob('.*'))
-
-
-@pytest.fixture
-def image_folder(tmp_path):
-    "A folder x with a.png, y/b.JPG and a text file"
-    (tmp_path / 'x/y').mkdir(parents=True)
-    for name in ('x/a.png', 'x/y/b.JPG', 'x/notes.txt'): (tmp_path / name).write_bytes(b'')
-    return tmp_path / 'x'
-
-
-def test_images_are_found_by_file_folder_and_glob(image_folder):
-    a, b = str(image_folder / 'a.png'), str(image_folder / 'y/b.JPG')
-    assert find_images([str(image_folder)]) == [a, b]
-    assert find_images([a, b, a]) == [a, b]
-    assert find_images([str(image_folder / '*.png')]) == [a]
-    with pytest.raises(AptosError, match='no images found'): find_images([str(image_folder / 'nowhere.png')])
-
-
-@pytest.mark.parametrize('text', ['id_code\nb\na\n', 'image\ny/b.JPG\na.png\n'])
-def test_images_are_found_by_csv(image_folder, text):
-    table = image_folder / 't.csv'
-    table.write_text(text)
-    assert find_images([str(table)]) == [str(image_folder / 'y/b.JPG'), str(image_folder / 'a.png')]
-
-
-@pytest.mark.parametrize('text, words', [
-    ('id_code\nzzz\n', '1 of 1 images not found beside it or in a folder below: zzz'),
-    ('who\na\n', 'no column file, path, image or id_code'),
-])
-def test_a_csv_without_images_is_an_error(image_folder, text, words):
-    table = image_folder / 't.csv'
-    table.write_text(text)
-    with pytest.raises(AptosError, match=words): find_images([str(table)])
 
 
 def test_an_unknown_backend_or_precision_is_an_error(toy, image_paths, capsys):

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from aptos_fastai.cli import main
 from aptos_fastai.common.io import AptosError, read_record, remove_stale_temp_files, run_lock, write_bytes, write_record
 from aptos_fastai.pipeline import stage
+from aptos_fastai.pipeline.doctor import WARNING, check_devices
 from aptos_fastai.recipe import Stage
 from aptos_fastai.training import callbacks, checkpoint, loaders
 
@@ -345,6 +346,25 @@ def test_doctor(toy, tables, small_recipe, tmp_path, capsys):
     expect_error(capsys, ['doctor', '--recipe', RECIPE, '--data', tmp_path, '--runs', tmp_path / 'r'],
                  'problems would stop')
     expect_error(capsys, ['doctor', '--recipe', tmp_path / 'no.ini'], '1 problem would stop')
+
+
+@pytest.mark.parametrize('load, is_busy', [(2.1, True), (2., False), (.3, False)])
+def test_doctor_says_when_the_machine_is_busy(monkeypatch, load, is_busy):
+    monkeypatch.setattr(os, 'getloadavg', lambda: (load, 0., 0.))
+    monkeypatch.setattr(os, 'cpu_count', lambda: 2)
+    findings = {what: (found, ok) for what, found, ok in check_devices()}
+    assert ('machine' in findings) == is_busy
+    if is_busy: assert findings['machine'] == (f'busy: load average {load} on 2 cores. Training is slower than on a '
+                                               'quiet machine, and measured times are too long.', WARNING)
+
+
+def test_doctor_warns_of_ids_that_tell_the_grade(tables, small_recipe, tmp_path, capsys):
+    file = tables / 'train.csv'
+    pd.read_csv(file).assign(diagnosis=np.repeat(range(5), 8)).to_csv(file, index=False)
+    main(['doctor', *small_args(tables, small_recipe, tmp_path / 'runs')])
+    out = capsys.readouterr().out
+    assert 'WARN table train: ids tell the grade: 90 % of neighbouring ids have equal grades, 18 % by chance' in out
+    assert 'No problem found' in out
 
 
 def test_doctor_prints_how_to_download_kaggles_tables(tmp_path, capsys):

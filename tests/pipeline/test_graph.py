@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from aptos_fastai.cli import main
 from aptos_fastai.common.distributed import cores
 from aptos_fastai.common.io import AptosError
+from aptos_fastai.inference.grader import load_grader
 from aptos_fastai.metrics import apply_thresholds
 from aptos_fastai.pipeline.graph import load_run
 from aptos_fastai.pipeline.pseudo_labels import read_labels
 from aptos_fastai.pipeline.stage import training_frame
+from aptos_fastai.pipeline.summary import kappa_result, out_of_fold_grades
 from aptos_fastai.run_folder import WEIGHTS, RecordError
 
 UP_TO_DATE = 'Nothing to do: every stage is up to date'
@@ -42,7 +44,7 @@ def weights_sha256(fold_folder):
 # Files of a finished run
 
 def test_every_stage_writes_its_files(toy):
-    files = {'learner.pkl', 'weights.safetensors', 'preds.csv', 'history.csv', 'stage.json'}
+    files = {'learner.pkl', 'weights.safetensors', 'features.safetensors', 'preds.csv', 'history.csv', 'stage.json'}
     for stage in STAGES: assert {p.name for p in (toy / stage / 'fold0').iterdir()} >= files
     assert not list(toy.rglob('*.tmp'))
 
@@ -60,10 +62,10 @@ def test_submission_has_ids_and_order_of_the_sample_submission(toy):
 
 def test_scores(toy):
     df, run = pd.read_csv(toy / 'scores.csv'), open_toy_run(toy)
-    assert list(df)[-5:] == ['score', 'grade', 'grade_low', 'grade_high', 'score_sd']
+    assert list(df)[-6:] == ['score', 'grade', 'grade_low', 'grade_high', 'score_sd', 'ungradable']
     assert np.allclose(df.ensemble, (df.finetune_dense + df.finetune_256 + df.finetune_512) / 3, atol=1e-5)
     assert np.allclose(df.score, df.retrain_512)
-    assert (df.grade == apply_thresholds(df.score, run.thresholds('retrain_512', 'optimal'))).all()
+    assert (df.grade == apply_thresholds(df.score, run.thresholds('retrain_512', run.recipe.submit.thresholds))).all()
 
 
 def test_every_result_of_the_demo_says_that_it_is_synthetic(toy, capsys):
@@ -185,7 +187,7 @@ def test_pseudo_labelled_images_train_but_never_validate(toy):
 def test_soft_labels_are_scores_and_hard_labels_their_grades(toy):
     folder, run = toy / 'labels/finetune_256/aptos_test', open_toy_run(toy)
     soft, hard = (pd.read_csv(folder / f'{k}_pseudo_label.csv', dtype=dict(id_code=str)) for k in ('soft', 'hard'))
-    thresholds = run.thresholds('finetune_256', 'optimal')
+    thresholds = run.thresholds('finetune_256', run.label_thresholds('finetune_256'))
     assert (hard.diagnosis == apply_thresholds(soft.diagnosis, thresholds)).all() and soft.id_code.equals(hard.id_code)
     weights = read_json(folder / 'provenance.json')['weights']
     assert weights['finetune_256/fold0'] == weights_sha256(toy / 'finetune_256/fold0')
@@ -204,6 +206,19 @@ def test_folds_of_a_student_learn_from_the_same_folds_of_the_teacher(tables, sma
         record = read_json(root / f'retrain/fold{k}/stage.json')
         assert record['parents']['teacher'] == weights_sha256(root / f'teacher/fold{k}')
         assert np.allclose(pd.read_csv(root / f'teacher/fold{k}/scores_test.csv').score, labels[f'fold{k}'], atol=1e-6)
+
+
+def test_a_grader_of_several_folds_gives_the_sets_of_its_run(tables, small_recipe, tmp_path):
+    main(['all', *small_args(small_recipe, tables, tmp_path / 'runs'), *set_options('table.train.block=2')])
+    root = tmp_path / 'runs/small'
+    submission = read_json(root / 'summary.json')['submission']
+    assert [len(by_fold) for by_fold in submission['calibration']] == [2] * 5
+    assert submission['kappa_text'].count('over blocks of 2 ids') == 1
+    expected = pd.read_csv(root / 'scores.csv', dtype=dict(id_code=str))
+    found = load_grader(root).predict([tables / f'test_images/{i}.png' for i in expected.id_code])
+    assert np.allclose(found.score, expected.score, atol=1e-4)
+    graded = found.grade.notna()
+    for column in ('grade_low', 'grade_high'): assert (found[column] == expected[column])[graded].all()
 
 
 def groups_trained_on(run, node, k):
@@ -399,17 +414,44 @@ def test_plan_for_hypothetical_tables_needs_every_table(small_recipe, capsys, im
     expect_error(capsys, ['plan', '--recipe', small_recipe, '--images', images], f'--images "{images}"')
 
 
+def test_thresholds_change_the_weights_only_where_they_choose_the_epoch(small_recipe, tables, tmp_path):
+    def fingerprint(*sets):
+        return load_run(small_recipe, tables, tmp_path / 'runs', sets).fingerprint('teacher', 0)
+    assert fingerprint() == fingerprint('stage.thresholds=optimal')                       # keep = last
+    by_kappa = fingerprint('stage.keep=kappa')
+    assert by_kappa != fingerprint('stage.keep=kappa', 'stage.thresholds=optimal')
+
+
 # Errors and warnings
 
-@pytest.mark.parametrize('scores, words', [
-    ([np.nan] + [1.] * 11, '1 of 12 validation scores are not finite numbers'),
-    ([.3] * 12, 'all 12 scores are 0.3. Train longer')])
-def test_scores_that_cannot_be_graded(toy, tmp_path, monkeypatch, scores, words):
+def run_with_scores(toy, tmp_path, monkeypatch, scores):
+    "Return the toy run with other validation scores of finetune_256"
     run = open_toy_run(toy)
-    preds = pd.read_csv(toy / 'finetune_256/fold0/preds.csv', dtype=dict(id_code=str)).assign(score=scores)
-    preds.to_csv(tmp_path / 'preds.csv', index=False)
+    preds = pd.read_csv(toy / 'finetune_256/fold0/preds.csv', dtype=dict(id_code=str))
+    preds.assign(**scores(preds)).to_csv(tmp_path / 'preds.csv', index=False)
     monkeypatch.setattr(type(run), 'verified_file', lambda *_: tmp_path / 'preds.csv')
-    with pytest.raises(RecordError, match='finetune_256: .*' + words): run.thresholds('finetune_256', 'optimal')
+    return run
+
+
+def test_scores_that_are_not_finite(toy, tmp_path, monkeypatch):
+    run = run_with_scores(toy, tmp_path, monkeypatch, lambda preds: dict(score=[np.nan] + [1.] * 11))
+    words = 'finetune_256: 1 of 12 validation scores are not finite numbers'
+    with pytest.raises(RecordError, match=words): run.thresholds('finetune_256', 'optimal')
+
+
+@pytest.mark.parametrize('scores, words', [
+    (lambda preds: dict(score=.3), 'all 12 scores are 0.3'),
+    (lambda preds: dict(score=preds.index % 2, diagnosis=preds.index % 2 * 4), 'the optimal thresholds are all 0.5')],
+                         ids=['equal', 'two values'])
+def test_thresholds_that_cannot_be_fitted_become_the_midpoints(toy, tmp_path, monkeypatch, scores, words):
+    run = run_with_scores(toy, tmp_path, monkeypatch, scores)
+    thresholds, reason = run.fitted_thresholds('finetune_256', 'optimal')
+    assert thresholds.tolist() == [.5, 1.5, 2.5, 3.5] and words in reason
+    oof = run.oof('finetune_256')
+    valid = oof.assign(group=run.groups(oof), grade=out_of_fold_grades(run, oof, 'optimal'))
+    result = kappa_result(run, 'finetune_256', valid)
+    assert result['thresholds'] == [.5, 1.5, 2.5, 3.5]
+    assert any(words in text and 'the midpoints 0.5 1.5 2.5 3.5 are used' in text for text in result['warnings'])
 
 
 def test_ensemble_members_must_validate_the_same_images(toy, tmp_path, monkeypatch):

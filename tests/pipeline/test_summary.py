@@ -5,17 +5,29 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import expect_error
+from conftest import STAGES, expect_error, open_toy_run, toy_args
 
 from aptos_fastai.cli import main
+from aptos_fastai.common.console import console
 from aptos_fastai.metrics import quadratic_kappa
-from aptos_fastai.pipeline.summary import difference_text, interval_text
+from aptos_fastai.pipeline.summary import (
+    EPOCH_CHOSEN,
+    OUT_OF_FOLD,
+    PATIENTS_UNKNOWN,
+    SETS_CAUTION,
+    by_value,
+    compared_groups,
+    difference_text,
+    interval_text,
+    show_summary,
+    warnings,
+)
 
 
 def test_numbers_are_printed_as_the_field_prints_them():
-    assert interval_text(.8333, (.804, .858)) == '0.833 (95 % CI 0.80–0.86)'
-    assert interval_text(.8333, (.804, .858), label='') == '0.833 (0.80–0.86)'
-    assert interval_text(.1, (-.05, .25), label='') == '0.100 (-0.05 to 0.25)'
+    assert interval_text(.8333, (.804, .858), 'patients') == '0.833 (95 % CI over patients 0.80–0.86)'
+    assert interval_text(.8333, (.804, .858)) == '0.833 (0.80–0.86)'
+    assert interval_text(.1, (-.05, .25)) == '0.100 (-0.05 to 0.25)'
     assert difference_text(.0124, -.003, .0271) == '+0.012 (-0.003 to +0.027)'
 
 
@@ -37,6 +49,21 @@ def test_oof_scores_are_those_of_the_stages(toy):
     ensemble = oof[oof.ensemble.notna()]
     members = ['finetune_dense', 'finetune_256', 'finetune_512']
     assert np.allclose(ensemble.ensemble, ensemble[members].mean(axis=1))
+
+
+def test_the_table_of_results_fits_80_columns_and_breaks_no_name(toy, capsys, monkeypatch):
+    summary = json.loads((toy / 'summary.json').read_text())
+    for result in summary['stages']:
+        if not result['size']: continue                   # an ensemble
+        result |= dict(images=dict(train=28101, valid=7025), folds=5, seconds=2 * 86400 - 600, kappa=-.01,
+                       kappa_interval=[-.05, .25])
+    monkeypatch.setattr(console, 'width', 80)
+    show_summary(open_toy_run(toy), summary)
+    lines = capsys.readouterr().out.partition('images: training')[0].splitlines()
+    assert max(map(len, lines)) <= 80
+    words = {word for line in lines for word in line.split()}
+    assert {*STAGES, 'eyepacs2015', 'aptos_train', 'aptos_test', '28101', '+7025'} <= words
+    assert any('by finetune_256' in line for line in lines)
 
 
 def test_a_run_equals_itself(toy, capsys):
@@ -66,3 +93,69 @@ def test_compare_needs_finished_runs_on_the_same_tables(toy, tmp_path, capsys):
     expect_error(capsys, ['compare', toy, tmp_path / 'other'], 'have other grades than in')
     oof.assign(id_code=[f'x{i}' for i in range(len(oof))]).to_csv(file, index=False)
     expect_error(capsys, ['compare', toy, tmp_path / 'other'], 'no validation image in common')
+
+
+# What a kappa does not say
+
+RESULT = dict(stage='s', kappa=.8, kappa_interval=[.7, .9], resampled='patients', kappa_midpoints=.7,
+              thresholds=[.5, 1.5, 2.5, 3.5], threshold_method='optimal')
+
+
+@pytest.mark.parametrize('change, words', [
+    ({}, []),
+    (dict(resampled='images'), [PATIENTS_UNKNOWN]),
+    (dict(resampled='blocks of 10 ids'), [PATIENTS_UNKNOWN]),
+    (dict(resampled='patients and images'), [PATIENTS_UNKNOWN]),
+    (dict(kappa_interval=[-.1, .3]), ["kappa's interval contains 0"]),
+    (dict(thresholds=[.5, 1.5, 1.55, 3.5]), ['thresholds 1.50 and 1.55 nearly coincide: grade 2 is hardly ever']),
+    (dict(thresholds=[.5, .5, .5, 3.5]), ['grade 1 is hardly', 'grade 2 is hardly']),
+    (dict(kappa_midpoints=.85), ['worse than the midpoints, out-of-fold (kappa 0.800 against 0.850)']),
+    (dict(kappa_midpoints=.85, threshold_method='.7 1.5 2.5 3.5'), [])])
+def test_warnings(change, words):
+    found = warnings(RESULT | change)
+    assert len(found) == len(words)
+    for text, word in zip(found, words, strict=True): assert word in text
+
+
+def test_summary_records_warnings_and_what_intervals_resample(toy):
+    summary = json.loads((toy / 'summary.json').read_text())
+    results = {result['stage']: result for result in summary['stages']}
+    assert results['pretrain_256']['resampled'] == 'patients'
+    assert PATIENTS_UNKNOWN not in results['pretrain_256']['warnings']
+    assert results['finetune_256']['resampled'] == 'images'
+    assert PATIENTS_UNKNOWN in results['finetune_256']['warnings']
+    assert summary['submission']['warnings'] == results['retrain_512']['warnings']
+    assert summary['submission']['cautions'] == [SETS_CAUTION]
+    assert '95 % CI over images' in summary['submission']['kappa_text']
+
+
+def test_oof_has_the_patient_of_each_image(toy):
+    oof = pd.read_csv(toy / 'oof.csv', dtype=dict(id_code=str))
+    eyes = oof[oof.source == 'eyepacs2015']
+    assert eyes.group.nunique() < len(eyes)
+    assert (eyes.groupby('group').fold.nunique() == 1).all()
+
+
+def test_terminal_and_compare_say_what_the_figures_are(toy, capsys):
+    main(['all', *toy_args(toy)])
+    out = ' '.join(capsys.readouterr().out.split())
+    for text in (OUT_OF_FOLD, PATIENTS_UNKNOWN, EPOCH_CHOSEN, SETS_CAUTION, 'Intervals: bootstrap over patients ('):
+        assert text in out, text
+    main(['compare', str(toy), str(toy)])
+    out = ' '.join(capsys.readouterr().out.split())
+    for text in (OUT_OF_FOLD, PATIENTS_UNKNOWN, 'Paired bootstrap over patients ('): assert text in out, text
+
+
+def test_compare_resamples_patients_if_either_run_knows_them():
+    both = pd.DataFrame(dict(group=['a', 'b'], group_b=['p', 'p']))
+    images, patients, blocks = (dict(resampled=o) for o in ('images', 'patients', 'blocks of 10 ids'))
+    assert compared_groups(both, images, patients)[1].tolist() == ['p', 'p']
+    assert compared_groups(both, images, blocks)[0] == 'blocks of 10 ids'
+    assert compared_groups(both, patients, images)[1].tolist() == ['a', 'b']
+    assert compared_groups(both, patients, blocks)[0] == 'patients'
+    assert compared_groups(both, images, images)[1].tolist() == ['a', 'b']
+
+
+def test_names_by_value():
+    assert by_value(dict(a='images', b='images')) == 'images'
+    assert by_value(dict(a='patients', b='images', c='patients')) == 'patients (a, c), images (b)'

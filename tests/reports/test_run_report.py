@@ -11,13 +11,20 @@ import pytest
 from conftest import expect_error, toy_args
 
 from aptos_fastai.cli import main
-from aptos_fastai.pipeline.summary import interval_text
+from aptos_fastai.pipeline.summary import (
+    EPOCH_CHOSEN,
+    OUT_OF_FOLD,
+    PATIENTS_UNKNOWN,
+    SETS_CAUTION,
+    SETS_CONDITION,
+    interval_text,
+)
 from aptos_fastai.reports import plots
 from aptos_fastai.reports.shortcuts import forest_kappa
 
-HEADINGS = ['Results by stage', 'Thresholds', 'Confusion matrix and per-grade recall', 'Referable DR (grade ≥ 2)',
-            'Calibration', 'Prediction sets', 'Learning curves', 'Shortcut check', 'Tables', 'Largest errors',
-            'Most uncertain predictions', 'Settings and versions']
+HEADINGS = ['Results by stage', 'Kappa by cluster', 'Thresholds', 'Confusion matrix and per-grade recall',
+            'Referable DR (grade ≥ 2)', 'Calibration', 'Prediction sets', 'Learning curves', 'Shortcut check',
+            'Ungradable images', 'Tables', 'Largest errors', 'Most uncertain predictions', 'Settings and versions']
 
 
 @pytest.fixture(scope='module')
@@ -37,7 +44,7 @@ def test_report_has_every_section(html):
 def test_report_begins_with_what_it_is(html):
     top = html[html.index('<h1>'):html.index('<nav>')]
     for text in ('settings-demo', 'grades diabetic retinopathy', 'Trained on: ', 'aptos_train (60 images)',
-                 'aptos_test (20 images)', 'All reported kappas are out-of-fold; exceptions are labelled.',
+                 'aptos_test (20 images)', OUT_OF_FOLD, PATIENTS_UNKNOWN,
                  'Research use only. Not a medical device.'):
         assert text in top, text
 
@@ -58,8 +65,17 @@ def test_report_has_no_missing_numbers_or_colours(html):
 def test_report_shows_the_kappa_of_the_summary(toy, html):
     summary = json.loads((toy / 'summary.json').read_text())
     final = next(s for s in summary['stages'] if s['stage'] == 'retrain_512')
-    assert interval_text(final['kappa'], final['kappa_interval']) in html
+    assert interval_text(final['kappa'], final['kappa_interval'], 'images') in html
     assert f'n = {final["validated"]}' in html
+
+
+def test_report_says_what_its_figures_claim(html):
+    text = re.sub(r'<[^>]*>', '', html)
+    for words in (EPOCH_CHOSEN, SETS_CAUTION, SETS_CONDITION, 'measured out-of-fold', '95 % CI over images',
+                  '95 % CI over patients', 'Lines: 95 % CI, bootstrap over patients ('):
+        assert words in text, words
+    for sentence in re.findall(r'[^.]*95 % CI[^.]*', text):
+        assert 'over ' in sentence, sentence
 
 
 def test_report_command_rewrites_the_report(toy_copy):

@@ -34,17 +34,29 @@ def test_inspect_writes_a_page_and_a_contact_sheet(tables, options, tmp_path):
     assert not re.findall(r'(?:src|href)="(?!data:)', html)
 
 
+def test_inspect_shows_whether_ids_tell_the_grade(tables, options, tmp_path, capsys):
+    file = tables / 'train.csv'
+    pd.read_csv(file).assign(diagnosis=np.repeat(range(5), 8)).to_csv(file, index=False)
+    main(['inspect', 'train', '3', *options])
+    html = (tmp_path / 'runs/small/inspect/train.html').read_text(encoding='utf-8')
+    section = html.partition('Order of ids</h2>')[2].partition('<h2')[0]
+    for words in ('90 %', '18 %', 'patients unknown', 'Warning: ids tell the grade', 'block = 10'):
+        assert words in section
+    assert 'train: ids tell the grade: 90 % of neighbouring ids' in ' '.join(capsys.readouterr().out.split())
+
+
 def test_inspect_of_an_ungraded_table_shows_no_grades(options, tmp_path):
     main(['inspect', 'test', '100', *options])
     html = (tmp_path / 'runs/small/inspect/test.html').read_text(encoding='utf-8')
     assert html.count('<figure>') == 10
     assert 'Image sizes</h2>' in html
     assert 'Grades</h2>' not in html
+    assert 'Order of ids</h2>' not in html
 
 
 def test_inspect_names_what_is_wrong(options, capsys):
     expect_error(capsys, ['inspect', 'nowhere', *options], 'nowhere: no such table', 'train, test')
-    expect_error(capsys, ['inspect', 'train', 'all', *options], 'all: ', 'number')
+    expect_error(capsys, ['inspect', 'train', 'all', *options], 'COUNT', 'all', 'whole number')
     expect_error(capsys, ['inspect', 'train', '0', *options], '0: choose at least 1 image')
 
 

@@ -1,4 +1,9 @@
 "DataLoaders, augmentation by image and by batch, and views."
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pandas as pd
@@ -17,10 +22,12 @@ from aptos_fastai.training import loaders
 from aptos_fastai.training.loaders import (
     BatchAugment,
     FundusAugment,
+    ReadRetina,
     draw_colour,
     draw_params,
     draw_warp,
     get_dls,
+    image_id,
     set_epoch,
 )
 from aptos_fastai.training.model import get_learner
@@ -62,6 +69,41 @@ def smooth_images(n=4, side=64):
     return [cv2.GaussianBlur(rng.integers(0, 255, (side, side, 3), dtype=np.uint8), (0, 0), 6) for _ in range(n)]
 
 
+def test_ids_with_dots_draw_their_own_augmentation(frame, tmp_path):
+    "IMG.001 and IMG.002 have one stem before the first dot, and the same pixels here"
+    prep = Prep(size=48)
+    stored = Path(frame.stored[0])
+    keys = set()
+    for name in ('IMG.001', 'IMG.002'):
+        prepared = tmp_path / f'{name}.{stored.name.removesuffix(prep.suffix).rpartition(".")[2]}{prep.suffix}'
+        original = tmp_path / f'{name}.png'
+        shutil.copy(stored, prepared)
+        shutil.copy(frame.path[0], original)
+        assert image_id(prepared, prep) == image_id(original, prep) == name
+        im = ReadRetina(prep, 48).encodes(prepared)
+        augment = FundusAugment(Augment())
+        augment.epoch = 0
+        keys.add(np.asarray(augment(im, split_idx=0)).tobytes())
+    assert len(keys) == 2
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='forks on Linux alone')
+@pytest.mark.parametrize('chosen, expected', [('', 'fork'), ('spawn', 'spawn'), ('forkserver', 'forkserver')])
+def test_workers_start_by_fork_unless_the_user_chose_otherwise(chosen, expected):
+    "In a process of its own, where the default is that of Python 3.14"
+    code = (
+        'import multiprocessing as m, multiprocessing.context as c\n'
+        'c._default_context._default_context = c._concrete_contexts["forkserver"]\n'
+        'assert m.get_start_method() == "forkserver"\n'
+        'm.set_start_method(None, force=True)\n'
+        f'if {chosen!r}: m.set_start_method({chosen!r})\n'
+        'from aptos_fastai.training.loaders import start_workers_by_fork\n'
+        'start_workers_by_fork(); start_workers_by_fork()\n'
+        f'assert m.get_start_method() == {expected!r}, m.get_start_method()')
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+
+
 def test_batches(frame):
     dls = dls_of(frame)
     x, y = dls.train.one_batch()
@@ -85,18 +127,18 @@ def test_the_draws_of_an_epoch_depend_on_its_number_not_on_the_workers(frame):
     assert torch.equal(images_of_epoch(dls, 3), images_of_epoch(dls, 3, num_workers=2))
 
 
-@pytest.mark.parametrize('on', ['image', 'batch'])
-def test_without_an_epoch_every_draw_is_random(frame, on):
+@pytest.mark.parametrize('mode', ['image', 'batch'])
+def test_without_an_epoch_every_draw_is_random(frame, mode):
     "As in `learn.fit`, `learn.tta` and `show_batch` outside a stage's training"
-    train = in_order(dls_of(frame, Augment(on=on)))
+    train = in_order(dls_of(frame, Augment(mode=mode)))
     assert not torch.equal(images_of(train), images_of(train))
 
 
 def test_no_augmentation_changes_nothing():
     rng = np.random.default_rng(0)
     assert np.allclose(draw_warp(NO_AUGMENT, rng, 64), [[1, 0, 0], [0, 1, 0]])
-    matrix, lift = draw_colour(NO_AUGMENT, rng)
-    assert np.allclose(matrix, np.eye(3), atol=1e-3) and lift == 0
+    matrix, offset = draw_colour(NO_AUGMENT, rng)
+    assert np.allclose(matrix, np.eye(3), atol=1e-3) and offset == 0
 
 
 def test_warps_cover_the_ranges_of_the_recipe():
@@ -124,8 +166,8 @@ def test_contrast_and_saturation_keep_the_mean_grey():
     grey = pixels @ GREY
     rng = np.random.default_rng(1)
     for _ in range(50):
-        matrix, lift = draw_colour(Augment(brightness=0, contrast=.5, saturation=.5, hue=.1), rng)
-        new_grey = (pixels @ matrix.T + lift * grey.mean()) @ GREY
+        matrix, offset = draw_colour(Augment(brightness=0, contrast=.5, saturation=.5, hue=.1), rng)
+        new_grey = (pixels @ matrix.T + offset * grey.mean()) @ GREY
         assert abs(new_grey - grey).mean() < .5 * abs(grey - grey.mean()).mean() + 1e-6
         assert abs(new_grey.mean() - grey.mean()) < .3
 
@@ -184,7 +226,7 @@ def test_both_paths_draw_from_the_same_distributions():
 
 
 def test_the_batch_path_augments_only_training(frame):
-    by_batch, by_image = (dls_of(frame, Augment(on=on)) for on in ('batch', 'image'))
+    by_batch, by_image = (dls_of(frame, Augment(mode=mode)) for mode in ('batch', 'image'))
     assert torch.equal(images_of(by_batch.valid), images_of(by_image.valid))
     assert torch.equal(images_of(by_batch.test_dl(frame)), images_of(by_image.test_dl(frame)))
     third = images_of_epoch(by_batch, 3)

@@ -10,9 +10,9 @@ from fastai.imports import noop
 from fastai.learner import Learner
 from torch import nn
 
-from aptos_fastai.metrics import MIDPOINTS, quadratic_kappa
-from aptos_fastai.recipe import Stage
-from aptos_fastai.training.model import GeM, QuadraticKappa, create_model, split_body_head
+from aptos_fastai.metrics import MIDPOINTS, fit_thresholds, quadratic_kappa
+from aptos_fastai.recipe import Stage, parse_thresholds
+from aptos_fastai.training.model import GeM, QuadraticKappa, create_model, get_learner, split_body_head
 from aptos_fastai.training.weights import WeightsError, bundled_weights, check_weights, load_body, load_exported
 
 TINY = dict(name='t', train=('a',), arch='test_resnet', weights='none', size=32)
@@ -82,6 +82,19 @@ def test_the_metric_is_kappa_and_survives_an_export(tmp_path):
         assert metric.name == 'kappa'
         want = quadratic_kappa(np.digitize(scores, (first, *MIDPOINTS[1:])), grades)
         assert metric(scores, grades) == pytest.approx(want)
+
+
+@pytest.mark.parametrize('thresholds', ['optimal', 'regularised', '.7 1.5 2.5 3.5'])
+def test_epochs_are_judged_by_thresholds_like_those_of_the_prediction(thresholds):
+    dls = Datasets(range(4), [[noop]]).dataloaders(bs=2)
+    stage = Stage('s', ('t',), arch='test_resnet', weights='none', size=32, thresholds=thresholds)
+    metric = get_learner(stage, dls).metrics[0]
+    grades = np.tile(np.arange(5), 20)
+    scores = .6 * grades + .3 + .3 * np.random.default_rng(0).random(100)
+    fitted = parse_thresholds(thresholds) or fit_thresholds(thresholds, scores, grades)
+    want = quadratic_kappa(np.searchsorted(fitted, scores, side='right'), grades)
+    assert metric(torch.tensor(scores), torch.tensor(grades)) == pytest.approx(want)
+    assert want != pytest.approx(quadratic_kappa(np.searchsorted(MIDPOINTS, scores, side='right'), grades))
 
 
 def test_bundled_weights_fit_timms_network():

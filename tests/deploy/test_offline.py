@@ -1,0 +1,85 @@
+"Nothing that grades or exports opens a connection or leaves a file in the home folder, whichever backend it uses."
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from aptos_fastai.deploy.bundle import PACKAGES
+
+# What Matplotlib, which fastai imports, keeps in the home folder: its list of fonts, and settings
+CACHES = '.cache/matplotlib', '.config/matplotlib'
+# Runs a command of this package; a connection that Python code tries is refused and makes the exit status 3
+PROGRAM = """
+import socket, sys
+tried = []
+
+def refuse(*args, **kwargs):
+    tried.append(args)
+    raise OSError('no network in this test')
+
+for name in ('connect', 'connect_ex', 'sendto'): setattr(socket.socket, name, refuse)
+for name in ('getaddrinfo', 'gethostbyname', 'create_connection'): setattr(socket, name, refuse)
+
+from aptos_fastai.cli import main
+main(sys.argv[1:])
+if tried: sys.exit(f'tried to connect: {tried}')
+"""
+
+
+def run_offline(home, *args):
+    "Run a command with `home` as empty home folder; assert that it connects nowhere and leaves no file there"
+    home.mkdir()
+    env = {k: v for k, v in os.environ.items()
+           if not k.startswith('XDG_') and k not in ('TORCH_HOME', 'HF_HOME', 'MPLCONFIGDIR', 'ORT_DISABLE_TELEMETRY')}
+    command = [sys.executable, '-c', PROGRAM, *map(str, args)]
+    trace = home.with_suffix('.trace')
+    if shutil.which('strace') and _can_trace(trace):       # sees the connections of native code, too
+        command = ['strace', '-f', '--seccomp-bpf', '-e', 'trace=connect,sendto', '-o', str(trace), *command]
+    out = subprocess.run(command, env=env | dict(HOME=str(home), USERPROFILE=str(home)), cwd=ROOT, capture_output=True,
+                         text=True)
+    assert out.returncode == 0, out.stdout + out.stderr
+    if trace.is_file(): assert [line for line in trace.read_text().splitlines() if 'AF_INET' in line] == []
+    left = [f.relative_to(home).as_posix() for f in home.rglob('*') if f.is_file()]
+    assert [f for f in left if not f.startswith(CACHES)] == []
+    return out
+
+
+def _can_trace(file):
+    "Return whether strace may trace programs here"
+    command = ['strace', '-f', '--seccomp-bpf', '-o', str(file), 'true']
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.fixture(scope='module')
+def exported(toy, tmp_path_factory):
+    "The bundle of a copy of the toy run, exported without a network and with an empty home folder"
+    for package in ('onnx', 'onnxscript', 'onnxruntime'): pytest.importorskip(package)
+    folder = tmp_path_factory.mktemp('offline')
+    shutil.copytree(toy.parent, folder / 'runs')
+    run = folder / 'runs' / toy.name
+    run_offline(folder / 'home', 'export', run)
+    return run / 'bundle'
+
+
+def test_export_makes_no_connection(exported):
+    backends = {o['backend'] for o in json.loads((exported / 'bundle.json').read_text())['parity']}
+    assert {'onnx'} <= backends                           # it compared the backends, so it ran them
+
+
+@pytest.mark.parametrize('backend', PACKAGES)
+def test_predict_makes_no_connection(exported, image_paths, tmp_path, backend):
+    pytest.importorskip(PACKAGES[backend])
+    out = tmp_path / 'grades.csv'
+    run_offline(tmp_path / 'home', 'predict', exported, *image_paths[:4], '-o', out, '--backend', backend)
+    assert len(out.read_text().splitlines()) == 5
+
+
+def test_a_connection_is_refused():
+    code = 'import socket; socket.create_connection(("127.0.0.1", 9))'
+    program = PROGRAM.partition('from aptos')[0] + code
+    out = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
+    assert 'no network in this test' in out.stderr

@@ -1,0 +1,111 @@
+"Out-of-fold kappa by camera, visual cluster and block of ids."
+import json
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+
+from aptos_fastai.data.retina import Prep
+from aptos_fastai.metrics import MIDPOINTS, apply_thresholds, quadratic_kappa, thresholds_or_midpoints
+from aptos_fastai.pipeline.clusters import (
+    BLOCK,
+    CAMERA,
+    OTHERS,
+    VISUAL,
+    block_labels,
+    camera_labels,
+    cluster_result,
+    drop_by_chance,
+    visual_labels,
+)
+
+
+@pytest.fixture
+def valid():
+    "Validation images of two cameras: the second one's scores are noisy and too low; and ten of a third"
+    rng = np.random.default_rng(0)
+    n = 410
+    y = rng.integers(0, 5, n)
+    second = np.arange(n) % 2 == 1
+    score = np.where(second, .5 * y + rng.normal(0, .6, n), y + rng.normal(0, .3, n))
+    df = pd.DataFrame(dict(
+        source='t', id_code=[f'i{i}' for i in range(n)], diagnosis=y, score=score, group=np.arange(n) // 2,
+        width=np.where(second, 4288, 2048), height=np.where(second, 2848, 1536), r=np.where(second, 1700, 750)))
+    df.loc[400:, ['width', 'height']] = 640
+    return df.assign(grade=apply_thresholds(score, MIDPOINTS))
+
+
+def test_the_drop_between_an_easy_and_a_hard_camera(valid):
+    found = cluster_result(CAMERA, valid, camera_labels(valid), 'optimal')
+    names = [o['name'] for o in found['clusters']]
+    assert set(names[:2]) == {'2048 x 1536, radius 0.4', '4288 x 2848, radius 0.4'} and names[2] == OTHERS
+    easy, hard = sorted(found['clusters'][:2], key=lambda o: -o['kappa'])
+    assert easy['name'].startswith('2048') and easy['images'] == hard['images'] == 200
+    assert found['drop'] == pytest.approx(easy['kappa'] - hard['kappa'])
+    assert found['drop'] > .2 > .1 > found['drop_by_chance'] > 0
+    low, high = hard['kappa_interval']
+    assert low < hard['kappa'] < high < easy['kappa']
+    assert hard['mean_error'] > easy['mean_error']
+
+
+def test_thresholds_are_fitted_without_the_cluster(valid):
+    labels = camera_labels(valid)
+    hard = next(o for o in cluster_result(CAMERA, valid, labels, 'optimal')['clusters'] if o['name'].startswith('4288'))
+    inside = labels == hard['name']
+    thresholds, _ = thresholds_or_midpoints('optimal', valid.score[~inside], valid.diagnosis[~inside])
+    grades = apply_thresholds(valid.score[inside], thresholds)
+    assert hard['kappa_others'] == quadratic_kappa(grades, valid.diagnosis[inside])
+    fixed = cluster_result(CAMERA, valid, labels, '.5 1.5 2.5 3.5')
+    assert all(o['kappa_others'] is None for o in fixed['clusters'])
+
+
+def test_no_drop_without_two_clusters_of_thirty_images_and_two_grades(valid):
+    one = cluster_result(CAMERA, valid, np.array(['a'] * len(valid), object), 'optimal')
+    assert one['drop'] is None and one['drop_by_chance'] is None
+    small = cluster_result(CAMERA, valid[:40], np.array(['a'] * 20 + ['b'] * 20, object), 'optimal')
+    assert [o['name'] for o in small['clusters']] == [OTHERS] and small['drop'] is None
+    zeros = valid[valid.diagnosis == 0].head(30)
+    mixed = pd.concat([valid[:60], zeros], ignore_index=True)
+    found = cluster_result(CAMERA, mixed, np.array(['a'] * 60 + ['b'] * len(zeros), object), 'optimal')
+    assert found['clusters'][1]['kappa'] is None and found['drop'] is None
+
+
+def test_equal_clusters_drop_as_much_as_chance(valid):
+    even = valid[valid.width == 2048].reset_index(drop=True)
+    labels = np.where(np.arange(len(even)) % 2 == 0, 'a', 'b').astype(object)
+    assert cluster_result(CAMERA, even, labels, 'optimal')['drop'] < .08
+    assert drop_by_chance(even, [100, 100]) < .08
+    assert drop_by_chance(even, [100, 100]) == drop_by_chance(even, [100, 100])
+
+
+def test_blocks_follow_the_natural_order_of_ids(valid):
+    shuffled = valid.sample(frac=1, random_state=1).reset_index(drop=True)
+    labels = block_labels(shuffled)
+    number = shuffled.id_code.str[1:].astype(int).to_numpy()
+    ranges = sorted((number[labels == o].min(), number[labels == o].max()) for o in set(labels))
+    assert ranges == [(82 * k, 82 * k + 81) for k in range(5)]
+    assert 't: i0 to i81' in set(labels)
+
+
+def test_visual_clusters_find_colours(tmp_path):
+    rng = np.random.default_rng(0)
+    colours = [(30, 60, 120), (20, 20, 60), (60, 120, 200), (90, 90, 90), (10, 80, 80)]
+    paths, truth = [], []
+    for i in range(50):
+        im = np.clip(np.array(colours[i % 5]) + rng.normal(0, 2 + 5 * (i % 5), (64, 64, 3)), 0, 255).astype(np.uint8)
+        paths.append(tmp_path / f'{i}.jpg')
+        truth.append(i % 5)
+        cv2.imwrite(str(paths[-1]), im)
+    labels = visual_labels(SimpleNamespace(prep=Prep(crop='none', size=64)), pd.DataFrame(dict(stored=paths)))
+    assert (pd.crosstab(labels, np.array(truth)) > 0).sum().tolist() == [1] * 5
+    assert sorted(set(labels))[0].startswith('1: RGB ')
+
+
+def test_summary_and_report_show_the_clusters(toy):
+    clusters = json.loads((toy / 'summary.json').read_text())['clusters']
+    assert [o['kind'] for o in clusters] == [CAMERA, VISUAL, BLOCK]
+    for kind in clusters: assert sum(o['images'] for o in kind['clusters']) == 12
+    html = (toy / 'report.html').read_text(encoding='utf-8')
+    for text in ('Kappa by cluster', VISUAL, BLOCK, 'This is no test on other images'): assert text in html, text
