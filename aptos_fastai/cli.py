@@ -316,7 +316,7 @@ def predict(model: Model, images: Images,
 
 @command
 def score(options: RunOptions) -> None:
-    """Predict the test table with the trained stages (writes scores.csv).
+    """Predict the test table. Writes scores.csv.
 
     python run.py score
     """

@@ -28,7 +28,7 @@ def test_help_of_a_command(name, capsys):
     main([name, '--help'])
     out = capsys.readouterr().out
     assert f'python run.py {name}' in out     # an example
-    assert ('--data' in out) == uses_run(COMMANDS[name])
+    assert ('--runs FOLDER' in out) == uses_run(COMMANDS[name])
     assert '{' not in out and '<str>' not in out
 
 
@@ -42,7 +42,7 @@ def test_help_of_demo_shows_only_the_options_that_it_uses(capsys):
     main(['demo', '--help'])
     out = capsys.readouterr().out
     assert '--recipe' in out and '--set' in out
-    for option in ('--data', '--runs', '--trust'): assert option not in out
+    for option in ('--data FOLDER', '--runs FOLDER', '--trust FILE'): assert option not in out
 
 
 def test_help_of_the_program_shows_complete_sentences(capsys):

@@ -305,13 +305,13 @@ def test_an_unreadable_file_is_not_ungradable(toy, tmp_path):
 def test_the_distance_has_its_limit_out_of_fold(toy):
     run, model = open_toy_run(toy), read_model(toy)[0]
     node = run.recipe.submit.final
-    held_out = run.out_of_fold_distances(node)
-    assert len(held_out) == len(run.oof(node)) and (held_out > 0).all()
-    assert (held_out > model.gate.limit).mean() <= run.recipe.gate.reject
-    assert model.gate.limit == pytest.approx(held_out.max(), rel=2e-3)   # few images: none may be refused
+    distances = run.out_of_fold_distances(node)
+    assert len(distances) == len(run.oof(node)) and (distances > 0).all()
+    assert (distances > model.gate.limit).mean() <= run.recipe.gate.reject
+    assert model.gate.limit == pytest.approx(distances.max(), rel=2e-3)   # few images: none may be refused
 
 
-def test_the_held_out_distances_are_those_of_the_grader(toy):
+def test_the_out_of_fold_distances_are_those_of_the_grader(toy):
     from aptos_fastai.data.store import read_square
     run = open_toy_run(toy)
     grader = load_grader(toy / 'finetune_256')

@@ -188,3 +188,12 @@ def test_the_python_api_in_a_new_process(toy, image_paths):
                          capture_output=True, text=True, check=True)
     expected = load_grader(toy).predict(image_paths[:3]).score.tolist()
     assert json.loads(out.stdout) == pytest.approx(expected, abs=2e-4)
+
+
+def test_a_finished_run_predicts_with_the_folds_of_its_submission(toy_copy, toy, image_paths):
+    "Other finished folds in its folders, as after `folds` was lowered, change nothing"
+    shutil.copytree(toy_copy / 'retrain_512/fold0', toy_copy / 'retrain_512/fold1')
+    expected = load_grader(toy).predict(image_paths[:4])
+    grader = load_grader(toy_copy)
+    assert [m.file for m in grader.model.members] == ['retrain_512/fold0/weights.safetensors']
+    assert grader.predict(image_paths[:4]).score.tolist() == expected.score.tolist()
