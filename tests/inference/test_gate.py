@@ -411,3 +411,17 @@ def test_a_changed_feature_file_is_refused(bundle, tmp_path):
     file = next(changed.glob('*features.safetensors'))
     file.write_bytes(file.read_bytes()[:-1] + b'x')
     with pytest.raises(AptosError, match='features'): load_grader(changed)
+
+
+# Training
+
+def test_the_gate_does_not_change_the_weights(small_recipe, tables, tmp_path, monkeypatch):
+    from aptos_fastai.pipeline import stage
+    hashes = []
+    for name in ('with', 'without'):
+        args = ['--recipe', str(small_recipe), '--data', str(tables), '--runs', str(tmp_path / name)]
+        main(['train', 'teacher', *args])
+        folder = tmp_path / name / 'small/teacher'
+        hashes.append([read_record(folder / f'fold{k}/stage.json')['files']['weights.safetensors'] for k in (0, 1)])
+        monkeypatch.setattr(stage, 'fit_distance', lambda *_: FeatureDistance.fit(np.eye(96)))      # of test_resnet
+    assert hashes[0] == hashes[1]
