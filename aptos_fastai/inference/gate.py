@@ -17,7 +17,8 @@ COMPONENTS = 64                              # of the features that are modelled
 ACCEPTED_HOW = .01                           # accept a way to find the retina from this fraction of training images
 ACCEPTED_FLAG = .05                          # accept a flag from this fraction of them
 COLOUR_QUANTILES = .001, .999                # of the training images
-COLOUR_MARGIN = .25                          # added to both ends: other cameras differ (logarithm of a ratio)
+COLOUR_MARGIN = .25                          # added to both ends (logarithm of a ratio)
+FUNDUS_COLOURS = dict(red_green=(.05, 2.), green_blue=(-.35, 3.5))   # always accepted: other cameras, white balances
 ROUNDING = 1e-3                              # added to the limit: backends round differently
 HOW = 'circle', 'box', 'whole'
 REASONS = {
@@ -120,13 +121,15 @@ def gate_rules(images: pd.DataFrame) -> dict:
     """Return rules of `GateSpec` that accept images like the training images.
 
     `images` has the columns how, flags, red_green and green_blue. Accepted are the circle, each other `how` of at least
-    1 % of the images, each flag of at least 5 % of them, and the range of their colours plus a margin.
+    1 % of the images, each flag of at least 5 % of them, and `FUNDUS_COLOURS` together with the range of their colours
+    plus a margin. A grey image has both values near 0.
     """
     flags = [set(text.split()) for text in images['flags']]
     colours = {}
-    for name in ('red_green', 'green_blue'):
+    for name, (lowest, highest) in FUNDUS_COLOURS.items():
         low, high = np.quantile(images[name], COLOUR_QUANTILES)
-        colours[name] = (round(float(low) - COLOUR_MARGIN, 4), round(float(high) + COLOUR_MARGIN, 4))
+        colours[name] = (min(lowest, round(float(low) - COLOUR_MARGIN, 4)),
+                         max(highest, round(float(high) + COLOUR_MARGIN, 4)))
     return dict(
         how=tuple(o for o in HOW if o == 'circle' or (images.how == o).mean() >= ACCEPTED_HOW),
         flags=tuple(o for o in FLAGS if np.mean([o in of_image for of_image in flags]) >= ACCEPTED_FLAG),
@@ -148,7 +151,7 @@ def merge_rules(rules: Iterable[dict]) -> dict:
     accepted = {key: tuple(o for o in known if any(o in r[key] for r in rules))
                 for key, known in (('how', HOW), ('flags', FLAGS))}
     colours = {key: (min(r[key][0] for r in rules), max(r[key][1] for r in rules))
-               for key in ('red_green', 'green_blue')}
+               for key in FUNDUS_COLOURS}
     return accepted | colours
 
 

@@ -110,7 +110,7 @@ def check(rows: list[dict]):
         log = row['killed_log']
         assert row['equal'] and not row['left'], (row['last'], row['left'])
         if row['how'] != 'SIGKILL' and 'stage 1' in log and 'in all' not in log:
-            assert row['code'] in (130, 143) and 'stopped: ' in log and 'to resume' in log, log
+            assert row['code'] in (130, 143) and 'error: stopped' in log and 'to resume' in log, log
 
 
 def test_killed_and_run_again_it_ends_with_the_same(tmp_path):
