@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from aptos_fastai.common.console import Bars, format_duration, say, table
+from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.distributed import world_size
 from aptos_fastai.common.io import AptosError, file_hash, read_record, write_csv, write_record
 from aptos_fastai.data.store import read_prepared, store_folder
@@ -126,6 +127,7 @@ def score_run(run: Run) -> None:
     "Score the test table with the finished stages and write scores.csv"
     with start_trained_run(run) as (run, bars): scores = score_test_table(run, bars)
     say(f'{len(scores)} images scored -> {run.root / "scores.csv"}')
+    say(DISCLAIMER, 'dim')
 
 
 def submit_run(run: Run) -> None:
@@ -135,6 +137,7 @@ def submit_run(run: Run) -> None:
     thresholds = run.thresholds(submit.final, submit.thresholds)
     say(f'{submit.final}, thresholds {thresholds_text(thresholds)} -> {run.root / "submission.csv"}\n'
         f'each submitted stage and ensemble -> {run.root / "submissions"}')
+    say(DISCLAIMER, 'dim')
     if not summary or summary['submission']['thresholds'] == thresholds.tolist(): return
     say('report.html and the commands predict, export, serve and kaggle still use the thresholds of the last `all`:\n'
         f'{thresholds_text(summary["submission"]["thresholds"])}. '

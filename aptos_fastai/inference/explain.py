@@ -19,6 +19,7 @@ from aptos_fastai.inference.backends import to_tensor
 from aptos_fastai.inference.find_images import find_images
 from aptos_fastai.inference.grade_files import safe_cell
 from aptos_fastai.inference.grader import Grader, Squares, load_grader
+from aptos_fastai.inference.model_spec import SYNTHETIC_MODEL
 from aptos_fastai.inference.views import undo_view, views
 from aptos_fastai.metrics import GRADE_NAMES
 
@@ -121,11 +122,13 @@ def grade_text(row: dict) -> str:
 
 
 def side_by_side(im: np.ndarray, overlay: np.ndarray, row: dict) -> np.ndarray:
-    "Return an image and its overlay side by side, with the grade as a caption"
+    "Return an image and its overlay side by side; the grade and the disclaimer are the caption"
     pair = np.hstack([im, overlay])
-    out = cv2.copyMakeBorder(pair, 0, CAPTION_HEIGHT, 0, 0, cv2.BORDER_CONSTANT)
-    origin, scale, colour, thickness = (6, len(out) - 9), .55, (235, 235, 235), 1
-    return cv2.putText(out, grade_text(row), origin, cv2.FONT_HERSHEY_SIMPLEX, scale, colour, thickness, cv2.LINE_AA)
+    out = cv2.copyMakeBorder(pair, 0, 2 * CAPTION_HEIGHT, 0, 0, cv2.BORDER_CONSTANT)
+    for i, text in enumerate((grade_text(row), DISCLAIMER)):
+        origin, scale, colour = (6, len(pair) + (i + 1) * CAPTION_HEIGHT - 9), .55, (235, 235, 235)
+        out = cv2.putText(out, text, origin, cv2.FONT_HERSHEY_SIMPLEX, scale, colour, 1, cv2.LINE_AA)
+    return out
 
 
 def explain_files(model: str, paths: Iterable[str], output: str, *, root: str | None = None) -> None:
@@ -145,6 +148,7 @@ def explain_files(model: str, paths: Iterable[str], output: str, *, root: str | 
     failed = [f'{row["file"]} {row["error"]}' for row in rows if row['error']]
     say(f'{len(rows) - len(failed)} images -> {folder}; index.csv names the file of each')
     say(DISCLAIMER, 'dim')
+    if grader.model.synthetic: say(SYNTHETIC_MODEL, 'yellow')
     if failed: raise AptosError(f'{len(failed)} of {len(rows)} images could not be explained: {"; ".join(failed[:3])}')
 
 

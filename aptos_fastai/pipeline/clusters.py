@@ -16,27 +16,27 @@ from aptos_fastai.run_folder import Run
 MIN_IMAGES = 30                              # of a cluster; smaller ones are merged into OTHERS
 OTHERS = 'others'
 VISUAL_CLUSTERS = 5
-ID_BLOCKS = 5                                # of each table
+ID_RANGES = 5                                # of each table
 RADIUS_STEP = .1                             # of the retina's radius / image width, which differs between cameras
 MAX_IMAGES = 5000                            # a random sample of more validation images
 PERMUTATIONS = 200
-CAMERA, VISUAL, BLOCK = 'camera', 'visual cluster', 'block of ids'
+CAMERA, VISUAL, ID_RANGE = 'camera', 'visual cluster', 'id range'
 MEANING = {
     CAMERA: 'size of the original image, and radius of the retina / image width',
     VISUAL: f'k-means, k = {VISUAL_CLUSTERS}, of mean colour and contrast of the prepared images',
-    BLOCK: f'{ID_BLOCKS} blocks of neighbouring ids of each table, in natural order',
+    ID_RANGE: f'{ID_RANGES} equal ranges of the ids of each table, in natural order',
 }
 
 
 def cluster_results(run: Run, valid: pd.DataFrame, setting: str) -> list[dict]:
-    """Return the out-of-fold kappa by camera, visual cluster and block of ids: a dict for each of these kinds.
+    """Return the out-of-fold kappa by camera, visual cluster and range of ids: a dict for each of these kinds.
 
     `valid` (source, id_code, diagnosis, fold, group, score, grade) are the validation images of one stage or ensemble,
     `setting` are its thresholds in the recipe. A random sample of `MAX_IMAGES` is used if there are more.
     """
     df = valid.sample(MAX_IMAGES, random_state=0) if len(valid) > MAX_IMAGES else valid
     df = with_image_records(run, df.sort_values(['source', 'id_code'])).reset_index(drop=True)
-    labels = {CAMERA: camera_labels(df), VISUAL: visual_labels(run, df), BLOCK: block_labels(df)}
+    labels = {CAMERA: camera_labels(df), VISUAL: visual_labels(run, df), ID_RANGE: id_range_labels(df)}
     return [cluster_result(kind, df, label, setting) for kind, label in labels.items()]
 
 
@@ -78,12 +78,12 @@ def visual_labels(run: Run, df: pd.DataFrame) -> np.ndarray:
     return np.array([names[c] for c in cluster], object)
 
 
-def block_labels(df: pd.DataFrame) -> np.ndarray:
-    "Return the block of ids of each image: 'train: a1 to a99'"
+def id_range_labels(df: pd.DataFrame) -> np.ndarray:
+    "Return the range of ids of each image: 'train: a1 to a99'"
     labels = np.empty(len(df), object)
     for name, ids in df.groupby('source').id_code:
         rows = ids.index.to_numpy()[natural_order(ids)]
-        for block in np.array_split(rows, ID_BLOCKS):
+        for block in np.array_split(rows, ID_RANGES):
             if len(block): labels[block] = f'{name}: {df.id_code[block[0]]} to {df.id_code[block[-1]]}'
     return labels
 

@@ -44,7 +44,7 @@ def ungradable_validated(run: Run) -> list[str]:
 
 def gate_result(run: Run, scores: pd.DataFrame) -> dict:
     "Return how many validation and test images are ungradable, and why; `scores` is scores.csv"
-    return dict(validated=_counts(ungradable_validated(run)), test=_counts(scores.ungradable.fillna('')))
+    return dict(validation=_counts(ungradable_validated(run)), test=_counts(scores.ungradable.fillna('')))
 
 
 def _counts(reasons: Iterable[str]) -> dict:

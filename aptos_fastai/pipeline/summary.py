@@ -287,6 +287,7 @@ def compare_runs(first: str, second: str) -> None:
           ['stage', 'n', 'first', 'second', 'difference (95 % CI)', 'time', 'folds'], rows,
           right=('n', 'first', 'second', 'folds'), wrap=('time',))
     say(f'first: {first}, submission by {final_a}. second: {second}, submission by {final_b}.')
+    say(DISCLAIMER, 'dim')
     say(f'Paired bootstrap over {by_value(resampled)}: a difference whose interval contains 0 may be chance.\n'
         'folds: fraction of the images that both runs validated in the same fold.', 'dim')
     say(OUT_OF_FOLD, 'yellow')

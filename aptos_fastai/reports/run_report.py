@@ -187,7 +187,7 @@ def _stage_row(run: Run, result: dict) -> list:
 
 
 def cluster_section(run: Run, summary: dict) -> list[Table | str]:
-    "Return the out-of-fold kappa of the submitted model by camera, visual cluster and block of ids."
+    "Return the out-of-fold kappa of the submitted model by camera, visual cluster and range of ids."
     over = next(o for o in summary['stages'] if o['stage'] == summary['submission']['node'])['resampled']
     columns = ['cluster', 'images', f'kappa (95 % CI over {over})', 'thresholds of\nthe other clusters',
                'mean\nabsolute error']
@@ -199,11 +199,11 @@ def cluster_section(run: Run, summary: dict) -> list[Table | str]:
                  f'{o["mean_error"]:.2f}'] for o in kind['clusters']]
         drop = 'Fewer than two clusters can be compared.'
         if kind['drop'] is not None:
-            drop = (f'Gap between the highest and the lowest kappa: {kind["drop"]:.2f}; expected by chance (random '
+            drop = (f'Drop from the highest to the lowest kappa: {kind["drop"]:.2f}; expected by chance (random '
                     f'clusters): {kind["drop_by_chance"]:.2f}.')
         caption = f'{kind["kind"].capitalize()}: {kind["meaning"]}. {drop}'
         tables.append(Table([kind['kind'], *columns[1:]], rows, caption))
-    return ['Out-of-fold kappa of images that resemble each other. A gap well above chance warns that other cameras '
+    return ['Out-of-fold kappa of images that resemble each other. A drop well above chance warns that other cameras '
             'or clinics can be graded worse. This is no test on other images: the networks have trained on images of '
             'every cluster. For "thresholds of the other clusters", only the thresholds are fitted without the '
             'cluster. Kappa also depends on the mix of grades in a cluster.', *tables]
@@ -232,8 +232,9 @@ def threshold_comparison(run: Run, oof: pd.DataFrame) -> Table:
     columns = ['stage', 'midpoints\n0.5 1.5 2.5 3.5', 'published\n0.75 1.5 2.5 3.5', 'optimal,\ncross-fitted',
                'regularised,\ncross-fitted', 'optimal,\nin-sample', 'used in this run']
     return Table(columns, rows,
-                 'Kappa of each stage for each way to set the thresholds. Cross-fitted: the thresholds for a fold are '
-                 'fitted on the other folds. In-sample: fitted on the images they grade, not out-of-fold, too high. '
+                 'Kappa of each stage for each way to set the thresholds. Cross-fitted: the thresholds for a fold (or '
+                 'one of five parts, with fewer than three folds) are fitted on the others. In-sample: fitted on the '
+                 'images they grade, not out-of-fold, too high. '
                  f'In parentheses: 95 % CI over {by_value(over)}.')
 
 
@@ -262,7 +263,8 @@ def referable_section(valid: pd.DataFrame, over: str) -> list[Figure | Table | s
     points, rows = operating_points(valid, referable)
     counts = f'n = {referable.sum()} referable + {(~referable).sum()} non-referable'
     return [figure(f'ROC curve: AUC {interval_text(area, interval, over)}, {counts}', plots.roc_curve(fpr, tpr, points),
-                   'Out-of-fold scores. CI: DeLong; it has no width at an AUC of 1.'),
+                   f'Out-of-fold scores. CI: {"DeLong" if over == "images" else "Obuchowski 1997"}; it has no width at '
+                   'an AUC of 1.'),
             Table(['referable if', 'sensitivity', 'specificity'], rows,
                   'The score thresholds are chosen on these images, for a specificity of 90 % and 95 %: in-sample. '
                   f'The grade thresholds are cross-fitted or fixed. In parentheses: 95 % CI over {over} (Wilson).')]
@@ -333,8 +335,8 @@ def prediction_sets(run: Run, summary: dict, valid: pd.DataFrame, predictions: p
     test_sizes = (predictions.grade_high - predictions.grade_low + 1).value_counts().sort_index()
     columns = ['true grade', 'images', f'empirical coverage\n(target {percent(coverage)})', 'mean set size']
     return [Table(columns, rows,
-                  'Conformal prediction sets (CV+), measured out-of-fold: the sets of each fold are fitted on '
-                  'the other folds and use the score of one network. '
+                  'Conformal prediction sets (CV+), measured out-of-fold: the sets of each fold (or one of five parts, '
+                  'with fewer than three folds) are fitted on the others and use the scores of one fold. '
                   f'In parentheses: 95 % CI over {run.grouped_by(valid)} (Wilson). '
                   f'The target is valid for images {SETS_CONDITION}. '
                   'grade_low to grade_high in scores.csv are the sets of the predictions.'),
@@ -388,7 +390,7 @@ def _shortcut_findings(found: list[tuple[str, int, float, tuple[float, float]]])
 
 def gate_section(gate: dict) -> list[Table | str]:
     "Return how many validation and test images the gate refuses, and why; `gate` is that of summary.json."
-    parts = gate['validated'], gate['test']
+    parts = gate['validation'], gate['test']
     names = dict.fromkeys(name for part in parts for name in part['reasons'])
     counts = [('any reason', [part['ungradable'] for part in parts]),
               *((name, [part['reasons'].get(name, 0) for part in parts]) for name in names)]

@@ -354,7 +354,7 @@ def test_scores_csv_summary_and_report_say_what_is_ungradable(toy):
     counts = read_record(toy / 'summary.json')['gate']
     assert counts['test']['ungradable'] == (scores.ungradable != '').sum()
     assert counts['test']['images'] == len(scores)
-    assert counts['validated']['images'] == len(open_toy_run(toy).oof('retrain_512'))
+    assert counts['validation']['images'] == len(open_toy_run(toy).oof('retrain_512'))
     assert scores.grade.isin(range(5)).all()                             # the submission needs a grade for every id
     report = (toy / 'report.html').read_text()
     assert 'Ungradable images' in report and DISCLAIMER in report

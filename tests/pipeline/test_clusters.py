@@ -1,4 +1,4 @@
-"Out-of-fold kappa by camera, visual cluster and block of ids."
+"Out-of-fold kappa by camera, visual cluster and range of ids."
 import json
 from types import SimpleNamespace
 
@@ -10,14 +10,14 @@ import pytest
 from aptos_fastai.data.retina import Prep
 from aptos_fastai.metrics import MIDPOINTS, apply_thresholds, quadratic_kappa, thresholds_or_midpoints
 from aptos_fastai.pipeline.clusters import (
-    BLOCK,
     CAMERA,
+    ID_RANGE,
     OTHERS,
     VISUAL,
-    block_labels,
     camera_labels,
     cluster_result,
     drop_by_chance,
+    id_range_labels,
     visual_labels,
 )
 
@@ -82,7 +82,7 @@ def test_equal_clusters_drop_as_much_as_chance(valid):
 
 def test_blocks_follow_the_natural_order_of_ids(valid):
     shuffled = valid.sample(frac=1, random_state=1).reset_index(drop=True)
-    labels = block_labels(shuffled)
+    labels = id_range_labels(shuffled)
     number = shuffled.id_code.str[1:].astype(int).to_numpy()
     ranges = sorted((number[labels == o].min(), number[labels == o].max()) for o in set(labels))
     assert ranges == [(82 * k, 82 * k + 81) for k in range(5)]
@@ -105,7 +105,7 @@ def test_visual_clusters_find_colours(tmp_path):
 
 def test_summary_and_report_show_the_clusters(toy):
     clusters = json.loads((toy / 'summary.json').read_text())['clusters']
-    assert [o['kind'] for o in clusters] == [CAMERA, VISUAL, BLOCK]
+    assert [o['kind'] for o in clusters] == [CAMERA, VISUAL, ID_RANGE]
     for kind in clusters: assert sum(o['images'] for o in kind['clusters']) == 12
     html = (toy / 'report.html').read_text(encoding='utf-8')
-    for text in ('Kappa by cluster', VISUAL, BLOCK, 'This is no test on other images'): assert text in html, text
+    for text in ('Kappa by cluster', VISUAL, ID_RANGE, 'This is no test on other images'): assert text in html, text
