@@ -316,14 +316,16 @@ Calibration = tuple[tuple[tuple[float, ...], ...], ...]       # grade -> fold ->
 
 
 class PredictionSets:
-    """Predict sets of neighbouring grades that contain the true grade with probability `coverage`, for each true grade.
+    """Predict sets of neighbouring grades that aim to contain the true grade with probability `coverage`.
 
-    CV+ (Barber, Candès, Ramdas and Tibshirani 2021), label-conditional (Vovk 2012; Sadinle, Lei and Wasserman 2019).
+    CV+ (Barber, Candès, Ramdas and Tibshirani 2021), for each true grade on its own (label-conditional: Vovk 2012;
+    Sadinle, Lei and Wasserman 2019).
     Calibration: the n images of true grade g, each with its out-of-fold score and d_i = |score_i - g|.
     New image: D_k = |score_k - g|, where score_k is its score by the network of fold k.
     Grade g is in the set if d_i < D_(fold of i) for fewer than coverage * (n + 1) calibration images i.
     With one fold this is split conformal prediction. A grade with coverage * (n + 1) > n is in every set.
-    The coverage is valid for images from the same source: the same cameras, clinics and graders.
+    Guaranteed is 2 * `coverage` - 1, for images that are exchangeable with the calibration images (the same cameras,
+    clinics and graders, one image a patient) if these chose no epoch; it is usually near `coverage`.
     Fitted attributes: `calibration_`, the sorted d_i of each grade and fold, and `radius_` (5,), the largest distance
     at which each grade is in the set if the networks of all folds give the same score.
     """
@@ -344,6 +346,7 @@ class PredictionSets:
         calibration = []
         for g in range(GRADES):
             rows = np.flatnonzero(y == g)
+            rows = rows[np.lexsort((fold[rows], s[rows]))]             # the draw does not depend on their order
             if len(rows) > CALIBRATION_IMAGES: rows = rng.choice(rows, CALIBRATION_IMAGES, replace=False)
             distance = np.abs(s[rows] - g).round(4)
             calibration.append(tuple(tuple(np.sort(distance[fold[rows] == k]).tolist()) for k in range(n_folds)))

@@ -49,6 +49,17 @@ def _check_regex(text: str, _: Any) -> None:
                          r'for example ^(\d+)_(left|right)$ for the id 15_left.')
 
 
+def _check_where(text: str, _: Any) -> None:
+    column, _, value = text.partition('=')
+    if text and not (column.strip() and value.strip()):
+        raise ValueError('write COLUMN = VALUE, for example Usage = Public')
+
+
+def _split_names(text: str) -> tuple[str, ...]:
+    "Return the names in a list that is separated by |"
+    return tuple(name.strip() for name in text.split('|') if name.strip())
+
+
 # The sections and their keys
 
 def _key(default: Any = MISSING, help: str = '', choices: tuple[str, ...] | None = None, low: float | None = None,
@@ -105,26 +116,52 @@ class Augment:
 class Table:
     "[table.NAME]: one CSV file and its folder of images"
     name: str
-    csv: str = _key(help='CSV file, inside one of the folders in `folder`')
-    images: str = _key(help='folder of the images, inside the same folder as the CSV')
-    id: str = _key('id_code', 'column of image ids: file names with or without extension')
-    grade: str = _key('', 'column of grades 0-4; empty: the table is ungraded')
+    csv: str = _key('', 'CSV or .xlsx file, inside one of the folders in `folder`; empty: `images` has a sub-folder '
+                    'for each grade')
+    images: str = _key('.', 'folder of the images and its sub-folders, inside the same folder as the CSV')
+    id: str = _key('id_code', 'column of image ids: file names or paths, with or without suffix')
+    grade: str = _key('', 'column of grades 0-4, or several of which one is filled, separated by |; empty: the table '
+                      'is ungraded')
+    header: str = _key('yes', 'no: the CSV has no header; its columns are called 1, 2, 3 …', choices=('yes', 'no'))
+    where: str = _key('', 'use only the rows with a value: COLUMN = VALUE', check=_check_where)
+    ungradable: tuple[str, ...] = _key((), 'grades that mean ungradable; blank: an empty cell. These images are '
+                                       'counted and left out')
     folder: tuple[str, ...] = _key(('.',), 'folders inside --data to search; the first one with the CSV is used')
-    group: str = _key('', 'regular expression; its first group in parentheses is the patient part of an image id', 
-                      check=_check_regex)
-    block: int = _key(0, 'group every N consecutive ids (natural sort) as if they were one patient; 0: off; needs an '
-                      'empty `group`', low=0, high=10_000)
+    patient: str = _key('', 'column of patients: images of one patient share a fold')
+    group: str = _key('', 'the same by a regular expression: its first group in parentheses is the patient part of an '
+                      'image id', check=_check_regex)
+    block: int = _key(0, 'group every N consecutive ids (natural sort) as if they were one patient; 0: off; needs '
+                      'empty `patient` and `group`', low=0, high=10_000)
+    eye: str = _key('', 'column, or regular expression with a group in parentheses, that says left or right (L, R, OS, '
+                    'OD)')
+    carry: str = _key('', 'further columns, separated by |, that oof.csv and the report show: site, camera, sex …')
     order: str = _key('', 'CSV with the ids and their order in the submission (sample_submission.csv)')
 
     @property
     def graded(self) -> bool:
         "Whether the table has grades"
-        return bool(self.grade)
+        return bool(self.grade) or not self.csv
+
+    @property
+    def grade_columns(self) -> tuple[str, ...]:
+        "Columns of grades; of a table of folders the one that its grades are put into"
+        return _split_names(self.grade) or (() if self.csv else ('grade',))
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        "Further columns that stay with the images"
+        return (*_split_names(self.carry), *(['eye'] if self.eye else []))
+
+    @property
+    def where_column_and_value(self) -> tuple[str, str]:
+        "The two sides of `where`"
+        column, _, value = self.where.partition('=')
+        return column.strip(), value.strip()
 
     @property
     def grouped_by(self) -> str:
         "What shares a fold and is resampled for an interval: patients, blocks of N ids, or images"
-        if self.group: return 'patients'
+        if self.patient or self.group: return 'patients'
         return f'blocks of {self.block} ids' if self.block else 'images'
 
 
@@ -275,6 +312,11 @@ class Recipe:
         "Tables that a stage or the submission needs, in the order of the recipe"
         names = {table for s in self.stages.values() for _, table in s.sources} | {self.submit.table}
         return [t for name, t in self.tables.items() if name in names]
+
+    @property
+    def carried(self) -> list[str]:
+        "Further columns of the tables that stay with the images"
+        return list(dict.fromkeys(name for t in self.used_tables for name in t.carried))
 
     def members(self, node: str) -> dict[str, float]:
         "Return the stages whose scores `node` averages, with weights that add up to 1"
@@ -451,12 +493,18 @@ def _check_column_names(r: Recipe) -> None:
         if name in taken:
             raise ConfigError(f'{r.path} [{kind}.{name}]: {name} is a column of scores.csv or oof.csv. '
                               'Choose another name.')
+    for t in r.tables.values():
+        for name in t.carried:
+            if name in taken or name in r.nodes:
+                _fail(r, f'table.{t.name}', 'carry', name, 'oof.csv has a column or a stage of this name. Rename it.')
 
 
 def _check_groups(r: Recipe, t: Table) -> None:
     "Check that a table's images are grouped in one way only"
-    if t.group and t.block:
-        _fail(r, f'table.{t.name}', 'block', t.block, 'this table has a group. Remove group or block.')
+    ways = [key for key in ('patient', 'group', 'block') if getattr(t, key)]
+    if len(ways) > 1:
+        advice = f'this table has {ways[0]}. Remove {ways[0]} or {ways[1]}.'
+        _fail(r, f'table.{t.name}', ways[1], getattr(t, ways[1]), advice)
 
 
 def _check_init(r: Recipe, s: Stage) -> None:

@@ -381,3 +381,12 @@ def test_calibration_distances_are_sampled_and_rounded():
     assert sets.calibration_ == PredictionSets(.9).fit(s, y, np.arange(len(y)) % 5).calibration_
     assert all(round(o, 4) == o for by_fold in sets.calibration_ for fold in by_fold for o in fold)
     assert PredictionSets(.9, sets.calibration_).radius_[0] == pytest.approx(np.quantile(np.abs(s[y == 0]), .9), abs=.1)
+
+
+def test_prediction_sets_do_not_depend_on_the_order_of_images():
+    "More images of a grade than are kept: a fixed draw of them"
+    rng = np.random.default_rng(0)
+    y, folds = np.zeros(5000, int), rng.integers(0, 5, 5000)
+    s, order = rng.normal(0, .5, 5000), rng.permutation(5000)
+    sets, again = PredictionSets().fit(s, y, folds), PredictionSets().fit(s[order], y[order], folds[order])
+    assert sets.calibration_ == again.calibration_

@@ -81,6 +81,21 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
+def file_lock(file: Path, what_to_do: str) -> Iterator[None]:
+    "Keep every other process from writing `file` while the block runs. Raises `AptosError` if one is writing it"
+    lock = FileLock(file.with_name(f'.{file.name}.lock'))
+    try: lock.acquire(timeout=0)
+    except Timeout: raise AptosError(f'{file}: another process is writing this file. {what_to_do}') from None
+    except (OSError, NotImplementedError) as e:
+        reason = getattr(e, 'strerror', None) or e
+        raise AptosError(f'{file.parent}: cannot write to this folder ({reason}). {what_to_do}') from None
+    try: yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
 def run_lock(folder: str | Path) -> Iterator[None]:
     """Keep every other process out of `folder` while the block runs.
 

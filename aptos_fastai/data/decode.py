@@ -1,6 +1,8 @@
 "Decode image bytes to RGB."
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Condition
 from typing import Any
 
 import cv2
@@ -21,8 +23,36 @@ Image.MAX_IMAGE_PIXELS = None               # `check_size` does it for every for
 
 HEADER_BYTES = 132                          # of a file: enough to recognise its format
 SIGNATURES = {b'\xff\xd8\xff': 'JPEG', b'\x89PNG\r\n\x1a\n': 'PNG', b'II*\0': 'TIFF', b'MM\0*': 'TIFF',
-              b'II+\0': 'TIFF', b'MM\0+': 'TIFF', b'BM': 'BMP', b'GIF8': 'GIF', b'\0\0\0\x0cjP  ': 'JPEG 2000'}
+              b'II+\0': 'TIFF', b'MM\0+': 'TIFF', b'BM': 'BMP', b'GIF8': 'GIF', b'\0\0\0\x0cjP  ': 'JPEG 2000',
+              b'\xff\x4f\xff\x51': 'JPEG 2000'}
 ISO_BRANDS = {b'heic': 'HEIC', b'heix': 'HEIC', b'hevc': 'HEIC', b'mif1': 'HEIC', b'msf1': 'HEIC', b'avif': 'AVIF'}
+
+
+PILLOW_NAMES = {'JPEG 2000': 'JPEG2000', 'WebP': 'WEBP', 'HEIC': 'HEIF'}     # where Pillow's name is another
+DEFLATED = b'1.2.840.10008.1.2.1.99'        # transfer syntax of a DICOM file that is compressed as a whole
+DICOM_HEADER = 300_000                      # bytes that surely hold the file meta information
+ROWS_AT_ONCE = 256                          # of a DICOM image that are scaled to 8 bits
+
+
+class PixelBudget:
+    "Bound the pixels that all threads decode at once; an image larger than the budget is decoded alone"
+    def __init__(self, limit: int):
+        self.limit, self.used, self.changed = limit, 0, Condition()
+
+    @contextmanager
+    def pixels(self, n: int) -> Iterator[None]:
+        "Wait until `n` pixels may be decoded, and keep them reserved while the block runs"
+        with self.changed:
+            self.changed.wait_for(lambda: not self.used or self.used + n <= self.limit)
+            self.used += n
+        try: yield
+        finally:
+            with self.changed:
+                self.used -= n
+                self.changed.notify_all()
+
+
+BUDGET = PixelBudget(4 * MAX_PIXELS)         # about 4 GB
 
 
 class ImageError(AptosError):
@@ -89,7 +119,7 @@ def _decode_png(data: bytes, factor: int = 1) -> np.ndarray | None:
 
 def _decode_png_pillow(data: bytes, factor: int) -> np.ndarray | None:
     "`_decode_png` without libvips: Pillow decodes the whole image, then shrinks it."
-    with Image.open(io.BytesIO(data)) as im:
+    with Image.open(io.BytesIO(data), formats=['PNG']) as im:
         if im.mode not in ('RGB', 'L'): return None
         try: pixels = np.array((im.reduce(factor) if factor > 1 else im).convert('RGB'))
         except (OSError, SyntaxError): return None
@@ -111,9 +141,11 @@ def decode(data: bytes, min_side: int = 0, max_pixels: int = MAX_PIXELS) -> tupl
     try:
         if fmt == 'DICOM': return decode_dicom(data, max_pixels)
         if fmt == 'HEIC': _register_heic()
-        with Image.open(io.BytesIO(data)) as im:
+        if not fmt: raise UnidentifiedImageError
+        # only this format: for EPS, Pillow would start another program
+        with Image.open(io.BytesIO(data), formats=[PILLOW_NAMES.get(fmt, fmt)]) as im:
             check_size(*im.size, max_pixels=max_pixels)
-            return _decode_opened(im, data, min_side), im.size
+            with BUDGET.pixels(im.width * im.height): return _decode_opened(im, data, min_side), im.size
     except ImageError: raise
     except UnidentifiedImageError: raise ImageError('cannot be decoded: unknown image format') from None
     except Exception as e:   # Pillow's plugins raise anything from SyntaxError to struct.error on damaged files
@@ -158,24 +190,40 @@ def decode_dicom(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray,
     try:
         import pydicom
     except ImportError: raise ImageError('cannot be decoded: DICOM needs pydicom (pip install pydicom)') from None
+    if DEFLATED in data[:DICOM_HEADER]:      # pydicom would inflate it before its size is known
+        raise ImageError('cannot be decoded: deflated DICOM is not read; export the image uncompressed or as JPEG')
     ds = pydicom.dcmread(io.BytesIO(data))
     frames = int(ds.get('NumberOfFrames') or 1)
     check_size(ds.Columns, ds.Rows, frames, max_pixels)
     if frames != 1: raise ImageError(f'cannot be decoded: DICOM with {frames} frames; save one frame per file')
     _check_transfer_syntax(ds.file_meta.TransferSyntaxUID)
+    with BUDGET.pixels(ds.Columns * ds.Rows): pixels = _dicom_pixels(ds)
+    height, width = pixels.shape[:2]
+    return pixels, (width, height)
+
+
+def _dicom_pixels(ds: Any) -> np.ndarray:
+    "Return the pixels of a DICOM dataset as uint8 RGB; values are scaled by the bits that are stored."
+    import pydicom
     pixels = pydicom.pixels.pixel_array(ds)          # converts YBR to RGB
     palette = ds.PhotometricInterpretation == 'PALETTE COLOR'
     if palette: pixels = pydicom.pixels.apply_color_lut(pixels, ds)
     if pixels.dtype != np.uint8 or pixels.ndim == 2:
         bits = 16 if palette else ds.BitsStored
         lowest = -(1 << (ds.BitsStored - 1)) if ds.get('PixelRepresentation') else 0     # signed values start below 0
-        scale = 255 / ((1 << bits) - 1)
-        pixels = ((pixels.astype(np.float32) - lowest) * scale).clip(0, 255)
+        pixels = _scaled(pixels, lowest, 255 / ((1 << bits) - 1))
     if ds.PhotometricInterpretation == 'MONOCHROME1': pixels = 255 - pixels             # 0 is white there
-    pixels = np.ascontiguousarray(pixels.round().astype(np.uint8))
-    if pixels.ndim == 2: pixels = np.repeat(pixels[..., None], 3, 2)
-    height, width = pixels.shape[:2]
-    return pixels, (width, height)
+    pixels = np.ascontiguousarray(pixels)
+    return np.repeat(pixels[..., None], 3, 2) if pixels.ndim == 2 else pixels
+
+
+def _scaled(pixels: np.ndarray, lowest: int, scale: float) -> np.ndarray:
+    "Return (`pixels` - `lowest`) * `scale` as uint8, a few rows at a time to save memory."
+    out = np.empty(pixels.shape, np.uint8)
+    for start in range(0, len(pixels), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        out[rows] = ((pixels[rows].astype(np.float32) - lowest) * scale).clip(0, 255).round()
+    return out
 
 
 def _check_transfer_syntax(uid: Any) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from aptos_fastai.data.tables import natural_order
+from aptos_fastai.data.groups import natural_order
 from aptos_fastai.recipe import Table
 
 DRAWS = 1_000                                # permutations

@@ -1,182 +1,156 @@
-"Read a CSV and its folder of images into one checked frame per table."
-import os
-import re
-from collections.abc import Sized
+"Read a CSV, or folders named by grade, and the images into one checked frame per table."
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from aptos_fastai.common.io import AptosError
+from aptos_fastai.data.grades import grade_texts, is_ungradable, read_grade, read_grades
+from aptos_fastai.data.groups import eyes, find_groups
+from aptos_fastai.data.locate import ImageLocator, is_image
+from aptos_fastai.data.spreadsheet import TableError, count, first_few, read_spreadsheet, require_column
 from aptos_fastai.recipe import Recipe, Table
 
-
-class TableError(AptosError):
-    "Raised for a table that cannot be used; the message names the file, the ids and what to do."
+RENAME = 'Rename one, or set the column name in the recipe.'
 
 
-def _first_few(ids) -> str:
-    return ', '.join(map(str, list(ids)[:5])) + (', …' if len(ids) > 5 else '')
-
-
-def _count(items: Sized, noun: str) -> str:
-    return f'{len(items)} {noun}' if len(items) == 1 else f'{len(items)} {noun}s'
+@dataclass
+class TableContents:
+    "A table as it was understood: its frame, and notes for a person to check"
+    frame: pd.DataFrame
+    notes: list[str] = field(default_factory=list)
 
 
 def find_folder(table: Table, data: Path) -> Path:
-    "Return the first of the table's folders under `data` that contains its CSV. Raises `TableError`."
-    tried = [data / f for f in table.folder]
+    "Return the first of the table's folders under `data` that has its CSV, or its images. Raises `TableError`"
+    tried, wanted = [data / f for f in table.folder], table.csv or table.images
     for folder in tried:
-        if (folder / table.csv).is_file(): return folder
-    content = table.csv if table.folder == ('.',) else ' or '.join(table.folder)
-    raise TableError(f'[table.{table.name}]: {table.csv} not found in {" or ".join(map(str, tried))}. '
+        if (folder / wanted).is_file() if table.csv else (folder / wanted).is_dir(): return folder
+    content = wanted if table.folder == ('.',) else ' or '.join(table.folder)
+    raise TableError(f'[table.{table.name}]: {wanted} not found in {" or ".join(map(str, tried))}. '
                      f'Set --data to the folder that contains {content}, or use --data demo for synthetic images.')
-
-
-def _find_images(folder: Path) -> dict[str, Path]:
-    "Return stem -> path of the files in `folder`. Raises `TableError` for two files of one stem and links to outside."
-    if not folder.is_dir():
-        raise TableError(f'{folder}: image folder not found. Put the images there, or change the key `images`.')
-    with os.scandir(folder) as entries:
-        files = sorted((o.name, o.is_symlink()) for o in entries if not o.name.startswith('.') and o.is_file())
-    root = folder.resolve().parent
-    for name, is_link in files:
-        if is_link and not (folder / name).resolve().is_relative_to(root):
-            raise TableError(f'{folder / name}: symbolic link to a file outside {root}. '
-                             'Replace it with the image, or name the image\'s own folder in the recipe.')
-    images: dict[str, Path] = {}
-    for name, _ in files:
-        stem = name.rpartition('.')[0] or name
-        if stem in images:
-            raise TableError(f'{folder}: {images[stem].name} and {name} have the same id {stem}. Keep one of them.')
-        images[stem] = folder / name
-    return images
-
-
-def _read_grades(csv: Path, df: pd.DataFrame, table: Table) -> np.ndarray:
-    "Return the grades as float32 (n,). Raises `TableError` for anything but 0, 1, 2, 3, 4."
-    grades = pd.to_numeric(df[table.grade], errors='coerce')
-    bad = df[~grades.isin(range(5))]
-    if len(bad):
-        shown = [f'{i} = {v}' for i, v in zip(bad[table.id], bad[table.grade], strict=True)]
-        raise TableError(f'{csv}: {_count(bad, "invalid value")} in column {table.grade}: {_first_few(shown)}. '
-                         'Grades are whole numbers from 0 to 4.')
-    return grades.to_numpy(np.float32)
-
-
-def _read_csv(csv: Path, columns: list[str]) -> pd.DataFrame:
-    "Read a CSV as text. Raises `TableError` if it is unreadable, has no rows or lacks one of `columns`."
-    try: df = pd.read_csv(csv, dtype=str, keep_default_na=False, encoding='utf-8-sig')
-    except pd.errors.EmptyDataError:
-        raise TableError(f'{csv}: the file is empty. Write a header and one row per image.') from None
-    except (pd.errors.ParserError, UnicodeDecodeError) as e:
-        raise TableError(f'{csv}: not a readable CSV ({str(e).strip()}). Save it as comma-separated UTF-8.') from None
-    for c in columns:
-        if c not in df:
-            raise TableError(f'{csv}: no column {c}. Its columns are {", ".join(df.columns)}. '
-                             'Rename one, or set the column name in the recipe.')
-    if not len(df): raise TableError(f'{csv}: no rows. Write one row per image.')
-    return df
-
-
-def _match_images(csv: Path, ids: pd.Series, folder: Path) -> list[str]:
-    """Return the image path of each id; an id is a file name with or without its extension.
-
-    Raises `TableError` for duplicate ids and for ids without an image.
-    """
-    by_stem = _find_images(folder)
-    by_name = {p.name: p for p in by_stem.values()}
-    paths = [by_stem.get(i) or by_name.get(i) for i in ids]
-    path_or_id = pd.Series(paths, dtype=object).where(lambda o: o.notna(), ids)      # a and a.png are one image
-    repeated = ids[ids.duplicated() | path_or_id.duplicated()].unique()
-    if len(repeated):
-        raise TableError(f'{csv}: {_count(repeated, "duplicate value")} in column {ids.name}: {_first_few(repeated)}. '
-                         'Keep one row per image.')
-    missing = [i for i, p in zip(ids, paths, strict=True) if p is None]
-    if missing:
-        raise TableError(f'{csv}: {len(missing)} of {len(ids)} ids have no image in {folder}: {_first_few(missing)}. '
-                         'Add the images or remove these rows.')
-    return [str(p) for p in paths]
-
-
-def _read_groups(ids: pd.Series, table: Table) -> pd.Series:
-    """Return TABLE:PATIENT of each id; an id without a patient is its own group.
-
-    Raises `TableError` if the table's pattern matches no id.
-    """
-    if not table.group: return f'{table.name}:' + ids
-    patients = _read_patients(ids, table)
-    if patients.isna().all():
-        raise TableError(f'[table.{table.name}] group = {table.group}: matches none of the {len(ids)} ids, for example '
-                         f'{ids.iloc[0]}. Put the part that is the patient in parentheses, or remove group and set '
-                         'block = 10 if patients are unknown.')
-    return f'{table.name}:' + patients.fillna(ids)
-
-
-def _read_patients(ids: pd.Series, table: Table) -> pd.Series:
-    "Return the first group of the table's pattern in each id; NaN where it matches nothing."
-    return ids.str.extract(table.group)[0].replace('', np.nan)
-
-
-def unmatched_ids(ids: pd.Series, table: Table) -> pd.Series:
-    "Return the ids that the table's `group` does not match; none without `group`."
-    if not table.group: return ids[:0]
-    return ids[_read_patients(ids, table).isna()]
-
-
-def unmatched_text(ids: pd.Series, table: Table) -> str:
-    "Return a warning of ids that the table's `group` does not match, or an empty text."
-    unmatched = unmatched_ids(ids, table)
-    if not len(unmatched): return ''
-    each = 'it is' if len(unmatched) == 1 else 'each is'
-    return (f'[table.{table.name}] group = {table.group}: does not match {len(unmatched)} of {len(ids)} ids '
-            f'({_first_few(unmatched)}); {each} a patient of its own. Change the pattern if that is wrong.')
-
-
-def patients_text(frame: pd.DataFrame, table: Table) -> str:
-    "Return how many patients the images of a table are of: '120 patients', or 'patients unknown'."
-    n = frame.group.nunique()
-    if table.group: return f'{n} patient' if n == 1 else f'{n} patients'
-    return f'patients unknown, {n} {table.grouped_by}' if table.block else 'patients unknown'
-
-
-def natural_order(ids: pd.Series) -> np.ndarray:
-    "Return the positions of ids in natural order: a2 before a10"
-    def key(text: str) -> list[tuple[int, str]]:
-        parts = re.split(r'([0-9]+)', text)              # text and number in turn
-        return [(int(part), '') if i % 2 else (0, part) for i, part in enumerate(parts)]
-    return np.array(sorted(range(len(ids)), key=lambda i: key(ids.iloc[i])), int)
-
-
-def _blocks(ids: pd.Series, table: Table) -> pd.Series:
-    "Return TABLE:block K of each id: `block` neighbouring ids in natural order are one group"
-    block = np.empty(len(ids), int)
-    block[natural_order(ids)] = np.arange(len(ids)) // table.block
-    return f'{table.name}:block ' + pd.Series(block, ids.index).astype(str)
 
 
 def read_table(table: Table, data: Path) -> pd.DataFrame:
     """Read `table` under the folder `data`, one row per image.
 
-    Columns: id_code, diagnosis (float32; NaN if the table is ungraded), path, group, source.
-    Raises `TableError` for a missing file, folder or column, no rows, invalid grades, duplicate ids, missing images.
+    Columns: id_code, diagnosis (float32; NaN if the table is ungraded), path, group, source, eye (if the table has it)
+    and those of `carry`. Raises `TableError` for a missing file, folder or column, no rows, invalid grades, duplicate
+    ids, missing images.
     """
+    return table_contents(table, data).frame
+
+
+def table_contents(table: Table, data: Path) -> TableContents:
+    "Read `table` as `read_table` does; return its frame and what a person should check"
     if not data.is_dir():
         raise TableError(f'{data}: data folder not found. Check --data, or use --data demo for synthetic images.')
     folder = find_folder(table, data)
-    csv = folder / table.csv
-    df = _read_csv(csv, [table.id, table.grade] if table.graded else [table.id])
-    ids = df[table.id]
-    paths = _match_images(csv, ids, folder / table.images)
-    groups = _blocks(ids, table) if table.block else _read_groups(ids, table)
-    grades = _read_grades(csv, df, table) if table.graded else np.full(len(df), np.nan, np.float32)
-    return pd.DataFrame(dict(id_code=ids, diagnosis=grades, path=paths, group=groups, source=table.name))
+    images = folder / table.images
+    notes: list[str] = []
+    if not images.is_dir():
+        raise TableError(f'{images}: image folder not found. Put the images there, or change the key `images`.')
+    locator = ImageLocator(images, loose=True)
+    csv = folder / table.csv if table.csv else images
+    df = _read_rows(csv, table) if table.csv else _class_folders(images, table)
+    if table.graded:
+        texts = grade_texts(csv, df, table)
+        df, texts = _without_ungradable(df, texts, table, notes)
+    ids = df[table.id].rename(table.id)
+    paths = _match_images(csv, ids, locator, notes)
+    groups, note = find_groups(csv, df, ids, table)
+    if note: notes.append(note)
+    grades = read_grades(csv, texts, ids, table) if table.graded else np.full(len(df), np.nan, np.float32)
+    frame = pd.DataFrame(dict(id_code=ids, diagnosis=grades, path=paths, group=groups, source=table.name))
+    if table.eye: frame['eye'] = eyes(csv, df, ids, table)
+    for column in table.carried:
+        if column != 'eye': frame[column] = df[column]
+    return TableContents(frame, notes)
 
 
 def read_tables(recipe: Recipe, data: Path) -> dict[str, pd.DataFrame]:
     "Read every table that the recipe uses; returns name -> frame."
-    return {t.name: read_table(t, Path(data)) for t in recipe.used_tables}
+    return {name: contents.frame for name, contents in read_contents(recipe, data).items()}
 
+
+def read_contents(recipe: Recipe, data: Path) -> dict[str, TableContents]:
+    "Read every table that the recipe uses, with the notes of each"
+    return {t.name: table_contents(t, Path(data)) for t in recipe.used_tables}
+
+
+# Rows
+
+def _read_rows(csv: Path, table: Table) -> pd.DataFrame:
+    "Return the rows of a table's CSV that `where` chooses. Raises `TableError` if it lacks a column of the recipe"
+    df = read_spreadsheet(csv, header=table.header == 'yes')
+    carried = [column for column in table.carried if column != 'eye']
+    needed = [table.id, *table.grade_columns, *carried, *([table.patient] if table.patient else [])]
+    for column in needed: require_column(csv, df, column, RENAME)
+    if not len(df): raise TableError(f'{csv}: no rows. Write one row per image.')
+    if not table.where: return df
+    column, value = table.where_column_and_value
+    require_column(csv, df, column, 'Change the key `where`.')
+    chosen = df[df[column] == value]
+    if len(chosen): return chosen.reset_index(drop=True)
+    raise TableError(f'{csv}: no row has {column} = {value}. Its values are {first_few(sorted(set(df[column])))}.')
+
+
+def _class_folders(images: Path, table: Table) -> pd.DataFrame:
+    "Return a row for each image in sub-folders that are named by grade: 0 … 4, or names of grades"
+    folders = [f for f in sorted(images.iterdir()) if f.is_dir() and np.isfinite(read_grade(f.name))]
+    rows = [[file.relative_to(images).as_posix(), f.name]
+            for f in folders for file in sorted(f.rglob('*')) if file.is_file() and is_image(file)]
+    if rows: return pd.DataFrame(rows, columns=[table.id, table.grade_columns[0]])
+    raise TableError(f'[table.{table.name}]: no csv is named, and {images} has no images in folders named 0 to 4 or by '
+                     'the names of grades. Set csv, or sort the images into such folders.')
+
+
+def _without_ungradable(df: pd.DataFrame, texts: pd.Series, table: Table, notes: list[str]):
+    "Return the rows and grade texts without those that mean ungradable; note their number"
+    ungradable = is_ungradable(texts, table)
+    if not ungradable.any(): return df, texts
+    notes.append(f'{ungradable.sum()} of {len(df)} images are ungradable by their graders (ungradable = '
+                 f'{" ".join(table.ungradable)}) and left out')
+    if ungradable.all(): raise TableError(f'[table.{table.name}]: all {len(df)} images are ungradable.')
+    return df[~ungradable].reset_index(drop=True), texts[~ungradable].reset_index(drop=True)
+
+
+# Images
+
+def _match_images(csv: Path, ids: pd.Series, locator: ImageLocator, notes: list[str]) -> list[str]:
+    """Return the image path of each id; an id is a file name or path, with or without its suffix.
+
+    Raises `TableError` for duplicate ids, for ids without an image and for ids that fit several.
+    """
+    paths, problems = [], []
+    for name in ids:
+        try: paths.append(str(locator(name)))
+        except LookupError as e:
+            paths.append(name)
+            problems.append((name, str(e)))
+    repeated = ids[ids.duplicated() | pd.Series(paths, index=ids.index).duplicated()].unique()
+    if len(repeated):
+        raise TableError(f'{csv}: {count(repeated, "duplicate value")} in column {ids.name}: {first_few(repeated)}. '
+                         'Keep one row per image.')
+    if problems: raise TableError(_image_problems(csv, len(ids), problems, locator.root))
+    if locator.loosely:
+        notes.append(f'{locator.loosely} of {len(ids)} ids differ from their file in suffix, case or accents')
+    unused = locator.unused().total()
+    if unused: notes.append(f'{unused} images in {locator.root} are named by no row')
+    return paths
+
+
+def _image_problems(csv: Path, n: int, problems: list[tuple[str, str]], root: Path) -> str:
+    "Return the message for ids that name no image, or no single one"
+    missing = [name for name, problem in problems if problem.startswith('no such image')]
+    if missing:
+        return (f'{csv}: {len(missing)} of {n} ids have no image in {root}: {first_few(missing)}. '
+                'Add the images or remove these rows.')
+    name, problem = problems[0]
+    return f'{csv}: {len(problems)} of {n} ids cannot be matched with one image: {name}: {problem}.'
+
+
+# The order of a submission
 
 def read_order(table: Table, data: Path) -> list[str]:
     """Return the ids of the submission in order: those of the table's `order` CSV, or the table's own if there is none.
@@ -184,12 +158,15 @@ def read_order(table: Table, data: Path) -> list[str]:
     Raises `TableError` if the two lists contain different ids.
     """
     folder = find_folder(table, data)
-    own = _read_csv(folder / table.csv, [table.id])[table.id].tolist()
+    if not table.csv: return _class_folders(folder / table.images, table)[table.id].tolist()
+    own = _read_rows(folder / table.csv, table)[table.id].tolist()
     csv = folder / table.order if table.order else None
     if csv is None or not csv.is_file(): return own
-    ids = _read_csv(csv, ['id_code']).id_code.tolist()
+    df = read_spreadsheet(csv)
+    require_column(csv, df, 'id_code', RENAME)
+    ids = df.id_code.tolist()
     differing = sorted(set(ids) ^ set(own))
     if differing:
-        raise TableError(f'{csv}: {_count(differing, "id")} in only one of this file and {table.csv}: '
-                         f'{_first_few(differing)}. List the same images in both.')
+        raise TableError(f'{csv}: {count(differing, "id")} in only one of this file and {table.csv}: '
+                         f'{first_few(differing)}. List the same images in both.')
     return ids

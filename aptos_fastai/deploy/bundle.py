@@ -136,11 +136,11 @@ def lineage(root: Path, member: MemberSpec) -> dict:
     return {key: record[key] for key in keys}
 
 
-def run_metrics(root: Path) -> dict:
-    "Return kappa and its interval of the stage or ensemble that made a run's submission; {} for a run without summary"
+def run_metrics(root: Path, model: ModelSpec) -> dict:
+    "Return kappa and its interval of the stage or ensemble that a model is; {} if the run does not report them"
     summary = read_record(root / 'summary.json')
-    if not summary: return {}
-    stage = next(s for s in summary['stages'] if s['stage'] == summary['submission']['node'])
+    if not summary or not model.kappa: return {}
+    stage = next(s for s in summary['stages'] if s['stage'] == model.name.rpartition('/')[2])
     metrics = {key: stage[key] for key in ('kappa', 'kappa_interval', 'resampled', 'threshold_method', 'validated')}
     return metrics | dict(node=stage['stage'])
 
@@ -173,7 +173,7 @@ def _build(model: ModelSpec, root: Path, folder: Path, images: ParityImages) -> 
         for i, (original, copied) in enumerate(zip(model.members, bundled.members, strict=True), 1):
             write_onnx(grader.net(original), copied, (folder / copied.file).with_suffix('.onnx'))
             bar.to(i)
-    origins, metrics = [lineage(root, m) for m in model.members], run_metrics(root)
+    origins, metrics = [lineage(root, m) for m in model.members], run_metrics(root, model)
     write_bundle(folder, bundled, origins, metrics, [], images.origin)
     parity = compare_backends(folder, images.jpegs)
     for o in parity:
@@ -204,12 +204,11 @@ def write_bundle(folder: Path, model: ModelSpec, origins: list[dict], metrics: d
     networks = [dict(stage=o['stage'], fold=o['fold'], arch=m.arch, size=m.size, train=o['images']['train'],
                      valid=o['images']['valid'], tables=', '.join(o['settings']['train']))
                 for o, m in zip(origins, model.members, strict=True)]
-    reject = origins[0]['gate']['reject']
     fixed = bool(metrics) and parse_thresholds(metrics['threshold_method'])
     card = render('MODEL_CARD.md', model=model, networks=networks, metrics=metrics, fixed_thresholds=fixed,
                   out_of_fold=OUT_OF_FOLD, sets_condition=SETS_CONDITION, parity=parity, parity_on=parity_on,
                   grade_names=GRADE_NAMES, disclaimer=DISCLAIMER,
-                  reject=reject, version=aptos_fastai.__version__)
+                  version=aptos_fastai.__version__)
     write_bytes(folder / 'MODEL_CARD.md', card.encode())
     write_record(folder / BUNDLE, dict(
         format=BUNDLE_FORMAT, classes=list(GRADE_NAMES),

@@ -12,7 +12,7 @@ from aptos_fastai.common.console import format_duration, say
 from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.io import AptosError, write_bytes, write_csv, write_json, write_record
 from aptos_fastai.data import decode
-from aptos_fastai.inference.grade_files import grade_files
+from aptos_fastai.inference.grade_files import grade_files, safe_cell
 from aptos_fastai.inference.grader import Grader, load_grader
 from aptos_fastai.inference.model_spec import BUNDLE, SYNTHETIC_MODEL, copy_members, read_model
 from aptos_fastai.metrics import apply_thresholds
@@ -117,8 +117,9 @@ def write_submission(bundle: str | Path, test: str | Path, work: str | Path) -> 
     if len(ungradable):
         say(f'{len(ungradable)} images are ungradable and get the grade of their score, because the competition needs '
             f'one for every id: {", ".join(ungradable[:5])}', 'yellow')
-    df['grade'] = pd.Series(apply_thresholds(df.score, grader.model.thresholds), df.index).where(df.score.notna())
-    grades = ids.map(df.grade)
+    of_score = pd.Series(apply_thresholds(df.score, grader.model.thresholds), df.index).where(df.score.notna())
+    df['grade'] = df.grade.fillna(of_score)
+    grades = ids.map(safe_cell).map(df.grade)          # as grades.csv has the ids
     missing = ids[grades.isna()]
     most_frequent = df.grade.mode()[0]
     if len(missing):

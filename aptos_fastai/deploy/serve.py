@@ -3,7 +3,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
@@ -27,10 +27,12 @@ MAX_IMAGES = 20                              # in one request
 MEGABYTE = 2 ** 20
 MAX_PIXELS = 36_000_000                      # of one image; a single one above this is refused before it is decoded
 MAX_PENDING = 200                            # images that wait for their grade; further requests get status 503
+UPLOAD_SECONDS = 120                         # for one request to arrive
 MAX_HELD = 1024                              # MB of the requests that are being read or graded
 BATCH_SIZE = 16                              # images that are graded together, at most
 MAX_WAIT = .02                               # seconds that the first image of a batch waits for others
 JPEG_QUALITY = 88
+BUSY = 'the server is busy; try again in a few seconds'
 CSP = ("default-src 'none'; img-src 'self' data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
        "connect-src 'self'; form-action 'none'; base-uri 'none'")
 HEADERS = {'Content-Security-Policy': CSP, 'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'no-referrer',
@@ -63,21 +65,30 @@ class BatchingQueue:
 
     async def grade(self, name: str, data: bytes, heatmap: bool = False) -> dict:
         "Return the row (`COLUMNS`) of an image, with `image` and `heatmap` as data URIs if a heat map is asked for"
-        self.pending += 1
-        try:
-            job = Job(name, data, heatmap, asyncio.get_running_loop().create_future())
-            await self.jobs.put(job)
-            return await job.row
-        finally: self.pending -= 1
+        job = Job(name, data, heatmap, asyncio.get_running_loop().create_future())
+        await self.jobs.put(job)
+        return await job.row
 
     @contextmanager
-    def reserve(self, size: int) -> Iterator[None]:
-        "Count the `size` bytes of a request while it is served. Raises `RequestError` if the server has enough to do"
-        if self.held + size > MAX_HELD * MEGABYTE or self.pending >= MAX_PENDING:
-            raise RequestError(503, 'the server is busy; try again in a few seconds')
+    def reserve(self, size: int) -> Iterator[Callable[[int], None]]:
+        """Count the `size` bytes of a request and its images while it is served: one, until it is read.
+
+        Yields a function to call with their number. Both raise `RequestError` if the server has enough to do.
+        """
+        images = 0
+
+        def received(n: int) -> None:
+            nonlocal images
+            if self.pending + n - images > MAX_PENDING: raise RequestError(503, BUSY)
+            self.pending += n - images
+            images = n
+        if self.held + size > MAX_HELD * MEGABYTE: raise RequestError(503, BUSY)
+        received(1)
         self.held += size
-        try: yield
-        finally: self.held -= size
+        try: yield received
+        finally:
+            self.held -= size
+            self.pending -= images
 
     async def work(self) -> None:
         "Grade batches until the task is cancelled"
@@ -198,9 +209,12 @@ def get_app(grader: Grader, hosts: list[str]):
 
     async def predict(request):
         try:
-            with queue.reserve(content_length(request)):
-                uploads, heatmap = await read_uploads(request)
+            with queue.reserve(content_length(request)) as received:
+                async with asyncio.timeout(UPLOAD_SECONDS): uploads, heatmap = await read_uploads(request)
+                received(len(uploads))
                 rows = await asyncio.gather(*(queue.grade(name, data, heatmap) for name, data in uploads))
+        except TimeoutError:
+            return JSONResponse(dict(error=f'the upload took more than {UPLOAD_SECONDS} s'), 408, headers=HEADERS)
         except RequestError as e:
             retry = {'Retry-After': '5'} if e.status == 503 else {}
             return JSONResponse(dict(error=e.reason), e.status, headers=HEADERS | retry)

@@ -1,6 +1,6 @@
 "Heat maps of where in an image its score comes from: gradient times activation of early feature maps."
-from collections import Counter
 from collections.abc import Iterable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +142,9 @@ def explain_files(model: str, paths: Iterable[str], output: str, *, root: str | 
     with Bars() as bars, bars(f'explaining with {grader.model.name}', len(entries), 'images') as bar:
         for entry, name in zip(entries, _unique_stems(map(str, entries)), strict=True):
             error = entry.error or _explain_file(grader, Path(str(entry)), folder / f'{name}.png')
-            rows.append(dict(file=safe_cell(str(entry)), output='' if error else f'{name}.png', error=error))
+            rows.append(dict(file=str(entry), output='' if error else f'{name}.png', error=error))
             bar.to(len(rows))
-    write_csv(folder / 'index.csv', pd.DataFrame(rows))
+    write_csv(folder / 'index.csv', pd.DataFrame(rows).map(safe_cell))
     failed = [f'{row["file"]} {row["error"]}' for row in rows if row['error']]
     say(f'{len(rows) - len(failed)} images -> {folder}; index.csv names the file of each')
     say(DISCLAIMER, 'dim')
@@ -162,11 +162,14 @@ def _explain_file(grader: Grader, file: Path, output: Path) -> str:
 
 
 def _unique_stems(files: Iterable[str]) -> list[str]:
-    "Return the names of files without suffix, with -2, -3, … for further files of the same name"
-    counts: Counter[str] = Counter()
+    "Return the names of files without suffix, with -2, -3, … for further files of the same name in any case"
+    taken: set[str] = set()
     names = []
     for file in files:
-        stem = Path(file).stem
-        counts[stem] += 1
-        names.append(stem if counts[stem] == 1 else f'{stem}-{counts[stem]}')
+        stem = name = Path(file).stem
+        for number in count(2):
+            if name.casefold() not in taken: break
+            name = f'{stem}-{number}'
+        taken.add(name.casefold())
+        names.append(name)
     return names

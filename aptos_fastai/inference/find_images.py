@@ -1,21 +1,19 @@
 "Find the image files that a user names: files, folders, globs and CSVs."
 import glob
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
-
-import pandas as pd
+from pathlib import Path
 
 from aptos_fastai.common.console import say
 from aptos_fastai.common.io import AptosError
-from aptos_fastai.data.decode import HEADER_BYTES, image_format
+from aptos_fastai.data.locate import SUFFIXES, ImageLocator, files_below, inside, is_image
+from aptos_fastai.data.spreadsheet import SPREADSHEETS, read_spreadsheet
 
-FILE_COLUMNS = 'file', 'path', 'image', 'id_code'      # of a CSV that lists images; the first that it has counts
-SUFFIXES = {'.jpg', '.jpeg', '.png', '.tif', '.tiff', '.bmp', '.webp', '.dcm', '.heic'}     # of images
-SYSTEM_FILES = {'thumbs.db', 'desktop.ini'}            # ignored, as is whatever begins with a dot
-SYSTEM_FOLDERS = {'__MACOSX'}
+ID = 'id_code'
+FILE_COLUMNS = 'file', 'path', 'image', ID      # of a CSV that lists images; the first that it has counts
+LISTS = '.csv', '.tsv', *SPREADSHEETS
 
 
 @dataclass(frozen=True)
@@ -23,11 +21,12 @@ class ImageEntry:
     "One image that a user names: its file, or why there is none"
     path: Path | None
     error: str = ''
-    id: str = ''                             # the value in the CSV that names it
-    id_column: str = ''                      # the CSV's column; empty for a file, folder or glob
+    name: str = ''                           # the value in the CSV that names its file
+    id: str = ''                             # the CSV's id of the row: its id_code, or else `name`
+    id_column: str = ''                      # the CSV's column of `id`; empty for a file, folder or glob
 
     def __str__(self) -> str:
-        return str(self.path) if self.path else self.id
+        return str(self.path) if self.path else self.name
 
 
 def find_images(paths: Iterable[str], root: str | Path | None = None) -> list[ImageEntry]:
@@ -65,7 +64,7 @@ def _entries_of(path: str, root: str | Path | None) -> Iterator[ImageEntry]:
     "Yield the entries of one file, folder, glob or CSV"
     p = Path(path)
     if p.is_dir(): yield from map(ImageEntry, _images_below(p))
-    elif p.suffix.lower() == '.csv': yield from _entries_of_csv(p, Path(root) if root else p.parent)
+    elif p.suffix.lower() in LISTS: yield from _entries_of_csv(p, Path(root) if root else p.parent)
     elif p.is_file(): yield ImageEntry(p)
     else: yield from (ImageEntry(Path(f)) for f in sorted(glob.glob(path, recursive=True)) if os.path.isfile(f))
 
@@ -73,8 +72,8 @@ def _entries_of(path: str, root: str | Path | None) -> Iterator[ImageEntry]:
 def _images_below(folder: Path) -> list[Path]:
     "Return the image files of a folder and its sub-folders, sorted; say how many other files there are"
     images, others = [], Counter[str]()
-    for file in _files_below(folder):
-        if not _inside(file, folder):
+    for file in files_below(folder):
+        if not inside(file, folder):
             raise AptosError(f'{file}: links to a file outside {folder}. Copy the file into the folder.')
         if is_image(file) or file.suffix.lower() in SUFFIXES: images.append(file)
         else: others[file.suffix.lower() or 'no suffix'] += 1
@@ -84,79 +83,17 @@ def _images_below(folder: Path) -> list[Path]:
     return images
 
 
-def _files_below(folder: Path) -> list[Path]:
-    "Return the files of a folder and its sub-folders, sorted, without those of operating systems"
-    files: list[Path] = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(f for f in folders if f not in SYSTEM_FOLDERS and not f.startswith('.'))
-        for name in sorted(names):
-            if name.startswith('.') or name.lower() in SYSTEM_FILES: continue
-            files.append(Path(parent, name))
-    return sorted(files)
-
-
-def _inside(file: Path, folder: Path) -> bool:
-    "Return whether a file, its links followed, lies in a folder"
-    return not file.is_symlink() or file.resolve().is_relative_to(folder.resolve())
-
-
-def is_image(file: Path) -> bool:
-    "Return whether a file begins as an image of a known format does"
-    try:
-        with open(file, 'rb') as f: return bool(image_format(f.read(HEADER_BYTES)))
-    except OSError: return False
-
-
 def _entries_of_csv(table: Path, root: Path) -> Iterator[ImageEntry]:
     "Yield an entry for each row of a CSV"
-    try: df = pd.read_csv(table, dtype=str, keep_default_na=False, encoding='utf-8-sig')
-    except FileNotFoundError: raise AptosError(f'{table}: no such file') from None
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e:
-        raise AptosError(f'{table}: not a readable CSV ({e})') from None
+    if not table.is_file(): raise AptosError(f'{table}: no such file')
+    df = read_spreadsheet(table, keep_blank=True)
     column = next((c for c in FILE_COLUMNS if c in df), None)
     if not column:
         raise AptosError(f'{table}: no column file, path, image or id_code. Its columns are {", ".join(df.columns)}; '
                          'rename the one that names the images.')
     if not root.is_dir(): raise AptosError(f'--root {root}: no such folder')
     locate = ImageLocator(root)
-    for name in df[column]:
-        try: yield ImageEntry(locate(name), id=name, id_column=column)
-        except LookupError as e: yield ImageEntry(None, str(e), name, column)
-
-
-class ImageLocator:
-    "Find the file under `root` that a CSV names; a name that fits no file, or several, raises `LookupError`"
-    def __init__(self, root: Path):
-        self.root = root
-        self.by_name: dict[str, list[Path]] = defaultdict(list)      # 'left.png' -> files in any folder
-        self.by_stem: dict[str, list[Path]] = defaultdict(list)      # 'left' -> files in any folder
-        self.by_path: dict[str, list[Path]] = defaultdict(list)      # 'a/left' -> files in that folder
-        for file in _files_below(root):
-            relative = PurePosixPath(file.relative_to(root).as_posix())
-            self.by_name[relative.name].append(file)
-            self.by_stem[relative.stem].append(file)
-            self.by_path[relative.with_suffix('').as_posix()].append(file)
-
-    def __call__(self, name: str) -> Path:
-        "Return the file that `name` names"
-        text = name.strip().replace('\\', '/')
-        if not text: raise LookupError('the row names no image')
-        if Path(text).is_absolute() or PureWindowsPath(text).is_absolute(): return self._absolute(name.strip())
-        exact = self.root / text
-        if exact.is_file():
-            if exact.resolve().is_relative_to(self.root.resolve()): return exact
-            raise LookupError(f'lies outside {self.root}; give the folder with --root')
-        if '/' in text: candidates = self.by_path.get(PurePosixPath(text).as_posix(), [])
-        else: candidates = self.by_name.get(text) or self.by_stem.get(text, [])
-        images = [file for file in candidates if is_image(file)] or candidates
-        if not images: raise LookupError(f'no such image in {self.root}')
-        if not _inside(images[0], self.root): raise LookupError(f'links to a file outside {self.root}')
-        if len(images) > 1:
-            found = ', '.join(file.relative_to(self.root).as_posix() for file in images[:5])
-            raise LookupError(f'{len(images)} images have this name: {found}; give one with its folder and suffix')
-        return images[0]
-
-    @staticmethod
-    def _absolute(name: str) -> Path:
-        if os.path.isfile(name): return Path(name)
-        raise LookupError('no such file')
+    id_column = ID if ID in df else column
+    for name, own_id in zip(df[column], df[id_column], strict=True):
+        try: yield ImageEntry(locate(name), '', name, own_id, id_column)
+        except LookupError as e: yield ImageEntry(None, str(e), name, own_id, id_column)

@@ -96,6 +96,7 @@ class GateSpec:
     red_green: tuple[float, ...] = ()
     green_blue: tuple[float, ...] = ()
     ungradable: str = 'refer'                # refer | exclude: whether ungradable images count as referable
+    reject: float = 0.                       # fraction of the validation images that `limit` may refuse
 
     def reasons(self, found: dict, distance: float) -> list[str]:
         "Return why an image gets no grade; `found` is what `prepare` found, `distance` its mean feature distance"
@@ -142,7 +143,7 @@ def fit_gate(rules: Iterable[dict], distances: np.ndarray, reject: float, ungrad
     At most the fraction `reject` of the validation images lies beyond the limit; 0: no limit.
     """
     limit = None if reject == 0 else float(upper_quantile(distances, reject)) * (1 + ROUNDING)
-    return GateSpec(limit, **merge_rules(rules), ungradable=ungradable)
+    return GateSpec(limit, **merge_rules(rules), ungradable=ungradable, reject=reject)
 
 
 def merge_rules(rules: Iterable[dict]) -> dict:

@@ -1,5 +1,6 @@
 "Grade image files: resume an interrupted call, write a CSV."
 import csv
+import glob
 import io
 import os
 from collections.abc import Iterable
@@ -9,7 +10,7 @@ import pandas as pd
 
 from aptos_fastai.common.console import Bars, say
 from aptos_fastai.common.disclaimer import DISCLAIMER
-from aptos_fastai.common.io import AptosError, write_bytes
+from aptos_fastai.common.io import AptosError, digest, file_lock, write_bytes
 from aptos_fastai.inference.find_images import ImageEntry, find_images
 from aptos_fastai.inference.grader import COLUMNS, Grader, load_grader
 from aptos_fastai.inference.model_spec import SYNTHETIC_MODEL
@@ -23,27 +24,43 @@ def grade_files(model: str, paths: Iterable[str], output: str, backend: str = 't
 
     A CSV of images gives a row for each of its rows, in order, with its own id column first. Rows are added to a hidden
     file beside `output` as they are made; `output` appears when all are there, so that an interrupted call can resume.
-    Raises `AptosError` if `output` exists, unless `overwrite`; and at the end if images could not be read; their rows
-    say why.
+    Raises `AptosError` if `output` exists, unless `overwrite`, or if another process is writing it; and at the end if
+    images could not be read; their rows say why.
     """
     out = Path(output)
     if not out.parent.is_dir(): raise AptosError(f'{out.parent}: no such folder. Make it, or choose another with -o.')
-    if out.exists() and not overwrite:
-        raise AptosError(f'{out}: already exists. Choose another file with -o, or add --overwrite.')
+    _check_free(out, overwrite)
     entries, grader = find_images(list(paths), root), load_grader(model, backend, precision)
     id_column = next((e.id_column for e in entries if e.id_column), '')
     columns = COLUMNS if id_column in ('', *COLUMNS) else [id_column, *COLUMNS]
-    part = out.with_name(f'.{out.name}.{grader.model.key}-{backend}-{precision}.part')
-    _grade_into(part, grader, entries, columns)
-    os.replace(part, out)
+    part = out.with_name(f'.{out.name}.{_digest_of(entries, grader.model.key, backend, precision)}.part')
+    with file_lock(out, 'Wait for it, or choose another file with -o.'):
+        _grade_into(part, grader, entries, columns)
+        _check_free(out, overwrite)
+        os.replace(part, out)
+        for stale in out.parent.glob(f'.{glob.escape(out.name)}.*.part'): stale.unlink(missing_ok=True)
     df = pd.read_csv(out, dtype=dict.fromkeys(['file', 'error', id_column], str), keep_default_na=False, na_values=[''])
     _report(df, out, grader)
     return df
 
 
+def _check_free(out: Path, overwrite: bool) -> None:
+    if out.exists() and not overwrite:
+        raise AptosError(f'{out}: already exists. Choose another file with -o, or add --overwrite.')
+
+
+def _digest_of(entries: list[ImageEntry], *model: str) -> str:
+    "Return a hash of a model and of the images: their ids, files, sizes and times; a resumed call needs the same"
+    def state(path: Path | None) -> list:
+        try: stat = path.stat() if path else None
+        except OSError: return []
+        return [stat.st_size, stat.st_mtime_ns] if stat else []
+    return digest([list(model), [[e.id, str(e), state(e.path)] for e in entries]])[:16]
+
+
 def _grade_into(part: Path, grader: Grader, entries: list[ImageEntry], columns: list[str]) -> None:
     "Append the rows that `part` lacks"
-    names = [safe_cell(str(e)) for e in entries]
+    names = [safe_cell(e.id if e.id_column == 'file' else str(e)) for e in entries]
     done = _resume(part, names, columns)
     if done: say(f'{done} of {len(entries)} images are graded already; resuming')
     with Bars() as bars, bars(f'grading with {grader.model.name}', len(entries), 'images') as bar, \
@@ -51,6 +68,7 @@ def _grade_into(part: Path, grader: Grader, entries: list[ImageEntry], columns: 
         if not done: f.write(','.join(columns) + '\n')
         for df in grader.stream(entries[done:]):
             if columns[0] != COLUMNS[0]: df.insert(0, columns[0], [e.id for e in entries[done:done + len(df)]])
+            df['file'] = names[done:done + len(df)]
             text = df.select_dtypes(exclude='number').columns
             df[text] = df[text].map(safe_cell, na_action='ignore')
             f.write(df.to_csv(index=False, header=False, lineterminator='\n', float_format='%.4f'))

@@ -14,10 +14,11 @@ from aptos_fastai.data.retina import Prep
 from aptos_fastai.inference.gate import FeatureDistance, GateSpec, fit_gate, gate_of_record
 from aptos_fastai.metrics import MIDPOINTS, Calibration, PredictionSets, thresholds_or_midpoints, upper_quantile
 from aptos_fastai.recipe import parse_thresholds
-from aptos_fastai.run_folder import FEATURES, FINISHED, PREDS, WEIGHTS
+from aptos_fastai.run_folder import FEATURES, FINISHED, NOT_IN_FINGERPRINT, PREDS, WEIGHTS
 from aptos_fastai.training.model import body_stats, create_model
 
 BUNDLE = 'bundle.json'                       # its presence means that a bundle is complete
+NOT_REPORTED = 'no kappa of these networks is recorded: they were trained after the last `all`, or without one'
 STAGE_COVERAGE = .9                          # of the prediction sets of a model that is one stage of a run
 NO_FOLD = '{}: no finished fold here. Run `all` or `train`.'
 SYNTHETIC_MODEL = 'SYNTHETIC: this model was trained on generated images; its grades have no clinical meaning'
@@ -124,8 +125,7 @@ def read_model(path: str | Path) -> tuple[ModelSpec, Path]:
     if bundle: return _bundle_model(bundle), root
     summary = read_record(root / 'summary.json')
     if summary: return _run_model(root, summary), root
-    first_fold = read_record(root / 'fold0' / FINISHED)
-    if first_fold: return _stage_model(root, first_fold['settings']['thresholds']), root.parent
+    if read_record(root / 'fold0' / FINISHED): return _stage_model(root), root.parent
     raise AptosError(f'{root}: no model here. Give a bundle ({BUNDLE}), a finished run (<runs>/<recipe>) '
                      'or the folder of a stage in it.')
 
@@ -159,20 +159,60 @@ def _run_model(root: Path, summary: dict) -> ModelSpec:
     return model
 
 
-def _stage_model(folder: Path, how: str) -> ModelSpec:
-    "Return the mean of a stage's folds; thresholds (method `how`), prediction sets and gate are fitted out-of-fold"
-    files = sorted(folder.glob(f'fold*/{PREDS}'), key=lambda f: int(f.parent.name.removeprefix('fold')))
-    oof = pd.concat([_read_preds(f) for f in files])
-    thresholds = parse_thresholds(how) or thresholds_or_midpoints(how, oof.score, oof.diagnosis)[0]
-    sets = PredictionSets(STAGE_COVERAGE).fit(oof.score, oof.diagnosis, oof.fold)
-    name = f'{folder.parent.name}/{folder.name}'
-    weights = dict.fromkeys((f'{folder.name}/{f.parent.name}' for f in files), 1 / len(files))
-    records = [read_record(f.parent / FINISHED) or {} for f in files]
-    if 'gate' not in records[0]: raise AptosError(f'{folder}: written by an older version. Run `all` again.')
-    reject, ungradable = (records[0]['gate'][key] for key in ('reject', 'ungradable'))
-    unit = upper_quantile(oof.feature_distance, reject)
-    gate = fit_gate([r['gate']['rules'] for r in records], oof.feature_distance / unit, reject, ungradable)
-    return _folds_model(folder.parent, name, weights, thresholds, sets, gate, {folder.name: unit})
+def _stage_model(folder: Path) -> ModelSpec:
+    """Return the mean of a stage's folds as the run's summary.json reports it; prediction sets and gate are fitted.
+
+    A stage that was trained after the last `all`, or without one, has the thresholds of its own setting and no kappa.
+    Raises `AptosError` if its folds were not trained alike.
+    """
+    root, name = folder.parent, folder.name
+    records = _finished_folds(folder)
+    summary = read_record(root / 'summary.json') or {}
+    result = next((o for o in summary.get('stages', []) if o['stage'] == name), None)
+    reported = (result or {}).get('weights', {})
+    current = {f'{name}/{fold}': r['files'][WEIGHTS]['sha256'] for fold, r in records.items()}
+    if result and reported and all(current.get(fold) == sha256 for fold, sha256 in reported.items()):
+        records = {fold: r for fold, r in records.items() if f'{name}/{fold}' in reported}
+    else: result = None
+    _check_trained_alike(folder, records)
+    first = next(iter(records.values()))
+    oof = pd.concat([_read_preds(folder / fold / PREDS) for fold in records])
+    if result: thresholds, gate_keys = result['thresholds'], summary['submission']['gate']
+    else: thresholds, gate_keys = _own_thresholds(first['settings']['thresholds'], oof), first['gate']
+    coverage = summary['submission']['coverage'] if result else STAGE_COVERAGE
+    sets = PredictionSets(coverage).fit(oof.score, oof.diagnosis, oof.fold)
+    unit = upper_quantile(oof.feature_distance, gate_keys['reject'])
+    gate = fit_gate([r['gate']['rules'] for r in records.values()], oof.feature_distance / unit, gate_keys['reject'],
+                    gate_keys['ungradable'])
+    weights = dict.fromkeys((f'{name}/{fold}' for fold in records), 1 / len(records))
+    return _folds_model(root, f'{root.name}/{name}', weights, thresholds, sets, gate, {name: unit},
+                        *((result['kappa_text'], result['warnings']) if result else ('', [NOT_REPORTED])))
+
+
+def _finished_folds(folder: Path) -> dict[str, dict]:
+    "Return fold0, fold1, … of a stage with their records; a fold that is not finished is left out"
+    folds = sorted(folder.glob(f'fold*/{FINISHED}'), key=lambda f: int(f.parent.name.removeprefix('fold')))
+    records = {f.parent.name: read_record(f) for f in folds}
+    if any(r and 'gate' not in r for r in records.values()):
+        raise AptosError(f'{folder}: written by an older version. Run `all` again.')
+    return {fold: r for fold, r in records.items() if r}
+
+
+def _check_trained_alike(folder: Path, records: dict[str, dict]) -> None:
+    "Raise `AptosError` if folds are of another stage or were trained with other settings"
+    def training(r: dict) -> str:
+        settings = {k: v for k, v in r['settings'].items() if k not in NOT_IN_FINGERPRINT}
+        return digest([r['stage'], settings, r['augment'], r['prep'], r['seed']])
+    first = next(iter(records))
+    for fold, r in records.items():
+        if r['stage'] == folder.name and training(r) == training(records[first]): continue
+        raise AptosError(f'{folder / fold}: was trained as {r["stage"]} with other settings than {first}, and '
+                         f'{folder.parent / "summary.json"} does not report this stage. Delete {folder / fold} or run '
+                         '`all` again.')
+
+
+def _own_thresholds(how: str, oof: pd.DataFrame) -> Iterable[float]:
+    return parse_thresholds(how) or thresholds_or_midpoints(how, oof.score, oof.diagnosis)[0]
 
 
 def _read_preds(file: Path) -> pd.DataFrame:

@@ -7,8 +7,8 @@ trained on images of every group.
 import numpy as np
 import pandas as pd
 
+from aptos_fastai.data.groups import natural_order
 from aptos_fastai.data.store import read_prepared, read_square, store_folder
-from aptos_fastai.data.tables import natural_order
 from aptos_fastai.metrics import apply_thresholds, kappa_interval, quadratic_kappa, thresholds_or_midpoints
 from aptos_fastai.recipe import parse_thresholds
 from aptos_fastai.run_folder import Run
@@ -18,6 +18,7 @@ OTHERS = 'others'
 VISUAL_CLUSTERS = 5
 ID_RANGES = 5                                # of each table
 RADIUS_STEP = .1                             # of the retina's radius / image width, which differs between cameras
+MAX_VALUES = 20                              # of a column of the tables; with more it is no subgroup
 MAX_IMAGES = 5000                            # a random sample of more validation images
 PERMUTATIONS = 200
 CAMERA, VISUAL, ID_RANGE = 'camera', 'visual cluster', 'id range'
@@ -31,12 +32,15 @@ MEANING = {
 def cluster_results(run: Run, valid: pd.DataFrame, setting: str) -> list[dict]:
     """Return the out-of-fold kappa by camera, visual cluster and range of ids: a dict for each of these kinds.
 
-    `valid` (source, id_code, diagnosis, fold, group, score, grade) are the validation images of one stage or ensemble,
-    `setting` are its thresholds in the recipe. A random sample of `MAX_IMAGES` is used if there are more.
+    `valid` (source, id_code, diagnosis, fold, group, score, grade, and columns that the tables carry, each with a kind
+    of its own) are the validation images of one stage or ensemble, `setting` are its thresholds in the recipe. A random
+    sample of `MAX_IMAGES` is used if there are more.
     """
     df = valid.sample(MAX_IMAGES, random_state=0) if len(valid) > MAX_IMAGES else valid
     df = with_image_records(run, df.sort_values(['source', 'id_code'])).reset_index(drop=True)
     labels = {CAMERA: camera_labels(df), VISUAL: visual_labels(run, df), ID_RANGE: id_range_labels(df)}
+    for column in run.recipe.carried:
+        if df[column].nunique() <= MAX_VALUES: labels[column] = df[column].replace('', 'unknown').to_numpy(object)
     return [cluster_result(kind, df, label, setting) for kind, label in labels.items()]
 
 
@@ -92,8 +96,8 @@ def cluster_result(kind: str, df: pd.DataFrame, labels: np.ndarray, setting: str
     """Return the clusters of one kind, largest first, and the drop of kappa between the easiest and the hardest.
 
     Clusters of fewer than `MIN_IMAGES` images are merged; the drop leaves them and clusters of one grade out.
-    `drop_by_chance` is the mean drop where images are dealt to clusters of the same sizes at random. It needs two
-    clusters; else both are None.
+    `drop_by_chance`: 95 % of random clusters of the same sizes have a smaller drop. It needs two clusters; else both
+    are None.
     """
     counts = pd.Series(labels).value_counts()
     labels = np.where(pd.Series(labels).map(counts) < MIN_IMAGES, OTHERS, labels)
@@ -104,7 +108,15 @@ def cluster_result(kind: str, df: pd.DataFrame, labels: np.ndarray, setting: str
     if len(compared) > 1:
         kappas = [o['kappa'] for o in compared]
         drop, by_chance = max(kappas) - min(kappas), drop_by_chance(df, [o['images'] for o in compared])
-    return dict(kind=kind, meaning=MEANING[kind], clusters=clusters, drop=drop, drop_by_chance=by_chance)
+    meaning = MEANING.get(kind, 'a column of the table')
+    return dict(kind=kind, meaning=meaning, clusters=clusters, drop=drop, drop_by_chance=by_chance)
+
+
+def cluster_warnings(clusters: list[dict]) -> list[str]:
+    "Return a warning for each kind of clusters whose drop is larger than by chance"
+    return [f'kappa drops by {o["drop"]:.2f} between images of different {o["kind"]} (by chance up to '
+            f'{o["drop_by_chance"]:.2f}): other cameras or clinics may be graded worse'
+            for o in clusters if o['drop'] is not None and o['drop'] > o['drop_by_chance']]
 
 
 def one_cluster(name: str, df: pd.DataFrame, inside: np.ndarray, setting: str) -> dict:
@@ -126,12 +138,14 @@ def one_cluster(name: str, df: pd.DataFrame, inside: np.ndarray, setting: str) -
 
 
 def drop_by_chance(df: pd.DataFrame, sizes: list[int]) -> float:
-    "Return the mean drop between clusters of the given sizes if the images are dealt to them at random"
+    "Return the 95 % quantile of the drop between clusters of the given sizes if patients are dealt to them at random"
     rng = np.random.default_rng(0)
     grades, truth = df.grade.to_numpy(int), df.diagnosis.to_numpy(int)
+    _, group = np.unique(df.group.astype(str), return_inverse=True)
     drops = []
     for _ in range(PERMUTATIONS):
-        parts = np.split(rng.permutation(len(df))[:sum(sizes)], np.cumsum(sizes)[:-1])
+        shuffled = np.argsort(rng.permutation(group.max() + 1)[group], kind='stable')    # a patient's images together
+        parts = np.split(shuffled[:sum(sizes)], np.cumsum(sizes)[:-1])
         kappas = [quadratic_kappa(grades[part], truth[part]) for part in parts]
         drops.append(np.nanmax(kappas) - np.nanmin(kappas) if np.isfinite(kappas).any() else 0.)
-    return float(np.mean(drops))
+    return float(np.quantile(drops, .95))

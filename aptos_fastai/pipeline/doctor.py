@@ -11,13 +11,15 @@ from pathlib import Path
 from aptos_fastai.common.console import format_duration, say
 from aptos_fastai.common.distributed import cores
 from aptos_fastai.common.io import AptosError, run_lock
+from aptos_fastai.data.groups import patients_text
 from aptos_fastai.data.id_order import compare_id_orders, id_order_text
-from aptos_fastai.data.tables import TableError, patients_text, read_table, unmatched_text
+from aptos_fastai.data.spreadsheet import TableError
+from aptos_fastai.data.tables import table_contents
 from aptos_fastai.recipe import Recipe, read_recipe
 
 PACKAGES = 'aptos_fastai fastai torch timm pandas numpy scikit-learn opencv-python-headless pillow'.split()
-EXTRAS = dict(dicom='pydicom', export='onnxruntime', openvino='openvino', serve='starlette', parallel='accelerate',
-              tensorboard='tensorboard', wandb='wandb', test='pytest')
+EXTRAS = dict(dicom='pydicom', excel='openpyxl', export='onnxruntime', openvino='openvino', serve='starlette',
+              parallel='accelerate', tensorboard='tensorboard', wandb='wandb', test='pytest')
 DOWNLOADS = {                                # folder that a recipe names -> commands that download and unpack it
     'aptos2019-blindness-detection': [
         'kaggle competitions download -c aptos2019-blindness-detection -p {data}',
@@ -80,24 +82,25 @@ def check_tables(recipe: Recipe, data: Path) -> Iterator[Finding]:
     "Check each table on its own, so that one missing table does not hide another"
     for table in recipe.used_tables:
         name = f'table {table.name}'
-        try: df = read_table(table, data)
+        try: contents = table_contents(table, data)
         except TableError as e:
             yield name, str(e), False
             continue
+        df = contents.frame
         found = f'{len(df)} images, {patients_text(df, table)}'
         if table.graded:
             counts = [str(int((df.diagnosis == grade).sum())) for grade in range(5)]
             found += f', images of grade 0-4: {" ".join(counts)}'
         yield name, found, True
         tests = compare_id_orders(df, recipe.seed) if table.graded else []
-        for warning in (unmatched_text(df.id_code, table), id_order_text(tests, table)):
+        for warning in (*contents.notes, id_order_text(tests, table)):
             if warning: yield name, warning, WARNING
 
 
 def download_commands(recipe: Recipe, data: Path) -> list[list[str]]:
     "Return the commands that download and unpack the missing tables, a list for each Kaggle competition"
     missing = {folder for t in recipe.used_tables for folder in t.folder
-               if not any((data / f / t.csv).is_file() for f in t.folder)}
+               if t.csv and not any((data / f / t.csv).is_file() for f in t.folder)}
     place = shlex.quote(str(data))
     return [[c.format(data=place) for c in commands] for folder, commands in DOWNLOADS.items() if folder in missing]
 

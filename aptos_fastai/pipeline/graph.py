@@ -26,7 +26,7 @@ from aptos_fastai.common.io import (
 from aptos_fastai.data.duplicates import duplicates_table, group_duplicates, resolve_conflicts
 from aptos_fastai.data.folds import add_folds, write_folds
 from aptos_fastai.data.store import prepare_table, prepared_already
-from aptos_fastai.data.tables import read_order, read_tables, unmatched_text
+from aptos_fastai.data.tables import read_contents, read_order, read_tables
 from aptos_fastai.metrics import GRADES, PredictionSets, apply_thresholds, grade_scores
 from aptos_fastai.pipeline.summary import SUMMARY_FORMAT, SYNTHETIC, tables_text
 from aptos_fastai.recipe import ConfigError, Recipe, Stage, did_you_mean, read_recipe
@@ -140,7 +140,6 @@ def start_run(run: Run, nodes: Iterable[str] = ()) -> Iterator[tuple[Run, Bars]]
         write_folds(run.recipe, run.frames, run.root / 'folds.csv')
         report_duplicates(run)
         warn_missing_grades(run)
-        warn_unmatched_ids(run)
         if run.recipe.demo: write_bytes(run.root / 'SYNTHETIC.txt', f'{SYNTHETIC}.\n'.encode())
         write_record(run.root / 'run.json', dict(
             data=_relative_to_root(run.root, run.data), recipe=run.recipe.path.name, synthetic=bool(run.recipe.demo)))
@@ -150,8 +149,11 @@ def start_run(run: Run, nodes: Iterable[str] = ()) -> Iterator[tuple[Run, Bars]]
 def prepare_images(run: Run, bars: Bars) -> Run:
     "Return the run with every image of its tables prepared, and with folds"
     skip = run.recipe.images.skip_unreadable == 'yes'
-    frames = {name: prepare_table(f, run.store, run.prep, bars, skip_unreadable=skip)
-              for name, f in read_tables(run.recipe, run.data).items()}
+    tables = read_contents(run.recipe, run.data)
+    for name, contents in tables.items():
+        for note in contents.notes: say(f'{name}: {note}', 'yellow')
+    frames = {name: prepare_table(contents.frame, run.store, run.prep, bars, skip_unreadable=skip)
+              for name, contents in tables.items()}
     return with_folds(replace(run, frames=frames))
 
 
@@ -177,13 +179,6 @@ def warn_missing_grades(run: Run) -> None:
         gaps = [f'fold {k} has no image of grade {", ".join(map(str, lost))}' for k, lost in missing.items() if lost]
         advice = f'Lower [recipe] splits = {run.recipe.splits} or add images of these grades.'
         if gaps: say(f'{name}: {"; ".join(gaps)}. {advice}', 'yellow')
-
-
-def warn_unmatched_ids(run: Run) -> None:
-    "Warn of ids in which a table's `group` finds no patient"
-    for name, frame in run.frames.items():
-        warning = unmatched_text(frame.id_code, run.recipe.tables[name])
-        if warning: say(warning, 'yellow')
 
 
 # Checks before training

@@ -19,7 +19,7 @@ from aptos_fastai.metrics import (
     paired_interval,
     quadratic_kappa,
 )
-from aptos_fastai.pipeline.clusters import cluster_results
+from aptos_fastai.pipeline.clusters import cluster_results, cluster_warnings
 from aptos_fastai.recipe import Stage, parse_thresholds
 from aptos_fastai.run_folder import WEIGHTS, RecordError, Run
 
@@ -32,7 +32,7 @@ SETS_CONDITION = 'from the same source as the training images (cameras, clinics,
 SETS_CAUTION = ('the submitted model was trained on pseudo-labels of these test images: their prediction sets can '
                 'contain the true grade less often')
 NEARLY_EQUAL = .1                            # thresholds closer than this leave a grade that is hardly ever predicted
-SUMMARY_FORMAT = 5                           # of summary.json and scores.csv; `all` replaces older ones
+SUMMARY_FORMAT = 6                           # of summary.json and scores.csv; `all` replaces older ones
 KEYS = ['source', 'id_code', 'diagnosis', 'fold', 'group']
 
 
@@ -55,7 +55,7 @@ def oof_table(run: Run) -> pd.DataFrame:
     """Return oof.csv, a row for each validation image.
 
     Columns: source, id_code, diagnosis, fold, group (patient, block of ids, or the image alone; with its duplicates);
-    NAME and NAME_grade, score and grade by each stage and ensemble.
+    NAME and NAME_grade, score and grade by each stage and ensemble; then the columns that the tables `carry`.
     """
     total: pd.DataFrame | None = None
     for name in run.recipe.order:
@@ -64,7 +64,15 @@ def oof_table(run: Run) -> pd.DataFrame:
         oof = oof.assign(group=run.groups(oof), **{name: oof.score, f'{name}_grade': grades}).drop(columns='score')
         total = oof if total is None else total.merge(oof, on=KEYS, how='outer')
     assert total is not None
-    return total
+    return with_carried(run, total)
+
+
+def with_carried(run: Run, oof: pd.DataFrame) -> pd.DataFrame:
+    "Return `oof` (source, id_code, …) with the columns that the tables carry; empty where a table lacks one"
+    if not run.recipe.carried: return oof
+    columns = ['source', 'id_code', *run.recipe.carried]
+    rows = pd.concat(run.frames.values(), ignore_index=True).reindex(columns=columns, fill_value='')
+    return oof.merge(rows.fillna(''), on=['source', 'id_code'], how='left')
 
 
 def validated(oof: pd.DataFrame, node: str) -> pd.DataFrame:
@@ -94,9 +102,10 @@ def summarise(run: Run, oof: pd.DataFrame) -> dict:
               for name in run.recipe.order]
     valid = validated(oof, final)
     result = next(o for o in stages if o['stage'] == final)
+    clusters = cluster_results(run, with_carried(run, valid), threshold_setting(run, final))
+    result['warnings'] += cluster_warnings(clusters)
     return dict(recipe=run.recipe.name, synthetic=synthetic, note=SYNTHETIC if synthetic else '', stages=stages,
-                submission=submission_result(run, valid, result),
-                clusters=cluster_results(run, valid, threshold_setting(run, final)))
+                submission=submission_result(run, valid, result), clusters=clusters)
 
 
 def stage_result(run: Run, name: str, valid: pd.DataFrame) -> dict:
@@ -127,16 +136,38 @@ def kappa_result(run: Run, name: str, valid: pd.DataFrame) -> dict:
         validated=len(valid), kappa=quadratic_kappa(valid.grade, valid.diagnosis),
         kappa_interval=kappa_interval(valid.grade, valid.diagnosis, valid.group), resampled=run.grouped_by(valid),
         kappa_midpoints=quadratic_kappa(apply_thresholds(valid.score, MIDPOINTS), valid.diagnosis),
-        thresholds=thresholds.tolist(), threshold_method=setting)
-    return dict(result, warnings=warnings(result, not_fitted))
+        thresholds=thresholds.tolist(), threshold_method=setting, weights=weight_hashes(run, name))
+    notes = [*patient_warnings(run, valid), *epoch_warnings(run, name), *warnings(result, not_fitted)]
+    text = interval_text(result['kappa'], result['kappa_interval'], result['resampled'])
+    return dict(result, kappa_text=text, warnings=notes)
+
+
+def weight_hashes(run: Run, node: str) -> dict[str, str]:
+    "Return STAGE/foldK -> SHA-256 of its weights, for each network of a stage or ensemble"
+    return {f'{m}/fold{k}': finished_record(run, m, k)['files'][WEIGHTS]['sha256']
+            for m in run.recipe.members(node) for k in run.folds_of(node)}
+
+
+def patient_warnings(run: Run, valid: pd.DataFrame) -> list[str]:
+    "Return a warning if the patients of all or of some validation images are unknown"
+    if run.grouped_by(valid) != 'patients': return [PATIENTS_UNKNOWN]
+    own = valid.group == valid.source + ':' + valid.id_code            # no patient was found in these
+    return [f'patients of {own.sum()} of {len(valid)} images unknown: may be optimistic'] if own.any() else []
+
+
+def epoch_warnings(run: Run, node: str) -> list[str]:
+    "Return a warning if a stage's epoch was chosen on its validation images"
+    chosen = sorted({run.recipe.stages[m].keep for m in run.recipe.members(node)} - {'last'})
+    if not chosen: return []
+    return [f'the epoch was chosen on the validation images (keep = {" or ".join(chosen)}): slightly optimistic']
 
 
 def warnings(result: dict, not_fitted: str = '') -> list[str]:
-    """Return what a reader of a kappa must know; it is shown wherever the kappa is.
+    """Return what a reader must know of a kappa and its thresholds; it is shown wherever the kappa is.
 
     `result` is an entry of `stages` in summary.json, `not_fitted` why no thresholds could be fitted.
     """
-    found = [PATIENTS_UNKNOWN] if result['resampled'] != 'patients' else []
+    found = []
     low, high = result['kappa_interval']
     if low <= 0 <= high: found.append("kappa's interval contains 0: the model may grade no better than chance")
     if not_fitted:
@@ -170,13 +201,12 @@ def submission_result(run: Run, valid: pd.DataFrame, result: dict) -> dict:
     from aptos_fastai.pipeline.run_gate import run_gate  # imported here because it imports PyTorch
     submit = run.recipe.submit
     members = run.recipe.members(submit.final)
-    weights = {f'{m}/fold{k}': finished_record(run, m, k)['files'][WEIGHTS]['sha256']
-               for m in members for k in run.folds_of(submit.final)}
     sets = PredictionSets(submit.coverage).fit(valid.score, valid.diagnosis, valid.fold)
-    return dict(file='submission.csv', node=submit.final, members=members, coverage=submit.coverage, weights=weights,
+    return dict(file='submission.csv', node=submit.final, members=members, coverage=submit.coverage,
+                weights=result['weights'],
                 radius=[float(r) if np.isfinite(r) else None for r in sets.radius_], calibration=sets.calibration_,
                 thresholds=result['thresholds'], images=len(run.frames[submit.table]),
-                kappa_text=interval_text(result['kappa'], result['kappa_interval'], result['resampled']),
+                kappa_text=result['kappa_text'],
                 gate=asdict(run_gate(run, submit.final)), distance_units={m: run.distance_unit(m) for m in members},
                 warnings=result['warnings'],
                 cautions=[SETS_CAUTION] if trained_on(run, submit.final, submit.table) else [])
@@ -217,8 +247,8 @@ def all_warnings(results: Sequence[dict]) -> list[str]:
 
 
 def clusters_text(clusters: Sequence[dict]) -> str:
-    "Return the drop of kappa between the clusters of each kind: 'camera 0.12 (0.05 by chance)'"
-    drops = [f'{o["kind"]} {o["drop"]:.2f} ({o["drop_by_chance"]:.2f} by chance)'
+    "Return the drop of kappa between the clusters of each kind: 'camera 0.12 (by chance up to 0.05)'"
+    drops = [f'{o["kind"]} {o["drop"]:.2f} (by chance up to {o["drop_by_chance"]:.2f})'
              for o in clusters if o['drop'] is not None]
     return ', '.join(drops) or 'fewer than two clusters of 30 images and two grades'
 
@@ -238,7 +268,6 @@ def show_summary(run: Run, summary: dict) -> None:
     submission = summary['submission']
     resampled = by_value({result['stage']: result['resampled'] for result in summary['stages']})
     say('images: training + validation of one fold. Thresholds are fixed, or fitted on other images;\n'
-        f'{EPOCH_CHOSEN}.\n'
         f'Intervals: bootstrap over {resampled}.\n'
         f'Drop of kappa between clusters of images: {clusters_text(summary["clusters"])}.', 'dim')
     say(OUT_OF_FOLD, 'yellow')

@@ -199,8 +199,8 @@ def cluster_section(run: Run, summary: dict) -> list[Table | str]:
                  f'{o["mean_error"]:.2f}'] for o in kind['clusters']]
         drop = 'Fewer than two clusters can be compared.'
         if kind['drop'] is not None:
-            drop = (f'Drop from the highest to the lowest kappa: {kind["drop"]:.2f}; expected by chance (random '
-                    f'clusters): {kind["drop_by_chance"]:.2f}.')
+            drop = (f'Drop from the highest to the lowest kappa: {kind["drop"]:.2f}; by chance (95 % of random '
+                    f'clusters): up to {kind["drop_by_chance"]:.2f}.')
         caption = f'{kind["kind"].capitalize()}: {kind["meaning"]}. {drop}'
         tables.append(Table([kind['kind'], *columns[1:]], rows, caption))
     return ['Out-of-fold kappa of images that resemble each other. A drop well above chance warns that other cameras '
@@ -335,8 +335,9 @@ def prediction_sets(run: Run, summary: dict, valid: pd.DataFrame, predictions: p
     test_sizes = (predictions.grade_high - predictions.grade_low + 1).value_counts().sort_index()
     columns = ['true grade', 'images', f'empirical coverage\n(target {percent(coverage)})', 'mean set size']
     return [Table(columns, rows,
-                  'Conformal prediction sets (CV+), measured out-of-fold: the sets of each fold (or one of five parts, '
-                  'with fewer than three folds) are fitted on the others and use the scores of one fold. '
+                  'Conformal prediction sets, measured out-of-fold: the sets of each fold (or one of five parts, with '
+                  'fewer than three folds) are fitted on the others and use the scores of one fold. The predictions '
+                  'use the scores of all folds (CV+). '
                   f'In parentheses: 95 % CI over {run.grouped_by(valid)} (Wilson). '
                   f'The target is valid for images {SETS_CONDITION}. '
                   'grade_low to grade_high in scores.csv are the sets of the predictions.'),

@@ -10,9 +10,9 @@ from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.io import AptosError, write_bytes
 from aptos_fastai.data.decode import decode
 from aptos_fastai.data.duplicates import duplicates_table
+from aptos_fastai.data.groups import patients_text
 from aptos_fastai.data.id_order import ORDERS, compare_id_orders, id_order_text
 from aptos_fastai.data.store import read_prepared, read_square, store_folder
-from aptos_fastai.data.tables import patients_text
 from aptos_fastai.metrics import GRADE_NAMES, GRADES
 from aptos_fastai.pipeline.graph import start_run
 from aptos_fastai.pipeline.summary import SYNTHETIC

@@ -1,5 +1,7 @@
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
@@ -9,7 +11,7 @@ from example_images import SMALL_RETINA, encode
 from PIL import Image
 
 import aptos_fastai.data.decode as decode_module
-from aptos_fastai.data.decode import ImageError, decode
+from aptos_fastai.data.decode import ImageError, PixelBudget, decode
 from aptos_fastai.data.retina import Prep, prepare
 
 RGB = SMALL_RETINA
@@ -168,3 +170,50 @@ def test_heic_and_unknown_dicom_compressions_say_what_helps(monkeypatch):
     pytest.importorskip('pydicom')
     odd = dicom(np.zeros((8, 8, 3), np.uint8), 'RGB', 8).replace(b'1.2.840.10008.1.2.1\0', b'1.2.840.10008.9.9.9\0')
     with pytest.raises(ImageError, match='transfer syntax 1.2.840.10008.9.9.9 is not supported; export'): decode(odd)
+
+
+def test_deflated_dicom_is_refused_before_it_is_inflated():
+    pydicom = pytest.importorskip('pydicom')
+    data = dicom(np.zeros((64, 64), np.uint8), 'MONOCHROME2', 8, syntax=pydicom.uid.DeflatedExplicitVRLittleEndian)
+    with pytest.raises(ImageError, match='deflated DICOM is not read; export'): decode(data)
+
+
+def test_memory_of_16_bit_colour_dicom_is_bounded(tmp_path):
+    "Beside the file itself, at most 16 bytes a pixel"
+    side = 2500
+    pixels = np.random.default_rng(0).integers(0, 65536, (side, side, 3)).astype(np.uint16)
+    (tmp_path / 'a').write_bytes(dicom(pixels, 'RGB', 16))
+    code = f'''
+import resource
+from aptos_fastai.data.decode import decode
+from pathlib import Path
+import pydicom
+data = Path({str(tmp_path / 'a')!r}).read_bytes()
+base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+decode(data)
+used = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) * 1024 - len(data)
+assert used <= 16 * {side} ** 2 + 60e6, f'{{used / {side} ** 2:.1f}} bytes a pixel'
+'''
+    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert abs(decode((tmp_path / 'a').read_bytes())[0] - (pixels / 257)).max() <= .5001
+
+
+def test_no_other_program_is_started_for_an_image(monkeypatch):
+    monkeypatch.setattr('PIL.EpsImagePlugin.Ghostscript', lambda *a, **k: pytest.fail('Ghostscript was started'))
+    with pytest.raises(ImageError, match='unknown image format'):
+        decode(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n' + b' ' * 200)
+
+
+def test_the_pixels_decoded_at_once_are_bounded():
+    budget, now, most = PixelBudget(100), [], []
+
+    def work(n):
+        with budget.pixels(n):
+            now.append(n)
+            most.append(sum(now))
+            time.sleep(.005)
+            now.remove(n)
+    sizes = [60, 30, 50, 10, 300, 40, 100, 20] * 3
+    with ThreadPoolExecutor(8) as pool: list(pool.map(work, sizes))
+    assert len(most) == len(sizes) and all(total <= 100 or total == 300 for total in most) and budget.used == 0

@@ -5,7 +5,8 @@ from conftest import ROOT
 
 from aptos_fastai.data.demo import write_demo
 from aptos_fastai.data.folds import add_folds, make_folds, write_folds
-from aptos_fastai.data.tables import TableError, read_tables
+from aptos_fastai.data.spreadsheet import TableError
+from aptos_fastai.data.tables import read_tables
 from aptos_fastai.recipe import read_recipe
 
 

@@ -1,4 +1,5 @@
 import contextlib
+import shutil
 
 import pandas as pd
 import pytest
@@ -7,7 +8,9 @@ from conftest import ROOT, expect_error, write_table
 from aptos_fastai.cli import main
 from aptos_fastai.data.demo import write_demo
 from aptos_fastai.data.folds import make_folds
-from aptos_fastai.data.tables import TableError, natural_order, read_order, read_table, read_tables, unmatched_ids
+from aptos_fastai.data.groups import natural_order
+from aptos_fastai.data.spreadsheet import TableError
+from aptos_fastai.data.tables import read_order, read_table, read_tables, table_contents
 from aptos_fastai.recipe import Table, read_recipe
 
 TRAIN = Table('train', 'train.csv', 'train_images', grade='diagnosis')
@@ -50,7 +53,8 @@ def grouped_table(pattern):
 def test_the_first_group_of_a_pattern_is_the_patient(tables, pattern):
     df = read_table(grouped_table(pattern), tables)
     assert df.group[[0, 9, 10, 20]].tolist() == ['train:train00', 'train:train00', 'train:train01', 'train:train020']
-    assert unmatched_ids(df.id_code, grouped_table(pattern)).tolist() == [f'train{i:03}' for i in range(20, 40)]
+    note, = table_contents(grouped_table(pattern), tables).notes
+    assert 'does not match 20 of 40 ids (train020, train021' in note
 
 
 def test_an_empty_patient_is_no_patient(tables):
@@ -142,20 +146,22 @@ BAD_TABLES = {                               # name: how to spoil the table, wor
     'no rows': (lambda data: write_csv(data, 'id_code,diagnosis\n'), ['train.csv: no rows']),
     'no column': (lambda data: write_csv(data, 'id_code,grade\na,1\n'),
                   ['no column diagnosis', 'Its columns are id_code, grade']),
-    'ragged csv': (lambda data: write_csv(data, 'id_code,diagnosis\na,1\nb,2,3,4\n'), ['not a readable CSV']),
+    'ragged csv': (lambda data: write_csv(data, 'id_code,diagnosis\na,1\nb,2,3,4\n'),
+                   ['column 3 has cells but no name in the header']),
     'grade 5': (lambda data: edit_csv(data, diagnosis='5'), ['1 invalid value in column diagnosis: train000 = 5']),
     'grade 1.5': (lambda data: edit_csv(data, diagnosis='1.5'), ['train000 = 1.5', 'whole numbers from 0 to 4']),
     'empty grade': (lambda data: edit_csv(data, diagnosis=''), ['train000 =']),
-    'grade a word': (lambda data: edit_csv(data, diagnosis='mild'), ['train000 = mild']),
+    'grade a word': (lambda data: edit_csv(data, diagnosis='bad'), ['train000 = bad']),
     'duplicate id': (lambda data: edit_csv(data, id_code='train001'),
                      ['1 duplicate value in column id_code: train001', 'Keep one row per image']),
     'id and file name': (lambda data: edit_csv(data, id_code='train001.png'), ['1 duplicate value in column id_code']),
     'id without image': (lambda data: edit_csv(data, id_code='gone'), ['1 of 40 ids have no image in', 'gone']),
-    'two images of an id': (lambda data: (data / 'train_images/train001.jpg').write_bytes(b''),
-                            ['train001.jpg and train001.png have the same id train001', 'Keep one']),
+    'two images of an id': (lambda data: shutil.copy(data / 'train_images/train001.png',
+                                                     data / 'train_images/train001.jpg'),
+                            ['train001: 2 images have this name: train001.jpg, train001.png']),
     'no image folder': (lambda data: (data / 'train_images').rename(data / 'elsewhere'),
                         ['train_images: image folder not found']),
-    'one grade': (set_one_grade, ['contains a single grade', 'Lower [recipe] splits']),
+    'one grade': (set_one_grade, ['all 40 grades are 2', 'Set csv and grade']),
     'too few images': (lambda data: write_table(data, 4),
                        ['4 images are too few for [recipe] splits = 5']),
 }

@@ -1,5 +1,6 @@
 "The page and the endpoint of `serve`, used by programs and by people."
 import asyncio
+import contextlib
 import os
 import shutil
 import socket
@@ -201,3 +202,19 @@ def test_a_person_grades_images(server_url, browser, image_paths, tmp_path, widt
     assert page.locator('.result').count() == 0 and not errors
     assert all(url.startswith((server_url, 'data:', 'blob:')) for url in requests)
     page.close()
+
+
+def test_images_at_work_are_bounded_before_they_are_graded(toy):
+    queue = serve.BatchingQueue(load_grader(toy))
+    with contextlib.ExitStack() as requests:
+        for _ in range(serve.MAX_PENDING // 20):
+            received = requests.enter_context(queue.reserve(1000))
+            received(20)
+        assert queue.pending == serve.MAX_PENDING
+        with pytest.raises(serve.RequestError) as e: requests.enter_context(queue.reserve(1000))
+        assert e.value.status == 503
+    assert queue.pending == queue.held == 0
+    with contextlib.suppress(serve.RequestError), queue.reserve(1000) as received:
+        received(serve.MAX_PENDING + 1)
+        pytest.fail('too many images in one request')
+    assert queue.pending == queue.held == 0

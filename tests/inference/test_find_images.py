@@ -1,5 +1,6 @@
 "Which file belongs to which name: never another image's."
 import os
+import shutil
 from pathlib import Path
 
 import cv2
@@ -9,7 +10,7 @@ import pytest
 from conftest import dicom, expect_error
 
 from aptos_fastai.cli import main
-from aptos_fastai.common.io import AptosError
+from aptos_fastai.common.io import AptosError, file_lock
 from aptos_fastai.inference.find_images import find_images
 
 PNG = cv2.imencode('.png', np.zeros((8, 8, 3), np.uint8))[1].tobytes()
@@ -133,3 +134,70 @@ def test_explain_says_which_file_is_which(toy, image_paths, tmp_path, capsys):
     assert df.output[str(tmp_path / 'a/left.png')] == 'left.png'
     assert df.output[str(tmp_path / 'b/left.png')] == 'left-2.png'
     assert df.error[str(tmp_path / 'b/bad.png')] and not df.output[str(tmp_path / 'b/bad.png')]
+
+
+@pytest.mark.parametrize('text, found', [
+    ('image,diagnosis\nleft,1,\nright,2,\n', ['left.png', 'right.png']),
+    ('image;diagnosis\nleft;1\nright;2\n', ['left.png', 'right.png']),
+    ('image\nleft\n\nright\n\n', ['left.png', 'the row names no image', 'right.png']),
+    ('image\n' + 'x' * 300 + '\nleft\n', ['no such image in', 'left.png']),
+])
+def test_rows_of_csvs_as_people_have_them(tmp_path, text, found):
+    write(tmp_path, 'left.png', 'right.png', '1.png', '2.png')
+    (tmp_path / 'list.csv').write_text(text)
+    entries = find_images([str(tmp_path / 'list.csv')])
+    assert [e.path.name if e.path else e.error[:len(o)] for e, o in zip(entries, found, strict=True)] == found
+
+
+def test_a_csv_keeps_its_own_id_beside_the_file(toy, image_paths, tmp_path):
+    write(tmp_path, 'a/x.png', data=Path(image_paths[0]).read_bytes())
+    for columns in (dict(path='a/x.png', id_code='17'), dict(file='a/x.png')):
+        pd.DataFrame(columns, index=[0]).to_csv(tmp_path / 'list.csv', index=False)
+        main(['predict', str(toy), str(tmp_path / 'list.csv'), '-o', str(tmp_path / 'out.csv'), '--overwrite'])
+        row = pd.read_csv(tmp_path / 'out.csv', dtype=str).iloc[0]
+        if 'id_code' in columns: assert row.id_code == '17' and row.file == str(tmp_path / 'a/x.png')
+        else: assert row.file == 'a/x.png'
+
+
+def test_an_image_that_was_replaced_is_graded_again(toy, image_paths, tmp_path, monkeypatch):
+    "A prediction resumes only with the very images that it began with"
+    files = [tmp_path / 'left.png', tmp_path / 'right.png']
+    for file, path in zip(files, image_paths, strict=False): shutil.copy(path, file)
+    args, out = ['predict', str(toy), *map(str, files)], tmp_path / 'out.csv'
+    main([*args, '-o', str(tmp_path / 'first.csv')])
+    with monkeypatch.context() as patch:
+        patch.setattr('aptos_fastai.inference.grade_files._report', lambda *a: None)
+        patch.setattr('os.replace', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit): main([*args, '-o', str(out)])
+    assert list(tmp_path.glob('.out.csv.*.part')) and not out.exists()
+    shutil.copy(image_paths[1], files[0])
+    main([*args, '-o', str(out)])
+    first, new = (pd.read_csv(f).score for f in (tmp_path / 'first.csv', out))
+    assert new[0] == new[1] == first[1] != first[0]
+    assert not list(tmp_path.glob('.out.csv.*'))               # neither parts nor locks stay
+
+
+def test_two_predictions_do_not_write_one_file(toy, image_paths, tmp_path, capsys, monkeypatch):
+    out = tmp_path / 'out.csv'
+    with file_lock(out, ''):
+        expect_error(capsys, ['predict', toy, image_paths[0], '-o', out], 'another process is writing', '-o')
+    monkeypatch.setattr('aptos_fastai.inference.grade_files._grade_into',
+                        lambda part, *a: (part.write_text('mine'), out.write_text('of another')))
+    expect_error(capsys, ['predict', toy, image_paths[0], '-o', out], 'already exists')
+    assert out.read_text() == 'of another'
+
+
+def test_explain_gives_each_file_an_output_of_its_own(toy, image_paths, tmp_path):
+    names = ['a.png', 'a.jpg', 'a-2.png', 'A-3.png', 'a.jpeg', '=1+1.png']
+    for name in names: write(tmp_path, f'in/{name}', data=Path(image_paths[0]).read_bytes())
+    main(['explain', str(toy), str(tmp_path / 'in'), '-o', str(tmp_path / 'out')])
+    df = pd.read_csv(tmp_path / 'out/index.csv')
+    assert df.output.str.casefold().nunique() == len(names) and "'=1+1.png" in df.output.tolist()
+    assert {f.name for f in (tmp_path / 'out').glob('*.png')} == set(df.output.str.removeprefix("'"))
+
+
+def test_linked_folders_are_named(tmp_path, capsys):
+    write(tmp_path, 'in/a.png', 'elsewhere/b.png')
+    os.symlink(tmp_path / 'elsewhere', tmp_path / 'in/more')
+    assert [e.path.name for e in find_images([str(tmp_path / 'in')])] == ['a.png']
+    assert 'in/more: a link to a folder, which is not searched' in capsys.readouterr().out.replace('\n', '')

@@ -15,6 +15,7 @@ from conftest import dicom, expect_error, toy_args
 
 from aptos_fastai.cli import main
 from aptos_fastai.common.io import read_record, write_record
+from aptos_fastai.deploy.bundle import run_metrics
 from aptos_fastai.inference.grader import COLUMNS, Grader, load_grader
 from aptos_fastai.inference.model_spec import read_model
 from aptos_fastai.inference.views import mean_and_sd
@@ -197,3 +198,28 @@ def test_a_finished_run_predicts_with_the_folds_of_its_submission(toy_copy, toy,
     grader = load_grader(toy_copy)
     assert [m.file for m in grader.model.members] == ['retrain_512/fold0/weights.safetensors']
     assert grader.predict(image_paths[:4]).score.tolist() == expected.score.tolist()
+
+
+def test_a_stage_answers_as_its_run_reports_it(toy):
+    summary = json.loads((toy / 'summary.json').read_text())
+    for result in summary['stages']:
+        if result['arch'] == 'ensemble': continue
+        model, root = read_model(toy / result['stage'])
+        assert list(model.thresholds) == result['thresholds'] and list(model.warnings) == result['warnings']
+        assert model.kappa == result['kappa_text'] and model.coverage == summary['submission']['coverage']
+        assert run_metrics(root, model)['node'] == result['stage']
+
+
+def test_folds_that_were_trained_otherwise_are_no_model(toy_copy, capsys, image_paths):
+    stage = toy_copy / 'finetune_256'
+    shutil.copytree(toy_copy / 'finetune_512/fold0', stage / 'fold1')       # not reported: left out
+    assert len(read_model(stage)[0].members) == 1
+    (toy_copy / 'summary.json').unlink()
+    expect_error(capsys, ['predict', stage, image_paths[0], '-o', toy_copy / 'g.csv'], 'fold1: was trained as')
+    (stage / 'fold1/stage.json').unlink()                                  # an unfinished fold
+    model, root = read_model(stage)
+    assert len(model.members) == 1 and 'no kappa' in model.warnings[0] and run_metrics(root, model) == {}
+
+
+def test_the_gate_says_what_it_may_refuse(toy):
+    assert read_model(toy)[0].gate.reject == read_model(toy / 'finetune_256')[0].gate.reject == .01

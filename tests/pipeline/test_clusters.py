@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from aptos_fastai.cli import main
 from aptos_fastai.data.retina import Prep
 from aptos_fastai.metrics import MIDPOINTS, apply_thresholds, quadratic_kappa, thresholds_or_midpoints
 from aptos_fastai.pipeline.clusters import (
@@ -16,6 +17,7 @@ from aptos_fastai.pipeline.clusters import (
     VISUAL,
     camera_labels,
     cluster_result,
+    cluster_warnings,
     drop_by_chance,
     id_range_labels,
     visual_labels,
@@ -109,3 +111,35 @@ def test_summary_and_report_show_the_clusters(toy):
     for kind in clusters: assert sum(o['images'] for o in kind['clusters']) == 12
     html = (toy / 'report.html').read_text(encoding='utf-8')
     for text in ('Kappa by cluster', VISUAL, ID_RANGE, 'This is no test on other images'): assert text in html, text
+
+
+def test_chance_deals_patients_not_images(valid):
+    "Four alike images a patient: clusters of patients differ more by chance than clusters of single images"
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 5, 200).repeat(4)
+    score = y + rng.normal(0, .8, 200).repeat(4)
+    df = pd.DataFrame(dict(diagnosis=y, score=score, grade=apply_thresholds(score, MIDPOINTS),
+                           group=np.arange(200).repeat(4)))
+    assert drop_by_chance(df, [200] * 4) > 1.4 * drop_by_chance(df.assign(group=np.arange(800)), [200] * 4)
+
+
+def test_a_drop_beyond_chance_is_a_warning(valid):
+    found = [cluster_result(CAMERA, valid, camera_labels(valid), 'optimal')]
+    assert cluster_warnings(found) == [f'kappa drops by {found[0]["drop"]:.2f} between images of different camera (by '
+                                       f'chance up to {found[0]["drop_by_chance"]:.2f}): other cameras or clinics may '
+                                       'be graded worse']
+    assert cluster_warnings([dict(found[0], drop=.01), dict(found[0], drop=None)]) == []
+
+
+def test_columns_of_the_table_are_carried_to_results(tables, small_recipe, tmp_path):
+    df = pd.read_csv(tables / 'train.csv')
+    df.assign(site=['north', 'south'] * 20, camera='').to_csv(tables / 'train.csv', index=False, sep=';')
+    args = ['--recipe', str(small_recipe), '--data', str(tables), '--runs', str(tmp_path / 'runs')]
+    main(['all', *args, '--set', 'table.train.carry=site | camera'])
+    oof = pd.read_csv(tmp_path / 'runs/small/oof.csv', keep_default_na=False)
+    site = dict(zip(df.id_code, ['north', 'south'] * 20, strict=True))
+    assert list(oof)[-2:] == ['site', 'camera'] and oof.site.tolist() == oof.id_code.map(site).tolist()
+    assert set(oof.site) == {'north', 'south'} and set(oof.camera) == {''}
+    kinds = {o['kind']: o for o in json.loads((tmp_path / 'runs/small/summary.json').read_text())['clusters']}
+    assert kinds['site']['meaning'] == 'a column of the table'
+    assert kinds['camera']['clusters'][0]['images'] == len(oof)

@@ -1,6 +1,7 @@
 "Out-of-fold scores, their summary, and two runs side by side."
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -9,16 +10,18 @@ from conftest import STAGES, expect_error, open_toy_run, toy_args
 
 from aptos_fastai.cli import main
 from aptos_fastai.common.console import console
+from aptos_fastai.inference.model_spec import read_model
 from aptos_fastai.metrics import quadratic_kappa
 from aptos_fastai.pipeline.summary import (
-    EPOCH_CHOSEN,
     OUT_OF_FOLD,
     PATIENTS_UNKNOWN,
     SETS_CAUTION,
     by_value,
     compared_groups,
     difference_text,
+    epoch_warnings,
     interval_text,
+    patient_warnings,
     show_summary,
     warnings,
 )
@@ -103,9 +106,6 @@ RESULT = dict(stage='s', kappa=.8, kappa_interval=[.7, .9], resampled='patients'
 
 @pytest.mark.parametrize('change, words', [
     ({}, []),
-    (dict(resampled='images'), [PATIENTS_UNKNOWN]),
-    (dict(resampled='blocks of 10 ids'), [PATIENTS_UNKNOWN]),
-    (dict(resampled='patients and images'), [PATIENTS_UNKNOWN]),
     (dict(kappa_interval=[-.1, .3]), ["kappa's interval contains 0"]),
     (dict(thresholds=[.5, 1.5, 1.55, 3.5]), ['thresholds 1.50 and 1.55 nearly coincide: grade 2 is hardly ever']),
     (dict(thresholds=[.5, .5, .5, 3.5]), ['grade 1 is hardly', 'grade 2 is hardly']),
@@ -139,7 +139,7 @@ def test_oof_has_the_patient_of_each_image(toy):
 def test_terminal_and_compare_say_what_the_figures_are(toy, capsys):
     main(['all', *toy_args(toy)])
     out = ' '.join(capsys.readouterr().out.split())
-    for text in (OUT_OF_FOLD, PATIENTS_UNKNOWN, EPOCH_CHOSEN, SETS_CAUTION, 'Intervals: bootstrap over patients ('):
+    for text in (OUT_OF_FOLD, PATIENTS_UNKNOWN, 'the epoch was chosen on', SETS_CAUTION, 'bootstrap over patients ('):
         assert text in out, text
     main(['compare', str(toy), str(toy)])
     out = ' '.join(capsys.readouterr().out.split())
@@ -159,3 +159,20 @@ def test_compare_resamples_patients_if_either_run_knows_them():
 def test_names_by_value():
     assert by_value(dict(a='images', b='images')) == 'images'
     assert by_value(dict(a='patients', b='images', c='patients')) == 'patients (a, c), images (b)'
+
+
+def test_images_without_a_patient_stay_a_warning():
+    run = SimpleNamespace(grouped_by=lambda valid: 'patients')
+    valid = pd.DataFrame(dict(source='t', id_code=['1_left', '1_right', 'x', 'y'], group=['t:1', 't:1', 't:x', 't:y']))
+    assert patient_warnings(run, valid) == ['patients of 2 of 4 images unknown: may be optimistic']
+    assert patient_warnings(run, valid[:2]) == []
+    for unknown in ('images', 'blocks of 10 ids', 'patients and images'):
+        run.grouped_by = lambda valid, over=unknown: over
+        assert patient_warnings(run, valid) == [PATIENTS_UNKNOWN]
+
+
+def test_an_epoch_chosen_on_its_validation_images_is_a_warning(toy):
+    run = open_toy_run(toy)
+    keeps = {name: stage.keep for name, stage in run.recipe.stages.items()}
+    for name, keep in keeps.items(): assert bool(epoch_warnings(run, name)) == (keep != 'last')
+    assert any('epoch was chosen' in text for text in read_model(toy)[0].warnings)

@@ -1,0 +1,71 @@
+"Understand the grades that graders wrote: numbers, Roman numerals, words, several columns, values for ungradable."
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from aptos_fastai.data.spreadsheet import TableError, count, first_few
+from aptos_fastai.metrics import GRADES
+from aptos_fastai.recipe import Table
+
+GRADE_WORDS = {                              # beside the numbers 0 to 4, in lower case
+    'no dr': 0, 'nodr': 0, 'no': 0, 'none': 0, 'normal': 0, 'healthy': 0, 'r0': 0,
+    'mild': 1, 'mild npdr': 1, 'i': 1, 'r1': 1,
+    'moderate': 2, 'moderate npdr': 2, 'ii': 2, 'r2': 2,
+    'severe': 3, 'severe npdr': 3, 'iii': 3, 'r3': 3,
+    'proliferative': 4, 'proliferative dr': 4, 'proliferate dr': 4, 'pdr': 4, 'iv': 4, 'r4': 4,
+}
+BLANK = 'blank'                              # in the key `ungradable`: an empty cell
+FEWEST_ROWS = 10                             # a table with so many rows has more than one grade
+
+
+def read_grade(text: str) -> float:
+    "Return the grade that a cell means: 2, 2.0, 02, '2,0', II, 'moderate', 'grade 2', '2 - moderate'; NaN otherwise"
+    if text.strip().startswith('-'): return np.nan
+    words = text.casefold().replace('_', ' ').replace('-', ' ').split()
+    word = ' '.join(words)
+    for prefix in ('grade ', 'dr '): word = word.removeprefix(prefix)
+    if word in GRADE_WORDS: return GRADE_WORDS[word]
+    number = _number(word)
+    if np.isfinite(number): return number
+    number, name = _number(words[0]) if words else np.nan, GRADE_WORDS.get(' '.join(words[1:]))
+    return number if number == name else np.nan
+
+
+def _number(word: str) -> float:
+    try: value = float(word.replace(',', '.'))
+    except ValueError: return np.nan
+    return value if value in range(GRADES) else np.nan
+
+
+def grade_texts(csv: Path, df: pd.DataFrame, table: Table) -> pd.Series:
+    "Return the text of each row's grade: of the one of the table's grade columns that is filled"
+    columns = df[list(table.grade_columns)]
+    filled = columns.ne('').sum(axis=1)
+    if (filled > 1).any():
+        bad = df.index[filled > 1] + 1
+        raise TableError(f'{csv}: {count(bad, "row")} with a grade in more than one of the columns '
+                         f'{", ".join(table.grade_columns)}: row {first_few(bad)}. Set `grade` to the one that counts.')
+    return columns.agg(''.join, axis=1)
+
+
+def is_ungradable(texts: pd.Series, table: Table) -> pd.Series:
+    "Return which rows have a value that means ungradable (the table's key `ungradable`)"
+    values = {'' if value == BLANK else value.casefold() for value in table.ungradable}
+    return texts.str.casefold().isin(values)
+
+
+def read_grades(csv: Path, texts: pd.Series, ids: pd.Series, table: Table) -> np.ndarray:
+    "Return the grades as float32 (n,). Raises `TableError` for anything but the grades 0 to 4, and for one grade alone"
+    grades = texts.map(read_grade)
+    bad = grades.isna()
+    if bad.any():
+        shown = [f'{i} = {v or "(empty)"}' for i, v in zip(ids[bad], texts[bad], strict=True)]
+        raise TableError(f'{csv}: {count(shown, "invalid value")} in column {", ".join(table.grade_columns)}: '
+                         f'{first_few(shown)}. Grades are whole numbers from 0 to 4. If a value means that an image '
+                         'cannot be graded, name it in the key `ungradable`.')
+    if len(grades) >= FEWEST_ROWS and grades.nunique() == 1:
+        like = ' It looks like a sample submission.' if grades.iloc[0] == 0 else ''
+        raise TableError(f'{csv}: all {len(grades)} grades are {grades.iloc[0]:.0f}.{like} Set csv and grade to the '
+                         'file and the column with the grades of the graders.')
+    return grades.to_numpy(np.float32)

@@ -1,0 +1,77 @@
+"What shares a fold: patients (a column, or a pattern in ids), or blocks of ids; and which eye an image shows."
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from aptos_fastai.data.spreadsheet import TableError, first_few
+from aptos_fastai.recipe import Table
+
+EYES = {'l': 'left', 'left': 'left', 'os': 'left', 'r': 'right', 'right': 'right', 'od': 'right'}
+
+
+def find_groups(csv: Path, df: pd.DataFrame, ids: pd.Series, table: Table) -> tuple[pd.Series, str]:
+    """Return TABLE:PATIENT or TABLE:block K of each row, and a note of rows without a patient (each its own group).
+
+    Raises `TableError` if no row has a patient although the table says where they are.
+    """
+    if table.block: return _blocks(ids, table), ''
+    if not table.patient and not table.group: return f'{table.name}:' + ids, ''
+    patients = _patients(df, ids, table)
+    missing = ids[patients.isna()]
+    key = f'[table.{table.name}] ' + (f'patient = {table.patient}' if table.patient else f'group = {table.group}')
+    if len(missing) == len(ids): raise TableError(f'{csv}: {key}: {_no_patient(ids, table)}')
+    groups = f'{table.name}:' + patients.fillna(ids)
+    if not len(missing): return groups, ''
+    each = 'it is' if len(missing) == 1 else 'each is'
+    verb = 'is empty in' if table.patient else 'does not match'
+    noun = 'rows' if table.patient else 'ids'
+    return groups, (f'{key}: {verb} {len(missing)} of {len(ids)} {noun} ({first_few(missing)}); {each} a patient of '
+                    'its own. Correct that if it is wrong.')
+
+
+def _no_patient(ids: pd.Series, table: Table) -> str:
+    if table.patient: return f'the column is empty in all {len(ids)} rows. Name another, or remove the key.'
+    return (f'matches none of the {len(ids)} ids, for example {ids.iloc[0]}. Put the part that is the patient in '
+            'parentheses, or remove group and set block = 10 if patients are unknown.')
+
+
+def _patients(df: pd.DataFrame, ids: pd.Series, table: Table) -> pd.Series:
+    "Return the patient of each row; NaN where there is none"
+    texts = df[table.patient] if table.patient else ids.str.extract(table.group).iloc[:, 0]
+    return texts.replace('', np.nan)
+
+
+def natural_order(ids: pd.Series) -> np.ndarray:
+    "Return the positions of ids in natural order: a2 before a10"
+    def key(text: str) -> list[tuple[int, str]]:
+        parts = re.split(r'([0-9]+)', text)              # text and number in turn
+        return [(int(part), '') if i % 2 else (0, part) for i, part in enumerate(parts)]
+    return np.array(sorted(range(len(ids)), key=lambda i: key(ids.iloc[i])), int)
+
+
+def _blocks(ids: pd.Series, table: Table) -> pd.Series:
+    "Return TABLE:block K of each id: `block` neighbouring ids in natural order are one group"
+    block = np.empty(len(ids), int)
+    block[natural_order(ids)] = np.arange(len(ids)) // table.block
+    return f'{table.name}:block ' + pd.Series(block, ids.index).astype(str)
+
+
+def patients_text(frame: pd.DataFrame, table: Table) -> str:
+    "Return how many patients the images of a table are of: '120 patients', or 'patients unknown'."
+    n = frame.group.nunique()
+    if table.grouped_by == 'patients': return f'{n} patient' if n == 1 else f'{n} patients'
+    return f'patients unknown, {n} {table.grouped_by}' if table.block else 'patients unknown'
+
+
+def eyes(csv: Path, df: pd.DataFrame, ids: pd.Series, table: Table) -> pd.Series:
+    "Return left or right for each row, from the column or the pattern `eye`. Raises `TableError` for another value"
+    texts = df[table.eye] if table.eye in df else ids.str.extract(table.eye).iloc[:, 0].fillna('')
+    found = texts.str.casefold().map(EYES)
+    bad = texts[found.isna() & texts.ne('')]
+    if len(bad) or not found.notna().any():
+        shown = first_few(sorted(set(bad))) or 'nothing'
+        raise TableError(f'{csv}: [table.{table.name}] eye = {table.eye}: found {shown}. Expected are '
+                         f'{", ".join(EYES)}.')
+    return found.fillna('')

@@ -1,0 +1,139 @@
+"Read tables as people have them: CSVs of any separator and encoding, with or without a header, and .xlsx."
+import codecs
+import csv
+import io
+from collections.abc import Sized
+from importlib.util import find_spec
+from pathlib import Path
+
+import pandas as pd
+
+from aptos_fastai.common.io import AptosError
+from aptos_fastai.recipe import did_you_mean
+
+SEPARATORS = ',;\t'                          # in this order where several are equally good; then spaces
+SNIFFED_ROWS = 200
+SPREADSHEETS = '.xlsx', '.xlsm'
+SAVE_AS = 'Save it as comma-separated UTF-8.'
+
+
+class TableError(AptosError):
+    "Raised for a table that cannot be used; the message names the file, the ids and what to do."
+
+
+def first_few(items) -> str:
+    "Return the first five items as text"
+    return ', '.join(map(str, list(items)[:5])) + (', …' if len(items) > 5 else '')
+
+
+def count(items: Sized, noun: str) -> str:
+    "Return '1 id' or '3 ids'"
+    return f'{len(items)} {noun}' if len(items) == 1 else f'{len(items)} {noun}s'
+
+
+def read_spreadsheet(file: Path, *, header: bool = True, keep_blank: bool = False) -> pd.DataFrame:
+    """Return a table as text, without spaces around headers and cells, without empty rows and columns.
+
+    Encodings: UTF-8, UTF-16, Windows-1252. Separators: comma, semicolon, tab, spaces; a first line `sep=;` counts.
+    `header` = False: the columns are called 1, 2, 3 … `keep_blank` keeps empty rows before the last filled one.
+    Raises `TableError` if there is no such table in the file.
+    """
+    if file.suffix.lower() in SPREADSHEETS: rows = _rows_of_workbook(file)
+    else: rows = _rows_of_text(_decode(file))
+    rows = [[cell.strip() for cell in row] for row in rows]
+    if keep_blank:
+        while rows and not any(rows[-1]): rows.pop()
+    else: rows = [row for row in rows if any(row)]
+    if not rows: raise TableError(f'{file}: the file is empty. Write a header and one row per image.')
+    return _frame(file, rows, header)
+
+
+def _frame(file: Path, rows: list[list[str]], header: bool) -> pd.DataFrame:
+    "Return the frame of a table's rows; columns without a name and without a cell are dropped"
+    width = max(map(len, rows))
+    rows = [row + [''] * (width - len(row)) for row in rows]
+    names = rows.pop(0) if header else [str(i + 1) for i in range(width)]
+    filled = [bool(names[i]) and header or any(row[i] for row in rows) for i in range(width)]
+    unnamed = [i + 1 for i in range(width) if filled[i] and not names[i]]
+    if unnamed:
+        raise TableError(f'{file}: column {unnamed[0]} has cells but no name in the header. Name it, or quote cells '
+                         'that contain the separator.')
+    kept = [i for i in range(width) if filled[i]]
+    names = _unique([names[i] for i in kept])
+    return pd.DataFrame([[row[i] for i in kept] for row in rows], columns=names, dtype=str)
+
+
+def _unique(names: list[str]) -> list[str]:
+    "Return the names with ' (2)' after the second of one name"
+    counts = [names[:i].count(name) + 1 for i, name in enumerate(names)]
+    return [name if n == 1 else f'{name} ({n})' for name, n in zip(names, counts, strict=True)]
+
+
+def _decode(file: Path) -> str:
+    "Return the text of a file. Raises `TableError` if it is no text"
+    data = file.read_bytes()
+    for mark, encoding in ((codecs.BOM_UTF8, 'utf-8-sig'), (codecs.BOM_UTF16_LE, 'utf-16'),
+                           (codecs.BOM_UTF16_BE, 'utf-16')):
+        if data.startswith(mark): return _decoded(file, data, encoding)
+    if data[1:2] == b'\0': return _decoded(file, data, 'utf-16-le')
+    if data[:1] == b'\0': return _decoded(file, data, 'utf-16-be')
+    if b'\0' in data: raise TableError(f'{file}: not a readable CSV (it is no text). {SAVE_AS}')
+    try: return data.decode('utf-8')
+    except UnicodeDecodeError: return _decoded(file, data, 'cp1252')
+
+
+def _decoded(file: Path, data: bytes, encoding: str) -> str:
+    try: return data.decode(encoding)
+    except UnicodeDecodeError as e:
+        raise TableError(f'{file}: not a readable CSV ({e}). {SAVE_AS}') from None
+
+
+def _rows_of_text(text: str) -> list[list[str]]:
+    "Return the cells of each row"
+    text = text.replace('\r\n', '\n').replace('\r', '\n')
+    first, _, rest = text.partition('\n')
+    if first.lower().startswith('sep=') and len(first) == 5: return _split(rest, first[4])
+    return _split(text, separator_of(text))
+
+
+def separator_of(text: str) -> str:
+    "Return the separator that splits the first rows into the same number of cells, at least two; ' ': spaces"
+    lines = [line for line in text.split('\n') if line.strip()][:SNIFFED_ROWS]
+    best, best_share = '', 0.
+    for separator in SEPARATORS:
+        widths = [len(row) for row in _split('\n'.join(lines), separator)]
+        if not widths or max(widths) < 2: continue
+        share = sum(width > 1 for width in widths) / len(widths)
+        if share > best_share: best, best_share = separator, share
+    if best: return best
+    words = {len(line.split()) for line in lines}
+    return ' ' if len(words) == 1 and words != {1} else ','
+
+
+def _split(text: str, separator: str) -> list[list[str]]:
+    if separator == ' ': return [line.split() for line in text.split('\n')]
+    return list(csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True))
+
+
+def _rows_of_workbook(file: Path) -> list[list[str]]:
+    "Return the cells of the first sheet"
+    if find_spec('openpyxl') is None:
+        raise TableError(f'{file}: reading .xlsx needs openpyxl. Run pip install openpyxl, or save it as CSV.')
+    import openpyxl
+    try: sheet = openpyxl.load_workbook(file, read_only=True, data_only=True).worksheets[0]
+    except Exception as e: raise TableError(f'{file}: not a readable workbook ({e}). Save it as CSV.') from None
+    return [[_cell_text(cell) for cell in row] for row in sheet.iter_rows(values_only=True)]
+
+
+def _cell_text(cell: object) -> str:
+    if cell is None: return ''
+    if isinstance(cell, float) and cell.is_integer(): return str(int(cell))
+    return str(cell)
+
+
+def require_column(file: Path, df: pd.DataFrame, column: str, what_to_do: str) -> None:
+    "Raise `TableError` if a table has no such column, or two of them"
+    if f'{column} (2)' in df: raise TableError(f'{file}: two columns are called {column}. Rename one.')
+    if column in df: return
+    raise TableError(f'{file}: no column {column}{did_you_mean(column, df.columns)} '
+                     f'Its columns are {", ".join(df.columns)}. {what_to_do}')

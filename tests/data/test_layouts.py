@@ -1,0 +1,260 @@
+"Tables as people have them: every making of CSV, images wherever they lie, what columns mean."
+import unicodedata
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from aptos_fastai.data.grades import read_grade
+from aptos_fastai.data.spreadsheet import TableError, read_spreadsheet
+from aptos_fastai.data.tables import read_order, read_table, table_contents
+from aptos_fastai.recipe import Table
+
+IDS = ['NA', 'None', '000123', '1e5', 'true', 'a b', 'ü1']
+GRADES = [0, 1, 2, 3, 4, 2, 1]
+
+
+def image_bytes(i: int = 0) -> bytes:
+    return cv2.imencode('.png', np.full((8, 8, 3), 10 * i, np.uint8))[1].tobytes()
+
+
+def write_images(folder: Path, names) -> None:
+    for i, name in enumerate(names):
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(image_bytes(i))
+
+
+def table(**keys) -> Table:
+    return Table('t', **(dict(csv='t.csv', images='images', grade='diagnosis') | keys))
+
+
+def lines(separator: str, rows=None) -> str:
+    rows = rows or [['id_code', 'diagnosis'], *([i, str(g)] for i, g in zip(IDS, GRADES, strict=True))]
+    return '\n'.join(separator.join(row) for row in rows) + '\n'
+
+
+MAKINGS = {
+    'comma': lines(',').encode(),
+    'semicolon': lines(';').encode(),
+    'tab': lines('\t').encode(),
+    'byte order mark': lines(',').encode('utf-8-sig'),
+    'UTF-16': lines(';').encode('utf-16'),
+    'UTF-16 without mark': lines('\t').encode('utf-16-le'),
+    'UTF-16, big endian': lines(',').encode('utf-16-be'),
+    'Windows-1252': lines(';').encode('cp1252'),
+    'sep line': ('sep=;\n' + lines(';')).encode(),
+    'sep line in capitals, CRLF': ('SEP=|\n' + lines('|')).replace('\n', '\r\n').encode(),
+    'old Macintosh': lines(',').replace('\n', '\r').encode(),
+    'spaces': lines(' , ').encode(),
+    'quoted': lines('","').replace('\n', '"\n"')[:-1].join(['"', '']).encode(),
+    'empty rows': ('\n\n' + lines(',') + '\n,\n , \n').encode(),
+    'empty columns': lines(',').replace('\n', ',,\n').encode(),
+    'rows that end in a comma': lines(',').replace('\n', ',\n').replace('diagnosis,', 'diagnosis').encode(),
+    'decimal commas': lines(';').replace('\n', ',0\n').replace('diagnosis,0', 'diagnosis').encode(),
+}
+
+
+@pytest.mark.parametrize('making', MAKINGS)
+def test_a_csv_of_any_making(tmp_path, making):
+    (tmp_path / 't.csv').write_bytes(MAKINGS[making])
+    write_images(tmp_path / 'images', [f'{i}.png' for i in IDS])
+    df = read_table(table(), tmp_path)
+    assert df.id_code.tolist() == IDS and df.diagnosis.tolist() == GRADES
+    assert [Path(p).stem for p in df.path] == IDS
+
+
+def test_a_workbook(tmp_path):
+    openpyxl = pytest.importorskip('openpyxl')
+    book = openpyxl.Workbook()
+    for row in [['id_code', 'diagnosis'], ['000123', 2], [17, 3.0], [None, None]]: book.active.append(row)
+    book.save(tmp_path / 't.xlsx')
+    write_images(tmp_path / 'images', ['000123.png', '17.png'])
+    df = read_table(table(csv='t.xlsx'), tmp_path)
+    assert df.id_code.tolist() == ['000123', '17'] and df.diagnosis.tolist() == [2, 3]
+
+
+@pytest.mark.parametrize('text', ['a.jpg 3\nb.jpg 0\n', 'a.jpg,3\nb.jpg,0\n', 'a.jpg\t3\r\nb.jpg\t0\r\n'])
+def test_a_label_file_without_a_header(tmp_path, text):
+    (tmp_path / 'labels.txt').write_text(text)
+    write_images(tmp_path / 'images', ['a.jpg', 'b.jpg'])
+    df = read_table(table(csv='labels.txt', header='no', id='1', grade='2'), tmp_path)
+    assert df.id_code.tolist() == ['a.jpg', 'b.jpg'] and df.diagnosis.tolist() == [3, 0]
+
+
+@pytest.mark.parametrize('content, words', [
+    (b'', 'the file is empty'),
+    (b'\n ,\n', 'the file is empty'),
+    (b'id_code,diagnosis\n', 'no rows'),
+    (b'Id_code,diagnosis\na,1\n', 'no column id_code, did you mean Id_code? Its columns are Id_code, diagnosis'),
+    (b'id_code,diagnosis\na,1\nb,2,3\n', 'column 3 has cells but no name'),
+    (b'id_code,diagnosis,diagnosis\na,1,2\n', 'two columns are called diagnosis'),
+    (b'\x89PNG\r\n\x1a\n\0\0\0\rIHDR', 'it is no text'),
+])
+def test_csvs_that_are_refused(tmp_path, content, words):
+    (tmp_path / 't.csv').write_bytes(content)
+    write_images(tmp_path / 'images', ['a.png', 'b.png'])
+    with pytest.raises(TableError) as e: read_table(table(), tmp_path)
+    assert str(tmp_path / 't.csv') in str(e.value) and words in str(e.value)
+
+
+# Images wherever they lie
+
+@pytest.mark.parametrize('file, name, loose', [
+    ('x.png', 'x', False),
+    ('x.png', 'x.png', False),
+    ('site A/x.jpg', 'x', False),
+    ('site A/x.jpg', 'site A/x.jpg', False),
+    ('site A/x.jpg', r'site A\x', False),
+    ('images/x.png', 'x.png', False),
+    ('x.JPG', 'x.png', True),
+    ('X.JPG', 'x', True),
+    ('a/B/x.jpeg', 'b/X.jpg', True),
+    ('a/b/x.jpeg', 'b/x', True),
+    (unicodedata.normalize('NFD', 'ü.png'), unicodedata.normalize('NFC', 'ü'), True),
+    ('IMG.001.png', 'IMG.001', False),
+])
+def test_images_wherever_they_lie(tmp_path, file, name, loose):
+    (tmp_path / 't.csv').write_text(f'id_code,diagnosis\n{name},1\nother,2\n', encoding='utf-8')
+    write_images(tmp_path / 'images', [file, 'other.png'])
+    contents = table_contents(table(), tmp_path)
+    assert Path(contents.frame.path[0]) == tmp_path / 'images' / file
+    assert contents.notes == (['1 of 2 ids differ from their file in suffix, case or accents'] if loose else [])
+
+
+@pytest.mark.parametrize('files, name, words', [
+    (['a/x.png', 'b/x.png'], 'x', '2 images have this name: a/x.png, b/x.png'),
+    (['x.png', 'x.jpg'], 'x', '2 images have this name'),
+    (['X.png', 'x.PNG'], 'x.jpg', '2 images have this name'),
+    (['a/x.png'], 'c/x.png', '1 of 2 ids have no image'),
+    (['xx.png'], 'x', '1 of 2 ids have no image'),
+    (['IMG.001.png'], 'IMG.002', '1 of 2 ids have no image'),
+])
+def test_ambiguous_and_missing_images(tmp_path, files, name, words):
+    (tmp_path / 't.csv').write_text(f'id_code,diagnosis\n{name},1\nother,2\n')
+    write_images(tmp_path / 'images', [*files, 'other.png'])
+    with pytest.raises(TableError) as e: read_table(table(), tmp_path)
+    assert words in str(e.value) and name in str(e.value)
+
+
+def test_two_rows_of_one_file_are_refused_and_unnamed_images_counted(tmp_path):
+    (tmp_path / 't.csv').write_text('id_code,diagnosis\nx,1\nX.jpg,2\n')
+    write_images(tmp_path / 'images', ['x.png'])
+    with pytest.raises(TableError, match='duplicate value.*X.jpg'): read_table(table(), tmp_path)
+    (tmp_path / 't.csv').write_text('id_code,diagnosis\nx,1\n')
+    write_images(tmp_path / 'images', ['y.png', 'sub/z.png'])
+    (tmp_path / 'images/notes.txt').write_text('no image')
+    assert table_contents(table(), tmp_path).notes == [f'2 images in {tmp_path / "images"} are named by no row']
+
+
+@pytest.mark.parametrize('names', [['0', '1', '2', '3', '4'], ['No_DR', 'Mild', 'Moderate', 'Severe', 'Proliferate_DR'],
+                                   ['0 - No DR', '1', '2-Moderate', 'III', 'PDR']])
+def test_folders_named_by_grade_are_a_table(tmp_path, names):
+    write_images(tmp_path / 'images', [f'{name}/{i}.png' for name in names for i in range(3)])
+    write_images(tmp_path / 'images', ['masks/0.png'])
+    contents = table_contents(table(csv='', grade=''), tmp_path)
+    df = contents.frame
+    assert len(df) == 15 and sorted(df.diagnosis) == sorted(3 * list(range(5)))
+    assert all(df.diagnosis[df.id_code.str.startswith(name + '/')].eq(g).all() for g, name in enumerate(names))
+    assert contents.notes == [f'1 images in {tmp_path / "images"} are named by no row']
+    assert read_order(table(csv='', grade=''), tmp_path) == df.id_code.tolist()
+
+
+# What columns mean
+
+@pytest.mark.parametrize('text, grade', [
+    ('2', 2), ('2.0', 2), ('02', 2), ('2,0', 2), ('II', 2), ('Moderate', 2), ('moderate NPDR', 2), ('grade 2', 2),
+    ('R2', 2), ('2 - moderate', 2), ('No DR', 0), ('no_dr', 0), ('0', 0), ('PDR', 4), ('IV', 4), ('4 Proliferative', 4),
+    ('5', np.nan), ('-1', np.nan), ('1.5', np.nan), ('', np.nan), ('nan', np.nan), ('3 - moderate', np.nan),
+    ('V', np.nan)])
+def test_read_grade(text, grade): assert np.array_equal(read_grade(text), grade, equal_nan=True)
+
+
+def write_rows(folder: Path, header: str, *rows: str) -> None:
+    (folder / 't.csv').write_text('\n'.join([header, *rows]))
+    write_images(folder / 'images', [f'{row.split(",")[0]}.png' for row in rows])
+
+
+def test_a_column_of_patients(tmp_path):
+    write_rows(tmp_path, 'id_code,diagnosis,who', 'a,0,7', 'b,1,7', 'c,2,8', 'd,1,')
+    contents = table_contents(table(patient='who'), tmp_path)
+    assert contents.frame.group.tolist() == ['t:7', 't:7', 't:8', 't:d']
+    assert 'patient = who: is empty in 1 of 4 rows (d)' in contents.notes[0]
+    assert table(patient='who').grouped_by == 'patients'
+    write_rows(tmp_path, 'id_code,diagnosis,who', 'a,0,', 'b,1,')
+    for column, words in (('who', 'the column is empty in all 2 rows'), ('whom', 'no column whom, did you mean who')):
+        with pytest.raises(TableError, match=words): read_table(table(patient=column), tmp_path)
+
+
+@pytest.mark.parametrize('eye', ['side', '_([LR])$'])
+def test_which_eye(tmp_path, eye):
+    write_rows(tmp_path, 'id_code,diagnosis,side', '1_L,0,OS', '1_R,1,right')
+    assert read_table(table(eye=eye), tmp_path).eye.tolist() == ['left', 'right']
+    write_rows(tmp_path, 'id_code,diagnosis,side', '1_L,0,up', '1_R,1,right')
+    with pytest.raises(TableError, match='eye = side: found up'): read_table(table(eye='side'), tmp_path)
+
+
+def test_where_chooses_rows(tmp_path):
+    write_rows(tmp_path, 'id_code,diagnosis,Usage', 'a,0,Public', 'b,1,Private', 'c,2,Public')
+    assert read_table(table(where='Usage = Public'), tmp_path).id_code.tolist() == ['a', 'c']
+    with pytest.raises(TableError, match='no row has Usage = public. Its values are Private, Public'):
+        read_table(table(where='Usage=public'), tmp_path)
+
+
+def test_one_of_several_grade_columns_is_filled(tmp_path):
+    write_rows(tmp_path, 'id_code,left grade,right grade', 'a,0,', 'b,,3', 'c,2,')
+    assert read_table(table(grade='left grade | right grade'), tmp_path).diagnosis.tolist() == [0, 3, 2]
+    write_rows(tmp_path, 'id_code,left grade,right grade', 'a,0,', 'b,1,3')
+    with pytest.raises(TableError, match='1 row with a grade in more than one of the columns left grade, right grade'):
+        read_table(table(grade='left grade | right grade'), tmp_path)
+
+
+def test_values_that_mean_ungradable(tmp_path):
+    write_rows(tmp_path, 'id_code,diagnosis', 'a,0', 'b,5', 'c,', 'd,2', 'e,U')
+    contents = table_contents(table(ungradable=('5', 'blank', 'u')), tmp_path)
+    assert contents.frame.id_code.tolist() == ['a', 'd']
+    assert contents.notes[0].startswith('3 of 5 images are ungradable by their graders')
+    with pytest.raises(TableError, match=r'2 invalid values in column diagnosis: b = 5, c = \(empty\)'):
+        read_table(table(ungradable=('u',)), tmp_path)
+
+
+def test_further_columns_are_carried(tmp_path):
+    write_rows(tmp_path, 'id_code,diagnosis,site,Patient sex', 'a,0,X,f', 'b,1,Y,m')
+    df = read_table(table(carry='site | Patient sex'), tmp_path)
+    assert df.site.tolist() == ['X', 'Y'] and df['Patient sex'].tolist() == ['f', 'm']
+
+
+@pytest.mark.parametrize('grade, words', [(0, 'all 12 grades are 0. It looks like a sample submission'),
+                                          (2, 'all 12 grades are 2. Set csv and grade')])
+def test_one_grade_alone_is_refused(tmp_path, grade, words):
+    write_rows(tmp_path, 'id_code,diagnosis', *(f'a{i},{grade}' for i in range(12)))
+    with pytest.raises(TableError, match=words): read_table(table(), tmp_path)
+
+
+def test_idrid_as_published(tmp_path):
+    "Headers with blanks at their ends, empty columns, numbers that begin at 001 in both parts"
+    folder = tmp_path / 'B. Disease Grading'
+    for part, name in (('a. Training Set', 'a. IDRiD_Disease Grading_Training Labels.csv'),
+                       ('b. Testing Set', 'b. IDRiD_Disease Grading_Testing Labels.csv')):
+        write_images(folder / '1. Original Images' / part, [f'IDRiD_{i:03}.jpg' for i in (1, 2)])
+        (folder / '2. Groundtruths').mkdir(exist_ok=True)
+        (folder / '2. Groundtruths' / name).write_text(
+            'Image name,Retinopathy grade,Risk of macular edema ,,,\nIDRiD_001,3,2,,,\nIDRiD_002,0,0,,,\n')
+    keys = dict(id='Image name', grade='Retinopathy grade')
+    for part, csv in (('a. Training Set', 'a. IDRiD_Disease Grading_Training Labels.csv'),
+                      ('b. Testing Set', 'b. IDRiD_Disease Grading_Testing Labels.csv')):
+        t = table(csv=f'2. Groundtruths/{csv}', images=f'1. Original Images/{part}', **keys)
+        df = read_table(t, folder)
+        assert df.diagnosis.tolist() == [3, 0] and all(part in p for p in df.path)
+
+
+def test_read_spreadsheet_keeps_a_quoted_separator(tmp_path):
+    (tmp_path / 't.csv').write_text('id_code,note\na,"x, y"\nb,"say ""hi"""\n')
+    assert read_spreadsheet(tmp_path / 't.csv').note.tolist() == ['x, y', 'say "hi"']
+
+
+def test_order_is_a_csv_of_any_making(tmp_path):
+    write_rows(tmp_path, 'id_code,diagnosis', 'a,0', 'b,1')
+    (tmp_path / 'order.csv').write_bytes('id_code;diagnosis\nb;0\na;0\n'.encode('utf-16'))
+    assert read_order(table(order='order.csv'), tmp_path) == ['b', 'a']
