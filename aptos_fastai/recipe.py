@@ -243,8 +243,8 @@ class Submit:
     also: tuple[str, ...] = _key((), 'further stages and ensembles, each with its own file in submissions/')
     thresholds: str = _key('regularised', 'thresholds of the submission: optimal or regularised (see [stage]), or four '
                            'increasing numbers', check=_check_thresholds)
-    coverage: float = _key(.9, 'probability that the prediction set (grade_low to grade_high in scores.csv) contains '
-                           'the true grade of an image of the same source', low=.5, high=.99)
+    coverage: float = _key(.9, 'target probability that the prediction set (grade_low to grade_high in scores.csv) '
+                           'contains the true grade of an image of the same source', low=.5, high=.99)
 
 
 @dataclass(frozen=True)
