@@ -121,7 +121,8 @@ def test_page_and_endpoint_say_what_the_kappa_claims(server_url):
     about = httpx.get(server_url + '/api').json()
     assert '95 % CI over images' in about['kappa'] and PATIENTS_UNKNOWN in about['warnings']
     page = httpx.get(server_url).text
-    for words in (about['kappa'], OUT_OF_FOLD, PATIENTS_UNKNOWN, 'of images like the training images'): assert words in page, words
+    for words in (about['kappa'], OUT_OF_FOLD, PATIENTS_UNKNOWN, 'of images like the training images'):
+        assert words in page, words
 
 
 def test_the_page_loads_nothing_from_other_hosts(server_url):
