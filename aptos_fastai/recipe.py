@@ -503,7 +503,7 @@ def _check_groups(r: Recipe, t: Table) -> None:
     "Check that a table's images are grouped in one way only"
     ways = [key for key in ('patient', 'group', 'block') if getattr(t, key)]
     if len(ways) > 1:
-        advice = f'this table has {ways[0]}. Remove {ways[0]} or {ways[1]}.'
+        advice = f'this table has the key {ways[0]}, too. Remove {ways[0]} or {ways[1]}.'
         _fail(r, f'table.{t.name}', ways[1], getattr(t, ways[1]), advice)
 
 

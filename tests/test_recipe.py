@@ -87,8 +87,11 @@ BAD_RECIPES = [                              # --set values and words of the mes
     (['ensemble.grade_low.members=teacher'], '[ensemble.grade_low]: grade_low is a column of scores.csv or oof.csv.'),
     (['stage.group.train=train'], '[stage.group]: group is a column of'),
     (['stage.teacher_grade.train=train'], '[stage.teacher_grade]: teacher_grade is a column of'),
-    (['table.train.csv='], 'csv: empty. Enter: CSV file'),
-    (['table.x.csv=x'], '[table.x] images: missing. Enter: folder of the images'),
+    (['submit.table='], '[submit] table: empty. Enter: ungraded table to predict'),
+    (['ensemble.x.weights=1'], '[ensemble.x] members: missing. Enter: stages'),
+    (['table.train.where=Usage'], 'where = Usage: write COLUMN = VALUE'),
+    (['table.train.patient=p', 'table.train.block=3'], 'block = 3: this table has the key patient, too.'),
+    (['table.train.carry=site | score'], '[table.train] carry = score: oof.csv has a column or a stage of this name'),
     (['stages.epochs=1'], '[stages]: no such section. Accepted: [recipe]'),
     (['table.a b.csv=x'], '[table.a b]: no such section'),
     (['recipe.x.seed=1'], '[recipe.x]: no such section'),
@@ -115,7 +118,7 @@ BAD_RECIPES = [                              # --set values and words of the mes
     (['stage.folds=1', 'stage.retrain.labels=hard'],
      '[stage.retrain] labels = hard: its teacher teacher has one fold, so its thresholds are fitted on the images that '
      'validate retrain. Set folds = 2 or more for both, or [stage.teacher] thresholds = 0.5 1.5 2.5 3.5.'),
-    (['table.train.group=^(.)', 'table.train.block=10'], 'block = 10: this table has a group. Remove group or block.'),
+    (['table.train.group=^(.)', 'table.train.block=10'], 'block = 10: this table has the key group, too.'),
     (['table.train.block=-1'], 'block = -1: enter a whole number from 0 to 10000.'),
 ]
 

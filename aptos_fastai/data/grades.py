@@ -40,6 +40,7 @@ def _number(word: str) -> float:
 
 def grade_texts(csv: Path, df: pd.DataFrame, table: Table) -> pd.Series:
     "Return the text of each row's grade: of the one of the table's grade columns that is filled"
+    if len(table.grade_columns) == 1: return df[table.grade_columns[0]]
     columns = df[list(table.grade_columns)]
     filled = columns.ne('').sum(axis=1)
     if (filled > 1).any():
@@ -57,7 +58,7 @@ def is_ungradable(texts: pd.Series, table: Table) -> pd.Series:
 
 def read_grades(csv: Path, texts: pd.Series, ids: pd.Series, table: Table) -> np.ndarray:
     "Return the grades as float32 (n,). Raises `TableError` for anything but the grades 0 to 4, and for one grade alone"
-    grades = texts.map(read_grade)
+    grades = texts.map({text: read_grade(text) for text in texts.unique()})
     bad = grades.isna()
     if bad.any():
         shown = [f'{i} = {v or "(empty)"}' for i, v in zip(ids[bad], texts[bad], strict=True)]

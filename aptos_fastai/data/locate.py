@@ -1,10 +1,11 @@
 "Find the image file that a table names, wherever it lies below a folder."
 import os
+import posixpath
 import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 from aptos_fastai.common.console import say
 from aptos_fastai.data.decode import HEADER_BYTES, image_format
@@ -16,15 +17,18 @@ SYSTEM_FOLDERS = {'__MACOSX'}
 
 def files_below(folder: Path) -> list[Path]:
     "Return the files of a folder and its sub-folders, sorted, without those of operating systems"
-    files: list[Path] = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(f for f in folders if f not in SYSTEM_FOLDERS and not f.startswith('.'))
-        for linked in (f for f in folders if Path(parent, f).is_symlink()):
-            say(f'{Path(parent, linked)}: a link to a folder, which is not searched. Name the folder itself.', 'yellow')
-        for name in sorted(names):
-            if name.startswith('.') or name.lower() in SYSTEM_FILES: continue
-            files.append(Path(parent, name))
-    return sorted(files)
+    return sorted(folder / name for name in relative_files(folder))
+
+
+def relative_files(folder: Path, below: str = '') -> Iterator[str]:
+    "Yield the same as 'sub-folder/name'. Links to folders are named on the terminal and not followed"
+    with os.scandir(folder / below) as entries: found = sorted(entries, key=lambda o: o.name)
+    for entry in found:
+        if entry.name.startswith('.') or entry.name in SYSTEM_FOLDERS or entry.name.lower() in SYSTEM_FILES: continue
+        if entry.is_file(): yield below + entry.name
+        elif entry.is_dir() and not entry.is_symlink(): yield from relative_files(folder, f'{below}{entry.name}/')
+        elif entry.is_dir():
+            say(f'{entry.path}: a link to a folder, which is not searched. Name the folder itself.', 'yellow')
 
 
 def inside(file: Path, folder: Path) -> bool:
@@ -44,89 +48,94 @@ class ImageLocator:
 
     A name with a folder or a suffix matches exactly, a bare name the one file with that name without suffix. With
     `loose`, a name that matches nothing so matches the one file that differs in suffix, case, or composition of
-    accents, or that lies in a sub-folder; `loosely` counts these.
+    accents, or that lies in a sub-folder; `loosely` counts these. Files, their links followed, must lie in `within`
+    (default: `root`); without it, absolute names may lead anywhere.
     """
-    def __init__(self, root: Path, loose: bool = False):
+    def __init__(self, root: Path, loose: bool = False, within: Path | None = None):
         self.root, self.loose, self.loosely = root, loose, 0
-        self.used: set[Path] = set()
+        self.within, self.anywhere = (within or root).resolve(), within is None
+        self.used: set[str] = set()
 
     @cached_property
-    def files(self) -> list[Path]:
-        "The files below `root`"
-        return files_below(self.root)
+    def files(self) -> list[str]:
+        "The files below `root`, as 'sub-folder/name'"
+        return list(relative_files(self.root))
 
-    def _index(self, keys: Callable[[PurePosixPath], Iterable[str]]) -> dict[str, list[Path]]:
-        "Return the files of each key that `keys` gives for their path from `root`"
+    def _index(self, keys: Callable[[str], Iterable[str]]) -> dict[str, list[str]]:
+        "Return the files of each key that `keys` gives for them"
         index = defaultdict(list)
         for file in self.files:
-            for key in keys(PurePosixPath(file.relative_to(self.root).as_posix())): index[key].append(file)
+            for key in keys(file): index[key].append(file)
         return index
 
     @cached_property
-    def by_name(self) -> dict[str, list[Path]]:
+    def by_name(self) -> dict[str, list[str]]:
         "'left.png' -> files in any folder"
-        return self._index(lambda o: [o.name])
+        return self._index(lambda o: [o.rpartition('/')[2]])
 
     @cached_property
-    def by_stem(self) -> dict[str, list[Path]]:
+    def by_stem(self) -> dict[str, list[str]]:
         "'left' -> files in any folder"
-        return self._index(lambda o: [o.stem])
+        return self._index(lambda o: [without_suffix(o.rpartition('/')[2])])
 
     @cached_property
-    def by_path(self) -> dict[str, list[Path]]:
+    def by_path(self) -> dict[str, list[str]]:
         "'a/left' -> files in that folder"
-        return self._index(lambda o: [o.with_suffix('').as_posix()])
+        return self._index(lambda o: [without_suffix(o)])
 
     @cached_property
-    def by_folded(self) -> dict[str, list[Path]]:
+    def by_folded(self) -> dict[str, list[str]]:
         "Every end of a path, with its suffix or without, folded -> files"
         return self._index(_folded_ends)
 
     def __call__(self, name: str) -> Path:
         "Return the file that `name` names"
-        file = self._find(name)
-        self.used.add(file)
-        return file
-
-    def _find(self, name: str) -> Path:
         text = name.strip().replace('\\', '/')
         if not text: raise LookupError('the row names no image')
-        if Path(text).is_absolute() or PureWindowsPath(text).is_absolute(): return self._absolute(name.strip())
-        exact = self.root / text
-        if os.path.isfile(exact):            # Path.is_file raises for a name that is too long
-            if exact.resolve().is_relative_to(self.root.resolve()): return exact
-            raise LookupError(f'lies outside {self.root}; give the folder with --root')
-        if '/' in text: candidates = self.by_path.get(PurePosixPath(text).as_posix(), [])
-        else: candidates = self.by_name.get(text) or self.by_stem.get(text, [])
-        if candidates: return self._only(candidates)
-        if self.loose: candidates = self._loose_candidates(text)
+        if text.startswith('/') or text[1:3] == ':/': return self._absolute(name.strip())
+        path = posixpath.normpath(text)
+        if os.path.isfile(f'{self.root}/{path}'): return self._contained(path)
+        if '/' in path: candidates = self.by_path.get(path, [])
+        else: candidates = self.by_name.get(path) or self.by_stem.get(path, [])
+        if candidates: return self._contained(self._only(candidates))
+        if self.loose: candidates = self._loose_candidates(path)
         if not candidates: raise LookupError(f'no such image in {self.root}')
-        file = self._only(candidates)
+        file = self._contained(self._only(candidates))
         self.loosely += 1
         return file
 
-    def _loose_candidates(self, text: str) -> list[Path]:
+    def _loose_candidates(self, path: str) -> list[str]:
         "Return the files whose folded path ends as the folded name does, with its suffix or without"
-        path = PurePosixPath(text)
-        return self.by_folded.get(_fold(path.as_posix())) or self.by_folded.get(_fold(_without_suffix(path)), [])
+        stem, _, suffix = path.rpartition('.')
+        bare = stem if f'.{suffix.lower()}' in SUFFIXES else path      # an id such as IMG.001 keeps its number
+        return self.by_folded.get(_fold(path)) or self.by_folded.get(_fold(bare), [])
 
-    def _only(self, candidates: list[Path]) -> Path:
+    def _only(self, candidates: list[str]) -> str:
         "Return the only image among files"
-        images = [file for file in candidates if is_image(file)] or candidates
-        if len(images) > 1:
-            found = ', '.join(file.relative_to(self.root).as_posix() for file in images[:5])
-            raise LookupError(f'{len(images)} images have this name: {found}; give one with its folder and suffix')
-        if not inside(images[0], self.root): raise LookupError(f'links to a file outside {self.root}')
-        return images[0]
+        if len(candidates) == 1: return candidates[0]
+        images = [file for file in candidates if is_image(self.root / file)] or candidates
+        if len(images) == 1: return images[0]
+        raise LookupError(f'{len(images)} images have this name: {", ".join(images[:5])}; give one with its folder and '
+                          'suffix')
 
-    def unused(self) -> Counter[str]:
-        "Return how many images below `root` no name named, by their folder"
-        return Counter(str(file.parent) for file in self.files if file not in self.used and is_image(file))
+    def _contained(self, file: str) -> Path:
+        "Return the path of a file below `root`. Raises `LookupError` if it, or what it links to, is not in `within`"
+        path = self.root / file
+        if ('/' in file or path.is_symlink()) and not path.resolve().is_relative_to(self.within):
+            verb = 'links to a file' if path.is_symlink() else 'lies'
+            raise LookupError(f'{verb} outside {self.within}; give the folder with --root')
+        self.used.add(file)
+        return path
 
-    @staticmethod
-    def _absolute(name: str) -> Path:
-        if os.path.isfile(name): return Path(name)
-        raise LookupError('no such file')
+    def unused(self) -> int:
+        "Return how many images below `root` no name named"
+        others = (file for file in self.files if file not in self.used)
+        return sum(f'.{file.rpartition(".")[2].lower()}' in SUFFIXES or is_image(self.root / file) for file in others)
+
+    def _absolute(self, name: str) -> Path:
+        if os.path.isfile(name) and (self.anywhere or Path(name).resolve().is_relative_to(self.within)):
+            return Path(name)
+        raise LookupError('no such file' if self.anywhere else f'no such image in {self.within}')
 
 
 def _fold(text: str) -> str:
@@ -134,14 +143,14 @@ def _fold(text: str) -> str:
     return unicodedata.normalize('NFC', text).casefold()
 
 
-def _without_suffix(path: PurePosixPath) -> str:
-    "Return a path without its suffix, if that is one of an image: an id such as IMG.001 keeps its number"
-    return path.with_suffix('').as_posix() if path.suffix.lower() in SUFFIXES else path.as_posix()
+def without_suffix(path: str) -> str:
+    "Return 'a/left.v2' for 'a/left.v2.png'; a name that only begins with a dot keeps it"
+    stem, dot, suffix = path.rpartition('.')
+    return stem if dot and '/' not in suffix and stem and not stem.endswith('/') else path
 
 
-def _folded_ends(path: PurePosixPath) -> Iterable[str]:
-    "Yield 'left', 'left.jpg', 'a/left', 'a/left.jpg' … of a file, folded"
-    for n in range(1, len(path.parts) + 1):
-        end = PurePosixPath(*path.parts[-n:])
-        yield from {_fold(end.as_posix()), _fold(end.with_suffix('').as_posix())}
-
+def _folded_ends(path: str) -> Iterable[str]:
+    "Return 'left', 'left.jpg', 'a/left', 'a/left.jpg' … of a file, folded"
+    parts = _fold(path).split('/')
+    ends = ['/'.join(parts[-n:]) for n in range(1, len(parts) + 1)]
+    return {*ends, *map(without_suffix, ends)}

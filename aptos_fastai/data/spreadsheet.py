@@ -13,6 +13,8 @@ from aptos_fastai.recipe import did_you_mean
 
 SEPARATORS = ',;\t'                          # in this order where several are equally good; then spaces
 SNIFFED_ROWS = 200
+SNIFFED_BYTES = 10_000
+MANY_ZEROS = .4                              # of every second byte: UTF-16 without a byte order mark
 SPREADSHEETS = '.xlsx', '.xlsm'
 SAVE_AS = 'Save it as comma-separated UTF-8.'
 
@@ -75,8 +77,9 @@ def _decode(file: Path) -> str:
     for mark, encoding in ((codecs.BOM_UTF8, 'utf-8-sig'), (codecs.BOM_UTF16_LE, 'utf-16'),
                            (codecs.BOM_UTF16_BE, 'utf-16')):
         if data.startswith(mark): return _decoded(file, data, encoding)
-    if data[1:2] == b'\0': return _decoded(file, data, 'utf-16-le')
-    if data[:1] == b'\0': return _decoded(file, data, 'utf-16-be')
+    even, odd = (data[i:SNIFFED_BYTES:2].count(0) / max(len(data[i:SNIFFED_BYTES:2]), 1) for i in (0, 1))
+    if odd > MANY_ZEROS > even: return _decoded(file, data, 'utf-16-le')
+    if even > MANY_ZEROS > odd: return _decoded(file, data, 'utf-16-be')
     if b'\0' in data: raise TableError(f'{file}: not a readable CSV (it is no text). {SAVE_AS}')
     try: return data.decode('utf-8')
     except UnicodeDecodeError: return _decoded(file, data, 'cp1252')

@@ -50,7 +50,7 @@ def table_contents(table: Table, data: Path) -> TableContents:
     notes: list[str] = []
     if not images.is_dir():
         raise TableError(f'{images}: image folder not found. Put the images there, or change the key `images`.')
-    locator = ImageLocator(images, loose=True)
+    locator = ImageLocator(images, loose=True, within=images.resolve().parent)
     csv = folder / table.csv if table.csv else images
     df = _read_rows(csv, table) if table.csv else _class_folders(images, table)
     if table.graded:
@@ -135,7 +135,7 @@ def _match_images(csv: Path, ids: pd.Series, locator: ImageLocator, notes: list[
     if problems: raise TableError(_image_problems(csv, len(ids), problems, locator.root))
     if locator.loosely:
         notes.append(f'{locator.loosely} of {len(ids)} ids differ from their file in suffix, case or accents')
-    unused = locator.unused().total()
+    unused = locator.unused()
     if unused: notes.append(f'{unused} images in {locator.root} are named by no row')
     return paths
 
