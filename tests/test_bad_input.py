@@ -62,6 +62,8 @@ def replace_image_by_folder(data):
 NO_IMAGE = '1 of 40 ids have no image'
 BAD_TABLES = {
     'test without ids': (lambda data: write(data / 'test.csv', 'name\na\n'), ['test.csv: no column id_code']),
+    'order with another id': (lambda data: write(data / 'sample_submission.csv', 'id_code\nzz\n'),
+                              ['sample_submission.csv: 11 ids in only one']),
     'test missing': (lambda data: (data / 'test.csv').unlink(), ['test.csv not found']),
     'test images missing': (lambda data: shutil.rmtree(data / 'test_images'), ['test_images: image folder not found']),
     'binary': (lambda data: write(data / 'train.csv', bytes(range(256)) * 9), ['train.csv: not a readable CSV']),

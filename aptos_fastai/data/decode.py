@@ -145,11 +145,26 @@ def decode(data: bytes, min_side: int = 0, max_pixels: int = MAX_PIXELS) -> tupl
         # only this format: for EPS, Pillow would start another program
         with Image.open(io.BytesIO(data), formats=[PILLOW_NAMES.get(fmt, fmt)]) as im:
             check_size(*im.size, max_pixels=max_pixels)
+            _check_one_page(im)
             with BUDGET.pixels(im.width * im.height): return _decode_opened(im, data, min_side), im.size
     except ImageError: raise
     except UnidentifiedImageError: raise ImageError('cannot be decoded: unknown image format') from None
     except Exception as e:   # Pillow's plugins raise anything from SyntaxError to struct.error on damaged files
         raise ImageError(f'cannot be decoded ({type(e).__name__}: {e})') from None
+
+
+def _check_one_page(im: Image.Image) -> None:
+    "Raise `ImageError` for an image with further pages; the small ones in a TIFF and those of a phone's JPEG are none"
+    pages = getattr(im, 'n_frames', 1)
+    if pages == 1 or im.format == 'MPO': return
+    if im.format == 'TIFF':
+        widths = []
+        for page in range(pages):
+            im.seek(page)
+            widths.append(im.width)
+        im.seek(0)
+        pages = sum(width > widths[0] / 2 for width in widths)
+    if pages > 1: raise ImageError(f'cannot be decoded: {im.format} with {pages} pages; save one image per file')
 
 
 def _register_heic() -> None:
@@ -194,8 +209,9 @@ def decode_dicom(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray,
         raise ImageError('cannot be decoded: deflated DICOM is not read; export the image uncompressed or as JPEG')
     ds = pydicom.dcmread(io.BytesIO(data))
     frames = int(ds.get('NumberOfFrames') or 1)
-    check_size(ds.Columns, ds.Rows, frames, max_pixels)
+    check_size(ds.get('Columns') or 0, ds.get('Rows') or 0, frames, max_pixels)
     if frames != 1: raise ImageError(f'cannot be decoded: DICOM with {frames} frames; save one frame per file')
+    if 'PixelData' not in ds: raise ImageError('cannot be decoded: DICOM without pixels')
     _check_transfer_syntax(ds.file_meta.TransferSyntaxUID)
     with BUDGET.pixels(ds.Columns * ds.Rows): pixels = _dicom_pixels(ds)
     height, width = pixels.shape[:2]

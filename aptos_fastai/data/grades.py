@@ -1,4 +1,5 @@
 "Understand the grades that graders wrote: numbers, Roman numerals, words, several columns, values for ungradable."
+import re
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ def read_grade(text: str) -> float:
     if text.strip().startswith('-'): return np.nan
     words = text.casefold().replace('_', ' ').replace('-', ' ').split()
     word = ' '.join(words)
-    for prefix in ('grade ', 'dr '): word = word.removeprefix(prefix)
+    word = re.sub(r'^(grade|level|class|stage|dr)s? ?(?=\d|[iv]+$)', '', word)        # grade3, DR 2, level II
     if word in GRADE_WORDS: return GRADE_WORDS[word]
     number = _number(word)
     if np.isfinite(number): return number
@@ -52,8 +53,14 @@ def grade_texts(csv: Path, df: pd.DataFrame, table: Table) -> pd.Series:
 
 def is_ungradable(texts: pd.Series, table: Table) -> pd.Series:
     "Return which rows have a value that means ungradable (the table's key `ungradable`)"
-    values = {'' if value == BLANK else value.casefold() for value in table.ungradable}
-    return texts.str.casefold().isin(values)
+    values = {'' if value == BLANK else _canonical(value) for value in table.ungradable}
+    return texts.map(_canonical).isin(values)
+
+
+def _canonical(text: str) -> str:
+    "Return a text for comparison: without case; 5, 5.0, 05 and 5,0 are equal"
+    try: return f'{float(text.replace(",", ".")):g}'
+    except ValueError: return text.casefold()
 
 
 def read_grades(csv: Path, texts: pd.Series, ids: pd.Series, table: Table) -> np.ndarray:

@@ -8,6 +8,7 @@ import pandas as pd
 from aptos_fastai.data.spreadsheet import TableError, first_few
 from aptos_fastai.recipe import Table
 
+UNKNOWN = '', 'na', 'n/a', 'nan', 'none', 'null', 'unknown', '?', '-'      # in a column of patients
 EYES = {'l': 'left', 'left': 'left', 'os': 'left', 'r': 'right', 'right': 'right', 'od': 'right'}
 
 
@@ -40,7 +41,8 @@ def _no_patient(ids: pd.Series, table: Table) -> str:
 def _patients(df: pd.DataFrame, ids: pd.Series, table: Table) -> pd.Series:
     "Return the patient of each row; NaN where there is none"
     texts = df[table.patient] if table.patient else ids.str.extract(table.group).iloc[:, 0]
-    return texts.replace('', np.nan)
+    texts = texts.str.casefold().str.replace(r'^(\d+)[.,]0+$', r'\1', regex=True)       # 17.0, as spreadsheets write 17
+    return texts.where(~texts.isin(UNKNOWN), np.nan) if table.patient else texts.replace('', np.nan)
 
 
 def natural_order(ids: pd.Series) -> np.ndarray:

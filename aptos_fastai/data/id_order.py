@@ -65,5 +65,6 @@ def id_order_text(tests: list[NeighbourTest], table: Table) -> str:
     advice = (f'Set {section} group = PATTERN if the ids contain the patient, or block = 10 to keep neighbouring ids '
               'in one fold.')
     if table.block: advice = f'Set {section} block to a larger number than {table.block}.'
-    if table.group: advice = 'The ids may follow the clinic or the grade: expect less on other images.'
+    if table.grouped_by == 'patients':
+        advice = 'The ids may follow the clinic or the grade: expect less on other images.'
     return f'ids tell the grade: {"; ".join(related)}. {advice}'

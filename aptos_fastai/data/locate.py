@@ -46,10 +46,10 @@ def is_image(file: Path) -> bool:
 class ImageLocator:
     """Find the file under `root` that a table names; a name that fits no file, or several, raises `LookupError`.
 
-    A name with a folder or a suffix matches exactly, a bare name the one file with that name without suffix. With
-    `loose`, a name that matches nothing so matches the one file that differs in suffix, case, or composition of
-    accents, or that lies in a sub-folder; `loosely` counts these. Files, their links followed, must lie in `within`
-    (default: `root`); without it, absolute names may lead anywhere.
+    A name with a folder or the suffix of an image matches exactly, a bare name the one file with that name without
+    suffix, in any sub-folder. With `loose`, a name that matches nothing so matches the one file that differs in suffix,
+    case, or composition of accents, or that lies in a sub-folder; `loosely` counts these. Files, their links followed,
+    must lie in `within` (default: `root`); without it, absolute names may lead anywhere.
     """
     def __init__(self, root: Path, loose: bool = False, within: Path | None = None):
         self.root, self.loose, self.loosely = root, loose, 0
@@ -65,7 +65,7 @@ class ImageLocator:
         "Return the files of each key that `keys` gives for them"
         index = defaultdict(list)
         for file in self.files:
-            for key in keys(file): index[key].append(file)
+            for key in keys(unicodedata.normalize('NFC', file)): index[key].append(file)
         return index
 
     @cached_property
@@ -95,20 +95,35 @@ class ImageLocator:
         if text.startswith('/') or text[1:3] == ':/': return self._absolute(name.strip())
         path = posixpath.normpath(text)
         if os.path.isfile(f'{self.root}/{path}'): return self._contained(path)
-        if '/' in path: candidates = self.by_path.get(path, [])
-        else: candidates = self.by_name.get(path) or self.by_stem.get(path, [])
+        candidates = self._candidates(path)
         if candidates: return self._contained(self._only(candidates))
         if self.loose: candidates = self._loose_candidates(path)
-        if not candidates: raise LookupError(f'no such image in {self.root}')
+        if not candidates: raise LookupError(self._missing(path))
         file = self._contained(self._only(candidates))
         self.loosely += 1
         return file
+
+    def _candidates(self, path: str) -> list[str]:
+        "Return the files that a name without a suffix names, and the one with another coding of accents"
+        name = unicodedata.normalize('NFC', path)
+        if '/' in name: return self.by_path.get(name, [])
+        if self.loose: return self.by_name.get(name) or self.by_stem.get(name, [])
+        if f'.{name.rpartition(".")[2].lower()}' in SUFFIXES:
+            return [file for file in self.by_name.get(name, []) if '/' not in file]
+        return self.by_name.get(name) or self.by_stem.get(name, [])
+
+    def _missing(self, path: str) -> str:
+        "Return why a name has no file; names files of that name in sub-folders"
+        found = [] if '/' in path else self.by_name.get(unicodedata.normalize('NFC', path), [])
+        where = f'; {", ".join(found[:5])} has this name: give it with its folder' if found else ''
+        return f'no such image in {self.root}{where}'
 
     def _loose_candidates(self, path: str) -> list[str]:
         "Return the files whose folded path ends as the folded name does, with its suffix or without"
         stem, _, suffix = path.rpartition('.')
         bare = stem if f'.{suffix.lower()}' in SUFFIXES else path      # an id such as IMG.001 keeps its number
-        return self.by_folded.get(_fold(path)) or self.by_folded.get(_fold(bare), [])
+        names = [path, bare, *(name.removeprefix(f'{self.root.name}/') for name in (path, bare))]
+        return next((self.by_folded[name] for name in map(_fold, names) if name in self.by_folded), [])
 
     def _only(self, candidates: list[str]) -> str:
         "Return the only image among files"
@@ -127,10 +142,10 @@ class ImageLocator:
         self.used.add(file)
         return path
 
-    def unused(self) -> int:
-        "Return how many images below `root` no name named"
+    def unused(self) -> list[str]:
+        "Return the images below `root` that no name named"
         others = (file for file in self.files if file not in self.used)
-        return sum(f'.{file.rpartition(".")[2].lower()}' in SUFFIXES or is_image(self.root / file) for file in others)
+        return [f for f in others if f'.{f.rpartition(".")[2].lower()}' in SUFFIXES or is_image(self.root / f)]
 
     def _absolute(self, name: str) -> Path:
         if os.path.isfile(name) and (self.anywhere or Path(name).resolve().is_relative_to(self.within)):

@@ -16,6 +16,7 @@ SNIFFED_ROWS = 200
 SNIFFED_BYTES = 10_000
 MANY_ZEROS = .4                              # of every second byte: UTF-16 without a byte order mark
 SPREADSHEETS = '.xlsx', '.xlsm'
+ZIP = b'PK\x03\x04'                        # how a workbook begins, whatever its suffix
 SAVE_AS = 'Save it as comma-separated UTF-8.'
 
 
@@ -37,15 +38,15 @@ def read_spreadsheet(file: Path, *, header: bool = True, keep_blank: bool = Fals
     """Return a table as text, without spaces around headers and cells, without empty rows and columns.
 
     Encodings: UTF-8, UTF-16, Windows-1252. Separators: comma, semicolon, tab, spaces; a first line `sep=;` counts.
-    `header` = False: the columns are called 1, 2, 3 … `keep_blank` keeps empty rows before the last filled one.
+    `header` = False: the columns are called 1, 2, 3 … `keep_blank` keeps rows of
+    empty cells before the last filled row, but not blank lines, as pandas does.
     Raises `TableError` if there is no such table in the file.
     """
-    if file.suffix.lower() in SPREADSHEETS: rows = _rows_of_workbook(file)
+    if file.suffix.lower() in SPREADSHEETS or file.read_bytes()[:4] == ZIP: rows = _rows_of_workbook(file)
     else: rows = _rows_of_text(_decode(file))
     rows = [[cell.strip() for cell in row] for row in rows]
-    if keep_blank:
-        while rows and not any(rows[-1]): rows.pop()
-    else: rows = [row for row in rows if any(row)]
+    filled = [i for i, row in enumerate(rows) if any(row)]
+    rows = [row for row in rows[filled[0]:filled[-1] + 1] if any(row) or keep_blank and len(row) > 1] if filled else []
     if not rows: raise TableError(f'{file}: the file is empty. Write a header and one row per image.')
     return _frame(file, rows, header)
 
@@ -123,15 +124,18 @@ def _rows_of_workbook(file: Path) -> list[list[str]]:
     if find_spec('openpyxl') is None:
         raise TableError(f'{file}: reading .xlsx needs openpyxl. Run pip install openpyxl, or save it as CSV.')
     import openpyxl
-    try: sheet = openpyxl.load_workbook(file, read_only=True, data_only=True).worksheets[0]
+    try:
+        sheet = openpyxl.load_workbook(io.BytesIO(file.read_bytes()), read_only=True, data_only=True).worksheets[0]
+        return [[_cell_text(cell.value, cell.number_format or '') for cell in row] for row in sheet.iter_rows()]
     except Exception as e: raise TableError(f'{file}: not a readable workbook ({e}). Save it as CSV.') from None
-    return [[_cell_text(cell) for cell in row] for row in sheet.iter_rows(values_only=True)]
 
 
-def _cell_text(cell: object) -> str:
-    if cell is None: return ''
-    if isinstance(cell, float) and cell.is_integer(): return str(int(cell))
-    return str(cell)
+def _cell_text(value: object, number_format: str) -> str:
+    "Return a cell as the workbook shows it: a number with the format 000000 keeps its zeros"
+    if value is None: return ''
+    if isinstance(value, float) and value.is_integer(): value = int(value)
+    zeros = len(number_format) if number_format and not number_format.strip('0') else 0
+    return str(value).zfill(zeros) if isinstance(value, int) else str(value)
 
 
 def require_column(file: Path, df: pd.DataFrame, column: str, what_to_do: str) -> None:

@@ -1,4 +1,6 @@
 "Read a CSV, or folders named by grade, and the images into one checked frame per table."
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,9 +11,10 @@ from aptos_fastai.data.grades import grade_texts, is_ungradable, read_grade, rea
 from aptos_fastai.data.groups import eyes, find_groups
 from aptos_fastai.data.locate import ImageLocator, is_image
 from aptos_fastai.data.spreadsheet import TableError, count, first_few, read_spreadsheet, require_column
+from aptos_fastai.metrics import GRADES
 from aptos_fastai.recipe import Recipe, Table
 
-RENAME = 'Rename one, or set the column name in the recipe.'
+RENAME = 'Rename one, or set the column name in the recipe; header = no if the first row is no header.'
 
 
 @dataclass
@@ -55,12 +58,15 @@ def table_contents(table: Table, data: Path) -> TableContents:
     df = _read_rows(csv, table) if table.csv else _class_folders(images, table)
     if table.graded:
         texts = grade_texts(csv, df, table)
-        df, texts = _without_ungradable(df, texts, table, notes)
+        df, texts = _without_ungradable(df, texts, table, locator, notes)
     ids = df[table.id].rename(table.id)
-    paths = _match_images(csv, ids, locator, notes)
+    paths = _match_images(csv, ids, locator)
     groups, note = find_groups(csv, df, ids, table)
     if note: notes.append(note)
+    notes += _image_notes(locator, len(ids), table)
     grades = read_grades(csv, texts, ids, table) if table.graded else np.full(len(df), np.nan, np.float32)
+    missing = sorted(set(range(GRADES)) - set(grades)) if table.graded else []
+    if missing: notes.append(f'no image has grade {", ".join(map(str, missing))}: the model cannot learn it')
     frame = pd.DataFrame(dict(id_code=ids, diagnosis=grades, path=paths, group=groups, source=table.name))
     if table.eye: frame['eye'] = eyes(csv, df, ids, table)
     for column in table.carried:
@@ -105,19 +111,21 @@ def _class_folders(images: Path, table: Table) -> pd.DataFrame:
                      'the names of grades. Set csv, or sort the images into such folders.')
 
 
-def _without_ungradable(df: pd.DataFrame, texts: pd.Series, table: Table, notes: list[str]):
+def _without_ungradable(df: pd.DataFrame, texts: pd.Series, table: Table, locator: ImageLocator, notes: list[str]):
     "Return the rows and grade texts without those that mean ungradable; note their number"
     ungradable = is_ungradable(texts, table)
     if not ungradable.any(): return df, texts
     notes.append(f'{ungradable.sum()} of {len(df)} images are ungradable by their graders (ungradable = '
                  f'{" ".join(table.ungradable)}) and left out')
     if ungradable.all(): raise TableError(f'[table.{table.name}]: all {len(df)} images are ungradable.')
+    for name in df[table.id][ungradable]:
+        with suppress(LookupError): locator(name)            # so that its image is not counted as unnamed
     return df[~ungradable].reset_index(drop=True), texts[~ungradable].reset_index(drop=True)
 
 
 # Images
 
-def _match_images(csv: Path, ids: pd.Series, locator: ImageLocator, notes: list[str]) -> list[str]:
+def _match_images(csv: Path, ids: pd.Series, locator: ImageLocator) -> list[str]:
     """Return the image path of each id; an id is a file name or path, with or without its suffix.
 
     Raises `TableError` for duplicate ids, for ids without an image and for ids that fit several.
@@ -133,11 +141,18 @@ def _match_images(csv: Path, ids: pd.Series, locator: ImageLocator, notes: list[
         raise TableError(f'{csv}: {count(repeated, "duplicate value")} in column {ids.name}: {first_few(repeated)}. '
                          'Keep one row per image.')
     if problems: raise TableError(_image_problems(csv, len(ids), problems, locator.root))
-    if locator.loosely:
-        notes.append(f'{locator.loosely} of {len(ids)} ids differ from their file in suffix, case or accents')
-    unused = locator.unused()
-    if unused: notes.append(f'{unused} images in {locator.root} are named by no row')
     return paths
+
+
+def _image_notes(locator: ImageLocator, n: int, table: Table) -> list[str]:
+    "Return notes of ids that were matched loosely and of images that no row names, with their folders"
+    notes = []
+    if locator.loosely: notes.append(f'{locator.loosely} of {n} ids differ from their file in suffix, case or accents')
+    unused = Counter(file.rpartition('/')[0] or '.' for file in locator.unused())
+    if unused and not table.where:
+        folders = f' (folders {first_few(unused)})' if set(unused) != {'.'} else ''
+        notes.append(f'{unused.total()} images in {locator.root} are named by no row{folders}')
+    return notes
 
 
 def _image_problems(csv: Path, n: int, problems: list[tuple[str, str]], root: Path) -> str:
@@ -164,6 +179,10 @@ def read_order(table: Table, data: Path) -> list[str]:
     if csv is None or not csv.is_file(): return own
     df = read_spreadsheet(csv)
     require_column(csv, df, 'id_code', RENAME)
+    repeated = df.id_code[df.id_code.duplicated()].unique()
+    if len(repeated):
+        raise TableError(f'{csv}: {count(repeated, "duplicate value")} in column id_code: {first_few(repeated)}. '
+                         'Keep one row per image.')
     ids = df.id_code.tolist()
     differing = sorted(set(ids) ^ set(own))
     if differing:

@@ -15,6 +15,7 @@ from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.io import AptosError, write_bytes, write_csv
 from aptos_fastai.data.decode import decode
 from aptos_fastai.data.retina import Circle, crop_box
+from aptos_fastai.data.spreadsheet import read_spreadsheet
 from aptos_fastai.inference.backends import to_tensor
 from aptos_fastai.inference.find_images import find_images
 from aptos_fastai.inference.grade_files import safe_cell
@@ -28,6 +29,7 @@ HEATMAP_SIDE = 112                           # pixels
 # at 8, in 19 % on the last maps, at 32 (benchmarks/explain.py).
 MAX_REDUCTION = 8
 DISPLAY_SIDE = 1024                          # longest side of a drawn image, pixels
+INDEX = 'index.csv'
 CAPTION_HEIGHT = 30                          # pixels
 
 
@@ -121,11 +123,11 @@ def grade_text(row: dict) -> str:
     return f'{grade} (prediction set {row["grade_low"]}-{row["grade_high"]}), score {row["score"]:.2f} {row["flags"]}'
 
 
-def side_by_side(im: np.ndarray, overlay: np.ndarray, row: dict) -> np.ndarray:
-    "Return an image and its overlay side by side; the grade and the disclaimer are the caption"
+def side_by_side(im: np.ndarray, overlay: np.ndarray, row: dict, notice: str = DISCLAIMER) -> np.ndarray:
+    "Return an image and its overlay side by side; the grade and `notice` are the caption"
     pair = np.hstack([im, overlay])
     out = cv2.copyMakeBorder(pair, 0, 2 * CAPTION_HEIGHT, 0, 0, cv2.BORDER_CONSTANT)
-    for i, text in enumerate((grade_text(row), DISCLAIMER)):
+    for i, text in enumerate((grade_text(row), notice)):
         origin, scale, colour = (6, len(pair) + (i + 1) * CAPTION_HEIGHT - 9), .55, (235, 235, 235)
         out = cv2.putText(out, text, origin, cv2.FONT_HERSHEY_SIMPLEX, scale, colour, 1, cv2.LINE_AA)
     return out
@@ -134,36 +136,51 @@ def side_by_side(im: np.ndarray, overlay: np.ndarray, row: dict) -> np.ndarray:
 def explain_files(model: str, paths: Iterable[str], output: str, *, root: str | None = None) -> None:
     """`explain MODEL IMAGES`: write <output>/<name>.png for each image, and <output>/index.csv: file, output, error.
 
-    Raises `AptosError` at the end if some could not be read.
+    An earlier index in the folder is kept: its other images keep their outputs. Raises `AptosError` at the end if some
+    could not be read.
     """
     entries, grader, folder = find_images(list(paths), root), load_grader(model), Path(output)
     if folder.exists() and not folder.is_dir(): raise AptosError(f'{folder}: this is a file. Give a folder with -o.')
+    old = _read_index(folder / INDEX)
+    files = [safe_cell(str(entry)) for entry in entries]
+    kept = [row for row in old if row['file'] not in files]
+    names = _unique_stems(map(str, entries), taken=[row['output'] for row in kept])
     rows = []
     with Bars() as bars, bars(f'explaining with {grader.model.name}', len(entries), 'images') as bar:
-        for entry, name in zip(entries, _unique_stems(map(str, entries)), strict=True):
+        for entry, file, name in zip(entries, files, names, strict=True):
             error = entry.error or _explain_file(grader, Path(str(entry)), folder / f'{name}.png')
-            rows.append(dict(file=str(entry), output='' if error else f'{name}.png', error=error))
+            rows.append(dict(file=file, output='' if error else safe_cell(f'{name}.png'), error=safe_cell(error)))
             bar.to(len(rows))
-    write_csv(folder / 'index.csv', pd.DataFrame(rows).map(safe_cell))
-    failed = [f'{row["file"]} {row["error"]}' for row in rows if row['error']]
-    say(f'{len(rows) - len(failed)} images -> {folder}; index.csv names the file of each')
+    write_csv(folder / INDEX, pd.DataFrame([*kept, *rows]))
+    failed = [f'{row["file"]}: {row["error"]}' for row in rows if row['error']]
+    say(f'{len(rows) - len(failed)} images -> {folder}; {INDEX} names the file of each')
     say(DISCLAIMER, 'dim')
     if grader.model.synthetic: say(SYNTHETIC_MODEL, 'yellow')
     if failed: raise AptosError(f'{len(failed)} of {len(rows)} images could not be explained: {"; ".join(failed[:3])}')
 
 
+def _read_index(file: Path) -> list[dict]:
+    "Return the rows of an earlier index.csv; none if there is none. Raises `AptosError` for another file of this name"
+    if not file.is_file(): return []
+    df = read_spreadsheet(file)
+    if list(df) != ['file', 'output', 'error']:
+        raise AptosError(f'{file}: is not a file that explain wrote. Choose another folder with -o.')
+    return df.to_dict('records')
+
+
 def _explain_file(grader: Grader, file: Path, output: Path) -> str:
     "Write an image beside its heat map; return the error if it could not be read"
-    try: drawn = side_by_side(*explain_image(grader, file.read_bytes()))
+    notice = f'SYNTHETIC model. {DISCLAIMER}' if grader.model.synthetic else DISCLAIMER
+    try: drawn = side_by_side(*explain_image(grader, file.read_bytes()), notice)
     except OSError as e: return f'cannot be read ({e.strerror})'
     except AptosError as e: return str(e)
     write_bytes(output, cv2.imencode('.png', drawn[..., ::-1])[1].tobytes())
     return ''
 
 
-def _unique_stems(files: Iterable[str]) -> list[str]:
-    "Return the names of files without suffix, with -2, -3, … for further files of the same name in any case"
-    taken: set[str] = set()
+def _unique_stems(files: Iterable[str], taken: Iterable[str] = ()) -> list[str]:
+    "Return the names of files without suffix, with -2, -3, … where `taken` or an earlier one has the name, in any case"
+    taken = {Path(name).stem.casefold() for name in taken}
     names = []
     for file in files:
         stem = name = Path(file).stem

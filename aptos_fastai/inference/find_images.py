@@ -41,8 +41,7 @@ def find_images(paths: Iterable[str], root: str | Path | None = None) -> list[Im
     seen: set[Path] = set()
     for path in paths:
         found = list(_entries_of(path, root))
-        if not any(entry.path for entry in found):
-            raise AptosError(_nothing_found(path, found))
+        if not found: raise AptosError(f'{path}: no images found. Give files, folders, a glob in quotes or a CSV.')
         for entry in found:
             if not entry.id_column and entry.path in seen: continue
             if entry.path: seen.add(entry.path)
@@ -52,12 +51,6 @@ def find_images(paths: Iterable[str], root: str | Path | None = None) -> list[Im
         raise AptosError(f'{", ".join(paths)}: the CSVs name their images in different columns ({", ".join(columns)}). '
                          'Give one CSV at a time.')
     return entries
-
-
-def _nothing_found(path: str, entries: list[ImageEntry]) -> str:
-    "Return the message for a path that names no image"
-    if entries: return f'{path}: none of its {len(entries)} rows has an image: {entries[0].id}: {entries[0].error}'
-    return f'{path}: no images found. Give files, folders, a glob in quotes or a CSV.'
 
 
 def _entries_of(path: str, root: str | Path | None) -> Iterator[ImageEntry]:

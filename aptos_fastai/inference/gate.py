@@ -31,6 +31,8 @@ REASONS = {
 NO_RETINA = 'no retina found'
 NOT_COLOUR = 'not a colour fundus image'
 UNLIKE_TRAINING = 'unlike the training images'
+SCORE_OUTSIDE = 'score outside the range of the validation images'
+SCORE_MARGIN = .25                           # added to both ends of that range
 
 
 @dataclass
@@ -96,9 +98,10 @@ class GateSpec:
     red_green: tuple[float, ...] = ()
     green_blue: tuple[float, ...] = ()
     ungradable: str = 'refer'                # refer | exclude: whether ungradable images count as referable
+    scores: tuple[float, ...] = ()           # lowest and highest accepted score; empty: not checked
     reject: float = 0.                       # fraction of the validation images that `limit` may refuse
 
-    def reasons(self, found: dict, distance: float) -> list[str]:
+    def reasons(self, found: dict, distance: float, score: float) -> list[str]:
         "Return why an image gets no grade; `found` is what `prepare` found, `distance` its mean feature distance"
         flags = str(found['flags']).split()
         reasons = [text for flag, text in REASONS.items() if flag in flags and flag not in self.flags]
@@ -106,6 +109,7 @@ class GateSpec:
         colours = [(found['red_green'], self.red_green), (found['green_blue'], self.green_blue)]
         if not all(ends[0] <= value <= ends[1] for value, ends in colours if ends): reasons.append(NOT_COLOUR)
         if self.limit is not None and not distance <= self.limit: reasons.append(UNLIKE_TRAINING)
+        if self.scores and not self.scores[0] <= score <= self.scores[1]: reasons.append(SCORE_OUTSIDE)
         return reasons
 
     def count_text(self, referable: Iterable[str]) -> str:
@@ -137,13 +141,15 @@ def gate_rules(images: pd.DataFrame) -> dict:
         **colours)
 
 
-def fit_gate(rules: Iterable[dict], distances: np.ndarray, reject: float, ungradable: str) -> GateSpec:
-    """Return the gate of a model. `rules` are those of its networks, `distances` (n,) those of validation images.
+def fit_gate(rules: Iterable[dict], distances: np.ndarray, scores: np.ndarray, reject: float,
+             ungradable: str) -> GateSpec:
+    """Return the gate of a model. `rules` are those of its networks; `distances` and `scores` (n,) are out-of-fold.
 
-    At most the fraction `reject` of the validation images lies beyond the limit; 0: no limit.
+    At most the fraction `reject` of the validation images lies beyond the limit; 0: no limit, for scores either.
     """
     limit = None if reject == 0 else float(upper_quantile(distances, reject)) * (1 + ROUNDING)
-    return GateSpec(limit, **merge_rules(rules), ungradable=ungradable, reject=reject)
+    ends = (float(np.min(scores)) - SCORE_MARGIN, float(np.max(scores)) + SCORE_MARGIN) if reject else ()
+    return GateSpec(limit, **merge_rules(rules), scores=ends, ungradable=ungradable, reject=reject)
 
 
 def merge_rules(rules: Iterable[dict]) -> dict:
@@ -162,7 +168,7 @@ def gate_of_record(record: dict) -> GateSpec:
     return GateSpec(**values)
 
 
-def reasons_of(gate: GateSpec, images: pd.DataFrame, distances: Iterable[float]) -> list[str]:
+def reasons_of(gate: GateSpec, images: pd.DataFrame, distances: Iterable[float], scores: Iterable[float]) -> list[str]:
     "Return the reasons, joined by '; ', for each row of `images` (columns how, flags, red_green, green_blue)"
     rows = images[['how', 'flags', 'red_green', 'green_blue']].to_dict('records')
-    return ['; '.join(gate.reasons(row, distance)) for row, distance in zip(rows, distances, strict=True)]
+    return ['; '.join(gate.reasons(*of_image)) for of_image in zip(rows, distances, scores, strict=True)]

@@ -11,6 +11,7 @@ import pandas as pd
 from aptos_fastai.common.console import Bars, say
 from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.io import AptosError, digest, file_lock, write_bytes
+from aptos_fastai.data.spreadsheet import SPREADSHEETS
 from aptos_fastai.inference.find_images import ImageEntry, find_images
 from aptos_fastai.inference.grader import COLUMNS, Grader, load_grader
 from aptos_fastai.inference.model_spec import SYNTHETIC_MODEL
@@ -29,10 +30,16 @@ def grade_files(model: str, paths: Iterable[str], output: str, backend: str = 't
     """
     out = Path(output)
     if not out.parent.is_dir(): raise AptosError(f'{out.parent}: no such folder. Make it, or choose another with -o.')
+    if out.suffix.lower() in SPREADSHEETS:
+        raise AptosError(f'{out}: predict writes CSV. Choose a name that ends in .csv.')
     _check_free(out, overwrite)
-    entries, grader = find_images(list(paths), root), load_grader(model, backend, precision)
+    paths = list(paths)
+    entries, grader = find_images(paths, root), load_grader(model, backend, precision)
     id_column = next((e.id_column for e in entries if e.id_column), '')
     columns = COLUMNS if id_column in ('', *COLUMNS) else [id_column, *COLUMNS]
+    inputs = [*map(Path, paths), *(e.path for e in entries if e.path)]
+    if out.exists() and any(out.samefile(path) for path in inputs if path.exists()):
+        raise AptosError(f'{out}: is one of the inputs. Choose another file with -o.')
     part = out.with_name(f'.{out.name}.{_digest_of(entries, grader.model.key, backend, precision)}.part')
     with file_lock(out, 'Wait for it, or choose another file with -o.'):
         _grade_into(part, grader, entries, columns)
@@ -45,8 +52,12 @@ def grade_files(model: str, paths: Iterable[str], output: str, backend: str = 't
 
 
 def _check_free(out: Path, overwrite: bool) -> None:
-    if out.exists() and not overwrite:
-        raise AptosError(f'{out}: already exists. Choose another file with -o, or add --overwrite.')
+    "Raise `AptosError` if `out` exists; with `overwrite`, if it is no earlier output of `predict`"
+    if not out.exists(): return
+    if not overwrite: raise AptosError(f'{out}: already exists. Choose another file with -o, or add --overwrite.')
+    with open(out, 'rb') as f: header = f.readline().decode(errors='replace').strip().split(',')
+    if set(COLUMNS) <= set(header): return
+    raise AptosError(f'{out}: is not a CSV that predict wrote, so it is not replaced. Choose another file with -o.')
 
 
 def _digest_of(entries: list[ImageEntry], *model: str) -> str:
@@ -88,9 +99,11 @@ def _report(df: pd.DataFrame, csv_file: Path, grader: Grader) -> None:
     say(f'{len(df) - len(bad)} images graded by {grader.model.name} -> {csv_file}')
     say(DISCLAIMER, 'dim')
     if grader.model.synthetic: say(SYNTHETIC_MODEL, 'yellow')
-    say(grader.model.gate.count_text(df.referable.fillna('')))
+    for text in grader.model.warnings: say(f'warning: {text}', 'yellow')
+    say(grader.model.gate.count_text(df.referable.astype(object).fillna('')))
     if not len(bad): return
-    first = '; '.join(f'{file} {error}' for file, error in bad[['file', 'error']].head(3).itertuples(index=False))
+    first = '; '.join(f'{f"row {i + 1}" if pd.isna(file) else file}: {error}'
+                      for i, file, error in bad[['file', 'error']].head(3).itertuples())
     raise AptosError(f'{len(bad)} of {len(df)} images could not be graded: {first}. '
                      f'See the column error of {csv_file} for all of them.')
 

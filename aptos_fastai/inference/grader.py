@@ -109,8 +109,8 @@ class Grader:
             values = dict(score=score, score_sd=score_sd, grade=grade, grade_low=low, grade_high=high)
             for column, value in values.items(): df.loc[ok, column] = value
             found = [info for squares, info in images if squares is not None]
-            df.loc[ok, 'ungradable'] = ['; '.join(self.model.gate.reasons(info, d))
-                                        for info, d in zip(found, distance, strict=True)]
+            df.loc[ok, 'ungradable'] = ['; '.join(self.model.gate.reasons(*of_image))
+                                        for of_image in zip(found, distance, score, strict=True)]
         integers = ['grade', 'grade_low', 'grade_high']
         df[integers] = df[integers].astype('Int64')
         df.loc[df.ungradable != '', integers] = pd.NA

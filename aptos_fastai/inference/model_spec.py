@@ -182,8 +182,8 @@ def _stage_model(folder: Path) -> ModelSpec:
     coverage = summary['submission']['coverage'] if result else STAGE_COVERAGE
     sets = PredictionSets(coverage).fit(oof.score, oof.diagnosis, oof.fold)
     unit = upper_quantile(oof.feature_distance, gate_keys['reject'])
-    gate = fit_gate([r['gate']['rules'] for r in records.values()], oof.feature_distance / unit, gate_keys['reject'],
-                    gate_keys['ungradable'])
+    gate = fit_gate([r['gate']['rules'] for r in records.values()], oof.feature_distance / unit, oof.score,
+                    gate_keys['reject'], gate_keys['ungradable'])
     weights = dict.fromkeys((f'{name}/{fold}' for fold in records), 1 / len(records))
     return _folds_model(root, f'{root.name}/{name}', weights, thresholds, sets, gate, {name: unit},
                         *((result['kappa_text'], result['warnings']) if result else ('', [NOT_REPORTED])))

@@ -114,7 +114,7 @@ def cluster_result(kind: str, df: pd.DataFrame, labels: np.ndarray, setting: str
 
 def cluster_warnings(clusters: list[dict]) -> list[str]:
     "Return a warning for each kind of clusters whose drop is larger than by chance"
-    return [f'kappa drops by {o["drop"]:.2f} between images of different {o["kind"]} (by chance up to '
+    return [f'kappa drops by {o["drop"]:.2f} between images that differ in {o["kind"]} (by chance up to '
             f'{o["drop_by_chance"]:.2f}): other cameras or clinics may be graded worse'
             for o in clusters if o['drop'] is not None and o['drop'] > o['drop_by_chance']]
 

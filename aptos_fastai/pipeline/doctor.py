@@ -168,13 +168,15 @@ MARKS: dict[bool | str, tuple[str, str | None]] = {
 
 def doctor(recipe: str, data: str, runs: str, sets: Iterable[str]) -> None:
     "Print a line for each finding. Raises `AptosError` if `all` would fail"
-    keys, problems = list(sets), 0
+    keys, problems, warnings = list(sets), 0, 0
     for what, found, ok in find_problems(recipe, data, runs, keys):
         status, style = MARKS[ok]
         say(f'{status} {what}: {found}', style)
         problems += not ok
+        warnings += ok == WARNING
     if not problems:
-        say('No problem found: `all` can run.')
+        say(f'No problem would stop `all`. Read the {warnings} lines above that begin with WARN.' if warnings else
+            'No problem found: `all` can run.')
         return
     if data != 'demo': show_downloads(recipe, keys, Path(data))
     noun = 'problem' if problems == 1 else 'problems'

@@ -53,6 +53,7 @@ def load_run(recipe: str | Path = 'settings.ini', data: str | Path = 'demo', run
         raise AptosError(f'{runs}: is a file. Choose a folder with --runs.')
     data_folder = demo_tables(parsed, runs_folder) if demo else Path(data)
     frames = read_tables(parsed, data_folder)
+    read_order(parsed.tables[parsed.submit.table], data_folder)      # an error now, not after the training
     root = runs_folder / parsed.name
     check_same_data(root, data_folder, demo)
     return with_folds(with_prepared(Run(parsed, data_folder, root, frames)))
@@ -279,7 +280,7 @@ def score_test_table(run: Run, bars: Bars) -> pd.DataFrame:
     df['grade'], df['grade_low'], df['grade_high'] = grade_scores(
         final.score, thresholds, sets, np.stack(by_fold, axis=1))
     df['score_sd'] = final.score_sd
-    df['ungradable'] = ungradable_test(run, bars)
+    df['ungradable'] = ungradable_test(run, final.score, bars)
     df = in_submission_order(run, df)
     write_csv(run.root / 'scores.csv', df)
     return df

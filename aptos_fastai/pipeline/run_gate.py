@@ -15,7 +15,8 @@ def run_gate(run: Run, node: str) -> GateSpec:
     "Return the gate of a stage or ensemble: rules from its training images, limit from out-of-fold distances"
     rules = [run.finished_record(m, k)['gate']['rules'] for m in run.recipe.members(node) for k in run.folds_of(node)]
     gate = run.recipe.gate
-    return fit_gate(rules, run.out_of_fold_distances(node), gate.reject, gate.ungradable)
+    scores = run.oof(node).score.to_numpy()
+    return fit_gate(rules, run.out_of_fold_distances(node), scores, gate.reject, gate.ungradable)
 
 
 def table_distances(run: Run, node: str, table: str, bars: Bars) -> np.ndarray:
@@ -26,11 +27,11 @@ def table_distances(run: Run, node: str, table: str, bars: Bars) -> np.ndarray:
     return np.sum(parts, 0)
 
 
-def ungradable_test(run: Run, bars: Bars) -> list[str]:
-    "Return for each image of the submission's table why it is ungradable; empty: it is gradable"
+def ungradable_test(run: Run, scores: np.ndarray, bars: Bars) -> list[str]:
+    "Return for each image of the submission's table, with these `scores`, why it is ungradable; empty: it is gradable"
     submit = run.recipe.submit
     distances = table_distances(run, submit.final, submit.table, bars)
-    return reasons_of(run_gate(run, submit.final), run.frames[submit.table], distances)
+    return reasons_of(run_gate(run, submit.final), run.frames[submit.table], distances, scores)
 
 
 def ungradable_validated(run: Run) -> list[str]:
@@ -39,7 +40,7 @@ def ungradable_validated(run: Run) -> list[str]:
     oof = run.oof(node)
     images = pd.concat(run.frames.values()).set_index(['source', 'id_code'])
     images = images.loc[list(zip(oof.source, oof.id_code, strict=True))]
-    return reasons_of(run_gate(run, node), images, run.out_of_fold_distances(node))
+    return reasons_of(run_gate(run, node), images, run.out_of_fold_distances(node), oof.score)
 
 
 def gate_result(run: Run, scores: pd.DataFrame) -> dict:

@@ -32,7 +32,7 @@ SETS_CONDITION = 'from the same source as the training images (cameras, clinics,
 SETS_CAUTION = ('the submitted model was trained on pseudo-labels of these test images: their prediction sets can '
                 'contain the true grade less often')
 NEARLY_EQUAL = .1                            # thresholds closer than this leave a grade that is hardly ever predicted
-SUMMARY_FORMAT = 6                           # of summary.json and scores.csv; `all` replaces older ones
+SUMMARY_FORMAT = 7                           # of summary.json and scores.csv; `all` replaces older ones
 KEYS = ['source', 'id_code', 'diagnosis', 'fold', 'group']
 
 

@@ -1,3 +1,4 @@
+import io
 import subprocess
 import sys
 import time
@@ -203,6 +204,29 @@ def test_no_other_program_is_started_for_an_image(monkeypatch):
     monkeypatch.setattr('PIL.EpsImagePlugin.Ghostscript', lambda *a, **k: pytest.fail('Ghostscript was started'))
     with pytest.raises(ImageError, match='unknown image format'):
         decode(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n' + b' ' * 200)
+
+
+def test_files_of_several_pages_are_errors():
+    pages = [Image.fromarray(RGB), Image.fromarray(255 - RGB)]
+    for fmt in ('TIFF', 'GIF', 'WEBP', 'PNG'):
+        out = io.BytesIO()
+        pages[0].save(out, fmt, save_all=True, append_images=pages[1:])
+        with pytest.raises(ImageError, match=f'{fmt} with 2 pages; save one image per file'): decode(out.getvalue())
+    thumbnail = io.BytesIO()
+    pages[0].save(thumbnail, 'TIFF', save_all=True, append_images=[pages[1].resize((12, 8))])
+    assert (decode(thumbnail.getvalue())[0] == RGB).all()
+    phone = io.BytesIO()
+    pages[0].save(phone, 'MPO', save_all=True, append_images=pages[1:])
+    assert decode(phone.getvalue())[0].shape == RGB.shape
+
+
+def test_dicom_without_pixels_says_so():
+    pydicom = pytest.importorskip('pydicom')
+    ds = pydicom.dcmread(io.BytesIO(dicom(np.zeros((8, 8), np.uint8), 'MONOCHROME2', 8)))
+    del ds.PixelData
+    out = io.BytesIO()
+    ds.save_as(out)
+    with pytest.raises(ImageError, match='DICOM without pixels'): decode(out.getvalue())
 
 
 def test_the_pixels_decoded_at_once_are_bounded():

@@ -1,6 +1,7 @@
 "Which file belongs to which name: never another image's."
 import os
 import shutil
+import unicodedata
 from pathlib import Path
 
 import cv2
@@ -54,7 +55,15 @@ def test_a_name_with_a_folder_matches_that_folder_only(tmp_path):
 
 def test_a_name_with_a_suffix_does_not_match_another_suffix(tmp_path):
     write(tmp_path, 'left.png', 'x/right.jpg')
-    assert listed(tmp_path, 'left.jpg', 'right.jpg') == [f'no such image in {tmp_path}', 'x/right.jpg']
+    assert listed(tmp_path, 'left.jpg', 'right.jpg', 'right') == [
+        f'no such image in {tmp_path}',
+        f'no such image in {tmp_path}; x/right.jpg has this name: give it with its folder', 'x/right.jpg']
+
+
+def test_accents_may_be_coded_in_two_ways(tmp_path):
+    names = [unicodedata.normalize(form, 'Müller') for form in ('NFC', 'NFD')]
+    write(tmp_path, f'{names[1]}.png')
+    assert listed(tmp_path, names[0], f'{names[0]}.png', names[1]) == [f'{names[1]}.png'] * 3
 
 
 def test_every_row_gives_a_row_in_order(tmp_path):
@@ -91,7 +100,6 @@ def test_a_folder_is_searched_by_content(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('text, words', [
-    ('id_code\nzzz\n', 'none of its 1 rows has an image: zzz: no such image'),
     ('who\na\n', 'no column file, path, image or id_code'),
 ])
 def test_a_csv_without_images_is_an_error(tmp_path, text, words):
@@ -139,7 +147,8 @@ def test_explain_says_which_file_is_which(toy, image_paths, tmp_path, capsys):
 @pytest.mark.parametrize('text, found', [
     ('image,diagnosis\nleft,1,\nright,2,\n', ['left.png', 'right.png']),
     ('image;diagnosis\nleft;1\nright;2\n', ['left.png', 'right.png']),
-    ('image\nleft\n\nright\n\n', ['left.png', 'the row names no image', 'right.png']),
+    ('image\nleft\n\nright\n\n', ['left.png', 'right.png']),
+    ('\nimage,x\nleft,\n,\nright,\n,\n', ['left.png', 'the row names no image', 'right.png']),
     ('image\n' + 'x' * 300 + '\nleft\n', ['no such image in', 'left.png']),
 ])
 def test_rows_of_csvs_as_people_have_them(tmp_path, text, found):
@@ -194,6 +203,40 @@ def test_explain_gives_each_file_an_output_of_its_own(toy, image_paths, tmp_path
     df = pd.read_csv(tmp_path / 'out/index.csv')
     assert df.output.str.casefold().nunique() == len(names) and "'=1+1.png" in df.output.tolist()
     assert {f.name for f in (tmp_path / 'out').glob('*.png')} == set(df.output.str.removeprefix("'"))
+
+
+def test_explain_adds_to_the_index_of_its_folder(toy, image_paths, tmp_path, capsys):
+    for i, name in enumerate(['a/left.png', 'b/left.png']):
+        write(tmp_path, name, data=Path(image_paths[i]).read_bytes())
+        main(['explain', str(toy), str(tmp_path / name), '-o', str(tmp_path / 'out')])
+    first = (tmp_path / 'out/left.png').read_bytes()
+    main(['explain', str(toy), str(tmp_path / 'b/left.png'), '-o', str(tmp_path / 'out')])
+    df = pd.read_csv(tmp_path / 'out/index.csv').set_index('file').output
+    assert df.to_dict() == {str(tmp_path / 'a/left.png'): 'left.png', str(tmp_path / 'b/left.png'): 'left-2.png'}
+    assert (tmp_path / 'out/left.png').read_bytes() == first
+    write(tmp_path, 'other/index.csv', data=b'a,b\n1,2\n')
+    expect_error(capsys, ['explain', toy, tmp_path / 'a/left.png', '-o', tmp_path / 'other'], 'not a file that explain')
+
+
+def test_inputs_and_other_files_are_not_replaced(toy, image_paths, tmp_path, capsys):
+    (tmp_path / 'list.csv').write_text('file\n' + image_paths[0])
+    write(tmp_path, 'notes.csv', 'eye.png', data=Path(image_paths[0]).read_bytes())
+    for out in ('list.csv', 'notes.csv', 'eye.png'):
+        before = (tmp_path / out).read_bytes()
+        expect_error(capsys, ['predict', toy, tmp_path / 'list.csv', '-o', tmp_path / out, '--overwrite'], 'not')
+        assert (tmp_path / out).read_bytes() == before
+    grades = tmp_path / 'grades.csv'
+    main(['predict', str(toy), image_paths[0], '-o', str(grades)])
+    (tmp_path / 'here').symlink_to(grades)
+    expect_error(capsys, ['predict', toy, grades, '-o', tmp_path / 'here', '--overwrite'], 'is one of the inputs')
+    expect_error(capsys, ['predict', toy, image_paths[0], '-o', tmp_path / 'g.xlsx'], 'ends in .csv')
+
+
+def test_a_csv_without_any_image_gives_its_rows(toy, tmp_path, capsys):
+    (tmp_path / 'list.csv').write_text('id_code\nx\ny\n')
+    args = ['predict', toy, tmp_path / 'list.csv', '-o', tmp_path / 'g.csv']
+    expect_error(capsys, args, '2 of 2 images', 'x: no such')
+    assert pd.read_csv(tmp_path / 'g.csv').id_code.tolist() == ['x', 'y']
 
 
 def test_linked_folders_are_named(tmp_path, capsys):

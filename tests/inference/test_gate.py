@@ -137,7 +137,7 @@ def test_a_model_does_not_refuse_its_own_kind():
     assert GateSpec(**gate_rules(training_images(dark=.049))).flags == ()
     assert GateSpec(**gate_rules(training_images(dark=.05))).flags == ('dark',)
     grey = training_images().assign(red_green=0., green_blue=0.)
-    assert not GateSpec(**gate_rules(grey)).reasons(dict(GOOD, red_green=0., green_blue=0.), 0)
+    assert not GateSpec(**gate_rules(grey)).reasons(dict(GOOD, red_green=0., green_blue=0.), 0, 0)
 
 
 @pytest.mark.parametrize('found, distance, expected', [
@@ -155,8 +155,16 @@ def test_a_model_does_not_refuse_its_own_kind():
 ])
 def test_reasons(found, distance, expected):
     gate = GateSpec(2., **gate_rules(training_images()))
-    assert gate.reasons(found, distance) == expected
-    assert not GateSpec().reasons(found, distance)            # the default accepts everything
+    assert gate.reasons(found, distance, 2) == expected
+    assert not GateSpec().reasons(found, distance, 2)            # the default accepts everything
+
+
+@pytest.mark.parametrize('score, refused', [(-.6, True), (-.5, False), (1, False), (3.5, False), (3.6, True),
+                                            (np.nan, True)])
+def test_scores_far_from_all_validation_scores_are_refused(score, refused):
+    scores = np.linspace(-.25, 3.25, 50)
+    gate = fit_gate([gate_rules(training_images())], np.ones(50), scores, .01, 'refer')
+    assert gate.reasons(GOOD, 1, score) == (['score outside the range of the validation images'] if refused else [])
 
 
 def test_networks_of_different_tables_accept_what_any_accepts():
@@ -168,10 +176,11 @@ def test_networks_of_different_tables_accept_what_any_accepts():
 
 def test_the_gate_is_the_same_after_json():
     distances = np.random.default_rng(0).gamma(2, size=200)
-    gate = fit_gate([gate_rules(training_images())], distances, .01, 'exclude')
+    gate = fit_gate([gate_rules(training_images())], distances, distances, .01, 'exclude')
     assert gate_of_record(json.loads(json.dumps(asdict(gate)))) == gate
     assert (distances > gate.limit).mean() <= .01
-    assert fit_gate([gate_rules(training_images())], distances, 0, 'refer').limit is None
+    no_limit = fit_gate([gate_rules(training_images())], distances, distances, 0, 'refer')
+    assert no_limit.limit is None and no_limit.scores == ()
 
 
 def test_counts_say_how_ungradable_images_count():

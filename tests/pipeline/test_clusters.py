@@ -125,9 +125,9 @@ def test_chance_deals_patients_not_images(valid):
 
 def test_a_drop_beyond_chance_is_a_warning(valid):
     found = [cluster_result(CAMERA, valid, camera_labels(valid), 'optimal')]
-    assert cluster_warnings(found) == [f'kappa drops by {found[0]["drop"]:.2f} between images of different camera (by '
-                                       f'chance up to {found[0]["drop_by_chance"]:.2f}): other cameras or clinics may '
-                                       'be graded worse']
+    drop, by_chance = found[0]['drop'], found[0]['drop_by_chance']
+    assert cluster_warnings(found) == [f'kappa drops by {drop:.2f} between images that differ in camera (by chance up '
+                                       f'to {by_chance:.2f}): other cameras or clinics may be graded worse']
     assert cluster_warnings([dict(found[0], drop=.01), dict(found[0], drop=None)]) == []
 
 
