@@ -168,14 +168,14 @@ MARKS: dict[bool | str, tuple[str, str | None]] = {
 
 def doctor(recipe: str, data: str, runs: str, sets: Iterable[str]) -> None:
     "Print a line for each finding. Raises `AptosError` if `all` would fail"
-    keys, problems, warnings = list(sets), 0, 0
+    keys, problems, warnings = list(sets), 0, False
     for what, found, ok in find_problems(recipe, data, runs, keys):
         status, style = MARKS[ok]
         say(f'{status} {what}: {found}', style)
         problems += not ok
-        warnings += ok == WARNING
+        warnings |= ok == WARNING
     if not problems:
-        say(f'No problem would stop `all`. Read the {warnings} lines above that begin with WARN.' if warnings else
+        say('No problem would stop `all`. Read the lines above that begin with WARN.' if warnings else
             'No problem found: `all` can run.')
         return
     if data != 'demo': show_downloads(recipe, keys, Path(data))

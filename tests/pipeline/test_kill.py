@@ -18,9 +18,9 @@ import pytest
 from aptos_fastai.training.precision import cpu_has_bf16
 
 ROOT = Path(__file__).parents[2]
-KEYS = ['demo.pretrain=120', 'demo.train=80', 'demo.test=20', 'demo.shrink=8',
+KEYS = ['demo.pretrain=60', 'demo.train=60', 'demo.test=20', 'demo.shrink=8',
         'demo.archs=legacy_seresnet50:test_resnet densenet121:test_resnet',
-        'demo.stage.epochs=6', 'demo.stage.freeze_epochs=1',
+        'demo.stage.epochs=3', 'demo.stage.freeze_epochs=1',
         'stage.tta=hflip', 'stage.ema=.9', f'stage.precision={"bf16" if cpu_has_bf16() else "f32"}']
 SIGNALS = signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT
 
