@@ -107,7 +107,9 @@ class ImageLocator:
         "Return the files that a name without a suffix names, and the one with another coding of accents"
         name = unicodedata.normalize('NFC', path)
         if '/' in name: return self.by_path.get(name, [])
-        if self.loose: return self.by_name.get(name) or self.by_stem.get(name, [])
+        if self.loose:                       # an image in the folder itself comes before one in a sub-folder
+            found = self.by_name.get(name) or self.by_stem.get(name, [])
+            return [file for file in found if '/' not in file] or found
         if f'.{name.rpartition(".")[2].lower()}' in SUFFIXES:
             return [file for file in self.by_name.get(name, []) if '/' not in file]
         return self.by_name.get(name) or self.by_stem.get(name, [])

@@ -9,7 +9,7 @@ from pathlib import Path
 from aptos_fastai.common.console import say
 from aptos_fastai.common.io import AptosError
 from aptos_fastai.data.locate import SUFFIXES, ImageLocator, files_below, inside, is_image
-from aptos_fastai.data.spreadsheet import SPREADSHEETS, read_spreadsheet
+from aptos_fastai.data.spreadsheet import SPREADSHEETS, read_spreadsheet, require_column
 
 ID = 'id_code'
 FILE_COLUMNS = 'file', 'path', 'image', ID      # of a CSV that lists images; the first that it has counts
@@ -87,6 +87,7 @@ def _entries_of_csv(table: Path, root: Path) -> Iterator[ImageEntry]:
     if not root.is_dir(): raise AptosError(f'--root {root}: no such folder')
     locate = ImageLocator(root)
     id_column = ID if ID in df else column
+    for name in (column, id_column): require_column(table, df, name, '')
     for name, own_id in zip(df[column], df[id_column], strict=True):
         try: yield ImageEntry(locate(name), '', name, own_id, id_column)
         except LookupError as e: yield ImageEntry(None, str(e), name, own_id, id_column)

@@ -144,6 +144,14 @@ def test_ambiguous_and_missing_images(tmp_path, files, name, words):
     assert words in str(e.value) and name in str(e.value)
 
 
+def test_an_image_in_the_folder_itself_comes_before_its_mask(tmp_path):
+    (tmp_path / 't.csv').write_text('id_code,diagnosis\nx,1\nx2,0\n')
+    write_images(tmp_path / 'images', ['x.png', 'masks/x.png', 'x2.png', 'x2.txt'])
+    (tmp_path / 'images/x2.txt').write_text('notes')
+    df = read_table(table(), tmp_path)
+    assert [Path(p).relative_to(tmp_path / 'images').as_posix() for p in df.path] == ['x.png', 'x2.png']
+
+
 def test_two_rows_of_one_file_are_refused_and_unnamed_images_counted(tmp_path):
     (tmp_path / 't.csv').write_text('id_code,diagnosis\nx,1\nX.jpg,2\n')
     write_images(tmp_path / 'images', ['x.png'])

@@ -101,6 +101,7 @@ def test_a_folder_is_searched_by_content(tmp_path, capsys):
 
 @pytest.mark.parametrize('text, words', [
     ('who\na\n', 'no column file, path, image or id_code'),
+    ('id_code,id_code\na,b\n', 'two columns are called id_code'),
 ])
 def test_a_csv_without_images_is_an_error(tmp_path, text, words):
     (tmp_path / 't.csv').write_text(text)
