@@ -275,7 +275,7 @@ def inspect(options: RunOptions,
 
 @command
 def train(options: RunOptions, stage: Stage) -> None:
-    """Train one stage. Trains the unfinished stages that it builds on first.
+    """Train one stage. Trains its unfinished parent stages first.
 
     python run.py train finetune_256
     """

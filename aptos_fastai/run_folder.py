@@ -182,7 +182,7 @@ class Run:
         return np.sum(parts, 0)
 
     def distance_unit(self, stage: str) -> float:
-        """Return the feature distance that at most the fraction [gate] `reject` of a stage's validation images exceeds.
+        """Return the feature distance that is exceeded by at most the fraction `reject` of a stage's validation images.
 
         Divide by it before you compare or average the distances of different networks.
         """

@@ -1,4 +1,4 @@
-"What shares a fold: patients (a column, or a pattern in ids), or blocks of ids; and which eye an image shows."
+"Find which images share a fold: those of a patient (a column, or a pattern in ids) or of a block of ids; and the eye."
 import re
 from pathlib import Path
 

@@ -47,9 +47,9 @@ class ImageLocator:
     """Find the file under `root` that a table names; a name that fits no file, or several, raises `LookupError`.
 
     A name with a folder or the suffix of an image matches exactly, a bare name the one file with that name without
-    suffix, in any sub-folder. With `loose`, a name that matches nothing so matches the one file that differs in suffix,
-    case, or composition of accents, or that lies in a sub-folder; `loosely` counts these. Files, their links followed,
-    must lie in `within` (default: `root`); without it, absolute names may lead anywhere.
+    suffix, in any sub-folder. With `loose`, a name without such a match may match the one file that differs from it in
+    suffix, case or composition of accents, or that lies in a sub-folder; `loosely` counts these. A relative name must
+    lead into `within` (default: `root`), an absolute one, too, if `within` is given; otherwise it may lead anywhere.
     """
     def __init__(self, root: Path, loose: bool = False, within: Path | None = None):
         self.root, self.loose, self.loosely = root, loose, 0
@@ -140,7 +140,7 @@ class ImageLocator:
         path = self.root / file
         if ('/' in file or path.is_symlink()) and not path.resolve().is_relative_to(self.within):
             verb = 'links to a file' if path.is_symlink() else 'lies'
-            raise LookupError(f'{verb} outside {self.within}; give the folder with --root')
+            raise LookupError(f'{verb} outside {self.within}; copy the file into this folder')
         self.used.add(file)
         return path
 

@@ -101,7 +101,7 @@ def _rows_of_text(text: str) -> list[list[str]]:
 
 
 def separator_of(text: str) -> str:
-    "Return the separator that splits the first rows into the same number of cells, at least two; ' ': spaces"
+    "Return the separator that splits most rows into two cells or more; ' ' if all have as many words; or a comma"
     lines = [line for line in text.split('\n') if line.strip()][:SNIFFED_ROWS]
     best, best_share = '', 0.
     for separator in SEPARATORS:

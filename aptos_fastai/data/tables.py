@@ -136,12 +136,17 @@ def _match_images(csv: Path, ids: pd.Series, locator: ImageLocator) -> list[str]
         except LookupError as e:
             paths.append(name)
             problems.append((name, str(e)))
-    repeated = ids[ids.duplicated() | pd.Series(paths, index=ids.index).duplicated()].unique()
-    if len(repeated):
-        raise TableError(f'{csv}: {count(repeated, "duplicate value")} in column {ids.name}: {first_few(repeated)}. '
-                         'Keep one row per image.')
+    _refuse_repeated(csv, ids[ids.duplicated()], 'duplicate value', f'in column {ids.name}')
+    same_file = pd.Series(paths, index=ids.index).duplicated()
+    _refuse_repeated(csv, ids[same_file], 'id', f'in column {ids.name} of an image that another row names')
     if problems: raise TableError(_image_problems(csv, len(ids), problems, locator.root))
     return paths
+
+
+def _refuse_repeated(csv: Path, repeated: pd.Series, noun: str, where: str) -> None:
+    ids = repeated.unique()
+    if not len(ids): return
+    raise TableError(f'{csv}: {count(ids, noun)} {where}: {first_few(ids)}. Keep one row per image.')
 
 
 def _image_notes(locator: ImageLocator, n: int, table: Table) -> list[str]:

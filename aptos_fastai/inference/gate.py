@@ -88,8 +88,8 @@ class FeatureDistance:
 class GateSpec:
     """What a model accepts as a gradable fundus image. The default accepts everything.
 
-    `limit` is the largest accepted feature distance: the mean over networks, each divided by its own limit
-    (`Run.distance_unit`); None: not checked. A colour range limits the logarithm of the ratio of two mean channels
+    `limit` is the largest accepted feature distance: the mean over networks, each divided by its stage's
+    `Run.distance_unit`; None: not checked. A colour range limits the logarithm of the ratio of two mean channels
     inside the retina; empty: not checked.
     """
     limit: float | None = None

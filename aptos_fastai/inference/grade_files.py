@@ -96,7 +96,7 @@ def safe_cell(text: str) -> str:
 def _report(df: pd.DataFrame, csv_file: Path, grader: Grader) -> None:
     "Say how many images were graded. Raises `AptosError` if some were not"
     bad = df[df.error.notna()]
-    say(f'{len(df) - len(bad)} images graded by {grader.model.name} -> {csv_file}')
+    say(f'{len(df) - len(bad)} images processed by {grader.model.name} -> {csv_file}')
     say(DISCLAIMER, 'dim')
     if grader.model.synthetic: say(SYNTHETIC_MODEL, 'yellow')
     for text in grader.model.warnings: say(f'warning: {text}', 'yellow')
@@ -104,7 +104,7 @@ def _report(df: pd.DataFrame, csv_file: Path, grader: Grader) -> None:
     if not len(bad): return
     first = '; '.join(f'{f"row {i + 1}" if pd.isna(file) else file}: {error}'
                       for i, file, error in bad[['file', 'error']].head(3).itertuples())
-    raise AptosError(f'{len(bad)} of {len(df)} images could not be graded: {first}. '
+    raise AptosError(f'{len(bad)} of {len(df)} images could not be found or read: {first}. '
                      f'See the column error of {csv_file} for all of them.')
 
 

@@ -1,8 +1,7 @@
-"""Kappa of groups of validation images that resemble each other: cameras, visual clusters, blocks of ids.
+"""Out-of-fold kappa of clusters of validation images: by camera, visual cluster, range of ids, and columns of tables.
 
-Out-of-fold figures of one kind of image. A large drop between two groups warns that other images, from another clinic,
-can be graded worse than the headline kappa says. It is no test on another source: the networks of every fold have
-trained on images of every group.
+A large difference between clusters warns that images from another clinic can be graded worse than the headline kappa
+says. It replaces no test on another source: the networks were trained on images of every cluster.
 """
 import numpy as np
 import pandas as pd
@@ -120,7 +119,7 @@ def cluster_warnings(clusters: list[dict]) -> list[str]:
 
 
 def one_cluster(name: str, df: pd.DataFrame, inside: np.ndarray, setting: str) -> dict:
-    """Return the figures of one cluster.
+    """Return kappa, its interval and the mean error of one cluster.
 
     `kappa_others`: by thresholds that were fitted to the scores of the other clusters (leave one cluster out, for the
     thresholds only: the networks have trained on its other images). None for fixed thresholds or a single cluster.

@@ -72,13 +72,13 @@ def _graded_part(images: pd.DataFrame, fold: int) -> pd.DataFrame:
 
 def _pseudo_labelled_part(stage: Stage, fold: int, teacher: str, table: str, images: pd.DataFrame,
                           labels: pd.DataFrame) -> pd.DataFrame:
-    "Return an ungraded table with the labels of the teacher's same fold, without duplicates of validation images"
+    "Return an ungraded table with labels by the teacher's network of `fold`, without duplicates of validation images"
     labels = labels.set_index('id_code')
     images = images[(images.fold != fold) & images.id_code.isin(labels.index)]
     source = f'{teacher}:{table}'
     if not len(images):
-        raise AptosError(f'[stage.{stage.name}] train = {source}: every image of {table} duplicates a validation image '
-                         f'of fold {fold}. Remove the duplicates.')
+        raise AptosError(f'[stage.{stage.name}] train = {source}: no image of {table} is left: each is a duplicate '
+                         f'of a validation image of fold {fold}, or of the same patient. Remove it from `train`.')
     diagnosis = images.id_code.map(labels[f'fold{fold}']).astype(np.float32)
     return images.assign(diagnosis=diagnosis, valid=False, source=source)
 

@@ -28,7 +28,7 @@ OUT_OF_FOLD = ('All metrics are out-of-fold, on images of the same source. Evalu
                'you use them.')
 PATIENTS_UNKNOWN = 'patients unknown: may be optimistic, intervals too narrow'
 EPOCH_CHOSEN = 'with keep = kappa or loss the epoch is chosen on the validation images'
-SETS_CONDITION = 'from the same source as the training images (cameras, clinics, graders); for others, less often'
+SETS_CONDITION = 'from the same source as the training images (cameras, clinics, graders); in others it is less often'
 SETS_CAUTION = ('the submitted model was trained on pseudo-labels of these test images: their prediction sets can '
                 'contain the true grade less often')
 NEARLY_EQUAL = .1                            # thresholds closer than this leave a grade that is hardly ever predicted

@@ -27,6 +27,7 @@ from aptos_fastai.metrics import (
     sensitivity_at,
     thresholds_or_midpoints,
 )
+from aptos_fastai.pipeline.clusters import MIN_IMAGES
 from aptos_fastai.pipeline.summary import (
     EPOCH_CHOSEN,
     OUT_OF_FOLD,
@@ -199,14 +200,15 @@ def cluster_section(run: Run, summary: dict) -> list[Table | str]:
                  f'{o["mean_error"]:.2f}'] for o in kind['clusters']]
         drop = 'Fewer than two clusters can be compared.'
         if kind['drop'] is not None:
-            drop = (f'Drop from the highest to the lowest kappa: {kind["drop"]:.2f}; by chance (95 % of random '
-                    f'clusters): up to {kind["drop_by_chance"]:.2f}.')
+            drop = (f'Drop from the highest to the lowest kappa without others: {kind["drop"]:.2f}; 95 % of random '
+                    f'clusters: up to {kind["drop_by_chance"]:.2f}.')
         caption = f'{kind["kind"].capitalize()}: {kind["meaning"]}. {drop}'
         tables.append(Table([kind['kind'], *columns[1:]], rows, caption))
-    return ['Out-of-fold kappa of images that resemble each other. A drop well above chance warns that other cameras '
-            'or clinics can be graded worse. This is no test on other images: the networks have trained on images of '
-            'every cluster. For "thresholds of the other clusters", only the thresholds are fitted without the '
-            'cluster. Kappa also depends on the mix of grades in a cluster.', *tables]
+    return [f'Out-of-fold kappa of images that resemble each other. Clusters of fewer than {MIN_IMAGES} images are '
+            'merged into others, which is not compared. A drop well above chance warns that other cameras or clinics '
+            'can be graded worse. This is no test on other images: the networks have trained on images of every '
+            'cluster. For "thresholds of the other clusters", only the thresholds are fitted without the cluster. '
+            'Kappa also depends on the mix of grades in a cluster.', *tables]
 
 
 def threshold_comparison(run: Run, oof: pd.DataFrame) -> Table:
@@ -232,9 +234,9 @@ def threshold_comparison(run: Run, oof: pd.DataFrame) -> Table:
     columns = ['stage', 'midpoints\n0.5 1.5 2.5 3.5', 'published\n0.75 1.5 2.5 3.5', 'optimal,\ncross-fitted',
                'regularised,\ncross-fitted', 'optimal,\nin-sample', 'used in this run']
     return Table(columns, rows,
-                 'Kappa of each stage for each way to set the thresholds. Cross-fitted: the thresholds for a fold (or '
-                 'one of five parts, with fewer than three folds) are fitted on the others. In-sample: fitted on the '
-                 'images they grade, not out-of-fold, too high. '
+                 'Kappa of each stage for each way to set the thresholds. Cross-fitted: the thresholds for a fold '
+                 '(for one of five random parts, if fewer than three folds are trained) are fitted on the others. '
+                 'In-sample: fitted on the images they grade, not out-of-fold, too high. '
                  f'In parentheses: 95 % CI over {by_value(over)}.')
 
 
@@ -335,11 +337,11 @@ def prediction_sets(run: Run, summary: dict, valid: pd.DataFrame, predictions: p
     test_sizes = (predictions.grade_high - predictions.grade_low + 1).value_counts().sort_index()
     columns = ['true grade', 'images', f'empirical coverage\n(target {percent(coverage)})', 'mean set size']
     return [Table(columns, rows,
-                  'Conformal prediction sets, measured out-of-fold: the sets of each fold (or one of five parts, with '
-                  'fewer than three folds) are fitted on the others and use the scores of one fold. The predictions '
-                  'use the scores of all folds (CV+). '
+                  'Conformal prediction sets, measured out-of-fold: the sets of each fold (of five random parts, if '
+                  'fewer than three folds are trained) are fitted on the others and use the scores of one fold. The '
+                  'predictions use the scores of all folds (CV+). '
                   f'In parentheses: 95 % CI over {run.grouped_by(valid)} (Wilson). '
-                  f'The target is valid for images {SETS_CONDITION}. '
+                  f'The target applies to images {SETS_CONDITION}. '
                   'grade_low to grade_high in scores.csv are the sets of the predictions.'),
             *(f'Caution: {text}.' for text in summary['submission']['cautions']),
             Table(['set size (grades)', 'predictions', 'proportion'],

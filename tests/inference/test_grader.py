@@ -97,7 +97,7 @@ def test_unreadable_images_are_rows_with_their_error(toy, image_paths, tmp_path,
     bad.write_bytes(b'hello')
     short.write_bytes(Path(image_paths[1]).read_bytes()[:-60])
     expect_error(capsys, ['predict', toy, folder, '-o', out],
-                 '2 of 3 images could not be graded', 'bad.png: cannot be decoded', 'out.csv')
+                 '2 of 3 images could not be found or read', 'bad.png: cannot be decoded', 'out.csv')
     df = pd.read_csv(out, keep_default_na=False).set_index('file')
     assert df.loc[str(bad), 'score'] == '' and df.loc[str(bad), 'grade_name'] == ''
     assert 'the file is truncated' in df.loc[str(short), 'error']
