@@ -249,7 +249,7 @@ def test_a_table_that_only_duplicates_validation_images_is_refused():
     images = pd.DataFrame(dict(id_code=['a', 'b'], fold=0))
     labels = pd.DataFrame(dict(id_code=['a', 'b'], fold0=[1., 2.]))
     run = SimpleNamespace(frames=dict(test=images))
-    with pytest.raises(AptosError, match=r'\[stage.s\] train = t:test: every image of test duplicates'):
+    with pytest.raises(AptosError, match=r'\[stage.s\] train = t:test: no image of test is left'):
         stage.training_frame(run, Stage('s', ('t:test',)), 0, {('t', 'test'): labels})
 
 
