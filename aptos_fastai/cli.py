@@ -305,7 +305,7 @@ def predict(model: Model, images: Images,
             precision: Annotated[str, typer.Option(
                 metavar='NAME', help='f32 or bf16, which is faster on CPUs that support it.')] = 'f32',
             root: Root = None, overwrite: Annotated[bool, typer.Option(
-                '--overwrite', help='Replace the CSV if it exists.')] = False) -> None:
+                '--overwrite', help='Replace the output if an earlier predict wrote it.')] = False) -> None:
     """Grade new images with a trained model. Writes a CSV. An interrupted command resumes.
 
     python run.py predict runs/one_table ~/clinic/images -o grades.csv

@@ -84,7 +84,7 @@ def introduction(run: Run, result: dict) -> str:
         f'Results of the training run {run.recipe.name} ({run.recipe.path.name}): '
         f'{submit.final} grades diabetic retinopathy (DR) from 0 to 4 in fundus images.',
         f'Trained on: {", ".join(tables)}. Predictions: {submit.table} ({len(run.frames[submit.table])} images).',
-        f'{OUT_OF_FOLD} Exceptions are labelled.',
+        f'{OUT_OF_FOLD} Where a metric is not, it is labelled.',
         *(f'Warning: {text}.' for text in result['warnings']),
         DISCLAIMER])
 
@@ -399,11 +399,11 @@ def gate_section(gate: dict) -> list[Table | str]:
               *((name, [part['reasons'].get(name, 0) for part in parts]) for name in names)]
     rows = [[name, *(f'{k} of {part["images"]} ({100 * k / max(part["images"], 1):.1f} %)'
                      for k, part in zip(numbers, parts, strict=True))] for name, numbers in counts]
-    return ['Images that fail the quality check get no grade. The metrics of this report count every '
+    return ['Images that the gate rejects get no grade. The metrics of this report count every '
             'validation image, and the submission grades every test image: scores.csv names the ungradable ones.',
             Table(['reason', 'validation images', 'test images'], rows,
-                  'The distance from the training images is out-of-fold; [gate] reject is the fraction of validation '
-                  'images that it may reject.')]
+                  'For validation images the distance from the training images is out-of-fold. Its limit rejects at '
+                  'most the fraction [gate] reject of them.')]
 
 
 def tables_section(run: Run) -> Table:
