@@ -149,8 +149,13 @@ class Table:
 
     @property
     def carried(self) -> tuple[str, ...]:
-        "Further columns that stay with the images"
-        return (*_split_names(self.carry), *(['eye'] if self.eye else []))
+        "Further columns that stay with the images: those of `carry`, and eye"
+        return tuple(dict.fromkeys([*self.carry_columns, *(['eye'] if self.eye else [])]))
+
+    @property
+    def carry_columns(self) -> tuple[str, ...]:
+        "Columns of the CSV that `carry` names"
+        return _split_names(self.carry)
 
     @property
     def where_column_and_value(self) -> tuple[str, str]:

@@ -111,6 +111,11 @@ class Run:
         stage = self.recipe.stages.get(node)
         return stage.thresholds if stage else self.recipe.submit.thresholds
 
+    def weight_hashes(self, node: str) -> dict[str, str]:
+        "Return STAGE/foldK -> SHA-256 of its weights, for each network of a stage or ensemble"
+        return {f'{m}/fold{k}': self.finished_record(m, k)['files'][WEIGHTS]['sha256']
+                for m in self.recipe.members(node) for k in self.folds_of(node)}
+
     def parent_weight_hashes(self, stage: str, fold: int) -> dict[str, str]:
         "Return the SHA-256 of the weights of each parent stage"
         return {m: self.finished_record(m, fold)['files'][WEIGHTS]['sha256'] for m in self._parent_stages(stage)}

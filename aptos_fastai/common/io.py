@@ -80,15 +80,23 @@ def _sync_folder(folder: Path) -> None:
     finally: os.close(descriptor)
 
 
+def _acquire(lock: FileLock, folder: Path, what_to_do: str) -> None:
+    "Make `folder` and take a lock in it. Raises `Timeout` if another process holds it, `AptosError` if that fails"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout: raise
+    except (OSError, NotImplementedError) as e:
+        reason = getattr(e, 'strerror', None) or e
+        raise AptosError(f'{folder}: cannot write to this folder ({reason}). {what_to_do}') from None
+
+
 @contextmanager
 def file_lock(file: Path, what_to_do: str) -> Iterator[None]:
     "Keep every other process from writing `file` while the block runs. Raises `AptosError` if one is writing it"
     lock = FileLock(file.with_name(f'.{file.name}.lock'))
-    try: lock.acquire(timeout=0)
+    try: _acquire(lock, file.parent, what_to_do)
     except Timeout: raise AptosError(f'{file}: another process is writing this file. {what_to_do}') from None
-    except (OSError, NotImplementedError) as e:
-        reason = getattr(e, 'strerror', None) or e
-        raise AptosError(f'{file.parent}: cannot write to this folder ({reason}). {what_to_do}') from None
     try: yield
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)
@@ -106,16 +114,11 @@ def run_lock(folder: str | Path) -> Iterator[None]:
     folder = Path(folder)
     lock = FileLock(folder / '.lock')
     owner_file = folder / 'running.json'
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+    try: _acquire(lock, folder, 'Choose another with --runs.')
     except Timeout:
         owner = read_record(owner_file) or dict(pid='?', host='?', since='?')
         raise AptosError(f'{folder}: in use by process {owner["pid"]} on {owner["host"]} since {owner["since"]}. '
                          'Wait for it, stop it, or choose another folder with --runs.') from None
-    except (OSError, NotImplementedError) as e:
-        reason = getattr(e, 'strerror', None) or e
-        raise AptosError(f'{folder}: cannot write to this folder ({reason}). Choose another with --runs.') from None
     try:
         since = time.strftime('%Y-%m-%d %H:%M:%S')
         write_record(owner_file, dict(pid=os.getpid(), host=socket.gethostname(), since=since))

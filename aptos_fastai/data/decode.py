@@ -26,8 +26,6 @@ SIGNATURES = {b'\xff\xd8\xff': 'JPEG', b'\x89PNG\r\n\x1a\n': 'PNG', b'II*\0': 'T
               b'II+\0': 'TIFF', b'MM\0+': 'TIFF', b'BM': 'BMP', b'GIF8': 'GIF', b'\0\0\0\x0cjP  ': 'JPEG 2000',
               b'\xff\x4f\xff\x51': 'JPEG 2000'}
 ISO_BRANDS = {b'heic': 'HEIC', b'heix': 'HEIC', b'hevc': 'HEIC', b'mif1': 'HEIC', b'msf1': 'HEIC', b'avif': 'AVIF'}
-
-
 PILLOW_NAMES = {'JPEG 2000': 'JPEG2000', 'WebP': 'WEBP', 'HEIC': 'HEIF'}     # where Pillow's name is another
 DEFLATED = b'1.2.840.10008.1.2.1.99'        # transfer syntax of a DICOM file that is compressed as a whole
 DICOM_HEADER = 300_000                      # bytes that surely hold the file meta information

@@ -43,6 +43,11 @@ def is_image(file: Path) -> bool:
     except OSError: return False
 
 
+def has_image_suffix(name: str) -> bool:
+    "Return whether a file name ends as the name of an image does"
+    return f'.{name.rpartition(".")[2].lower()}' in SUFFIXES
+
+
 class ImageLocator:
     """Find the file under `root` that a table names; a name that fits no file, or several, raises `LookupError`.
 
@@ -110,7 +115,7 @@ class ImageLocator:
         if self.loose:                       # an image in the folder itself comes before one in a sub-folder
             found = self.by_name.get(name) or self.by_stem.get(name, [])
             return [file for file in found if '/' not in file] or found
-        if f'.{name.rpartition(".")[2].lower()}' in SUFFIXES:
+        if has_image_suffix(name):
             return [file for file in self.by_name.get(name, []) if '/' not in file]
         return self.by_name.get(name) or self.by_stem.get(name, [])
 
@@ -122,8 +127,7 @@ class ImageLocator:
 
     def _loose_candidates(self, path: str) -> list[str]:
         "Return the files whose folded path ends as the folded name does, with its suffix or without"
-        stem, _, suffix = path.rpartition('.')
-        bare = stem if f'.{suffix.lower()}' in SUFFIXES else path      # an id such as IMG.001 keeps its number
+        bare = without_suffix(path) if has_image_suffix(path) else path      # an id such as IMG.001 keeps its number
         names = [path, bare, *(name.removeprefix(f'{self.root.name}/') for name in (path, bare))]
         return next((self.by_folded[name] for name in map(_fold, names) if name in self.by_folded), [])
 
@@ -147,7 +151,7 @@ class ImageLocator:
     def unused(self) -> list[str]:
         "Return the images below `root` that no name named"
         others = (file for file in self.files if file not in self.used)
-        return [f for f in others if f'.{f.rpartition(".")[2].lower()}' in SUFFIXES or is_image(self.root / f)]
+        return [file for file in others if has_image_suffix(file) or is_image(self.root / file)]
 
     def _absolute(self, name: str) -> Path:
         if os.path.isfile(name) and (self.anywhere or Path(name).resolve().is_relative_to(self.within)):

@@ -38,12 +38,12 @@ def read_spreadsheet(file: Path, *, header: bool = True, keep_blank: bool = Fals
     """Return a table as text, without spaces around headers and cells, without empty rows and columns.
 
     Encodings: UTF-8, UTF-16, Windows-1252. Separators: comma, semicolon, tab, spaces; a first line `sep=;` counts.
-    `header` = False: the columns are called 1, 2, 3 … `keep_blank` keeps rows of
-    empty cells before the last filled row, but not blank lines, as pandas does.
-    Raises `TableError` if there is no such table in the file.
+    `header` = False: the columns are called 1, 2, 3 … `keep_blank` keeps rows of empty cells before the last
+    filled row, but not blank lines, as pandas does. Raises `TableError` if there is no such table in the file.
     """
-    if file.suffix.lower() in SPREADSHEETS or file.read_bytes()[:4] == ZIP: rows = _rows_of_workbook(file)
-    else: rows = _rows_of_text(_decode(file))
+    data = file.read_bytes()
+    is_workbook = file.suffix.lower() in SPREADSHEETS or data.startswith(ZIP)
+    rows = _rows_of_workbook(file, data) if is_workbook else _rows_of_text(_decode(file, data))
     rows = [[cell.strip() for cell in row] for row in rows]
     filled = [i for i, row in enumerate(rows) if any(row)]
     rows = [row for row in rows[filled[0]:filled[-1] + 1] if any(row) or keep_blank and len(row) > 1] if filled else []
@@ -72,9 +72,8 @@ def _unique(names: list[str]) -> list[str]:
     return [name if n == 1 else f'{name} ({n})' for name, n in zip(names, counts, strict=True)]
 
 
-def _decode(file: Path) -> str:
-    "Return the text of a file. Raises `TableError` if it is no text"
-    data = file.read_bytes()
+def _decode(file: Path, data: bytes) -> str:
+    "Return the text of a file's bytes. Raises `TableError` if they are no text"
     for mark, encoding in ((codecs.BOM_UTF8, 'utf-8-sig'), (codecs.BOM_UTF16_LE, 'utf-16'),
                            (codecs.BOM_UTF16_BE, 'utf-16')):
         if data.startswith(mark): return _decoded(file, data, encoding)
@@ -103,13 +102,10 @@ def _rows_of_text(text: str) -> list[list[str]]:
 def separator_of(text: str) -> str:
     "Return the separator that splits most rows into two cells or more; ' ' if all have as many words; or a comma"
     lines = [line for line in text.split('\n') if line.strip()][:SNIFFED_ROWS]
-    best, best_share = '', 0.
-    for separator in SEPARATORS:
-        widths = [len(row) for row in _split('\n'.join(lines), separator)]
-        if not widths or max(widths) < 2: continue
-        share = sum(width > 1 for width in widths) / len(widths)
-        if share > best_share: best, best_share = separator, share
-    if best: return best
+    rows = {separator: _split('\n'.join(lines), separator) for separator in SEPARATORS}
+    share = {separator: sum(len(row) > 1 for row in split) / max(len(split), 1) for separator, split in rows.items()}
+    best = max(SEPARATORS, key=share.__getitem__)
+    if share[best]: return best
     words = {len(line.split()) for line in lines}
     return ' ' if len(words) == 1 and words != {1} else ','
 
@@ -119,13 +115,13 @@ def _split(text: str, separator: str) -> list[list[str]]:
     return list(csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True))
 
 
-def _rows_of_workbook(file: Path) -> list[list[str]]:
+def _rows_of_workbook(file: Path, data: bytes) -> list[list[str]]:
     "Return the cells of the first sheet"
     if find_spec('openpyxl') is None:
         raise TableError(f'{file}: reading .xlsx needs openpyxl. Run pip install openpyxl, or save it as CSV.')
     import openpyxl
     try:
-        sheet = openpyxl.load_workbook(io.BytesIO(file.read_bytes()), read_only=True, data_only=True).worksheets[0]
+        sheet = openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=True).worksheets[0]
         return [[_cell_text(cell.value, cell.number_format or '') for cell in row] for row in sheet.iter_rows()]
     except Exception as e: raise TableError(f'{file}: not a readable workbook ({e}). Save it as CSV.') from None
 

@@ -54,8 +54,7 @@ def table_contents(table: Table, data: Path) -> TableContents:
     if not images.is_dir():
         raise TableError(f'{images}: image folder not found. Put the images there, or change the key `images`.')
     locator = ImageLocator(images, loose=True, within=images.resolve().parent)
-    csv = folder / table.csv if table.csv else images
-    df = _read_rows(csv, table) if table.csv else _class_folders(images, table)
+    csv, df = _rows(folder, table)
     if table.graded:
         texts = grade_texts(csv, df, table)
         df, texts = _without_ungradable(df, texts, table, locator, notes)
@@ -68,9 +67,8 @@ def table_contents(table: Table, data: Path) -> TableContents:
     missing = sorted(set(range(GRADES)) - set(grades)) if table.graded else []
     if missing: notes.append(f'no image has grade {", ".join(map(str, missing))}: the model cannot learn it')
     frame = pd.DataFrame(dict(id_code=ids, diagnosis=grades, path=paths, group=groups, source=table.name))
+    for column in table.carry_columns: frame[column] = df[column]
     if table.eye: frame['eye'] = eyes(csv, df, ids, table)
-    for column in table.carried:
-        if column != 'eye': frame[column] = df[column]
     return TableContents(frame, notes)
 
 
@@ -86,11 +84,16 @@ def read_contents(recipe: Recipe, data: Path) -> dict[str, TableContents]:
 
 # Rows
 
+def _rows(folder: Path, table: Table) -> tuple[Path, pd.DataFrame]:
+    "Return the CSV of a table and its rows; without a CSV, its folder of images and a row for each of them"
+    if table.csv: return folder / table.csv, _read_rows(folder / table.csv, table)
+    return folder / table.images, _class_folders(folder / table.images, table)
+
+
 def _read_rows(csv: Path, table: Table) -> pd.DataFrame:
     "Return the rows of a table's CSV that `where` chooses. Raises `TableError` if it lacks a column of the recipe"
     df = read_spreadsheet(csv, header=table.header == 'yes')
-    carried = [column for column in table.carried if column != 'eye']
-    needed = [table.id, *table.grade_columns, *carried, *([table.patient] if table.patient else [])]
+    needed = [table.id, *table.grade_columns, *table.carry_columns, *([table.patient] if table.patient else [])]
     for column in needed: require_column(csv, df, column, RENAME)
     if not len(df): raise TableError(f'{csv}: no rows. Write one row per image.')
     if not table.where: return df
@@ -178,16 +181,12 @@ def read_order(table: Table, data: Path) -> list[str]:
     Raises `TableError` if the two lists contain different ids.
     """
     folder = find_folder(table, data)
-    if not table.csv: return _class_folders(folder / table.images, table)[table.id].tolist()
-    own = _read_rows(folder / table.csv, table)[table.id].tolist()
+    own = _rows(folder, table)[1][table.id].tolist()
     csv = folder / table.order if table.order else None
     if csv is None or not csv.is_file(): return own
     df = read_spreadsheet(csv)
     require_column(csv, df, 'id_code', RENAME)
-    repeated = df.id_code[df.id_code.duplicated()].unique()
-    if len(repeated):
-        raise TableError(f'{csv}: {count(repeated, "duplicate value")} in column id_code: {first_few(repeated)}. '
-                         'Keep one row per image.')
+    _refuse_repeated(csv, df.id_code[df.id_code.duplicated()], 'duplicate value', 'in column id_code')
     ids = df.id_code.tolist()
     differing = sorted(set(ids) ^ set(own))
     if differing:

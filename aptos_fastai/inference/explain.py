@@ -179,7 +179,7 @@ def _explain_file(grader: Grader, file: Path, output: Path) -> str:
 
 
 def _unique_stems(files: Iterable[str], taken: Iterable[str] = ()) -> list[str]:
-    "Return the names of files without suffix, with -2, -3, … where `taken` or an earlier one has the name, in any case"
+    "Return the names of files without suffix, with -2, -3, … where `taken` or an earlier one has it, in any case"
     taken = {Path(name).stem.casefold() for name in taken}
     names = []
     for file in files:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from aptos_fastai.common.console import say
 from aptos_fastai.common.io import AptosError
-from aptos_fastai.data.locate import SUFFIXES, ImageLocator, files_below, inside, is_image
+from aptos_fastai.data.locate import ImageLocator, files_below, has_image_suffix, inside, is_image
 from aptos_fastai.data.spreadsheet import SPREADSHEETS, read_spreadsheet, require_column
 
 ID = 'id_code'
@@ -68,7 +68,7 @@ def _images_below(folder: Path) -> list[Path]:
     for file in files_below(folder):
         if not inside(file, folder):
             raise AptosError(f'{file}: links to a file outside {folder}. Copy the file into the folder.')
-        if is_image(file) or file.suffix.lower() in SUFFIXES: images.append(file)
+        if is_image(file) or has_image_suffix(file.name): images.append(file)
         else: others[file.suffix.lower() or 'no suffix'] += 1
     if others:
         kinds = ', '.join(f'{n} {suffix}' for suffix, n in others.most_common())

@@ -171,22 +171,24 @@ def _stage_model(folder: Path) -> ModelSpec:
     result = next((o for o in summary.get('stages', []) if o['stage'] == name), None)
     reported = (result or {}).get('weights', {})
     current = {f'{name}/{fold}': r['files'][WEIGHTS]['sha256'] for fold, r in records.items()}
-    if result and reported and all(current.get(fold) == sha256 for fold, sha256 in reported.items()):
-        records = {fold: r for fold, r in records.items() if f'{name}/{fold}' in reported}
-    else: result = None
+    is_reported = reported and all(current.get(fold) == sha256 for fold, sha256 in reported.items())
+    if is_reported: records = {fold: r for fold, r in records.items() if f'{name}/{fold}' in reported}
     _check_trained_alike(folder, records)
-    first = next(iter(records.values()))
     oof = pd.concat([_read_preds(folder / fold / PREDS) for fold in records])
-    if result: thresholds, gate_keys = result['thresholds'], summary['submission']['gate']
-    else: thresholds, gate_keys = _own_thresholds(first['settings']['thresholds'], oof), first['gate']
-    coverage = summary['submission']['coverage'] if result else STAGE_COVERAGE
+    if result and is_reported:
+        thresholds, kappa, warnings = result['thresholds'], result['kappa_text'], result['warnings']
+        coverage, gate_keys = summary['submission']['coverage'], summary['submission']['gate']
+    else:
+        first = next(iter(records.values()))
+        thresholds, kappa, warnings = _own_thresholds(first['settings']['thresholds'], oof), '', [NOT_REPORTED]
+        coverage, gate_keys = STAGE_COVERAGE, first['gate']
     sets = PredictionSets(coverage).fit(oof.score, oof.diagnosis, oof.fold)
     unit = upper_quantile(oof.feature_distance, gate_keys['reject'])
     gate = fit_gate([r['gate']['rules'] for r in records.values()], oof.feature_distance / unit, oof.score,
                     gate_keys['reject'], gate_keys['ungradable'])
     weights = dict.fromkeys((f'{name}/{fold}' for fold in records), 1 / len(records))
-    return _folds_model(root, f'{root.name}/{name}', weights, thresholds, sets, gate, {name: unit},
-                        *((result['kappa_text'], result['warnings']) if result else ('', [NOT_REPORTED])))
+    return _folds_model(root, f'{root.name}/{name}', weights, thresholds, sets, gate, {name: unit}, kappa,
+                        warnings)
 
 
 def _finished_folds(folder: Path) -> dict[str, dict]:

@@ -6,23 +6,16 @@ from aptos_fastai.common.console import Bars
 from aptos_fastai.common.io import digest, file_hash, read_record, verify_file, write_csv, write_record
 from aptos_fastai.metrics import apply_thresholds
 from aptos_fastai.pipeline.scores import fold_scores
-from aptos_fastai.pipeline.summary import finished_record
-from aptos_fastai.run_folder import WEIGHTS, RecordError, Run
+from aptos_fastai.run_folder import RecordError, Run
 
 FILES = dict(soft='soft_pseudo_label.csv', hard='hard_pseudo_label.csv')
-
-
-def teacher_weights(run: Run, node: str) -> dict[str, str]:
-    "Return STAGE/foldK -> recorded SHA-256 of the weights, for each member and fold of a stage or ensemble"
-    return {f'{member}/fold{k}': finished_record(run, member, k)['files'][WEIGHTS]['sha256']
-            for member in run.recipe.members(node) for k in run.folds_of(node)}
 
 
 def _inputs_digest(run: Run, node: str, table: str) -> str:
     "Return the SHA-256 of what labels are made from: weights, images, thresholds and views"
     members = run.recipe.members(node)
     tta = [run.recipe.stages[m].tta for m in members]
-    return digest([teacher_weights(run, node), members, run.table_hashes[table], run.label_thresholds(node), tta])
+    return digest([run.weight_hashes(node), members, run.table_hashes[table], run.label_thresholds(node), tta])
 
 
 def labels_up_to_date(run: Run, node: str, table: str) -> bool:
@@ -54,7 +47,7 @@ def write_labels(run: Run, node: str, table: str, bars: Bars) -> None:
     write_csv(folder / FILES['hard'], pd.DataFrame(dict(id_code=ids, diagnosis=grades, **hard, **score_sd)))
     write_record(folder / 'provenance.json', dict(
         inputs_digest=_inputs_digest(run, node, table), labelled_by=node, table=table, synthetic=bool(run.recipe.demo),
-        thresholds=thresholds.tolist(), weights=teacher_weights(run, node),
+        thresholds=thresholds.tolist(), weights=run.weight_hashes(node),
         files={name: file_hash(folder / name) for name in FILES.values()}))
 
 

@@ -21,7 +21,7 @@ from aptos_fastai.metrics import (
 )
 from aptos_fastai.pipeline.clusters import cluster_results, cluster_warnings
 from aptos_fastai.recipe import Stage, parse_thresholds
-from aptos_fastai.run_folder import WEIGHTS, RecordError, Run
+from aptos_fastai.run_folder import Run
 
 SYNTHETIC = 'SYNTHETIC DEMO: generated images, no patient data; results have no clinical meaning'
 OUT_OF_FOLD = ('All metrics are out-of-fold, on images of the same source. Evaluate on images of another source before '
@@ -84,13 +84,6 @@ def validated(oof: pd.DataFrame, node: str) -> pd.DataFrame:
 
 # summary.json
 
-def finished_record(run: Run, stage: str, fold: int) -> dict:
-    "Return the record of a finished fold. Raises `RecordError` if there is none"
-    record = run.record(stage, fold)
-    if not record: raise RecordError(f'{run.fold_dir(stage, fold)}: not finished. Run `train {stage}` first.')
-    return record
-
-
 def summarise(run: Run, oof: pd.DataFrame) -> dict:
     """Return the results of a finished run: a dict for each stage and ensemble, the submission, and its clusters.
 
@@ -111,7 +104,7 @@ def summarise(run: Run, oof: pd.DataFrame) -> dict:
 def stage_result(run: Run, name: str, valid: pd.DataFrame) -> dict:
     "Return the results of a stage on its validation images `valid`"
     stage = run.recipe.stages[name]
-    records = [finished_record(run, name, k) for k in run.folds_of(name)]
+    records = [run.finished_record(name, k) for k in run.folds_of(name)]
     return dict(
         stage=name, tables=list(stage.train), arch=stage.arch, size=stage.size, folds=len(records),
         images=records[0]['images'], epochs=stage.freeze_epochs + stage.epochs,
@@ -136,16 +129,10 @@ def kappa_result(run: Run, name: str, valid: pd.DataFrame) -> dict:
         validated=len(valid), kappa=quadratic_kappa(valid.grade, valid.diagnosis),
         kappa_interval=kappa_interval(valid.grade, valid.diagnosis, valid.group), resampled=run.grouped_by(valid),
         kappa_midpoints=quadratic_kappa(apply_thresholds(valid.score, MIDPOINTS), valid.diagnosis),
-        thresholds=thresholds.tolist(), threshold_method=setting, weights=weight_hashes(run, name))
+        thresholds=thresholds.tolist(), threshold_method=setting, weights=run.weight_hashes(name))
     notes = [*patient_warnings(run, valid), *epoch_warnings(run, name), *warnings(result, not_fitted)]
     text = interval_text(result['kappa'], result['kappa_interval'], result['resampled'])
     return dict(result, kappa_text=text, warnings=notes)
-
-
-def weight_hashes(run: Run, node: str) -> dict[str, str]:
-    "Return STAGE/foldK -> SHA-256 of its weights, for each network of a stage or ensemble"
-    return {f'{m}/fold{k}': finished_record(run, m, k)['files'][WEIGHTS]['sha256']
-            for m in run.recipe.members(node) for k in run.folds_of(node)}
 
 
 def patient_warnings(run: Run, valid: pd.DataFrame) -> list[str]:

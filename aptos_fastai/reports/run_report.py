@@ -280,7 +280,8 @@ def operating_points(valid: pd.DataFrame, referable: np.ndarray) -> tuple[list[t
         false_positives = 1 - (valid.score[~referable] < threshold).mean()
         points.append((false_positives, sensitivity,
                        f'sensitivity {percent(sensitivity)} at {percent(specificity)} specificity'))
-        rows.append([f'score ≥ {threshold:.2f}', *_sensitivity_specificity(valid, valid.score >= threshold, referable)])
+        predicted = valid.score >= threshold
+        rows.append([f'score ≥ {threshold:.2f}', *_sensitivity_specificity(valid, predicted, referable)])
     rows.append([f'grade ≥ {REFERABLE}', *_sensitivity_specificity(valid, valid.grade >= REFERABLE, referable)])
     return points, rows
 

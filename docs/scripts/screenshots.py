@@ -1,4 +1,4 @@
-"""Save the pictures of the documentation from a finished demo: python docs/scripts/screenshots.py [runs/settings-demo].
+"""Save the images of the documentation from a finished demo: python docs/scripts/screenshots.py [runs/settings-demo].
 
 Needs Chromium and the extra `test`. Use the synthetic demo only: no photographs of patients in the repository.
 """
@@ -44,7 +44,7 @@ def save_page(browser: Browser, run_folder: Path) -> None:
 
 
 def main(run_folder: Path) -> None:
-    "Save both pictures."
+    "Save both images."
     summary = read_record(run_folder / 'summary.json')
     if not summary or not summary['synthetic']: sys.exit(f'{run_folder}: not a finished run of the synthetic demo')
     with sync_playwright() as p:

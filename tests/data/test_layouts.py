@@ -213,6 +213,12 @@ def test_which_eye(tmp_path, eye):
     with pytest.raises(TableError, match='eye = side: found up'): read_table(table(eye='side'), tmp_path)
 
 
+def test_a_column_called_eye_can_be_carried(tmp_path):
+    write_rows(tmp_path, 'id_code,diagnosis,eye', '1_L,0,OS', '1_R,1,right')
+    assert read_table(table(carry='eye'), tmp_path).eye.tolist() == ['OS', 'right']
+    assert read_table(table(carry='eye', eye='eye'), tmp_path).eye.tolist() == ['left', 'right']
+
+
 def test_where_chooses_rows(tmp_path):
     write_rows(tmp_path, 'id_code,diagnosis,Usage', 'a,0,Public', 'b,1,Private', 'c,2,Public')
     assert read_table(table(where='Usage = Public'), tmp_path).id_code.tolist() == ['a', 'c']
