@@ -38,11 +38,19 @@ class Circle:
     """Centre and radius of the retina, pixels of the image.
 
     `how` it was found: circle (fitted), box (its bounding box) or whole (nothing found, so the whole image).
+    `stretch` is its width / height: 1, or that of the ellipse in an image that was resized to another aspect. `r` is
+    then the longer half axis, which is the radius after the shorter axis is stretched.
     """
     x: float
     y: float
     r: float
     how: str = 'circle'
+    stretch: float = 1.
+
+    @property
+    def half_axes(self) -> tuple[float, float]:
+        "Half the width and half the height of the retina, pixels of the image."
+        return self.r * min(self.stretch, 1), self.r / max(self.stretch, 1)
 
 
 def get_prep(recipe: Recipe) -> Prep:
@@ -109,6 +117,59 @@ def _fit_circle(points: np.ndarray, tol: float, tries: int = 300) -> tuple[tuple
     return circle, float(_is_near(points, *circle, tol).mean())
 
 
+MAX_STRETCH = 2                              # of an ellipse's longer to its shorter axis; 16:9 as a square is 1.78
+MIN_STRETCH = 1.06                           # below it the ellipse counts as a circle
+ELLIPSE_SHARE = .8                           # of the edge points lie on an ellipse ...
+BETTER = .12                                 # ... and this much more of them than on the circle: shadows gain up to .11
+
+
+def _ellipses(coefficients: np.ndarray) -> np.ndarray:
+    "Return (k, 4) x, y and half axes of those of x^2 + b y^2 + d x + e y + f = 0, rows b, d, e, f, that are plausible."
+    b, d, e, f = coefficients[(np.abs(np.log(np.maximum(coefficients[:, 0], 1e-9))) < 2 * np.log(MAX_STRETCH))].T
+    x, y = -d / 2, -e / (2 * b)
+    square = x ** 2 + b * y ** 2 - f
+    rx = np.sqrt(np.maximum(square, 0))
+    return np.c_[x, y, rx, rx / np.sqrt(b)][square > 1e-6]
+
+
+def _is_near_ellipse(points: np.ndarray, ellipses: np.ndarray, tol: float) -> np.ndarray:
+    "Return which points (n, 2) lie within `tol` of each ellipse (k, 4), along the line to its centre: (k, n)."
+    x, y, rx, ry = ellipses.T[..., None]
+    dx, dy = points[:, 0] - x, points[:, 1] - y
+    relative = np.sqrt((dx / rx) ** 2 + (dy / ry) ** 2)
+    return np.abs(relative - 1) * np.sqrt(dx ** 2 + dy ** 2) < tol * relative
+
+
+def _fit_ellipse(points: np.ndarray, tol: float, tries: int = 300) -> tuple[np.ndarray, float]:
+    """Fit an ellipse with a horizontal and a vertical axis, as `_fit_circle` fits a circle: by RANSAC of four points.
+
+    Returns x, y and half axes, and the fraction of points (n, 2) within `tol`; the fraction is 0 if no ellipse fits.
+    """
+    mean, scale = points.mean(0), points.std()
+    q, near = (points - mean) / scale, tol / scale
+    equations = np.c_[q[:, 1] ** 2, q, np.ones(len(q))]
+    four = np.random.default_rng(0).integers(0, len(q), (tries, 4))
+    four = four[np.abs(np.linalg.det(equations[four])) > 1e-4]
+    found = _ellipses(np.linalg.solve(equations[four], -q[four][..., :1] ** 2)[..., 0])
+    for voters in (q[::1 + len(q) // 300], q):           # the best of RANSAC, then its least squares twice
+        if not len(found): return np.zeros(4), 0.
+        best = found[[_is_near_ellipse(voters, found, near).sum(1).argmax()]]
+        on = _is_near_ellipse(q, best, near)[0]
+        found = _ellipses(np.linalg.lstsq(equations[on], -q[on, 0] ** 2, rcond=None)[0][None])
+    if not len(found): return np.zeros(4), 0.
+    return found[0] * scale + np.r_[mean, 0, 0], float(_is_near_ellipse(q, found, near).mean())
+
+
+def _fit_retina(points: np.ndarray, tol: float) -> list[tuple[float, float, float, float]]:
+    "Return x, y and half axes of the shapes that fit edge points (n, 2), the better first: at most ellipse and circle."
+    (x, y, r), share = _fit_circle(points, tol)
+    shapes = [(x, y, r, r)] if share > .5 else []
+    if share > 1 - BETTER: return shapes                                 # no ellipse is clearly better
+    (x, y, rx, ry), ellipse_share = _fit_ellipse(points, tol)
+    is_better = ellipse_share > max(ELLIPSE_SHARE, share + BETTER)
+    return [(x, y, rx, ry), *shapes] if is_better and max(rx, ry) > MIN_STRETCH * min(rx, ry) else shapes
+
+
 def _lit_mask(im: np.ndarray, side: int) -> tuple[np.ndarray, int]:
     """Return which pixels of a small copy are lit (1, else 0), and how many times smaller the copy is.
 
@@ -126,7 +187,8 @@ def _lit_mask(im: np.ndarray, side: int) -> tuple[np.ndarray, int]:
 def find_retina(im: np.ndarray, side: int = 256) -> Circle:
     """Find the circle of the retina in a uint8 HxWx3 image, on a copy of about `side` pixels.
 
-    Returns the bounding box if no circle fits, and the whole image if nothing is bright enough.
+    In an image that was resized to another aspect the circle is an ellipse (`stretch` is not 1). Returns the bounding
+    box if neither fits, and the whole image if nothing is bright enough.
     """
     h, w = im.shape[:2]
     whole = Circle(w / 2, h / 2, max(h, w) / 2, 'whole')
@@ -140,10 +202,11 @@ def find_retina(im: np.ndarray, side: int = 256) -> Circle:
     box = Circle((bx + bw / 2) / k, (by + bh / 2) / k, max(bw, bh) / 2 / k, 'box')
     points = _edge_points(labels == largest)
     if len(points) < 24: return box if area < .95 * mask.size else whole
-    (x, y, r), share = _fit_circle(points, tol=max(1.5, .012 * max(mask.shape)))
-    # an image may cut the circle off, but the circle is not much larger than the visible part
-    fits = share > .5 and _overlap(x, y, r, labels == largest) > .85 and .45 * max(bw, bh) <= r <= .8 * max(bw, bh)
-    return Circle((x + .5) / k, (y + .5) / k, (r + .5) / k) if fits else box
+    for x, y, rx, ry in _fit_retina(points, tol=max(1.5, .012 * max(mask.shape))):
+        # an image may cut the retina off, but it is not much larger than the visible part
+        fits = .625 <= max(bw / rx, bh / ry) / 2 <= 1.11 and _overlap(x, y, rx, ry, labels == largest) > .85
+        if fits: return Circle((x + .5) / k, (y + .5) / k, (max(rx, ry) + .5) / k, stretch=round(float(rx / ry), 4))
+    return box
 
 
 def has_multiple_retinas(im: np.ndarray, side: int = 256) -> bool:
@@ -164,16 +227,20 @@ def has_multiple_retinas(im: np.ndarray, side: int = 256) -> bool:
     return centres > 1 or max(width, height) > 1.75 * min(width, height)
 
 
-def _overlap(x: float, y: float, r: float, mask: np.ndarray) -> float:
-    "Return the intersection over union of a disc and a mask."
+def _overlap(x: float, y: float, rx: float, ry: float, mask: np.ndarray) -> float:
+    "Return the intersection over union of an ellipse with half axes `rx` and `ry` and a mask."
     yy, xx = np.ogrid[:mask.shape[0], :mask.shape[1]]
-    disc = (xx - x) ** 2 + (yy - y) ** 2 <= r * r
+    disc = ((xx - x) / rx) ** 2 + ((yy - y) / ry) ** 2 <= 1
     return (disc & mask).sum() / max((disc | mask).sum(), 1)
 
 
 def crop_box(h: int, w: int, c: Circle, prep: Prep) -> tuple[int, int, int, int]:
-    "Return x0, x1, y0, y1 of the prepared square in an image of h x w pixels; outside the image where it is padded."
-    x0, x1, y0, y1 = (int(round(o)) for o in (c.x - c.r, c.x + c.r, c.y - c.r, c.y + c.r))
+    """Return x0, x1, y0, y1 of the prepared square in an image of h x w pixels; outside the image where it is padded.
+
+    The box of an ellipse is no square: the crop stretches its shorter side.
+    """
+    rx, ry = c.half_axes
+    x0, x1, y0, y1 = (int(round(o)) for o in (c.x - rx, c.x + rx, c.y - ry, c.y + ry))
     if prep.crop == 'none': x0, x1, y0, y1 = 0, w, 0, h
     if prep.aspect == 'squash': return max(x0, 0), min(x1, w), max(y0, 0), min(y1, h)
     if prep.crop == 'none':
@@ -186,6 +253,7 @@ def crop_box(h: int, w: int, c: Circle, prep: Prep) -> tuple[int, int, int, int]
 def crop_square(im: np.ndarray, c: Circle, prep: Prep) -> np.ndarray:
     """Crop the square of side `prep.size` around the circle `c`; pixels outside a fitted circle are black.
 
+    An ellipse becomes a circle again: its bounding box is resized to the square.
     Where the image cuts the circle off, its content is mirrored (`cut_off` = mirror), so that every retina is a full
     disc: the crop's shape identifies the camera, and cameras correlate with grades (the shortcut check of the
     report measures it).
@@ -218,7 +286,7 @@ def _blacken_outside(sq: np.ndarray) -> np.ndarray:
     return cv2.bitwise_and(sq, sq, mask=_disc(len(sq), .98))
 
 
-FLAGS = 'dark', 'bright', 'blurred', 'cut-off', 'multiple'
+FLAGS = 'dark', 'bright', 'blurred', 'cut-off', 'multiple', 'squashed'
 DARK_LEVEL = 5                               # added to the mean of a channel: that of blue can be near 0
 QUALITY_SIDE = 256                           # pixels of the square that flags and colour are measured on
 
@@ -226,10 +294,11 @@ QUALITY_SIDE = 256                           # pixels of the square that flags a
 def measure_quality(im: np.ndarray, c: Circle, prep: Prep) -> dict:
     """Return the flags of an image that a person should check, and its colour: keys flags, red_green, green_blue.
 
-    Flags, separated by spaces: dark, bright, blurred, cut-off, multiple (retinas). The colours are logarithms of the
-    ratios of the mean channels inside the retina. All are measured on a square of `QUALITY_SIDE`, whatever the size of
-    the image and of the prepared squares. The limits lie outside the range of most of the 516 IDRiD images: mean of the
-    brightest channel 71-228, edges 1.3-5 % of the green level in 99 % (.6-1.4 % after a blur of 1 % of the side).
+    Flags, separated by spaces: dark, bright, blurred, cut-off, multiple (retinas), squashed (the retina is an ellipse).
+    The colours are logarithms of the ratios of the mean channels inside the retina. All are measured on a square of
+    `QUALITY_SIDE`, whatever the size of the image and of the prepared squares, with the ellipse a circle again. The
+    limits lie outside the range of most of the 516 IDRiD images: mean of the brightest channel 71-228, edges 1.3-5 %
+    of the green level in 99 % (.6-1.4 % after a blur of 1 % of the side).
     """
     sq = crop_square(im, c, replace(prep, size=QUALITY_SIDE))
     brightest, green = _max_channel(sq), cv2.extractChannel(sq, 1)
@@ -243,12 +312,18 @@ def measure_quality(im: np.ndarray, c: Circle, prep: Prep) -> dict:
         'bright': (green[inside] >= 245).mean() > .05,
         'blurred': edges < .011,
         'cut-off': visible < .85,
-        'multiple': has_multiple_retinas(im),
+        'multiple': has_multiple_retinas(_unsquash(im, c.stretch)),
+        'squashed': c.stretch != 1,
     }
     red_level, green_level, blue_level = np.log(sq[inside].mean(0) + DARK_LEVEL)
     return dict(flags=' '.join(name for name, is_set in flags.items() if is_set),
                 red_green=round(float(red_level - green_level), 4),
                 green_blue=round(float(green_level - blue_level), 4))
+
+
+def _unsquash(im: np.ndarray, stretch: float) -> np.ndarray:
+    "Return an image with its shorter direction stretched so that an ellipse of width / height `stretch` is a circle."
+    return im if stretch == 1 else cv2.resize(im, None, fx=max(1, 1 / stretch), fy=max(1, stretch))
 
 
 def perceptual_hash(sq: np.ndarray) -> str:
@@ -264,9 +339,10 @@ def perceptual_hash(sq: np.ndarray) -> str:
 
 
 def _visible_share(c: Circle, h: int, w: int) -> float:
-    "Return the fraction of the circle's area inside an image of h x w pixels, on a grid of 64 x 64."
+    "Return the fraction of the retina's area inside an image of h x w pixels, on a grid of 64 x 64."
     grid = (np.arange(64) + .5) / 32 - 1
-    x, y = np.meshgrid(c.x + c.r * grid, c.y + c.r * grid)
+    rx, ry = c.half_axes
+    x, y = np.meshgrid(c.x + rx * grid, c.y + ry * grid)
     disc = np.hypot(*np.meshgrid(grid, grid)) < 1
     return float(((x >= 0) & (x < w) & (y >= 0) & (y < h))[disc].mean())
 
@@ -274,8 +350,8 @@ def _visible_share(c: Circle, h: int, w: int) -> float:
 def prepare(data: bytes, prep: Prep, max_pixels: int = MAX_PIXELS) -> tuple[bytes, dict]:
     """Prepare the bytes of an original image; returns a JPEG of the square and what was found.
 
-    Keys: width, height, x, y, r (pixels of the original), how, perceptual_hash, pixel_sha256, and those of
-    `measure_quality`.
+    Keys: width, height, x, y, r (pixels of the original, as it is: not stretched), stretch, how (see `Circle`),
+    perceptual_hash, pixel_sha256, and those of `measure_quality`.
     Raises `ImageError`.
     """
     im, (width, height) = decode(data, prep.size, max_pixels)
@@ -283,7 +359,8 @@ def prepare(data: bytes, prep: Prep, max_pixels: int = MAX_PIXELS) -> tuple[byte
     c = find_retina(im) if prep.crop == 'retina' else Circle(w / 2, h / 2, max(h, w) / 2, 'whole')
     k = max(width, height) / max(h, w)       # `im` may be decoded at a fraction of the original's size
     sq = crop_square(im, c, prep)
-    found = dict(width=width, height=height, x=round(c.x * k, 1), y=round(c.y * k, 1), r=round(c.r * k, 1), how=c.how,
+    found = dict(width=width, height=height, x=round(c.x * k, 1), y=round(c.y * k, 1), r=round(c.r * k, 1),
+                 stretch=c.stretch, how=c.how,
                  **measure_quality(im, c, prep), perceptual_hash=perceptual_hash(sq),
                  pixel_sha256=hashlib.sha256(np.ascontiguousarray(im).data).hexdigest()[:24])
     return _encode_jpeg(sq, prep.quality), found

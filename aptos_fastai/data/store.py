@@ -21,10 +21,14 @@ from aptos_fastai.data.retina import Prep, prepare, square_of
 
 BATCH = 32                                   # images per core between two updates of the progress bar
 SAVE_EVERY = 1000                            # images between two writes of prepared.csv
-NOT_PREPARED = dict(width=0, height=0, x=0, y=0, r=0, how='', flags='', red_green=0., green_blue=0.,
-                    perceptual_hash='', pixel_sha256='', stored='')
+NOT_PREPARED = dict(width=0, height=0, x=0, y=0, r=0, stretch=1., how='', flags='', red_green=0.,
+                    green_blue=0., perceptual_hash='', pixel_sha256='', stored='')
 REQUIRED = {*NOT_PREPARED, 'error', 'bytes', 'mtime'}            # columns of prepared.csv
 FOUND = ('pixel_sha256', 'perceptual_hash', 'how', 'flags', 'red_green', 'green_blue')      # that a run's tables get
+
+RESIZED = .03                                # warn of a table with a larger fraction of squashed images
+ALL_SQUARES = 20                             # images of one square size look resized, ...
+NO_CIRCLE = .2                               # ... if no circle was found in a larger fraction of them
 
 
 def jpeg_hash(data: bytes) -> str:
@@ -80,6 +84,26 @@ def read_prepared(folder: Path) -> pd.DataFrame | None:
         reason = str(e).splitlines()[0]
         raise ImageError(f'{file}: damaged CSV ({reason}). Delete it and run again.') from None
     return df if set(df) >= REQUIRED else None
+
+
+def resized_warning(records: pd.DataFrame) -> str:
+    """Return a warning if the images of a table look resized to another aspect; empty if they do not.
+
+    `records` has the columns width, height, how and flags of prepared.csv. Images look resized if more than `RESIZED`
+    of the retinas are ellipses, or if all images have one square size and many retinas are no circle.
+    """
+    df = records[records.how != '']
+    squashed = df['flags'].str.split().map(lambda flags: 'squashed' in flags).sum()
+    advice = 'Use the original images if you can: resizing loses detail.'
+    if squashed > RESIZED * len(df):
+        return (f'{squashed} of {len(df)} images look resized (their retinas are ellipses; they are made circles '
+                f'again). {advice}')
+    missing = (df.how != 'circle').sum()
+    sizes = df[['width', 'height']].drop_duplicates().to_numpy().tolist()
+    if len(df) < ALL_SQUARES or len(sizes) > 1 or sizes[0][0] != sizes[0][1]: return ''
+    if (df.how == 'whole').all() or missing <= NO_CIRCLE * len(df): return ''         # whole: retinas are not searched
+    return (f'All {len(df)} images are squares of {sizes[0][0]:.0f} pixels, and {missing} of them show no circle: they '
+            f'look resized. {advice}')
 
 
 def _prepare_one(row, folder: Path, prep: Prep, known: dict[str, dict]) -> dict:

@@ -109,7 +109,7 @@ def explain_image(grader: Grader, data: bytes) -> tuple[np.ndarray, np.ndarray, 
     if shrink < 1: im = cv2.resize(im, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
     height, width = im.shape[:2]
     k = max(height, width) / max(original_size)
-    circle = Circle(info['x'] * k, info['y'] * k, info['r'] * k, info['how'])
+    circle = Circle(info['x'] * k, info['y'] * k, info['r'] * k, info['how'], info['stretch'])
     box = crop_box(height, width, circle, grader.model.prep)
     hot = heatmap(grader, {side: square[None] for side, square in squares.items()})[0]
     row = grader.grade([''], [(squares, info)]).iloc[0].to_dict()

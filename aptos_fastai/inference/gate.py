@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load, save
 
 from aptos_fastai.common.io import write_bytes
-from aptos_fastai.data.retina import FLAGS
 from aptos_fastai.metrics import upper_quantile
 
 COMPONENTS = 64                              # of the features that are modelled one by one
@@ -94,7 +93,7 @@ class GateSpec:
     """
     limit: float | None = None
     how: tuple[str, ...] = HOW               # accepted ways in which the retina was found
-    flags: tuple[str, ...] = FLAGS           # accepted flags
+    flags: tuple[str, ...] = tuple(REASONS)  # accepted flags, of those that can refuse an image
     red_green: tuple[float, ...] = ()
     green_blue: tuple[float, ...] = ()
     ungradable: str = 'refer'                # refer | exclude: whether ungradable images count as referable
@@ -137,7 +136,7 @@ def gate_rules(images: pd.DataFrame) -> dict:
                          max(highest, round(float(high) + COLOUR_MARGIN, 4)))
     return dict(
         how=tuple(o for o in HOW if o == 'circle' or (images.how == o).mean() >= ACCEPTED_HOW),
-        flags=tuple(o for o in FLAGS if np.mean([o in of_image for of_image in flags]) >= ACCEPTED_FLAG),
+        flags=tuple(o for o in REASONS if np.mean([o in of_image for of_image in flags]) >= ACCEPTED_FLAG),
         **colours)
 
 
@@ -156,7 +155,7 @@ def merge_rules(rules: Iterable[dict]) -> dict:
     "Return rules that accept everything that at least one of `rules` accepts; networks can have different tables"
     rules = list(rules)
     accepted = {key: tuple(o for o in known if any(o in r[key] for r in rules))
-                for key, known in (('how', HOW), ('flags', FLAGS))}
+                for key, known in (('how', HOW), ('flags', tuple(REASONS)))}
     colours = {key: (min(r[key][0] for r in rules), max(r[key][1] for r in rules))
                for key in FUNDUS_COLOURS}
     return accepted | colours

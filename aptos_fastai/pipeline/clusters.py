@@ -20,8 +20,9 @@ RADIUS_STEP = .1                             # of the retina's radius / image wi
 MAX_VALUES = 20                              # of a column of the tables; with more it is no subgroup
 MAX_IMAGES = 5000                            # a random sample of more validation images
 PERMUTATIONS = 200
-CAMERA, VISUAL, ID_RANGE = 'camera', 'visual cluster', 'id range'
+TABLE, CAMERA, VISUAL, ID_RANGE = 'table', 'camera', 'visual cluster', 'id range'
 MEANING = {
+    TABLE: 'each graded table that validates',
     CAMERA: 'size of the original image, and radius of the retina / image width',
     VISUAL: f'k-means, k = {VISUAL_CLUSTERS}, of mean colour and contrast of the prepared images',
     ID_RANGE: f'{ID_RANGES} equal ranges of the ids of each table, in natural order',
@@ -29,7 +30,7 @@ MEANING = {
 
 
 def cluster_results(run: Run, valid: pd.DataFrame, setting: str) -> list[dict]:
-    """Return the out-of-fold kappa by camera, visual cluster and range of ids: a dict for each of these kinds.
+    """Return the out-of-fold kappa by table, camera, visual cluster and range of ids: a dict for each of these kinds.
 
     `valid` (source, id_code, diagnosis, fold, group, score, grade, and columns that the tables carry, each with a kind
     of its own) are the validation images of one stage or ensemble, `setting` are its thresholds in the recipe. A random
@@ -37,28 +38,29 @@ def cluster_results(run: Run, valid: pd.DataFrame, setting: str) -> list[dict]:
     """
     df = valid.sample(MAX_IMAGES, random_state=0) if len(valid) > MAX_IMAGES else valid
     df = with_image_records(run, df.sort_values(['source', 'id_code'])).reset_index(drop=True)
-    labels = {CAMERA: camera_labels(df), VISUAL: visual_labels(run, df), ID_RANGE: id_range_labels(df)}
+    labels = {TABLE: df.source.to_numpy(object)} if df.source.nunique() > 1 else {}
+    labels |= {CAMERA: camera_labels(df), VISUAL: visual_labels(run, df), ID_RANGE: id_range_labels(df)}
     for column in run.recipe.carried:
         if df[column].nunique() <= MAX_VALUES: labels[column] = df[column].replace('', 'unknown').to_numpy(object)
     return [cluster_result(kind, df, label, setting) for kind, label in labels.items()]
 
 
 def with_image_records(run: Run, valid: pd.DataFrame) -> pd.DataFrame:
-    "Return `valid` with the path of each prepared image (`stored`) and width, height and r of prepared.csv"
+    "Return `valid` with the path of each prepared image (`stored`) and width, height, r and stretch of prepared.csv"
     parts = []
     for name, rows in valid.groupby('source'):
         frame = run.frames[name]
         record = read_prepared(store_folder(frame, run.store, run.prep))
         assert record is not None
         rows = rows.merge(frame[['id_code', 'stored']], on='id_code')
-        parts.append(rows.merge(record[['id_code', 'width', 'height', 'r']], on='id_code'))
+        parts.append(rows.merge(record[['id_code', 'width', 'height', 'r', 'stretch']], on='id_code'))
     return pd.concat(parts, ignore_index=True)
 
 
 def camera_labels(df: pd.DataFrame) -> np.ndarray:
     "Return the kind of camera of each image: '4288 x 2848, radius 0.4'"
-    width, height, radius = (df[column].astype(float) for column in ('width', 'height', 'r'))
-    share = RADIUS_STEP * (radius / width / RADIUS_STEP).round()
+    width, height, radius, stretch = (df[column].astype(float) for column in ('width', 'height', 'r', 'stretch'))
+    share = RADIUS_STEP * (radius * stretch.clip(upper=1) / width / RADIUS_STEP).round()
     values = zip(width, height, share, strict=True)
     return np.array([f'{w:.0f} x {h:.0f}, radius {s:.1f}' for w, h, s in values], object)
 

@@ -10,7 +10,7 @@ from aptos_fastai.metrics import cross_fitted_grades, kappa_interval, quadratic_
 from aptos_fastai.run_folder import Run
 
 MAX_IMAGES = 3000                            # a random sample of a larger table
-IMAGE_SIZE = 'original image: width, height, position of the retina'
+IMAGE_SIZE = 'original image: width, height, position and stretch of the retina'
 CROP_SHAPE = 'prepared image: shape of the crop'
 FILE_SIZE = 'original image: file size'
 COLOUR = 'prepared image: mean colour and contrast'
@@ -54,7 +54,7 @@ def shortcut_check(run: Run, bar=None) -> list[tuple[str, int, float, tuple[floa
         colours.append(np.r_[square.mean((0, 1)), square.std((0, 1))])
         if bar: bar.to(i + 1)
     features = {
-        IMAGE_SIZE: df[['width', 'height', 'x', 'y', 'r']].to_numpy(float),
+        IMAGE_SIZE: df[['width', 'height', 'x', 'y', 'r', 'stretch']].to_numpy(float),
         CROP_SHAPE: np.array(crop_shapes),
         FILE_SIZE: np.array([[os.path.getsize(path)] for path in df.path]),
         COLOUR: np.array(colours),

@@ -11,7 +11,7 @@ import aptos_fastai.data.store as store_module
 from aptos_fastai.common.console import Bars
 from aptos_fastai.data.decode import ImageError
 from aptos_fastai.data.retina import Prep
-from aptos_fastai.data.store import prepare_table, read_prepared, read_square, store_folder
+from aptos_fastai.data.store import prepare_table, read_prepared, read_square, resized_warning, store_folder
 
 PREP = Prep(size=64)
 
@@ -60,6 +60,35 @@ def test_only_changed_originals_and_missing_copies_are_prepared_again(frame, tmp
     assert (first.pixel_sha256 != again.pixel_sha256).tolist() == [False, True, False, False]
     record = prepared_csv(frame, tmp_path / 'store')
     assert (record.how == 'circle').all() and (record.width == 120).all() and abs(record.r - 36).max() < 2
+
+
+def test_images_of_an_earlier_version_are_prepared_again(frame, tmp_path):
+    prepare_images(frame, tmp_path / 'store')
+    file = store_folder(frame, tmp_path / 'store', PREP) / 'prepared.csv'
+    record = pd.read_csv(file)
+    assert (record.stretch == 1).all()
+    record.drop(columns='stretch').to_csv(file, index=False)
+    assert prepared_csv(frame, tmp_path / 'store') is None
+    prepare_images(frame, tmp_path / 'store')
+    assert (prepared_csv(frame, tmp_path / 'store').stretch == 1).all()
+
+
+def records(n=40, width=512, height=512, how='circle', flags=''):
+    return pd.DataFrame(dict(width=width, height=height, how=how, flags=[flags] * n))
+
+
+def test_resized_tables_are_warned_of():
+    def warning(*parts): return resized_warning(pd.concat(parts))
+    unreadable = records(5, 0, 0, '')
+    assert warning(records()) == warning(records(flags='blurred')) == warning(unreadable) == ''
+    assert warning(records(98), records(2, flags='squashed')) == ''
+    text = warning(records(20, flags='dark squashed'), records(20, 600, 400), unreadable)
+    assert text.startswith('20 of 40 images look resized (their retinas are ellipses; they are made circles again).')
+    squares = records(30), records(10, how='box')
+    assert warning(*squares).startswith('All 40 images are squares of 512 pixels, and 10 of them show no circle')
+    assert warning(*squares, records(1, 600, 600)) == warning(records(35), records(5, how='box')) == ''
+    assert warning(records(40, how='whole')) == ''                   # [images] crop = none searches no retina
+    assert warning(records(30, 600), records(10, 600, how='box')) == warning(records(19, how='box')) == ''
 
 
 def test_old_temporary_files_of_killed_runs_are_removed(frame, tmp_path):

@@ -10,7 +10,8 @@ from conftest import expect_error
 
 from aptos_fastai.cli import main
 from aptos_fastai.reports.html import Bar, Section, Table, embed_image, render
-from aptos_fastai.reports.table_report import choose_images, contact_sheet, count_rows
+from aptos_fastai.reports.table_report import CIRCLE_COLOURS, TILE, choose_images, contact_sheet, count_rows
+from aptos_fastai.reports.table_report import _original_with_circle as original_with_circle
 
 
 @pytest.fixture
@@ -43,6 +44,28 @@ def test_inspect_shows_whether_ids_tell_the_grade(tables, options, tmp_path, cap
     for words in ('90 %', '18 %', 'patients unknown', 'Warning: ids tell the grade', 'block = 10'):
         assert words in section
     assert 'train: ids tell the grade: 90 % of neighbouring ids' in ' '.join(capsys.readouterr().out.split())
+
+
+def test_inspect_warns_of_resized_images(tables, options, tmp_path, capsys):
+    for file in (tables / 'test_images').iterdir():
+        cv2.imwrite(str(file), cv2.resize(cv2.imread(str(file)), (96, 96), interpolation=cv2.INTER_AREA))
+    for name, words in (('test', '10 of 10 images look resized'), ('train', '')):
+        main(['inspect', name, '3', *options])
+        html = (tmp_path / f'runs/small/inspect/{name}.html').read_text(encoding='utf-8')
+        section = html.partition('Image sizes</h2>')[2].partition('<h2')[0]
+        printed = ' '.join(capsys.readouterr().out.split())
+        if words: assert f'Warning: {words}' in section and f'{name}: {words}' in printed
+        else: assert 'look resized' not in section + printed
+
+
+def test_the_ellipse_is_drawn_on_a_resized_original(tmp_path):
+    im = cv2.ellipse(np.zeros((600, 600, 3), np.uint8), (300, 300), (190, 280), 0, 0, 360, (90, 90, 90), -1)
+    cv2.imwrite(str(tmp_path / 'a.png'), im)
+    row = pd.Series(dict(path=str(tmp_path / 'a.png'), x=300., y=300., r=280., how='circle', stretch=190 / 280))
+    drawn = original_with_circle(row).astype(int)
+    y, x = np.nonzero(np.abs(drawn - CIRCLE_COLOURS['circle']).sum(2) < 60)
+    expected = np.array([110, 490, 20, 580]) * TILE / 600
+    assert np.allclose([x.min(), x.max(), y.min(), y.max()], expected, atol=1.5)
 
 
 def test_inspect_of_an_ungraded_table_shows_no_grades(options, tmp_path):
