@@ -1,15 +1,17 @@
 import io
+import struct
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 
 import cv2
 import numpy as np
 import pytest
 from conftest import dicom
 from example_images import SMALL_RETINA, encode
-from PIL import Image
+from PIL import Image, ImageChops, ImageOps
 
 import aptos_fastai.data.decode as decode_module
 from aptos_fastai.data.decode import ImageError, PixelBudget, decode
@@ -81,14 +83,141 @@ def test_fast_png_decoder_gives_the_pixels_of_pillow(mode):
 
 @pytest.mark.parametrize('height, width', [(800, 1200), (805, 1201)])
 def test_without_libvips_the_pixels_are_the_same(height, width, monkeypatch):
-    data = encode(cv2.resize(RGB, (width, height)), 'PNG')
-    factors = (1, 2, 4, 8)
-    by_libvips = [decode_module._decode_png(data, k) for k in factors]
+    im = cv2.resize(RGB, (width, height))
+    files = [encode(im, 'PNG'), encode(im, 'JPEG'), encode(im[..., 0], 'PNG'), encode(im[..., 0], 'JPEG')]
+    jobs = [(data, side) for data in files for side in (0, 400, 200, 100)]
+    by_libvips = [decode(*job)[0] for job in jobs]
     monkeypatch.setattr(decode_module, 'pyvips', None)
-    for k, expected in zip(factors, by_libvips, strict=True):
-        got = decode_module._decode_png(data, k)
-        assert got.shape == expected.shape
-        assert largest_difference(got[:-1, :-1], expected[:-1, :-1].astype(int)) <= 1
+    for job, expected in zip(jobs, by_libvips, strict=True): assert np.array_equal(decode(*job)[0], expected)
+
+
+# The same pixels in another container
+
+def containers(rgb):
+    "Return an image as files of every lossless format"
+    files = {fmt: encode(rgb, fmt) for fmt in ('PNG', 'BMP', 'TIFF')}
+    files['WebP'] = encode(rgb, 'WEBP', lossless=True)
+    files['RGBA'] = encode(np.dstack([rgb, np.full(rgb.shape[:2], 255, np.uint8)]), 'PNG')
+    files['16 bit'] = cv2.imencode('.png', rgb[..., ::-1].astype(np.uint16) * 257)[1].tobytes()
+    if find_spec('pydicom'): files['DICOM'] = dicom(rgb, 'RGB', 8)
+    return files
+
+
+def naive_means(im, factor):
+    h, w = (side // factor for side in im.shape[:2])
+    return im[:h * factor, :w * factor].reshape(h, factor, w, factor, 3).mean((1, 3))
+
+
+@pytest.mark.parametrize('options', [{}, dict(subsampling=0), dict(subsampling=2, progressive=True)])
+@pytest.mark.parametrize('min_side, factor', [(0, 1), (100, 2), (50, 4), (25, 8)])
+def test_the_container_does_not_change_the_pixels(min_side, factor, options):
+    jpeg = encode(cv2.resize(RGB, (331, 217), interpolation=cv2.INTER_CUBIC), 'JPEG', quality=90, **options)
+    full = np.asarray(Image.open(io.BytesIO(jpeg)))
+    files = containers(full)
+    expected = decode(jpeg, min_side)[0]
+    assert expected.shape == (217 // factor, 331 // factor, 3)
+    assert abs(expected - naive_means(full, factor)).max() <= .5
+    for name, data in files.items(): assert np.array_equal(decode(data, min_side)[0], expected), name
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_a_rotated_jpeg_is_the_image_saved_upright(orientation):
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    jpeg = encode(cv2.resize(RGB, (331, 217)), 'JPEG', exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(jpeg)))
+    for side in (0, 50): assert np.array_equal(decode(jpeg, side)[0], decode(encode(upright, 'BMP'), side)[0])
+
+
+def test_real_images_are_the_same_in_every_container(idrid):
+    for file in sorted((idrid / 'originals').glob('*.jpg'))[:2]:
+        jpeg = file.read_bytes()
+        bmp = encode(Image.open(file), 'BMP')
+        for side in (320, 512): assert np.array_equal(decode(jpeg, side)[0], decode(bmp, side)[0])
+
+
+# Values of other depths
+
+GREY = RGB[..., 0].copy()
+GREY[0, 0] = 255
+
+
+def to_bits(im, bits):
+    return (im / 255 * ((1 << bits) - 1)).round().astype(np.uint16)
+
+
+def opencv(ext, im):
+    return cv2.imencode(ext, im[..., [2, 1, 0, 3][:im.shape[2]]] if im.ndim == 3 else im)[1].tobytes()
+
+
+def tag_tiff(data, tag, value):
+    "Change the one short value of a tag in a little-endian TIFF"
+    at = data.index(struct.pack('<HHI', tag, 3, 1)) + 8
+    return data[:at] + struct.pack('<H', value) + data[at + 2:]
+
+
+@pytest.mark.parametrize('bits', [8, 10, 12, 14, 16])
+def test_values_of_fewer_than_16_bits_are_scaled(bits):
+    colour = RGB.copy()
+    colour[0, 0] = 255
+    opaque = np.full(GREY.shape, 65535, np.uint16)
+    for ext in ('.png', '.tiff'):
+        assert largest_difference(decode(opencv(ext, to_bits(GREY, bits)))[0][..., 0], GREY) == 0
+        assert largest_difference(decode(opencv(ext, to_bits(colour, bits)))[0], colour) == 0
+    assert largest_difference(decode(opencv('.png', np.dstack([to_bits(colour, bits), opaque])))[0], colour) == 0
+    white_is_0 = tag_tiff(encode(((1 << bits) - 1 - to_bits(GREY, bits)).astype(np.uint16), 'TIFF'), 262, 0)
+    assert largest_difference(decode(white_is_0)[0][..., 0], GREY) == 0
+    assert largest_difference(decode(encode(to_bits(GREY, bits), 'JPEG2000'))[0][..., 0], GREY) == 0
+
+
+def test_a_dark_image_saved_with_16_bits_stays_dark():
+    dark = (RGB // 8).astype(np.uint8)
+    assert (decode(opencv('.png', dark.astype(np.uint16) * 257))[0] == dark).all()
+
+
+def test_16_bit_images_are_rotated():
+    exif = Image.Exif()
+    exif[0x112] = 6
+    assert np.array_equal(decode(encode(to_bits(GREY, 12), 'PNG', exif=exif))[0][..., 0], np.rot90(GREY, 3))
+
+
+@pytest.mark.parametrize('im', [GREY, RGB])
+@pytest.mark.parametrize('kind', [np.float32, np.float64])
+def test_float_tiffs_are_scaled_or_refused(im, kind):
+    for values in (im / 255, im): assert (decode(opencv('.tiff', values.astype(kind)))[0].T == im.T).all()
+    nan = (im / 255).astype(kind)
+    nan[3, 3] = np.nan
+    for values in (im / 255 - .1, im * 9., im / 50, nan):
+        with pytest.raises(ImageError, match='values from .* to .*; save it with values from 0 to 255'):
+            decode(opencv('.tiff', values.astype(kind)))
+
+
+@pytest.mark.parametrize('im', [GREY, RGB])
+def test_tiffs_of_signed_integers_are_scaled_or_refused(im):
+    for kind in (np.int16, np.int32):
+        assert largest_difference(decode(opencv('.tiff', (im * 16.06).astype(kind)))[0].T, im.T) <= 4
+        with pytest.raises(ImageError, match='values from -.* to .*; save it'):
+            decode(opencv('.tiff', im.astype(kind) - kind(90)))
+    with pytest.raises(ImageError, match='values from 0 to .*; save it'):
+        decode(opencv('.tiff', im.astype(np.int32) * 8_000_000))
+
+
+def test_large_float_tiffs_are_refused_before_they_are_decoded():
+    with pytest.raises(ImageError, match='too large: 120 x 80'):
+        decode(opencv('.tiff', RGB.astype(np.float32)), max_pixels=9_599)
+
+
+@pytest.mark.parametrize('fmt', ['PNG', 'TIFF', 'BMP', 'GIF'])
+def test_one_bit_images_are_refused(fmt):
+    with pytest.raises(ImageError, match='one-bit image has no shades'): decode(encode(GREY > 99, fmt))
+
+
+def test_cmyk_is_inverted_only_by_adobe():
+    plain = Image.merge('CMYK', [ImageChops.invert(o) for o in Image.fromarray(RGB).convert('CMYK').split()])
+    data = encode(plain, 'JPEG', quality=95)
+    adobe = data.index(b'\xff\xee\0\x0eAdobe')
+    assert mean_difference(decode(data[:adobe] + data[adobe + 16:])[0], RGB) < 6
+    assert mean_difference(decode(encode(Image.fromarray(RGB).convert('CMYK'), 'JPEG', quality=95))[0], RGB) < 6
 
 
 # DICOM
@@ -108,6 +237,69 @@ def test_dicom_greyscale():
     assert (decode(dicom(255 - grey, 'MONOCHROME1', 8))[0] == grey[..., None]).all()
     grey12 = (grey * (4095 / 255)).round().astype(np.uint16)
     assert largest_difference(decode(dicom(grey12, 'MONOCHROME2', 12))[0][..., 0], grey) <= 1
+
+
+def retag(data, **tags):
+    "Change tags of a DICOM file, or remove those that are None"
+    ds = pytest.importorskip('pydicom').dcmread(io.BytesIO(data))
+    for name, value in tags.items():
+        if value is None: delattr(ds, name)
+        else: setattr(ds, name, value)
+    f = io.BytesIO()
+    ds.save_as(f)
+    return f.getvalue()
+
+
+@pytest.mark.parametrize('stored, tags', [
+    (8, {}),                                 # fewer than the values have
+    (16, {}),
+    (12, dict(BitsStored=None, HighBit=None)),
+    (12, dict(BitsAllocated=None)),
+    (12, dict(BitsAllocated=8)),
+    (12, dict(PixelRepresentation=None)),
+    (12, dict(SamplesPerPixel=None)),
+    (12, dict(SamplesPerPixel=3, PlanarConfiguration=0)),
+])
+def test_wrong_tags_of_a_twelve_bit_dicom_are_mended(stored, tags):
+    data = retag(dicom(to_bits(GREY, 12), 'MONOCHROME2', stored), **tags)
+    assert largest_difference(decode(data)[0][..., 0], GREY) == 0
+
+
+def test_wrong_tags_of_an_eight_bit_dicom_are_mended():
+    assert (decode(retag(dicom(GREY, 'MONOCHROME2', 8), BitsAllocated=16))[0][..., 0] == GREY).all()
+    for tags in (dict(SamplesPerPixel=1), dict(SamplesPerPixel=None), dict(PlanarConfiguration=None)):
+        assert (decode(retag(dicom(RGB, 'RGB', 8), **tags))[0] == RGB).all()
+
+
+@pytest.mark.parametrize('bits', [8, 12, 16])
+def test_signed_dicom(bits):
+    "Unsigned values with the tag of signed ones, and signed values whose lowest is black"
+    pytest.importorskip('pydicom')
+    smooth = cv2.GaussianBlur(cv2.resize(GREY, (240, 160)), (0, 0), 2)
+    smooth[0, :2] = 0, 255
+    values = smooth if bits == 8 else to_bits(smooth, bits)
+    signed = (values.astype(np.int32) - (1 << (bits - 1))).astype(np.int8 if bits == 8 else np.int16)
+    for pixels in (values, signed):
+        assert largest_difference(decode(dicom(pixels, 'MONOCHROME2', bits, signed=1))[0][..., 0], smooth) == 0
+
+
+@pytest.mark.parametrize('photometric, grey, tags, words', [
+    ('RGB', True, {}, 'DICOM with 1 bytes per pixel does not fit RGB, BitsAllocated 8'),
+    ('MONOCHROME2', False, {}, 'DICOM with 3 bytes per pixel does not fit MONOCHROME2'),
+    ('MONOCHROME2', True, dict(Rows=90), 'DICOM with 0.889 bytes per pixel'),
+    ('MONOCHROME2', True, dict(Rows=40), 'DICOM with 2 bytes per pixel'),
+    ('MONOCHROME2', True, dict(PhotometricInterpretation=None), 'DICOM without PhotometricInterpretation'),
+    ('MONOCHROME2', True, dict(BitsStored=1), 'one-bit image'),
+])
+def test_contradictory_tags_of_a_dicom_are_errors(photometric, grey, tags, words):
+    data = retag(dicom(GREY if grey else RGB, photometric, 8), **tags)
+    with pytest.raises(ImageError, match=words): decode(data)
+
+
+def test_signed_noise_in_a_dicom_is_an_error():
+    noise = np.random.default_rng(0).integers(-128, 128, (64, 64)).astype(np.int8)
+    with pytest.raises(ImageError, match='values from -128 to 127; set PixelRepresentation to 0'):
+        decode(dicom(noise, 'MONOCHROME2', 8, signed=1))
 
 
 def test_dicom_with_two_frames_is_an_error():
@@ -134,6 +326,54 @@ def test_damaged_files_are_errors(data, words):
     with pytest.raises(ImageError, match=words): decode(data)
 
 
+def jpeg_with_thumbnail(**options):
+    "Return a JPEG with a thumbnail in an APP segment"
+    data, thumbnail = encode(RGB, 'JPEG', **options), encode(RGB[:16, :16], 'JPEG')
+    return data[:2] + b'\xff\xe2' + struct.pack('>H', 2 + len(thumbnail)) + thumbnail + data[2:]
+
+
+WHOLE = [jpeg_with_thumbnail(), jpeg_with_thumbnail(progressive=True), jpeg_with_thumbnail(restart_marker_blocks=2),
+         encode(RGB, 'PNG')]
+
+
+@pytest.mark.parametrize('data', WHOLE)
+@pytest.mark.parametrize('tail', [b'\0' * 9999, b'\xff\xda' * 99, b'IEND\xff\xd9\xff', encode(RGB, 'JPEG')[:-9]])
+def test_bytes_behind_an_image_are_ignored(data, tail):
+    assert np.array_equal(decode(data + tail)[0], decode(data)[0])
+
+
+@pytest.mark.parametrize('data', WHOLE)
+def test_truncation_is_found_at_every_byte(data):
+    fmt = decode_module.image_format(data[:132])
+    assert [cut for cut in range(len(data)) if decode_module._is_complete(data[:cut], fmt)] == []
+    assert decode_module._is_complete(data, fmt)
+
+
+@pytest.mark.parametrize('progressive', [False, True])
+def test_jpeg_data_that_end_early_are_truncated(progressive):
+    pytest.importorskip('pyvips')
+    data = encode(RGB, 'JPEG', progressive=progressive)
+    with pytest.raises(ImageError, match='truncated'): decode(data[:len(data) * 3 // 4] + b'\xff\xd9')
+
+
+@pytest.mark.parametrize('fmt, options', [
+    ('WEBP', {}), ('WEBP', dict(lossless=True)), ('BMP', {}), ('TIFF', {}), ('TIFF', dict(compression='tiff_lzw')),
+    ('TIFF', dict(compression='jpeg')), ('GIF', {}), ('JPEG2000', {}), ('MPO', {})])
+def test_truncated_files_of_other_formats_are_errors(fmt, options):
+    data = encode(RGB, fmt, **options)
+    for share in (.3, .5, .9):
+        with pytest.raises(ImageError): decode(data[:int(len(data) * share)])
+
+
+def test_the_segments_of_a_large_jpeg_are_walked_fast():
+    data = WHOLE[0]
+    scan = data.rindex(b'\xff\xda') + 14           # behind the header of the last scan
+    large = data[:scan] + b'\x12\xff\0' * 3_000_000 + data[scan:]
+    start = time.perf_counter()
+    assert decode_module._is_complete(large, 'JPEG')
+    assert time.perf_counter() - start < 2
+
+
 def test_too_many_pixels_are_refused_before_any_is_decoded(monkeypatch):
     monkeypatch.setattr('aptos_fastai.data.decode._decode_opened', lambda *a: pytest.fail('decoded'))
     png = encode(np.zeros((100, 100, 3), np.uint8), 'PNG')
@@ -142,7 +382,7 @@ def test_too_many_pixels_are_refused_before_any_is_decoded(monkeypatch):
     with pytest.raises(ImageError, match='too large: 2 x 50 x 100 frames'): decode(many, max_pixels=9_999)
 
 
-@pytest.mark.parametrize('mode', ['L', 'P', '1', 'RGB', 'RGBA', 'I;16'])
+@pytest.mark.parametrize('mode', ['L', 'P', 'RGB', 'RGBA', 'I;16'])
 def test_memory_of_large_images_is_bounded(mode):
     "Decoding takes at most 16 bytes a pixel, so that `MAX_PIXELS` take 1 GB"
     code = f'''
@@ -241,3 +481,15 @@ def test_the_pixels_decoded_at_once_are_bounded():
     sizes = [60, 30, 50, 10, 300, 40, 100, 20] * 3
     with ThreadPoolExecutor(8) as pool: list(pool.map(work, sizes))
     assert len(most) == len(sizes) and all(total <= 100 or total == 300 for total in most) and budget.used == 0
+
+
+def test_a_fast_jpeg_resembles_the_full_one():
+    "It is reduced by scaling the DCT: nearly the same pixels, and the same size where the sides are multiples of 8"
+    rng = np.random.default_rng(0)
+    im = cv2.GaussianBlur(rng.integers(0, 256, (480, 640, 3), dtype=np.uint8), (0, 0), 5)
+    data = cv2.imencode('.jpg', im, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
+    full, fast = decode(data, 60)[0], decode(data, 60, fast_jpeg=True)[0]
+    assert full.shape == fast.shape == (60, 80, 3)
+    assert 0 < np.abs(full.astype(int) - fast).mean() < 1
+    png = cv2.imencode('.png', cv2.imdecode(np.frombuffer(data, np.uint8), 1))[1].tobytes()
+    assert np.array_equal(decode(png, 60, fast_jpeg=True)[0], full)
