@@ -11,6 +11,7 @@ __version__ = '0.1.0'
 
 _MODULES = dict(                             # name -> module that defines it
     open_run='api',
+    fit='commands',
     load_grader='inference.grader',
     read_recipe='recipe',
     stage_learner='pipeline.stage',

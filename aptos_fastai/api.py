@@ -5,9 +5,10 @@
     run.train('pretrain_256')                        # trains the stage and what it builds on
     learn = run.learner('finetune_256')              # a fastai Learner
     run.oof('finetune_256')                          # out-of-fold scores
-    run.grader().predict('eye.jpg')                  # grades of new images
+    run.grader.predict('eye.jpg')                    # grades of new images
 """
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from aptos_fastai.pipeline.graph import load_run, require_name, start_run, train
 from aptos_fastai.run_folder import RecordError, Run
 
 if TYPE_CHECKING:
+    import pandas as pd
     from fastai.learner import Learner
 
     from aptos_fastai.inference.grader import Grader
@@ -43,11 +45,10 @@ class PreparedRun(Run):
         from aptos_fastai.pipeline.stage import stage_learner
         return stage_learner(self, require_name(self.recipe, stage, self.recipe.stages), fold)
 
-    def grader(self, stage: str = '', backend: str = 'torch', precision: str = 'f32') -> 'Grader':
-        "Return the `Grader` of the submitted model, once `all` is finished, or of one trained stage"
-        from aptos_fastai.inference.grader import load_grader
-        folder = self.root / require_name(self.recipe, stage, self.recipe.stages) if stage else self.root
-        return load_grader(folder, backend, precision)
+    @cached_property
+    def grader(self) -> 'RunGrader':
+        "The model: `run.grader.predict(files)`; `run.grader(STAGE)` is the `Grader` of one trained stage"
+        return RunGrader(self)
 
     def summary(self) -> dict:
         """Return summary.json: `stages` (a dict each, with kappa and kappa_interval) and `submission`.
@@ -59,6 +60,24 @@ class PreparedRun(Run):
         return summary
 
 
+class RunGrader:
+    "Grades images with the model of a run once `all` is finished, or with one trained stage"
+    def __init__(self, run: Run):
+        self.run = run
+        self._grader: Grader | None = None
+
+    def __call__(self, stage: str = '', backend: str = 'torch', precision: str = 'f32') -> 'Grader':
+        "Return the `Grader` of the run's model, or of a stage"
+        from aptos_fastai.inference.grader import load_grader
+        root, recipe = self.run.root, self.run.recipe
+        return load_grader(root / require_name(recipe, stage, recipe.stages) if stage else root, backend, precision)
+
+    def predict(self, files: Iterable[str | Path] | str | Path) -> 'pd.DataFrame':
+        "Return a row for each image file, as `Grader.predict` does; the networks are read once"
+        self._grader = self._grader or self()
+        return self._grader.predict(files)
+
+
 def open_run(recipe: str | Path = 'settings.ini', data: str | Path = 'demo', runs: str | Path = 'runs',
              sets: Iterable[str] = ()) -> PreparedRun:
     """Read a recipe and its tables, prepare every image, write the folds; return the `PreparedRun`.
@@ -67,4 +86,4 @@ def open_run(recipe: str | Path = 'settings.ini', data: str | Path = 'demo', run
     `sets` change keys of the recipe: ['stage.epochs=5']. Trains nothing. Raises `AptosError`.
     """
     with start_run(load_run(recipe, data, runs, sets)) as (run, _):
-        return PreparedRun(run.recipe, run.data, run.root, run.frames)
+        return PreparedRun(run.recipe, run.data, run.root, run.frames, run.left_out)

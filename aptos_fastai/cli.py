@@ -225,6 +225,37 @@ def all(options: RunOptions) -> None:
     commands.run_all(options.load())
 
 
+Column = Annotated[str, typer.Option(metavar='COLUMN', help='Default: found by names and contents.')]
+
+
+@command
+def fit(csv: Annotated[str, argument('CSV', 'A CSV or .xlsx with a grade for each image, or a folder with a sub-folder '
+                                     'for each grade.')],
+        images: Annotated[str, argument('IMAGES', 'The folder of its images. Default: the folder of the CSV.')] = '',
+        unlabelled: Annotated[str, argument('UNLABELLED', 'A folder of ungraded images, which are predicted and '
+                                            'trained on, too.')] = '',
+        id: Column = '', grade: Column = '', patient: Column = '', eye: Column = '',
+        name: Annotated[str, typer.Option(metavar='NAME', help='Name of the run. Default: that of the CSV.')] = '',
+        runs: Annotated[str, typer.Option(metavar='FOLDER', help='Results go to FOLDER/NAME/.')] = 'runs',
+        sets: Sets = None) -> None:
+    """Train on a graded table without a recipe. Says which column it takes for id, grade, patient and eye, and why;
+    writes the recipe that it uses into the run folder. The run folder grades new images.
+
+    python run.py fit grades.csv images/
+    python run.py fit labels.xlsx photos/ unlabelled/ --grade "DR grade" --set stage.epochs=5
+    """
+    from aptos_fastai import commands
+    keys = {key: value for key, value in dict(id=id, grade=grade, patient=patient, eye=eye).items() if value}
+    commands.fit(csv, images, unlabelled, name=name, runs=runs, sets=sets or [], ask=ask_user(), **keys)
+
+
+def ask_user() -> Callable[[str, list[str]], str] | None:
+    "Return a function that asks which of some answers is right; None if nobody can answer"
+    if not (sys.stdin.isatty() and sys.stdout.isatty()): return None
+    import click
+    return lambda question, answers: typer.prompt(question, type=click.Choice(answers))
+
+
 @command
 def plan(options: RunOptions, images: Annotated[str, typer.Option(
         metavar='"TABLE=N ..."', help='Plan for tables of these sizes, without the data.')] = '') -> None:
@@ -239,14 +270,16 @@ def plan(options: RunOptions, images: Annotated[str, typer.Option(
 
 
 @command
-def doctor(options: RunOptions) -> None:
-    """Check that `all` can run. Checks packages, devices, tables, weights, disk space and time; shows how to
-    download Kaggle's tables if they are missing.
+def doctor(options: RunOptions, images: Annotated[bool, typer.Option(
+        '--images', help='Read every image, not only a sample of each table.')] = False) -> None:
+    """Check that `all` can run. Checks packages, devices, tables, a sample of the images, weights, disk space and time;
+    shows how to download Kaggle's tables if they are missing.
 
     python run.py doctor --data ~/kaggle
+    python run.py doctor --data ~/kaggle --images
     """
     from aptos_fastai.pipeline.doctor import doctor
-    doctor(options.recipe, options.data, options.runs, options.sets or [])
+    doctor(options.recipe, options.data, options.runs, options.sets or [], images)
 
 
 @command
@@ -261,16 +294,19 @@ def prepare(options: RunOptions) -> None:
 
 @command
 def inspect(options: RunOptions,
-            table: Annotated[str, argument('TABLE', 'A table of the recipe.')],
-            count: Annotated[int, argument('COUNT', 'How many images to show.', parser=whole_number)] = 24) -> None:
-    """Write an HTML page about a table. Shows grades, image sizes, quality flags, duplicates, and images with circle,
-    crop and augmentation.
+            table: Annotated[str, argument('TABLE', 'A table of the recipe, or a CSV or folder as for `fit`.')],
+            count: Annotated[int, argument('COUNT', 'How many images to show.', parser=whole_number)] = 24,
+            images: Annotated[str, typer.Option(
+                metavar='FOLDER', help="The folder of a CSV's images. Default: the folder of the CSV.")] = '') -> None:
+    """Show how a table is understood. Prints how ids were matched, patients, eyes, grades, ungradable images and
+    duplicates; writes a page with sizes, quality flags, and images with circle, crop and augmentation.
 
     python run.py inspect aptos_train
     python run.py inspect train 413 --recipe recipes/one_table.ini --data ~/idrid
+    python run.py inspect grades.csv --images photos/
     """
-    from aptos_fastai.reports.table_report import inspect_table
-    inspect_table(options.load(), table, count)
+    from aptos_fastai import commands
+    commands.inspect(options.load, table, count, images, options.runs, options.sets or [], ask_user())
 
 
 @command
@@ -346,15 +382,51 @@ def report(options: RunOptions) -> None:
 
 
 @command
-def compare(first: Annotated[str, argument('FIRST', 'A finished run folder <runs>/<recipe>.')],
-            second: Annotated[str, argument('SECOND', 'Another finished run folder.')]) -> None:
-    """Compare two finished runs. Shows kappa of their common stages and submissions on the same images, with a paired
-    bootstrap.
+def compare(first: Annotated[str, argument('FIRST', 'A finished run folder <runs>/<recipe>, or the folder of an '
+                                           'evaluation.')],
+            second: Annotated[str, argument('SECOND', 'Another one of the same kind.')]) -> None:
+    """Compare two finished runs or two evaluations. Shows the difference of kappa on the same images, with a paired
+    bootstrap; the evaluations are of two models on one table.
 
     python run.py compare runs/one_table ~/other-runs/one_table
+    python run.py compare runs/a/evaluations/clinic runs/b/evaluations/clinic
     """
-    from aptos_fastai.pipeline.summary import compare_runs
-    compare_runs(first, second)
+    from aptos_fastai.pipeline.compare import compare_results
+    compare_results(first, second)
+
+
+@command
+def evaluate(model: Model,
+             table: Annotated[str, argument(
+                 'TABLE', 'A CSV with grades, a folder of class folders, a preset, or a table of the recipe.')],
+             images: Annotated[str, argument(
+                 'IMAGES', "The folder of the CSV's images. Default: the folder of the CSV.")] = '',
+             recipe: Annotated[str, typer.Option(metavar='FILE', help='The recipe that has the table TABLE.')] = '',
+             data: Annotated[str, typer.Option(
+                 metavar='FOLDER', help='The folder of the table, for a preset or a table of the recipe.')] = '',
+             id: Column = '', grade: Column = '', patient: Column = '', eye: Column = '',
+             prevalence: Annotated[float | None, typer.Option(
+                 metavar='P', help='Prevalence of referable retinopathy for PPV and NPV, 0 to 1. Default: that of the '
+                 'table.')] = None,
+             by: Annotated[list[str] | None, typer.Option(
+                 metavar='COLUMN', help='A column of subgroups: site, camera, sex, age. May be repeated. Default: all '
+                 'that the table carries.')] = None,
+             include_seen: Annotated[bool, typer.Option(
+                 '--include-seen', help='Count images that the model was trained on, too: optimistic.')] = False,
+             output: Annotated[str, typer.Option(
+                 '-o', '--output', metavar='FOLDER', help='The folder to write to. Default: '
+                 'MODEL/evaluations/TABLE.')] = '') -> None:
+    """Evaluate a model on graded images. Shows kappa, AUC, sensitivity, specificity, calibration and subgroups with
+    intervals; leaves out images that the model was trained on; writes a report.
+
+    python run.py evaluate runs/one_table ~/clinic/grades.csv ~/clinic/images --prevalence 0.1
+    python run.py evaluate runs/one_table messidor2 --data ~/messidor2
+    """
+    from aptos_fastai import commands
+    from aptos_fastai.inference.evaluate import Choices
+    keys = {key: value for key, value in dict(id=id, grade=grade, patient=patient, eye=eye).items() if value}
+    choices = Choices(prevalence, by or (), include_seen, output)
+    commands.evaluate_model(model, table, choices, images=images, recipe=recipe, data=data, ask=ask_user(), **keys)
 
 
 @command

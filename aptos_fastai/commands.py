@@ -2,23 +2,29 @@
 import re
 import textwrap
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from aptos_fastai.api import PreparedRun
 from aptos_fastai.common.console import Bars, format_duration, say, table
 from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.distributed import world_size
 from aptos_fastai.common.io import AptosError, file_hash, read_record, write_csv, write_record
 from aptos_fastai.data.store import read_prepared, store_folder
+from aptos_fastai.data.tables import describe, table_contents
+from aptos_fastai.data.understand import Ask
+from aptos_fastai.pipeline.fit import GRADED, understand_tables, write_fit_recipe
 from aptos_fastai.pipeline.graph import (
-    OUTPUTS,
     check_run,
     inputs_digest,
+    load_run,
+    output_files,
     outputs_up_to_date,
     require_name,
     score_test_table,
@@ -33,6 +39,9 @@ from aptos_fastai.pipeline.summary import SYNTHETIC, oof_table, show_summary, su
 from aptos_fastai.recipe import NAMED_SECTIONS, SECTIONS, read_recipe
 from aptos_fastai.run_folder import Run
 
+if TYPE_CHECKING:
+    from aptos_fastai.inference.evaluate import Choices
+
 
 def run_all(run: Run) -> None:
     "Prepare, train, label, score, submit and report; do nothing if every output is up to date"
@@ -41,7 +50,7 @@ def run_all(run: Run) -> None:
     if world_size() > 1: say(f'{world_size()} processes share preparing, training and scoring')
     with start_run(run, run.recipe.stages) as (run, bars):
         if outputs_up_to_date(run):
-            say(f'Nothing to do: every stage is up to date. Submission: {run.root / "submission.csv"}')
+            say(f'Nothing to do: every stage is up to date in {run.root}')
             show_summary(run, read_record(run.root / 'summary.json') or {})
             return
         train_nodes(run, run.recipe.stages, bars)
@@ -50,15 +59,58 @@ def run_all(run: Run) -> None:
     say(f'{format_duration(time.monotonic() - start)} in all')
 
 
+def fit(csv: str | Path, images: str | Path = '', unlabelled: str | Path = '', *, name: str = '',
+        runs: str | Path = 'runs', sets: Iterable[str] = (), ask: Ask | None = None, **keys: str) -> PreparedRun:
+    """Train on a graded table without a recipe; return the run: `run.grader.predict(files)` grades new images.
+
+    `csv` is a CSV or .xlsx with a row for each image in the folder `images`, or a folder with a sub-folder for each
+    grade; `unlabelled` is a folder of ungraded images to predict and train on, too. Columns are understood by their
+    names and contents and printed; `keys` (id, grade, patient, eye, group, ungradable, carry, where, header) override
+    that. Writes the recipe <runs>/<name>/<name>.ini and everything that `all` writes. Raises `AptosError`, also where
+    two columns would do and there is no `ask` to choose one.
+    """
+    recipe, data = understand_and_write(csv, images, unlabelled, name, runs, sets, ask, keys)
+    run_all(load_run(recipe, data, runs))
+    return PreparedRun(**vars(load_run(recipe, data, runs)))
+
+
+def inspect(load: Callable[[], Run], table: str, count: int, images: str, runs: str, sets: Iterable[str],
+            ask: Ask | None) -> None:
+    "Inspect a table of the recipe that `load` opens, or a CSV or folder as `fit` would train on it"
+    from aptos_fastai.reports.table_report import inspect_table
+    if not Path(table).exists():
+        inspect_table(load(), table, count)
+        return
+    recipe, data = understand_and_write(table, images, '', '', runs, sets, ask, {})
+    inspect_table(load_run(recipe, data, runs), GRADED, count)
+
+
+def understand_and_write(csv: str | Path, images: str | Path, unlabelled: str | Path, name: str, runs: str | Path,
+                         sets: Iterable[str], ask: Ask | None, keys: dict[str, str]) -> tuple[Path, Path]:
+    "Print how the tables of `fit` are understood and write its recipe; return the recipe and the data folder"
+    tables = understand_tables(csv, images, unlabelled, ask, keys)
+    name = name or re.sub(r'\W+', '_', Path(csv).resolve().stem)
+    recipe = Path(runs) / name / f'{name}.ini'
+    data = write_fit_recipe(tables, recipe, sets)
+    for table_name, understood in tables.items():
+        contents = table_contents(understood.table, understood.data)
+        for reason in (*understood.reasons, describe(understood.table, contents)): say(f'{table_name}: {reason}')
+    say(f'recipe -> {recipe}\nto run it again: all --recipe {recipe} --data {data} --runs {runs}')
+    return recipe, data
+
+
 def write_outputs(run: Run, bars: Bars, start: float) -> dict:
-    "Write oof.csv, scores.csv, submissions, report.html and, last, summary.json, which is returned"
+    """Write oof.csv, scores.csv, submissions, report.html and, last, summary.json, which is returned.
+
+    Without a test table there are no scores and no submissions.
+    """
     from aptos_fastai.pipeline.run_gate import gate_result
     from aptos_fastai.reports.run_report import write_report
     oof = oof_table(run)                     # first: it checks the validation scores before anything is written
-    scores = score_test_table(run, bars)
-    write_submissions(run, scores)
+    scores = score_test_table(run, bars) if run.recipe.submit.table else None
+    if scores is not None: write_submissions(run, scores)
     write_csv(run.root / 'oof.csv', oof)
-    hashes = {name: file_hash(run.root / name) for name in OUTPUTS}
+    hashes = {name: file_hash(run.root / name) for name in output_files(run)}
     summary = dict(summarise(run, oof), gate=gate_result(run, scores), seconds=round(time.monotonic() - start, 1),
                    inputs_digest=inputs_digest(run), outputs=hashes)
     write_report(run, summary, oof, scores, bars)
@@ -96,6 +148,7 @@ def train_stage(run: Run, stage: str) -> None:
 
 def label_table(run: Run, node: str, name: str) -> None:
     "Write the pseudo-labels of an ungraded table (default: the submission's); train what they need first"
+    if not name: require_test_table(run)
     name = name or run.recipe.submit.table
     if name not in run.frames or run.recipe.tables[name].graded:
         ungraded = [t.name for t in run.recipe.used_tables if not t.graded]
@@ -108,12 +161,20 @@ def label_table(run: Run, node: str, name: str) -> None:
 
 @contextmanager
 def start_trained_run(run: Run) -> Iterator[tuple[Run, Bars]]:
-    "`start_run`. Raises `AptosError` if a stage that the submission needs is not finished"
+    "`start_run`. Raises `AptosError` if there is no test table, or a stage that the submission needs is not finished"
+    require_test_table(run)
     needed = set().union(*(run.ancestors(n) for n in submitted_nodes(run.recipe))) & set(run.recipe.stages)
     require_finished(run, [n for n in run.recipe.order if n in needed and not run.record(n, 0)])
     with start_run(run) as (run, bars):
         require_finished(run, [n for n in run.todo() if n in needed])
         yield run, bars
+
+
+def require_test_table(run: Run) -> None:
+    "Raise `AptosError` if the recipe has no table to predict"
+    if run.recipe.submit.table: return
+    raise AptosError(run.left_out or f'{run.recipe.path} [submit] table: empty, so there is no table to predict. Grade '
+                     f'images with `predict {run.root} IMAGES`.')
 
 
 def require_finished(run: Run, unfinished: list[str]) -> None:
@@ -156,8 +217,8 @@ def report_run(run: Run) -> None:
         summary = read_record(run.root / 'summary.json')
         if not summary or not outputs_up_to_date(run):
             raise AptosError(f'{run.root}: not finished, or the recipe has changed. Run `all`; it writes the report.')
-        oof, scores = (pd.read_csv(run.root / f, dtype=dict(id_code=str)) for f in ('oof.csv', 'scores.csv'))
-        write_report(run, summary, oof, scores, bars)
+        files = {name: pd.read_csv(run.root / name, dtype=dict(id_code=str)) for name in output_files(run)}
+        write_report(run, summary, files['oof.csv'], files.get('scores.csv'), bars)
     say(f'{run.recipe.name} -> {run.root / "report.html"}')
 
 
@@ -195,6 +256,20 @@ def write_demo_folder(recipe: str, sets: Iterable[str], folder: str) -> None:
     demo = read_recipe(recipe, demo=True, sets=list(sets))
     write_demo_tables(demo, Path(folder), 'Choose another folder.')
     say(f'synthetic images -> {folder}')
+
+
+def evaluate_model(model: str, table: str, choices: 'Choices', **where: Any) -> None:
+    """Evaluate a model on a graded table; write and show the evaluation, and put it into the bundle's model card.
+
+    `where` are the arguments of `evaluate_table` that say what the table is.
+    """
+    from aptos_fastai.deploy.bundle import update_card
+    from aptos_fastai.inference.evaluate import evaluate_table
+    from aptos_fastai.reports.evaluation_report import show_evaluation, write_evaluation
+    evaluation = evaluate_table(model, table, choices=choices, **where)
+    write_evaluation(evaluation)
+    update_card(Path(model))
+    show_evaluation(evaluation)
 
 
 def show_keys() -> None:

@@ -88,6 +88,9 @@ class Images:
                         'black: leave black, which lets the network identify the camera', choices=('mirror', 'black'))
     size: int = _key(0, 'side of the prepared square, pixels; 0: the largest size of any stage', low=0, high=4096)
     quality: int = _key(95, 'JPEG quality of the prepared images, without chroma subsampling', low=50, high=100)
+    jpeg: str = _key('full', 'how a JPEG much larger than `size` is decoded. full: every pixel, so that an image gets '
+                     'the same score in every format; fast: at 1/2, 1/4 or 1/8, in a sixth of the time, with scores '
+                     'that differ by up to 0.1', choices=('full', 'fast'))
     skip_unreadable: str = _key('no', 'no: stop and list unreadable images; yes: continue without them',
                                 choices=('no', 'yes'))
 
@@ -116,36 +119,50 @@ class Augment:
 class Table:
     "[table.NAME]: one CSV file and its folder of images"
     name: str
-    csv: str = _key('', 'CSV or .xlsx file, inside one of the folders in `folder`; empty: `images` has a sub-folder '
-                    'for each grade')
+    csv: str = _key('', 'CSV or .xlsx file, inside one of the folders in `folder`; empty: every image below `images` '
+                    'is a row')
     images: str = _key('.', 'folder of the images and its sub-folders, inside the same folder as the CSV')
     id: str = _key('id_code', 'column of image ids: file names or paths, with or without suffix')
     grade: str = _key('', 'column of grades 0-4, or several of which one is filled, separated by |; empty: the table '
-                      'is ungraded')
+                      'is ungraded; folder (without csv): images lie in sub-folders named by grade')
     header: str = _key('yes', 'no: the CSV has no header; its columns are called 1, 2, 3 …', choices=('yes', 'no'))
     where: str = _key('', 'use only the rows with a value: COLUMN = VALUE', check=_check_where)
-    ungradable: tuple[str, ...] = _key((), 'grades that mean ungradable; blank: an empty cell. These images are '
-                                       'counted and left out')
-    folder: tuple[str, ...] = _key(('.',), 'folders inside --data to search; the first one with the CSV is used')
+    ungradable: str = _key('', 'values of `grade` that mean ungradable, separated by |; blank: an empty cell. These '
+                           'images are counted and left out')
+    folder: str = _key('.', 'folders inside --data to search, separated by |; the first one with the CSV is used')
+    optional: str = _key('no', 'yes: if neither CSV nor images are there, leave the table out, with the stages that '
+                         'need it', choices=('no', 'yes'))
     patient: str = _key('', 'column of patients: images of one patient share a fold')
+    pairs: str = _key('', 'the same by a CSV, beside the first, of which each row lists the images of one patient')
     group: str = _key('', 'the same by a regular expression: its first group in parentheses is the patient part of an '
                       'image id', check=_check_regex)
     block: int = _key(0, 'group every N consecutive ids (natural sort) as if they were one patient; 0: off; needs '
-                      'empty `patient` and `group`', low=0, high=10_000)
+                      'empty `patient`, `pairs` and `group`', low=0, high=10_000)
     eye: str = _key('', 'column, or regular expression with a group in parentheses, that says left or right (L, R, OS, '
                     'OD)')
     carry: str = _key('', 'further columns, separated by |, that oof.csv and the report show: site, camera, sex …')
     order: str = _key('', 'CSV with the ids and their order in the submission (sample_submission.csv)')
+    preset: str = _key('', 'a table that many train on, as it is published; its keys are the defaults of this section')
 
     @property
     def graded(self) -> bool:
         "Whether the table has grades"
-        return bool(self.grade) or not self.csv
+        return bool(self.grade)
 
     @property
     def grade_columns(self) -> tuple[str, ...]:
         "Columns of grades; of a table of folders the one that its grades are put into"
-        return _split_names(self.grade) or (() if self.csv else ('grade',))
+        return _split_names(self.grade)
+
+    @property
+    def ungradable_values(self) -> tuple[str, ...]:
+        "Values of the grade that mean ungradable"
+        return _split_names(self.ungradable)
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        "Folders inside --data to search"
+        return _split_names(self.folder)
 
     @property
     def carried(self) -> tuple[str, ...]:
@@ -166,7 +183,7 @@ class Table:
     @property
     def grouped_by(self) -> str:
         "What shares a fold and is resampled for an interval: patients, blocks of N ids, or images"
-        if self.patient or self.group: return 'patients'
+        if self.patient or self.pairs or self.group: return 'patients'
         return f'blocks of {self.block} ids' if self.block else 'images'
 
 
@@ -176,6 +193,8 @@ class Stage:
     name: str
     train: tuple[str, ...] = _key(help='tables to train on; NODE:TABLE is TABLE with pseudo-labels by that stage '
                                   'or ensemble')
+    validate: tuple[str, ...] = _key((), 'graded tables of `train` that choose epoch and thresholds and give the '
+                                     'metrics; the others only train. Empty: all of them')
     init: str = _key('', 'stage whose trained weights this stage starts from; empty: see `weights`')
     weights: str = _key('imagenet', 'initial weights: imagenet (downloaded by timm), bundled (installed by pip), '
                         'none (random), or a file')
@@ -222,6 +241,16 @@ class Stage:
         return [(teacher, table) for teacher, _, table in (entry.rpartition(':') for entry in self.train)]
 
     @property
+    def graded_tables(self) -> list[str]:
+        "Tables that the stage trains on by their own grades"
+        return [table for teacher, table in self.sources if not teacher]
+
+    @property
+    def validated_tables(self) -> list[str]:
+        "Graded tables whose images validate the stage, a fold at a time"
+        return [table for table in self.graded_tables if not self.validate or table in self.validate]
+
+    @property
     def parents(self) -> list[str]:
         "Stages and ensembles that must be finished before this stage: `init` and the teachers"
         return [o for o in [self.init, *(teacher for teacher, _ in self.sources)] if o]
@@ -243,8 +272,8 @@ class Ensemble:
 @dataclass(frozen=True)
 class Submit:
     "[submit]: what is predicted for the test images"
-    table: str = _key(help='ungraded table to predict')
-    final: str = _key(help='stage or ensemble that becomes submission.csv')
+    final: str = _key(help='stage or ensemble that is the model and, for `table`, makes submission.csv')
+    table: str = _key('', 'ungraded table to predict; empty: none, the result is the model, its report and oof.csv')
     also: tuple[str, ...] = _key((), 'further stages and ensembles, each with its own file in submissions/')
     thresholds: str = _key('regularised', 'thresholds of the submission: optimal or regularised (see [stage]), or four '
                            'increasing numbers', check=_check_thresholds)
@@ -323,6 +352,37 @@ class Recipe:
         "Further columns of the tables that stay with the images"
         return list(dict.fromkeys(name for t in self.used_tables for name in t.carried))
 
+    def without(self, tables: Iterable[str]) -> 'Recipe':
+        """Return the recipe without some tables and the stages that need them.
+
+        An ensemble averages its remaining members; one that has a single member left is replaced by it.
+        """
+        stages = {n: s for n, s in self.stages.items() if n not in self._stages_that_need(set(tables))}
+        ensembles, instead = {}, dict.fromkeys(self.stages.keys() - stages, '')
+        for name, e in self.ensembles.items():
+            weights = e.weights or (1.,) * len(e.members)
+            left = {m: w for m, w in zip(e.members, weights, strict=True) if m in stages}
+            if len(left) < 2: instead[name] = next(iter(left), '')
+            else: ensembles[name] = replace(e, members=tuple(left), weights=e.weights and tuple(left.values()))
+        final, *also = (instead.get(name, name) for name in (self.submit.final, *self.submit.also))
+        if not final:
+            raise ConfigError(f'{self.path} [submit] final = {self.submit.final}: needs {", ".join(tables)}, which '
+                              '--data lacks. Add it, or name another stage.')
+        submit = replace(self.submit, table='' if self.submit.table in tables else self.submit.table, final=final,
+                         also=tuple(dict.fromkeys(name for name in also if name not in ('', final))))
+        kept = {n: t for n, t in self.tables.items() if n not in tables}
+        return checked(replace(self, tables=kept, stages=stages, ensembles=ensembles, submit=submit))
+
+    def _stages_that_need(self, tables: set[str]) -> set[str]:
+        "Return the stages that train on one of the tables, and those that build on such stages"
+        lost: set[str] = set()
+        for name in self.order:
+            if name not in self.stages: continue
+            stage = self.stages[name]
+            parents = {m for parent in stage.parents for m in self.members(parent)}
+            if parents & lost or tables & {table for _, table in stage.sources}: lost.add(name)
+        return lost
+
     def members(self, node: str) -> dict[str, float]:
         "Return the stages whose scores `node` averages, with weights that add up to 1"
         if node in self.stages: return {node: 1.}
@@ -334,9 +394,11 @@ class Recipe:
 # Parsing one value
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    "Return ', did you mean X?' if one of `known` is similar to `word`, else '.'"
-    similar = get_close_matches(word, list(known), 1)
-    return f', did you mean {similar[0]}?' if similar else '.'
+    "Return ', did you mean X?' if one of `known` is similar to `word` or contains it, whatever its case, else '.'"
+    folded = {name.casefold(): name for name in known}
+    text = word.casefold()
+    similar = get_close_matches(text, folded, 1) or [name for name in folded if text and text in name]
+    return f', did you mean {folded[similar[0]]}?' if similar else '.'
 
 
 def _parse_value(key: Field, text: str) -> Any:
@@ -391,9 +453,10 @@ def read_recipe(path: str | Path, *, demo: bool = False, sets: Sequence[str] = (
     `sets` are SECTION.KEY=VALUE strings (from --set) that override the file. Raises `ConfigError`.
     """
     path = Path(path)
-    ini = _read_ini(path)
-    for text in sets: _override(ini, text)
+    ini = read_ini(path)
+    for text in sets: override(ini, text)
     _check_section_names(path, ini)
+    for name in _names(ini, 'table'): ini[f'table.{name}'] = _with_preset(path, name, ini[f'table.{name}'])
     tables = {n: _build(path, f'table.{n}', Table, ini[f'table.{n}'], name=n) for n in _names(ini, 'table')}
     ensembles = {n: _build(path, f'ensemble.{n}', Ensemble, ini[f'ensemble.{n}'], name=n)
                  for n in _names(ini, 'ensemble')}
@@ -404,10 +467,15 @@ def read_recipe(path: str | Path, *, demo: bool = False, sets: Sequence[str] = (
                     demo=single['demo'] if demo else None, images=single['images'], augment=single['augment'],
                     tables=tables, stages=stages, ensembles=ensembles, submit=single['submit'], gate=single['gate'],
                     **vars(single['recipe']))
+    return checked(recipe)
+
+
+def checked(recipe: Recipe) -> Recipe:
+    "Return the recipe with the order of its stages. Raises `ConfigError` if something cannot run"
     return replace(recipe, order=_check_graph(recipe))
 
 
-def _read_ini(path: Path) -> Ini:
+def read_ini(path: Path) -> Ini:
     "Return the sections of the file as plain text"
     if not path.is_file():
         raise ConfigError(f'{path}: no such recipe. Name one with --recipe FILE, or write settings.ini with `init`.')
@@ -419,7 +487,38 @@ def _read_ini(path: Path) -> Ini:
     return {section: dict(parser[section]) for section in parser.sections()}
 
 
-def _override(ini: Ini, text: str) -> None:
+def shipped_folder() -> Path:
+    "Return the folder of the shipped settings.ini and recipes/: in an installed wheel, or in a clone"
+    package = Path(__file__).parent
+    return package / 'shipped' if (package / 'shipped').is_dir() else package.parent
+
+
+def preset_files() -> dict[str, Path]:
+    "Return the file of each preset of a table"
+    return {file.stem: file for file in sorted((shipped_folder() / 'recipes/tables').glob('*.ini'))}
+
+
+def preset_table(name: str, **keys: str) -> Table:
+    "Return a preset as a table of its own name; `keys` override its keys. Raises `ConfigError`"
+    return parse_table(name, _with_preset(Path('--preset'), name, dict(preset=name, **keys)))
+
+
+def parse_table(name: str, texts: dict[str, str]) -> Table:
+    "Return a table from the texts of its keys. Raises `ConfigError`"
+    return _build(Path('options'), f'table.{name}', Table, texts, name=name)
+
+
+def _with_preset(path: Path, table: str, texts: dict[str, str]) -> dict[str, str]:
+    "Return the texts of a table's keys with those of its preset as defaults"
+    name, files = texts.get('preset', '').strip(), preset_files()
+    if not name: return texts
+    if name not in files:
+        raise ConfigError(f'{path} [table.{table}] preset = {name}: no such preset{did_you_mean(name, files)} '
+                          f'Accepted: {", ".join(files)}.')
+    return read_ini(files[name])['table'] | texts
+
+
+def override(ini: Ini, text: str) -> None:
     "Put SECTION.KEY=VALUE into `ini`; a stage's key also overrides the demo's value of it"
     name, equals, value = text.partition('=')
     section, dot, key = name.strip().rpartition('.')
@@ -476,12 +575,13 @@ def _check_graph(r: Recipe) -> tuple[str, ...]:
     shared = set(r.stages) & set(r.ensembles)
     if shared: raise ConfigError(f'{r.path} [ensemble.{min(shared)}]: a stage has the same name. Rename one of them.')
     _check_column_names(r)
-    for t in r.tables.values(): _check_groups(r, t)
+    for t in r.tables.values(): _check_table(r, t)
     for s in r.stages.values():
         _check_init(r, s)
         _check_sources(r, s)
         _check_folds(r, s)
     for s in r.stages.values(): _check_hard_labels(r, s)
+    for s in r.stages.values(): _check_validated(r, s)
     for e in r.ensembles.values(): _check_ensemble(r, e)
     _check_submit(r)
     try: return tuple(TopologicalSorter({name: node.parents for name, node in r.nodes.items()}).static_order())
@@ -504,9 +604,12 @@ def _check_column_names(r: Recipe) -> None:
                 _fail(r, f'table.{t.name}', 'carry', name, 'oof.csv has a column or a stage of this name. Rename it.')
 
 
-def _check_groups(r: Recipe, t: Table) -> None:
-    "Check that a table's images are grouped in one way only"
-    ways = [key for key in ('patient', 'group', 'block') if getattr(t, key)]
+def _check_table(r: Recipe, t: Table) -> None:
+    "Check that a table's images are grouped in one way only, and that its grades are where they can be"
+    if t.grade and t.grade != 'folder' and not t.csv:
+        _fail(r, f'table.{t.name}', 'grade', t.grade, 'this table has no csv. Write grade = folder if the sub-folders '
+              'of `images` are named by grade, or set csv.')
+    ways = [key for key in ('patient', 'pairs', 'group', 'block') if getattr(t, key)]
     if len(ways) > 1:
         advice = f'this table has the key {ways[0]}, too. Remove {ways[0]} or {ways[1]}.'
         _fail(r, f'table.{t.name}', ways[1], getattr(t, ways[1]), advice)
@@ -539,6 +642,30 @@ def _check_sources(r: Recipe, s: Stage) -> None:
               f'enter one number above 0 for each of the {len(s.train)} entries of train.')
 
 
+def _check_validated(r: Recipe, s: Stage) -> None:
+    "Check which tables validate a stage: no ancestor was trained on the images of a fold that validates the stage"
+    section = f'stage.{s.name}'
+    for table in s.validate:
+        if table not in s.graded_tables:
+            _fail(r, section, 'validate', table, f'no graded table of `train`. Accepted: {", ".join(s.graded_tables)}.')
+    parents = [m for parent in s.parents for m in r.members(parent) if m in r.stages]
+    for m in dict.fromkeys(parents): _check_parent_validated(r, s, r.stages[m], set())
+
+
+def _check_parent_validated(r: Recipe, s: Stage, ancestor: Stage, seen: set[str]) -> None:
+    "Check an ancestor of a stage, and its own"
+    if ancestor.name in seen: return
+    seen.add(ancestor.name)
+    leaked = [t for t in s.validated_tables if t in ancestor.graded_tables and t not in ancestor.validated_tables]
+    if leaked:
+        _fail(r, f'stage.{s.name}', 'validate', s.validate or s.validated_tables,
+              f'its parent {ancestor.name} trains on every fold of {leaked[0]}. Set validate of {ancestor.name} to '
+              f'{" ".join([*ancestor.validated_tables, leaked[0]])}.')
+    for parent in ancestor.parents:
+        for m in r.members(parent):
+            if m in r.stages: _check_parent_validated(r, s, r.stages[m], seen)
+
+
 def _check_folds(r: Recipe, s: Stage) -> None:
     "Check that the folds of a stage exist, and that its parents train them too"
     section = f'stage.{s.name}'
@@ -566,6 +693,13 @@ def _check_ensemble(r: Recipe, e: Ensemble) -> None:
     "Check the members of an ensemble and their weights"
     for m in e.members:
         if m not in r.stages: _fail(r, f'ensemble.{e.name}', 'members', m, _no_stage(r))
+    validated = {m: sorted(r.stages[m].validated_tables) for m in e.members}
+    first = e.members[0]
+    for m, tables in validated.items():
+        if tables != validated[first]:
+            _fail(r, f'ensemble.{e.name}', 'members', e.members,
+                  f'{m} is validated on {" ".join(tables)}, {first} on {" ".join(validated[first])}. Set the key '
+                  '`validate` of the stages to the same tables.')
     if e.weights and (len(e.weights) != len(e.members) or not sum(e.weights)):
         _fail(r, f'ensemble.{e.name}', 'weights', e.weights,
               f'enter one number for each of the {len(e.members)} members, not all 0.')
@@ -577,6 +711,7 @@ def _check_submit(r: Recipe) -> None:
         for name in names:
             if name not in r.nodes: _fail(r, 'submit', key, name, _no_node(r))
     table = r.submit.table
+    if not table: return
     if table not in r.tables: _fail(r, 'submit', 'table', table, _no_table(r))
     if r.tables[table].graded: _fail(r, 'submit', 'table', table, 'this table is graded. Name an ungraded table.')
 
@@ -590,9 +725,7 @@ def _no_table(r: Recipe) -> str: return f'no such table. Tables: {", ".join(r.ta
 
 def write_recipes(folder: Path) -> list[Path]:
     "Copy the shipped settings.ini and recipes/ into `folder`. Raises `ConfigError` instead of overwriting a file"
-    package = Path(__file__).parent
-    shipped = package / 'shipped'            # in an installed wheel
-    source = shipped if shipped.is_dir() else package.parent         # in a clone
+    source = shipped_folder()
     files = [source / 'settings.ini', *sorted((source / 'recipes').glob('*.ini'))]
     targets = [folder / f.relative_to(source) for f in files]
     for target in targets:

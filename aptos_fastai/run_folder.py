@@ -35,6 +35,7 @@ class Run:
     data: Path
     root: Path
     frames: dict[str, pd.DataFrame] = field(repr=False)
+    left_out: str = ''                       # which optional tables and stages are left out, and why
 
     @property
     def store(self) -> Path:
@@ -53,6 +54,17 @@ class Run:
     def label_dir(self, node: str, table: str) -> Path:
         "Return the folder of the pseudo-labels of `table` by a stage or ensemble"
         return self.root / 'labels' / node / table
+
+    def training_part(self, stage: Stage, table: str, fold: int) -> pd.Series:
+        """Return which images of a table of `train` train a fold of a stage, as a mask.
+
+        Images of the fold do not, unless the table is none that validates the stage: of such a table only those are
+        left out that share a group (patient, duplicate) with a validation image.
+        """
+        frame = self.frames[table]
+        if table not in stage.graded_tables or table in stage.validated_tables: return frame.fold != fold
+        validated = [self.frames[name] for name in stage.validated_tables]
+        return ~frame.group.isin(pd.concat([o.group[o.fold == fold] for o in validated]))
 
     def folds_of(self, node: str) -> range:
         "Return the folds of a stage, or those that all members of an ensemble have"

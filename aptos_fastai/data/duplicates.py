@@ -52,6 +52,24 @@ def near_pairs(bits: np.ndarray, near: int = NEAR) -> list[tuple[int, int]]:
     return sorted(found)
 
 
+def near_known(hashes: pd.Series, known: pd.Series, near: int = NEAR) -> np.ndarray:
+    """Return whether each of `hashes` (perceptual) differs in at most `near` bits from one of `known`.
+
+    It compares all pairs, because `near_pairs` misses some: 0.1 s for 1,000 images and 1,000 known ones.
+    """
+    unique, row = np.unique(hashes, return_inverse=True)
+    bits, known_bits = (_bits(o).view(np.uint64) for o in (unique, np.unique(known)))
+    known_bits = known_bits[known_bits.any(1)]           # a black image (all bits 0) is like no other
+    found = [bool(len(known_bits)) and o.any() and np.bitwise_count(known_bits ^ o).sum(1, dtype=np.int32).min() <= near
+             for o in bits]
+    return np.array(found, bool)[row]
+
+
+def _bits(hashes) -> np.ndarray:
+    "Return the bits of perceptual hashes, uint8 (n, 72)."
+    return np.stack([np.frombuffer(base64.b64decode(o), np.uint8) for o in hashes])
+
+
 def _first_row_with_key(keys: pd.Series) -> np.ndarray:
     "Return for each row the first row with the same key."
     codes = pd.factorize(keys)[0]
@@ -71,7 +89,7 @@ def _first_row_connected(n: int, edges: Edges) -> np.ndarray:
 def _similar_hashes(hashes: pd.Series) -> Edges:
     "Return edges between rows of equal or near perceptual hashes; a black image (all bits 0) is like no other."
     unique = hashes.drop_duplicates()
-    bits = np.stack([np.frombuffer(base64.b64decode(o), np.uint8) for o in unique])
+    bits = _bits(unique)
     is_black = ~bits.any(1)
     unique, bits = unique[~is_black], bits[~is_black]
     rows = np.flatnonzero(hashes.isin(unique))

@@ -53,7 +53,7 @@ def grade_texts(csv: Path, df: pd.DataFrame, table: Table) -> pd.Series:
 
 def is_ungradable(texts: pd.Series, table: Table) -> pd.Series:
     "Return which rows have a value that means ungradable (the table's key `ungradable`)"
-    values = {'' if value == BLANK else _canonical(value) for value in table.ungradable}
+    values = {'' if value == BLANK else _canonical(value) for value in table.ungradable_values}
     return texts.map(_canonical).isin(values)
 
 

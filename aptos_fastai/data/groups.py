@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from aptos_fastai.data.spreadsheet import TableError, first_few
+from aptos_fastai.data.locate import has_image_suffix, without_suffix
+from aptos_fastai.data.spreadsheet import TableError, first_few, read_spreadsheet
 from aptos_fastai.recipe import Table
 
 UNKNOWN = '', 'na', 'n/a', 'nan', 'none', 'null', 'unknown', '?', '-'      # in a column of patients
@@ -18,15 +19,16 @@ def find_groups(csv: Path, df: pd.DataFrame, ids: pd.Series, table: Table) -> tu
     Raises `TableError` if no row has a patient although the table says where they are.
     """
     if table.block: return _blocks(ids, table), ''
-    if not table.patient and not table.group: return f'{table.name}:' + ids, ''
-    patients = _patients(df, ids, table)
+    if not (table.patient or table.pairs or table.group): return f'{table.name}:' + ids, ''
+    patients = _patients(csv, df, ids, table)
     missing = ids[patients.isna()]
-    key = f'[table.{table.name}] ' + (f'patient = {table.patient}' if table.patient else f'group = {table.group}')
+    name = next(name for name in ('patient', 'pairs', 'group') if getattr(table, name))
+    key = f'[table.{table.name}] {name} = {getattr(table, name)}'
     if len(missing) == len(ids): raise TableError(f'{csv}: {key}: {_no_patient(ids, table)}')
     groups = f'{table.name}:' + patients.fillna(ids)
     if not len(missing): return groups, ''
     each = 'it is' if len(missing) == 1 else 'each is'
-    verb = 'is empty in' if table.patient else 'does not match'
+    verb = dict(patient='is empty in', pairs='does not list', group='does not match')[name]
     noun = 'rows' if table.patient else 'ids'
     return groups, (f'{key}: {verb} {len(missing)} of {len(ids)} {noun} ({first_few(missing)}); {each} a patient of '
                     'its own. Correct that if it is wrong.')
@@ -34,15 +36,32 @@ def find_groups(csv: Path, df: pd.DataFrame, ids: pd.Series, table: Table) -> tu
 
 def _no_patient(ids: pd.Series, table: Table) -> str:
     if table.patient: return f'the column is empty in all {len(ids)} rows. Name another, or remove the key.'
+    if table.pairs: return f'the file lists none of the {len(ids)} ids, for example {ids.iloc[0]}. Name another file.'
     return (f'matches none of the {len(ids)} ids, for example {ids.iloc[0]}. Put the part that is the patient in '
             'parentheses, or remove group and set block = 10 if patients are unknown.')
 
 
-def _patients(df: pd.DataFrame, ids: pd.Series, table: Table) -> pd.Series:
+def _patients(csv: Path, df: pd.DataFrame, ids: pd.Series, table: Table) -> pd.Series:
     "Return the patient of each row; NaN where there is none"
+    if table.pairs: return ids.map(_bare).map(_read_pairs(csv.parent / table.pairs))
     texts = df[table.patient] if table.patient else ids.str.extract(table.group).iloc[:, 0]
     texts = texts.str.casefold().str.replace(r'^(\d+)[.,]0+$', r'\1', regex=True)       # 17.0, as spreadsheets write 17
     return texts.where(~texts.isin(UNKNOWN), np.nan) if table.patient else texts.replace('', np.nan)
+
+
+def _read_pairs(file: Path) -> dict[str, str]:
+    "Return the patient of each image, from a CSV of which each row lists the images of one patient"
+    if not file.is_file():
+        raise TableError(f'{file}: no such file. It lists the images of each patient; get it where the images come '
+                         'from. With an empty key `pairs` the patients are unknown.')
+    rows = read_spreadsheet(file).to_numpy()
+    return {_bare(name): f'row {i}' for i, row in enumerate(rows, 2) for name in row if name}
+
+
+def _bare(name: str) -> str:
+    "Return an image's name without its folder and suffix, in lower case"
+    bare = name.replace('\\', '/').rpartition('/')[2]
+    return (without_suffix(bare) if has_image_suffix(bare) else bare).casefold()
 
 
 def natural_order(ids: pd.Series) -> np.ndarray:

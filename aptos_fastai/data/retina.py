@@ -19,12 +19,14 @@ class Prep:
     size: int = 512                          # side of the square, pixels
     quality: int = 95                        # JPEG quality
     cut_off: str = 'mirror'                  # mirror | black: how to fill the part of the retina outside the image
+    jpeg: str = 'full'                       # full | fast: how a large JPEG is decoded
 
     @property
     def name(self) -> str:
         "Folder name in the store: the settings that change the pixels."
         parts = [self.crop, self.aspect]
         if self.crop == 'retina' and self.aspect == 'pad': parts.append(self.cut_off)
+        if self.jpeg == 'fast': parts.append('fast')
         return '-'.join([*parts, str(self.size), f'q{self.quality}'])
 
     @property
@@ -56,7 +58,7 @@ class Circle:
 def get_prep(recipe: Recipe) -> Prep:
     "Return the image preparation that a recipe asks for."
     i = recipe.images
-    return Prep(i.crop, i.aspect, recipe.store_size, i.quality, i.cut_off)
+    return Prep(i.crop, i.aspect, recipe.store_size, i.quality, i.cut_off, i.jpeg)
 
 
 def _max_channel(im: np.ndarray) -> np.ndarray:
@@ -354,7 +356,7 @@ def prepare(data: bytes, prep: Prep, max_pixels: int = MAX_PIXELS) -> tuple[byte
     perceptual_hash, pixel_sha256, and those of `measure_quality`.
     Raises `ImageError`.
     """
-    im, (width, height) = decode(data, prep.size, max_pixels)
+    im, (width, height) = decode(data, prep.size, max_pixels, fast_jpeg=prep.jpeg == 'fast')
     h, w = im.shape[:2]
     c = find_retina(im) if prep.crop == 'retina' else Circle(w / 2, h / 2, max(h, w) / 2, 'whole')
     k = max(width, height) / max(h, w)       # `im` may be decoded at a fraction of the original's size

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from aptos_fastai.common.console import say
 from aptos_fastai.data.grades import grade_texts, is_ungradable, read_grade, read_grades
-from aptos_fastai.data.groups import eyes, find_groups
-from aptos_fastai.data.locate import ImageLocator, is_image
+from aptos_fastai.data.groups import eyes, find_groups, patients_text
+from aptos_fastai.data.locate import ImageLocator, files_below, is_image
 from aptos_fastai.data.spreadsheet import TableError, count, first_few, read_spreadsheet, require_column
 from aptos_fastai.metrics import GRADES
 from aptos_fastai.recipe import Recipe, Table
@@ -22,16 +23,35 @@ class TableContents:
     "A table as it was understood: its frame, and notes for a person to check"
     frame: pd.DataFrame
     notes: list[str] = field(default_factory=list)
+    ungradable: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=['id_code', 'path']))
 
 
 def find_folder(table: Table, data: Path) -> Path:
     "Return the first of the table's folders under `data` that has its CSV, or its images. Raises `TableError`"
-    tried, wanted = [data / f for f in table.folder], table.csv or table.images
+    tried, wanted = [data / f for f in table.folders], table.csv or table.images
     for folder in tried:
         if (folder / wanted).is_file() if table.csv else (folder / wanted).is_dir(): return folder
-    content = wanted if table.folder == ('.',) else ' or '.join(table.folder)
+    content = wanted if table.folder == '.' else ' or '.join(table.folders)
     raise TableError(f'[table.{table.name}]: {wanted} not found in {" or ".join(map(str, tried))}. '
                      f'Set --data to the folder that contains {content}, or use --data demo for synthetic images.')
+
+
+def with_present_tables(recipe: Recipe, data: Path) -> tuple[Recipe, str]:
+    "Return the recipe without its optional tables of which `data` has neither CSV nor images; and a text that says so"
+    missing = [t for t in recipe.used_tables if t.optional == 'yes' and not _is_there(t, data)]
+    if not missing: return recipe, ''
+    smaller = recipe.without([t.name for t in missing])
+    what = ', '.join(f'{t.csv} and {t.images}' if t.csv else t.images for t in missing)
+    lost = [name for name in recipe.order if name not in smaller.nodes]
+    without = f', without {", ".join(lost)}' if lost else ''
+    return smaller, (f'{", ".join(t.name for t in missing)}: {what} not found in {data}; the recipe runs without this '
+                     f'table{without}. The model is {smaller.submit.final}.')
+
+
+def _is_there(table: Table, data: Path) -> bool:
+    "Return whether the CSV or the images of a table are there; `images` = . proves nothing"
+    names = [name for name in (table.csv, table.images) if name not in ('', '.')]
+    return any((data / folder / name).exists() for folder in table.folders for name in names)
 
 
 def read_table(table: Table, data: Path) -> pd.DataFrame:
@@ -57,7 +77,9 @@ def table_contents(table: Table, data: Path) -> TableContents:
     csv, df = _rows(folder, table)
     if table.graded:
         texts = grade_texts(csv, df, table)
-        df, texts = _without_ungradable(df, texts, table, locator, notes)
+        ungradable = is_ungradable(texts, table)
+        not_graded = _ungradable_images(df[table.id][ungradable], len(df), table, locator, notes)
+        df, texts = (o[~ungradable].reset_index(drop=True) for o in (df, texts))
     ids = df[table.id].rename(table.id)
     paths = _match_images(csv, ids, locator)
     groups, note = find_groups(csv, df, ids, table)
@@ -69,7 +91,19 @@ def table_contents(table: Table, data: Path) -> TableContents:
     frame = pd.DataFrame(dict(id_code=ids, diagnosis=grades, path=paths, group=groups, source=table.name))
     for column in table.carry_columns: frame[column] = df[column]
     if table.eye: frame['eye'] = eyes(csv, df, ids, table)
-    return TableContents(frame, notes)
+    return TableContents(frame, notes, not_graded) if table.graded else TableContents(frame, notes)
+
+
+def describe(table: Table, contents: TableContents) -> str:
+    "Return what a table holds: '413 images, 120 patients, eyes left 60 right 60, images of grade 0-4: 9 8 7 6 5'"
+    df = contents.frame
+    parts = [f'{len(df)} images', patients_text(df, table)]
+    eyes_seen = df.eye.replace('', 'unknown').value_counts() if table.eye else {}
+    if len(eyes_seen): parts.append('eyes ' + ' '.join(f'{name} {n}' for name, n in eyes_seen.items()))
+    if table.graded:
+        parts.append('images of grade 0-4: ' + ' '.join(str(int((df.diagnosis == g).sum())) for g in range(GRADES)))
+    if len(contents.ungradable): parts.append(f'{len(contents.ungradable)} ungradable')
+    return ', '.join(parts)
 
 
 def read_tables(recipe: Recipe, data: Path) -> dict[str, pd.DataFrame]:
@@ -87,7 +121,8 @@ def read_contents(recipe: Recipe, data: Path) -> dict[str, TableContents]:
 def _rows(folder: Path, table: Table) -> tuple[Path, pd.DataFrame]:
     "Return the CSV of a table and its rows; without a CSV, its folder of images and a row for each of them"
     if table.csv: return folder / table.csv, _read_rows(folder / table.csv, table)
-    return folder / table.images, _class_folders(folder / table.images, table)
+    images = folder / table.images
+    return images, _class_folders(images, table) if table.graded else _folder_rows(images, table)
 
 
 def _read_rows(csv: Path, table: Table) -> pd.DataFrame:
@@ -104,26 +139,42 @@ def _read_rows(csv: Path, table: Table) -> pd.DataFrame:
     raise TableError(f'{csv}: no row has {column} = {value}. Its values are {first_few(sorted(set(df[column])))}.')
 
 
+def _folder_rows(images: Path, table: Table) -> pd.DataFrame:
+    "Return a row for each image in a folder and its sub-folders"
+    rows = [file.relative_to(images).as_posix() for file in files_below(images) if is_image(file)]
+    if rows:
+        folders = {row.partition('/')[0] for row in rows if '/' in row}
+        if folders and all(is_class_folder(name, table) for name in folders):
+            say(f'{table.name}: images lie in folders named by grade. To use these grades: grade = folder.', 'yellow')
+        return pd.DataFrame({table.id: rows})
+    raise TableError(f'[table.{table.name}]: {images} has no images. Set `images` to the folder of images.')
+
+
 def _class_folders(images: Path, table: Table) -> pd.DataFrame:
-    "Return a row for each image in sub-folders that are named by grade: 0 … 4, or names of grades"
-    folders = [f for f in sorted(images.iterdir()) if f.is_dir() and np.isfinite(read_grade(f.name))]
-    rows = [[file.relative_to(images).as_posix(), f.name]
-            for f in folders for file in sorted(f.rglob('*')) if file.is_file() and is_image(file)]
+    "Return a row for each image in sub-folders that are named by grade (0 … 4, or names of grades) or as `ungradable`"
+    folders = [f for f in sorted(images.iterdir()) if f.is_dir() and is_class_folder(f.name, table)]
+    rows = [[file.relative_to(images).as_posix(), folder.name]
+            for folder in folders for file in files_below(folder) if is_image(file)]
     if rows: return pd.DataFrame(rows, columns=[table.id, table.grade_columns[0]])
-    raise TableError(f'[table.{table.name}]: no csv is named, and {images} has no images in folders named 0 to 4 or by '
-                     'the names of grades. Set csv, or sort the images into such folders.')
+    raise TableError(f'[table.{table.name}]: grade = folder, but {images} has no images in folders named 0 to 4 or by '
+                     'the names of grades. Set csv and grade, or sort the images into such folders.')
 
 
-def _without_ungradable(df: pd.DataFrame, texts: pd.Series, table: Table, locator: ImageLocator, notes: list[str]):
-    "Return the rows and grade texts without those that mean ungradable; note their number"
-    ungradable = is_ungradable(texts, table)
-    if not ungradable.any(): return df, texts
-    notes.append(f'{ungradable.sum()} of {len(df)} images are ungradable by their graders (ungradable = '
-                 f'{" ".join(table.ungradable)}) and left out')
-    if ungradable.all(): raise TableError(f'[table.{table.name}]: all {len(df)} images are ungradable.')
-    for name in df[table.id][ungradable]:
-        with suppress(LookupError): locator(name)            # so that its image is not counted as unnamed
-    return df[~ungradable].reset_index(drop=True), texts[~ungradable].reset_index(drop=True)
+def is_class_folder(name: str, table: Table) -> bool:
+    "Return whether a folder's name is a grade, or a value that means ungradable"
+    return bool(np.isfinite(read_grade(name)) or is_ungradable(pd.Series([name]), table)[0])
+
+
+def _ungradable_images(ids: pd.Series, n: int, table: Table, locator: ImageLocator, notes: list[str]) -> pd.DataFrame:
+    "Return id_code and path of the images that are ungradable by their graders, of `n`; note their number"
+    if len(ids):
+        notes.append(f'{len(ids)} of {n} images are ungradable by their graders (ungradable = '
+                     f'{table.ungradable}) and left out')
+    if len(ids) == n: raise TableError(f'[table.{table.name}]: all {n} images are ungradable.')
+    rows = []
+    for name in ids:
+        with suppress(LookupError): rows.append([name, str(locator(name))])
+    return pd.DataFrame(rows, columns=['id_code', 'path'])
 
 
 # Images

@@ -4,17 +4,23 @@ import platform
 import shlex
 import shutil
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-from aptos_fastai.common.console import format_duration, say
+import pandas as pd
+
+from aptos_fastai.common.console import Bars, format_duration, say
 from aptos_fastai.common.distributed import cores
 from aptos_fastai.common.io import AptosError, run_lock
-from aptos_fastai.data.groups import patients_text
+from aptos_fastai.data.decode import ImageError
 from aptos_fastai.data.id_order import compare_id_orders, id_order_text
-from aptos_fastai.data.spreadsheet import TableError
-from aptos_fastai.data.tables import table_contents
+from aptos_fastai.data.retina import Prep, get_prep, prepare
+from aptos_fastai.data.spreadsheet import TableError, first_few
+from aptos_fastai.data.store import resized_warning
+from aptos_fastai.data.tables import describe, table_contents, with_present_tables
 from aptos_fastai.recipe import Recipe, read_recipe
 
 PACKAGES = 'aptos_fastai fastai torch timm pandas numpy scikit-learn opencv-python-headless pillow'.split()
@@ -36,6 +42,7 @@ DOWNLOADS = {                                # folder that a recipe names -> com
     ],
 }
 
+SAMPLED_IMAGES = 50                          # of each table that `doctor` reads, unless it reads all
 WARNING = 'warning'                          # `all` can run, but something should be changed
 Finding = tuple[str, str, bool | str]        # what was checked, what was found, whether it is in order (or `WARNING`)
 
@@ -78,7 +85,7 @@ def busy_text() -> str:
             'times are too long.')
 
 
-def check_tables(recipe: Recipe, data: Path) -> Iterator[Finding]:
+def check_tables(recipe: Recipe, data: Path, every_image: bool) -> Iterator[Finding]:
     "Check each table on its own, so that one missing table does not hide another"
     for table in recipe.used_tables:
         name = f'table {table.name}'
@@ -86,21 +93,45 @@ def check_tables(recipe: Recipe, data: Path) -> Iterator[Finding]:
         except TableError as e:
             yield name, str(e), False
             continue
-        df = contents.frame
-        found = f'{len(df)} images, {patients_text(df, table)}'
-        if table.graded:
-            counts = [str(int((df.diagnosis == grade).sum())) for grade in range(5)]
-            found += f', images of grade 0-4: {" ".join(counts)}'
-        yield name, found, True
-        tests = compare_id_orders(df, recipe.seed) if table.graded else []
+        yield name, describe(table, contents), True
+        tests = compare_id_orders(contents.frame, recipe.seed) if table.graded else []
         for warning in (*contents.notes, id_order_text(tests, table)):
             if warning: yield name, warning, WARNING
+        yield from check_images(recipe, contents.frame, every_image)
+
+
+def check_images(recipe: Recipe, frame: pd.DataFrame, every_image: bool) -> Iterator[Finding]:
+    "Check whether images of a table can be read and were resized: a random sample, or all of them"
+    name = frame.source.iloc[0]
+    sample = frame if every_image else frame.sample(min(len(frame), SAMPLED_IMAGES), random_state=recipe.seed)
+    prep, records = get_prep(recipe), []
+    with Bars() as bars, bars(f'reading images of {name}', len(sample), 'images') as bar, \
+            ThreadPoolExecutor(cores()) as pool:
+        for record in pool.map(partial(_image_record, prep=prep), sample.path):
+            records.append(record)
+            bar.to(len(records))
+    found = pd.DataFrame(records)
+    bad = [f'{i} {error}' for i, error in zip(sample.id_code, found.error, strict=True) if error]
+    part = f'{len(sample)} of {len(frame)} images read'
+    advice = '' if every_image or len(sample) == len(frame) else '; read all of them: doctor --images'
+    stops = recipe.images.skip_unreadable == 'no' or len(bad) == len(frame)
+    if bad: yield f'images of {name}', f'{part}, {len(bad)} unreadable: {first_few(bad)}{advice}', not stops and WARNING
+    else: yield f'images of {name}', f'{part}{advice}', True
+    warning = resized_warning(found[found.error == ''])
+    if warning: yield f'images of {name}', warning, WARNING
+
+
+def _image_record(path: str, prep: Prep) -> dict:
+    "Return what `prepare` found in an image, and `error`"
+    try: return dict(prepare(Path(path).read_bytes(), prep)[1], error='')
+    except ImageError as e: return dict(error=str(e))
+    except OSError as e: return dict(error=f'cannot be read ({e.strerror})')
 
 
 def download_commands(recipe: Recipe, data: Path) -> list[list[str]]:
     "Return the commands that download and unpack the missing tables, a list for each Kaggle competition"
-    missing = {folder for t in recipe.used_tables for folder in t.folder
-               if t.csv and not any((data / f / t.csv).is_file() for f in t.folder)}
+    missing = {folder for t in recipe.used_tables for folder in t.folders
+               if t.csv and not any((data / f / t.csv).is_file() for f in t.folders)}
     place = shlex.quote(str(data))
     return [[c.format(data=place) for c in commands] for folder, commands in DOWNLOADS.items() if folder in missing]
 
@@ -141,7 +172,7 @@ def check_plan(recipe: str, data: str, runs: str, sets: list[str]) -> Iterator[F
     yield 'disk', f'{plan.disk / 1e9:.2f} GB needed, {free / 1e9:.1f} GB free', free > 1.1 * plan.disk
 
 
-def find_problems(recipe: str, data: str, runs: str, sets: Iterable[str]) -> Iterator[Finding]:
+def find_problems(recipe: str, data: str, runs: str, sets: Iterable[str], every_image: bool) -> Iterator[Finding]:
     "Yield every finding, in the order in which a run would meet it"
     keys, demo = list(sets), data == 'demo'
     yield from check_software()
@@ -150,9 +181,13 @@ def find_problems(recipe: str, data: str, runs: str, sets: Iterable[str]) -> Ite
     except AptosError as e:
         yield 'recipe', str(e), False
         return
+    left_out = ''
+    if not demo: parsed, left_out = with_present_tables(parsed, Path(data))
     submit = parsed.submit
-    yield 'recipe', f'{parsed.path}: {len(parsed.stages)} stages; {submit.final} predicts {submit.table}', True
-    found = [] if demo else list(check_tables(parsed, Path(data)))
+    result = f'{submit.final} predicts {submit.table}' if submit.table else f'the model is {submit.final}'
+    yield 'recipe', f'{parsed.path}: {len(parsed.stages)} stages; {result}', True
+    if left_out: yield 'tables', left_out, WARNING
+    found = [] if demo else list(check_tables(parsed, Path(data), every_image))
     yield from found or [('tables', 'synthetic demo, generated at its first use', True)]
     yield from check_initial_weights(parsed)
     if not Path(runs).is_file(): yield from check_run_folder(Path(runs) / parsed.name)
@@ -166,10 +201,10 @@ MARKS: dict[bool | str, tuple[str, str | None]] = {
     True: ('ok  ', None), WARNING: ('WARN', 'yellow'), False: ('FAIL', 'red')}
 
 
-def doctor(recipe: str, data: str, runs: str, sets: Iterable[str]) -> None:
-    "Print a line for each finding. Raises `AptosError` if `all` would fail"
+def doctor(recipe: str, data: str, runs: str, sets: Iterable[str], every_image: bool = False) -> None:
+    "Print a line for each finding; read a sample of the images, or all. Raises `AptosError` if `all` would fail"
     keys, problems, warnings = list(sets), 0, False
-    for what, found, ok in find_problems(recipe, data, runs, keys):
+    for what, found, ok in find_problems(recipe, data, runs, keys, every_image):
         status, style = MARKS[ok]
         say(f'{status} {what}: {found}', style)
         problems += not ok

@@ -59,7 +59,7 @@ def measured_speed(stage: Stage, measured: dict) -> Speed:
 def tables_scored_by(recipe: Recipe, stage: str) -> set[str]:
     "Return the ungraded tables that a stage scores, for pseudo-labels or the submission"
     pairs = {(teacher, name) for s in recipe.stages.values() for teacher, name in s.sources if teacher}
-    pairs |= {(node, recipe.submit.table) for node in submitted_nodes(recipe)}
+    if recipe.submit.table: pairs |= {(node, recipe.submit.table) for node in submitted_nodes(recipe)}
     return {name for node, name in pairs if stage in recipe.members(node)}
 
 
@@ -69,10 +69,9 @@ def stage_cost(run: Run, name: str, folds: list[int], measured: dict) -> StageCo
     stage = run.recipe.stages[name]
     train_seconds, forward_seconds, parameters = measured_speed(stage, measured)
     train = valid = 0
-    for teacher, source in stage.sources:
-        fold = run.frames[source].fold
-        train += len(fold) if teacher else int((fold != folds[0]).sum())
-        valid += 0 if teacher else int((fold == folds[0]).sum())
+    for _, source in stage.sources:
+        train += int(run.training_part(stage, source, folds[0]).sum())
+        if source in stage.validated_tables: valid += int((run.frames[source].fold == folds[0]).sum())
     epochs = stage.epochs + stage.freeze_epochs
     scored = valid + sum(len(run.frames[t]) for t in tables_scored_by(run.recipe, name))
     forward_passes = epochs * valid + VIEWS[stage.tta] * scored
@@ -117,6 +116,8 @@ def hypothetical_run(recipe: Recipe, images: str) -> Run:
     "Return a run on tables of the given numbers of images ('TABLE=N TABLE=N'), which need not exist"
     try: counts = {name: int(n) for name, n in (pair.split('=') for pair in images.split())}
     except ValueError: raise AptosError(f'--images "{images}": write TABLE=NUMBER TABLE=NUMBER') from None
+    optional = {t.name for t in recipe.used_tables if t.optional == 'yes'} - set(counts)
+    if optional: recipe = recipe.without(optional)
     names = [t.name for t in recipe.used_tables]
     if set(counts) != set(names) or min(counts.values()) < 1:
         wanted = ' '.join(f'{n}=N' for n in names)
@@ -124,7 +125,7 @@ def hypothetical_run(recipe: Recipe, images: str) -> Run:
     frames = {}
     for name, n in counts.items():
         fold = np.arange(n) % recipe.splits if recipe.tables[name].graded else np.full(n, -1)
-        frames[name] = pd.DataFrame(dict(fold=fold))
+        frames[name] = pd.DataFrame(dict(fold=fold, group=[f'{name}:{i}' for i in range(n)]))
     return Run(recipe, Path('hypothetical tables'), Path('runs') / recipe.name, frames)
 
 
@@ -149,7 +150,8 @@ def show_plan(run: Run) -> None:
         say('Nothing to do: every stage is up to date.')
         return
     submit = run.recipe.submit
-    say(f'submission: {submit.table} by {submit.final} -> {run.root / "submission.csv"}')
+    if submit.table: say(f'submission: {submit.table} by {submit.final} -> {run.root / "submission.csv"}')
+    else: say(f'no table to predict: the model is {submit.final} -> {run.root}')
     say(f'estimate: {format_duration(plan.seconds)} and {plan.disk / 1e9:.2f} GB on disk,\n'
         'from a few training steps of each network on this machine (longer if it is busy)')
     check_run(run, todo)                     # last, so that an error comes after the table

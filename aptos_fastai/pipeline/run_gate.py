@@ -43,9 +43,10 @@ def ungradable_validated(run: Run) -> list[str]:
     return reasons_of(run_gate(run, node), images, run.out_of_fold_distances(node), oof.score)
 
 
-def gate_result(run: Run, scores: pd.DataFrame) -> dict:
-    "Return how many validation and test images are ungradable, and why; `scores` is scores.csv"
-    return dict(validation=_counts(ungradable_validated(run)), test=_counts(scores.ungradable.fillna('')))
+def gate_result(run: Run, scores: pd.DataFrame | None) -> dict:
+    "Return how many validation and test images are ungradable, and why; `scores` is scores.csv, None without tests"
+    validation = dict(validation=_counts(ungradable_validated(run)))
+    return validation if scores is None else validation | dict(test=_counts(scores.ungradable.fillna('')))
 
 
 def _counts(reasons: Iterable[str]) -> dict:

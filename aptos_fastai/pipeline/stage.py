@@ -52,8 +52,9 @@ def training_frame(run: Run, stage: Stage, fold: int, labels: dict[tuple[str, st
     parts = []
     for i, (teacher, table) in enumerate(stage.sources):
         images = run.frames[table]
-        if teacher: part = _pseudo_labelled_part(stage, fold, teacher, table, images, labels[teacher, table])
-        else: part = _graded_part(images, fold)
+        trains = run.training_part(stage, table, fold)
+        if teacher: part = _pseudo_labelled_part(images[trains], fold, teacher, table, labels[teacher, table])
+        else: part = _graded_part(images, trains, (images.fold == fold) & (table in stage.validated_tables))
         if stage.source_weights: part['weight'] = stage.source_weights[i]
         parts.append(part)
     frame = pd.concat(parts, ignore_index=True)
@@ -64,23 +65,19 @@ def training_frame(run: Run, stage: Stage, fold: int, labels: dict[tuple[str, st
     return frame
 
 
-def _graded_part(images: pd.DataFrame, fold: int) -> pd.DataFrame:
-    "Return a graded table: images of `fold` validate by their grade, the others train on their target"
-    valid = images.fold == fold
-    return images.assign(valid=valid, diagnosis=images.diagnosis.where(valid, images.target))
+def _graded_part(images: pd.DataFrame, trains: pd.Series, valid: pd.Series) -> pd.DataFrame:
+    "Return a graded table: some images validate by their grade, others train on their target"
+    part = images.assign(valid=valid, diagnosis=images.diagnosis.where(valid, images.target))
+    return part[trains | valid]
 
 
-def _pseudo_labelled_part(stage: Stage, fold: int, teacher: str, table: str, images: pd.DataFrame,
+def _pseudo_labelled_part(images: pd.DataFrame, fold: int, teacher: str, table: str,
                           labels: pd.DataFrame) -> pd.DataFrame:
-    "Return an ungraded table with labels by the teacher's network of `fold`, without duplicates of validation images"
+    "Return images of an ungraded table with labels by the teacher's network of `fold`"
     labels = labels.set_index('id_code')
-    images = images[(images.fold != fold) & images.id_code.isin(labels.index)]
-    source = f'{teacher}:{table}'
-    if not len(images):
-        raise AptosError(f'[stage.{stage.name}] train = {source}: no image of {table} is left: each is a duplicate '
-                         f'of a validation image of fold {fold}, or of the same patient. Remove it from `train`.')
+    images = images[images.id_code.isin(labels.index)]
     diagnosis = images.id_code.map(labels[f'fold{fold}']).astype(np.float32)
-    return images.assign(diagnosis=diagnosis, valid=False, source=source)
+    return images.assign(diagnosis=diagnosis, valid=False, source=f'{teacher}:{table}')
 
 
 def stage_learner(run: Run, name: str, fold: int = 0) -> Learner:

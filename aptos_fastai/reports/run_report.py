@@ -52,8 +52,8 @@ GALLERY_IMAGES = 12
 THUMBNAIL = 224                              # side of a gallery image, pixels
 
 
-def write_report(run: Run, summary: dict, oof: pd.DataFrame, predictions: pd.DataFrame, bars: Bars):
-    "Write <run>/report.html from summary.json, the out-of-fold table and the test predictions (scores.csv)."
+def write_report(run: Run, summary: dict, oof: pd.DataFrame, predictions: pd.DataFrame | None, bars: Bars):
+    "Write <run>/report.html from summary.json, the out-of-fold table and the test predictions (scores.csv), if any."
     final = run.recipe.submit.final
     valid = validated(oof, final)
     result = next(r for r in summary['stages'] if r['stage'] == final)
@@ -64,7 +64,7 @@ def write_report(run: Run, summary: dict, oof: pd.DataFrame, predictions: pd.Dat
     with bars('report: heat maps', 2, 'galleries') as bar:
         errors = largest_errors(run, valid)
         bar.to(1)
-        uncertain = most_uncertain(run, predictions)
+        uncertain = [] if predictions is None else most_uncertain(run, predictions)
         bar.to(2)
     write_html(run.root / 'report.html', 'report.html', title=f'{run.recipe.name}: report',
                note=introduction(run, result), warning=SYNTHETIC if run.recipe.demo else '',
@@ -80,16 +80,19 @@ def introduction(run: Run, result: dict) -> str:
     for name, frame in run.frames.items():
         labels = 'images' if run.recipe.tables[name].graded else 'pseudo-labelled images'
         if name in trained_on: tables.append(f'{name} ({len(frame)} {labels})')
+    tested = f' Predictions: {submit.table} ({len(run.frames[submit.table])} images).' if submit.table else ''
+    left_out = [f'{run.left_out}'] if run.left_out else []
     return '\n'.join([
         f'Results of the training run {run.recipe.name} ({run.recipe.path.name}): '
         f'{submit.final} grades diabetic retinopathy (DR) from 0 to 4 in fundus images.',
-        f'Trained on: {", ".join(tables)}. Predictions: {submit.table} ({len(run.frames[submit.table])} images).',
+        f'Trained on: {", ".join(tables)}.{tested}',
+        *left_out,
         f'{OUT_OF_FOLD} Where a metric is not, it is labelled.',
         *(f'Warning: {text}.' for text in result['warnings']),
         DISCLAIMER])
 
 
-def cards(run: Run, result: dict, valid: pd.DataFrame, predictions: pd.DataFrame) -> list[tuple[str, str]]:
+def cards(run: Run, result: dict, valid: pd.DataFrame, predictions: pd.DataFrame | None) -> list[tuple[str, str]]:
     "Return the (figure, label) pairs at the top of the report."
     submit = run.recipe.submit
     over = run.grouped_by(valid)
@@ -98,14 +101,17 @@ def cards(run: Run, result: dict, valid: pd.DataFrame, predictions: pd.DataFrame
     area_text, area_ci = interval_text(area, area_interval, over).split(' ', 1) if np.isfinite(area) else ('none', '')
     distance = (valid.grade - valid.diagnosis).abs()
     thresholds = thresholds_text(run.thresholds(submit.final, submit.thresholds))
+    last = ('none', f'predictions: no test table; thresholds {thresholds}')
+    if predictions is not None:
+        last = str(len(predictions)), f'predictions for {submit.table}, thresholds {thresholds}'
     return [(kappa, f'quadratic weighted kappa {kappa_ci}, {submit.final}, out-of-fold, n = {len(valid)}'),
             (percent((distance == 0).mean()), f'accuracy; {percent((distance <= 1).mean())} within one grade'),
             (area_text, f'AUC {area_ci}, referable DR (grade ≥ {REFERABLE})'),
-            (str(len(predictions)), f'predictions for {submit.table}, thresholds {thresholds}')]
+            last]
 
 
 def result_sections(run: Run, summary: dict, oof: pd.DataFrame, valid: pd.DataFrame,
-                    predictions: pd.DataFrame) -> list[Section]:
+                    predictions: pd.DataFrame | None) -> list[Section]:
     "Return the sections that show how well the stages and the final model (`valid`) predict."
     over = run.grouped_by(valid)
     return [Section('Results by stage', [stage_graph(run, summary), *stage_results(run, summary)]),
@@ -297,32 +303,35 @@ def _share_text(correct: pd.Series, groups: pd.Series) -> str:
     return interval_text(correct.mean(), proportion_interval(correct, groups))
 
 
-def calibration_section(run: Run, valid: pd.DataFrame, predictions: pd.DataFrame) -> list[Figure]:
+def calibration_section(run: Run, valid: pd.DataFrame, predictions: pd.DataFrame | None) -> list[Figure]:
     "Return the scores by true grade, the calibration curve and the grade distributions."
     submit = run.recipe.submit
     thresholds = run.thresholds(submit.final, submit.thresholds)
     correlation = np.corrcoef(valid.score, valid.diagnosis)[0, 1]
     error = np.abs(valid.score - valid.diagnosis).mean()
     true = np.concatenate([run.frames[name].diagnosis.dropna().astype(int) for name in valid.source.unique()])
-    groups = {'true, graded tables': true, 'predicted, validation': valid.grade.to_numpy(),
-              'predicted, test': predictions.grade.to_numpy()}
-    shift = np.abs(_grade_shares(predictions.grade) - _grade_shares(valid.grade)).sum() / 2
+    groups = {'true, graded tables': true, 'predicted, validation': valid.grade.to_numpy()}
+    caption = ''
+    if predictions is not None:
+        groups['predicted, test'] = predictions.grade.to_numpy()
+        shift = np.abs(_grade_shares(predictions.grade) - _grade_shares(valid.grade)).sum() / 2
+        caption = (f'Total variation distance between the predicted grades of validation and test: {shift:.2f} '
+                   '(0: equal proportions; 1: no common grade). Possible causes: other patients, another camera, '
+                   'chance.')
     return [figure(f'Scores by true grade, n = {len(valid)} images',
                    plots.score_histograms(valid.score, valid.diagnosis, thresholds),
                    f'Pearson correlation {correlation:.3f}, mean absolute error {error:.3f}, out-of-fold.'),
             figure(f'Calibration, n = {len(valid)} images', plots.calibration(valid.score, valid.diagnosis),
                    'On the diagonal, the score equals the mean true grade. Vertical lines: 95 % CI of the mean over '
                    'images.'),
-            figure('Grade distribution', plots.grade_distribution(groups),
-                   f'Total variation distance between the predicted grades of validation and test: {shift:.2f} '
-                   '(0: equal proportions; 1: no common grade). Possible causes: other patients, another camera, '
-                   'chance.')]
+            figure('Grade distribution', plots.grade_distribution(groups), caption)]
 
 
 def _grade_shares(grades: pd.Series) -> np.ndarray: return np.bincount(grades, minlength=GRADES)[:GRADES] / len(grades)
 
 
-def prediction_sets(run: Run, summary: dict, valid: pd.DataFrame, predictions: pd.DataFrame) -> list[Table | str]:
+def prediction_sets(run: Run, summary: dict, valid: pd.DataFrame,
+                    predictions: pd.DataFrame | None) -> list[Table | str]:
     "Return the empirical coverage and the size of the prediction sets; each part by sets fitted on the others."
     coverage, parts = run.recipe.submit.coverage, run.parts(valid)
     low, high = np.empty(len(valid), int), np.empty(len(valid), int)
@@ -335,7 +344,6 @@ def prediction_sets(run: Run, summary: dict, valid: pd.DataFrame, predictions: p
     for grade in range(GRADES): groups[str(grade)] = (valid.diagnosis == grade).to_numpy()
     rows = [[name, int(group.sum()), _share_text(covered[group], valid.group[group]), f'{size[group].mean():.2f}']
             for name, group in groups.items() if group.any()]
-    test_sizes = (predictions.grade_high - predictions.grade_low + 1).value_counts().sort_index()
     columns = ['true grade', 'images', f'empirical coverage\n(target {percent(coverage)})', 'mean set size']
     return [Table(columns, rows,
                   'Conformal prediction sets, measured out-of-fold: the sets of each fold (of five random parts, if '
@@ -345,8 +353,15 @@ def prediction_sets(run: Run, summary: dict, valid: pd.DataFrame, predictions: p
                   f'The target applies to images {SETS_CONDITION}. '
                   'grade_low to grade_high in scores.csv are the sets of the predictions.'),
             *(f'Caution: {text}.' for text in summary['submission']['cautions']),
-            Table(['set size (grades)', 'predictions', 'proportion'],
-                  [[int(k), int(n), Bar(n / len(predictions))] for k, n in test_sizes.items()])]
+            *_set_sizes(predictions)]
+
+
+def _set_sizes(predictions: pd.DataFrame | None) -> list[Table]:
+    "Return how many predictions have a set of each size."
+    if predictions is None: return []
+    sizes = (predictions.grade_high - predictions.grade_low + 1).value_counts().sort_index()
+    return [Table(['set size (grades)', 'predictions', 'proportion'],
+                  [[int(k), int(n), Bar(n / len(predictions))] for k, n in sizes.items()])]
 
 
 def learning_curves(run: Run) -> list[Figure]:
@@ -394,7 +409,8 @@ def _shortcut_findings(found: list[tuple[str, int, float, tuple[float, float]]])
 
 def gate_section(gate: dict) -> list[Table | str]:
     "Return how many validation and test images the gate refuses, and why; `gate` is that of summary.json."
-    parts = gate['validation'], gate['test']
+    titles = {'validation': 'validation images', 'test': 'test images'}
+    parts = [gate[name] for name in titles if name in gate]
     names = dict.fromkeys(name for part in parts for name in part['reasons'])
     counts = [('any reason', [part['ungradable'] for part in parts]),
               *((name, [part['reasons'].get(name, 0) for part in parts]) for name in names)]
@@ -402,7 +418,7 @@ def gate_section(gate: dict) -> list[Table | str]:
                      for k, part in zip(numbers, parts, strict=True))] for name, numbers in counts]
     return ['Images that the gate rejects get no grade. The metrics of this report count every '
             'validation image, and the submission grades every test image: scores.csv names the ungradable ones.',
-            Table(['reason', 'validation images', 'test images'], rows,
+            Table(['reason', *(title for name, title in titles.items() if name in gate)], rows,
                   'For validation images the distance from the training images is out-of-fold. Its limit rejects at '
                   'most the fraction [gate] reject of them.')]
 

@@ -12,11 +12,14 @@ from aptos_fastai.data.decode import decode
 from aptos_fastai.data.duplicates import duplicates_table
 from aptos_fastai.data.groups import patients_text
 from aptos_fastai.data.id_order import ORDERS, compare_id_orders, id_order_text
-from aptos_fastai.data.store import read_prepared, read_square, store_folder
+from aptos_fastai.data.retina import Circle
+from aptos_fastai.data.spreadsheet import first_few
+from aptos_fastai.data.store import read_prepared, read_square, resized_warning, store_folder
+from aptos_fastai.data.tables import describe, table_contents
 from aptos_fastai.metrics import GRADE_NAMES, GRADES
 from aptos_fastai.pipeline.graph import start_run
 from aptos_fastai.pipeline.summary import SYNTHETIC
-from aptos_fastai.reports.html import Bar, Section, Table, embed_image, write_html
+from aptos_fastai.reports.html import Bar, Figure, Section, Table, embed_image, write_html
 from aptos_fastai.run_folder import Run
 from aptos_fastai.training.loaders import FundusAugment
 
@@ -26,8 +29,8 @@ AUGMENTED = 2                                # augmented samples of each image
 MAX_ROWS = 8                                 # of a table of counts
 MAX_DUPLICATES = 40                          # sets of duplicates that are listed
 CIRCLE_COLOURS = dict(circle=(0, 255, 160), box=(255, 170, 0), whole=(255, 60, 60))      # RGB
-LEGEND = ('original with the circle found (green: fitted; orange: bounding box; red: no retina found), crop, '
-          'two augmented samples')
+LEGEND = ('original with the circle or ellipse found (green: fitted; orange: bounding box; red: no retina found), '
+          'crop, two augmented samples')
 
 
 def inspect_table(run: Run, name: str, count: int):
@@ -37,7 +40,7 @@ def inspect_table(run: Run, name: str, count: int):
     if count < 1: raise AptosError(f'{count}: choose at least 1 image.')
     with start_run(run) as (run, bars):
         prepared = read_prepared(store_folder(run.frames[name], run.store, run.prep))
-        columns = ['width', 'height', 'x', 'y', 'r', 'how', 'flags']
+        columns = ['width', 'height', 'x', 'y', 'r', 'stretch', 'how', 'flags']
         frame = run.frames[name].drop(columns=columns, errors='ignore')
         df = frame.merge(prepared[['id_code', *columns]], on='id_code')
         chosen = choose_images(df, count, run.recipe.seed)
@@ -48,15 +51,34 @@ def inspect_table(run: Run, name: str, count: int):
                 images.append(image)
                 strips.append(strip)
                 bar.to(len(images))
+    contents = Section('Contents', understood(run, name, df))
+    for line in contents.parts: say(f'{name}: {line}')
     file = run.root / 'inspect' / f'{name}.html'
     write_html(file, 'table_report.html', title=f'{name}: table report',
                note=f'{len(df)} images of {run.recipe.path.name}, prepared at {run.prep.size} px ({run.prep.name})\n'
                     f'{DISCLAIMER}',
-               warning=SYNTHETIC if run.recipe.demo else '', sections=table_sections(run, name, df),
+               warning=SYNTHETIC if run.recipe.demo else '',
+               sections=[contents, *table_sections(run, name, df)],
                legend=f'{len(chosen)} of {len(df)} images: {LEGEND}.', images=images)
     sheet = contact_sheet(strips)
     write_bytes(file.with_suffix('.png'), cv2.imencode('.png', sheet[..., ::-1])[1].tobytes())
     say(f'{name}: {len(chosen)} of {len(df)} images -> {file} and {file.with_suffix(".png").name}')
+
+
+def understood(run: Run, name: str, df: pd.DataFrame) -> list[str]:
+    "Return what the table holds, how its ids were matched, sizes and duplicates: lines to check before a training."
+    table = run.recipe.tables[name]
+    contents = table_contents(table, run.data)
+    of_image = df.width.astype(str) + ' x ' + df.height.astype(str)
+    sizes = [f'{size} ({n})' for size, n in of_image.value_counts().items()]
+    duplicates = duplicates_table(run.frames)
+    duplicates = duplicates[duplicates.source == name]
+    found = df.how.value_counts()
+    return [f'{describe(table, contents)}.',
+            *(f'{note}.' for note in contents.notes),
+            f'Sizes of the originals, pixels: {first_few(sizes)}.',
+            f'Retina found as {", ".join(f"{how} {n}" for how, n in found.items())}.',
+            f'Duplicate images: {len(duplicates)}, {int(duplicates.conflict.sum())} with conflicting grades.']
 
 
 def choose_images(df: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
@@ -89,20 +111,23 @@ def tiles(row, run: Run) -> list[np.ndarray]:
 
 
 def _original_with_circle(row) -> np.ndarray:
-    "Return the original, `TILE` pixels high, with the circle that was found."
+    "Return the original, `TILE` pixels high, with the circle or ellipse that was found."
     im, (width, height) = decode(Path(row.path).read_bytes(), 2 * TILE)
     scale = TILE / im.shape[0]
     small = cv2.resize(im, (max(1, round(im.shape[1] * scale)), TILE), interpolation=cv2.INTER_AREA)
     scale *= max(im.shape[:2]) / max(width, height)                      # x, y and r are pixels of the full size
     centre = round(row.x * scale), round(row.y * scale)
-    cv2.circle(small, centre, round(row.r * scale), CIRCLE_COLOURS[row.how], 1, cv2.LINE_AA)
-    return small
+    rx, ry = (round(o * scale) for o in Circle(row.x, row.y, row.r, row.how, row.stretch).half_axes)
+    return cv2.ellipse(small, centre, (rx, ry), 0, 0, 360, CIRCLE_COLOURS[row.how], 1, cv2.LINE_AA)
 
 
 def table_sections(run: Run, name: str, df: pd.DataFrame) -> list[Section]:
     "Return the counts of grades, sizes, circles, quality flags and duplicates of a table."
     df = df.assign(size=df.width.astype(str) + ' x ' + df.height.astype(str))
-    sizes = [Table(['original, pixels', 'images', 'proportion'], count_rows(df, 'size'))]
+    warning = resized_warning(df)
+    if warning: say(f'{name}: {warning}', 'yellow')
+    sizes: list[Table | Figure | str] = [f'Warning: {warning}'] if warning else []
+    sizes.append(Table(['original, pixels', 'images', 'proportion'], count_rows(df, 'size')))
     sections = []
     if run.recipe.tables[name].graded:
         sections.append(Section('Grades', [Table(['grade', 'images', 'proportion'], _grade_rows(df))]))
@@ -111,8 +136,8 @@ def table_sections(run: Run, name: str, df: pd.DataFrame) -> list[Section]:
     flags = df['flags'].str.split().explode().dropna().value_counts()
     flag_rows = [[flag, int(n), Bar(n / len(df))] for flag, n in flags.items()] or [['none', len(df), Bar(1)]]
     found = Table(['method', 'images', 'proportion'], count_rows(df, 'how'),
-                  'circle: a fitted circle; box: the bounding box of the bright part; whole: no retina found, so the '
-                  'whole image is used')
+                  'circle: a fitted circle, or an ellipse that is made a circle again; box: the bounding box of the '
+                  'bright part; whole: no retina found, so the whole image is used')
     return [*sections, Section('Image sizes', sizes), Section('Retina detection', [found]),
             Section('Quality flags', [Table(['flag', 'images', 'proportion'], flag_rows)]),
             Section('Duplicate images', [duplicate_sets(run, name)])]

@@ -15,6 +15,7 @@ from aptos_fastai.data.duplicates import (
     duplicates_table,
     group_duplicates,
     is_same_image,
+    near_known,
     near_pairs,
     resolve_conflicts,
     texture,
@@ -235,6 +236,21 @@ def test_duplicates_are_reported_and_listed(tables, small_recipe, tmp_path, caps
     df = pd.read_csv(runs / 'small/duplicates.csv')
     assert df.id_code.tolist() == ['test002', 'train001', 'train013']
     assert df.conflict.all() and df.duplicate_group.nunique() == 1
+
+
+def test_hashes_near_a_known_one_are_found_and_black_images_are_like_no_other():
+    rng = np.random.default_rng(0)
+    known = rng.integers(0, 256, (50, 72), dtype=np.uint8)
+
+    def with_changed_bits(n):
+        bits = np.unpackbits(known[7])
+        bits[rng.choice(576, n, replace=False)] ^= 1
+        return np.packbits(bits)
+    rows = [with_changed_bits(0), with_changed_bits(NEAR), with_changed_bits(NEAR + 1), np.zeros(72, np.uint8)]
+    hashes, others = (pd.Series([base64.b64encode(o.tobytes()).decode() for o in part])
+                      for part in ([*rows, rows[0]], [*known, np.zeros(72, np.uint8)]))
+    assert near_known(hashes, others).tolist() == [True, True, False, False, True]
+    assert not near_known(hashes, others[-1:]).any()
 
 
 def test_idrid_has_known_duplicates(idrid):

@@ -170,12 +170,24 @@ def test_two_rows_of_one_file_are_refused_and_unnamed_images_counted(tmp_path):
 def test_folders_named_by_grade_are_a_table(tmp_path, names):
     write_images(tmp_path / 'images', [f'{name}/{i}.png' for name in names for i in range(3)])
     write_images(tmp_path / 'images', ['masks/0.png'])
-    contents = table_contents(table(csv='', grade=''), tmp_path)
+    contents = table_contents(table(csv='', grade='folder'), tmp_path)
     df = contents.frame
     assert len(df) == 15 and sorted(df.diagnosis) == sorted(3 * list(range(5)))
     assert all(df.diagnosis[df.id_code.str.startswith(name + '/')].eq(g).all() for g, name in enumerate(names))
     assert contents.notes == [f'1 images in {tmp_path / "images"} are named by no row (folders masks)']
-    assert read_order(table(csv='', grade=''), tmp_path) == df.id_code.tolist()
+    assert read_order(table(csv='', grade='folder'), tmp_path) == df.id_code.tolist()
+
+
+def test_a_folder_alone_is_an_ungraded_table(tmp_path, capsys):
+    write_images(tmp_path / 'images', ['x.png', 'a/y.png'])
+    df = read_table(table(csv='', grade=''), tmp_path)
+    assert df.id_code.tolist() == ['a/y.png', 'x.png'] and df.diagnosis.isna().all()
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(TableError, match='has no images. Set `images` to the folder of images'):
+        read_table(table(csv='', grade='', images='empty'), tmp_path)
+    write_images(tmp_path / 'graded', ['0/x.png', '1/y.png'])
+    read_table(table(csv='', grade='', images='graded'), tmp_path)
+    assert 'To use these grades: grade = folder' in capsys.readouterr().out
 
 
 # What columns mean
@@ -236,12 +248,12 @@ def test_one_of_several_grade_columns_is_filled(tmp_path):
 
 def test_values_that_mean_ungradable(tmp_path):
     write_rows(tmp_path, 'id_code,diagnosis', 'a,0', 'b,5.0', 'c,', 'd,2', 'e,U')
-    contents = table_contents(table(ungradable=('5', 'blank', 'u')), tmp_path)
+    contents = table_contents(table(ungradable='5 | blank | u'), tmp_path)
     assert not any('named by no row' in note for note in contents.notes)
     assert contents.frame.id_code.tolist() == ['a', 'd']
     assert contents.notes[0].startswith('3 of 5 images are ungradable by their graders')
     with pytest.raises(TableError, match=r'2 invalid values in column diagnosis: b = 5.0, c = \(empty\)'):
-        read_table(table(ungradable=('u',)), tmp_path)
+        read_table(table(ungradable='u'), tmp_path)
 
 
 def test_further_columns_are_carried(tmp_path):

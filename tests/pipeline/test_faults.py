@@ -6,8 +6,8 @@ import socket
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,7 +21,6 @@ from aptos_fastai.cli import main
 from aptos_fastai.common.io import AptosError, read_record, remove_stale_temp_files, run_lock, write_bytes, write_record
 from aptos_fastai.pipeline import stage
 from aptos_fastai.pipeline.doctor import WARNING, check_devices
-from aptos_fastai.recipe import Stage
 from aptos_fastai.training import callbacks, checkpoint, loaders
 
 RECIPE = str(ROOT / 'settings.ini')
@@ -245,14 +244,6 @@ def test_a_killed_loader_process_is_one_line(tables, small_recipe, tmp_path, mon
                  'a process that loads images died', 'workers = 0')
 
 
-def test_a_table_that_only_duplicates_validation_images_is_refused():
-    images = pd.DataFrame(dict(id_code=['a', 'b'], fold=0))
-    labels = pd.DataFrame(dict(id_code=['a', 'b'], fold0=[1., 2.]))
-    run = SimpleNamespace(frames=dict(test=images))
-    with pytest.raises(AptosError, match=r'\[stage.s\] train = t:test: no image of test is left'):
-        stage.training_frame(run, Stage('s', ('t:test',)), 0, {('t', 'test'): labels})
-
-
 def test_same_seed_same_run_with_any_number_of_loaders(toy, tmp_path):
     main(['all', '--recipe', RECIPE, '--runs', str(tmp_path), *TOY, '--set', 'stage.workers=2'])
     other = tmp_path / toy.name
@@ -365,6 +356,33 @@ def test_doctor_warns_of_ids_that_tell_the_grade(tables, small_recipe, tmp_path,
     out = capsys.readouterr().out
     assert 'WARN table train: ids tell the grade: 90 % of neighbouring ids have equal grades, 18 % by chance' in out
     assert 'No problem' in out
+
+
+def test_doctor_reads_images(tables, small_recipe, tmp_path, capsys):
+    "A sample of each table, or all of them; an unreadable image is a problem unless it may be skipped"
+    args = ['doctor', *small_args(tables, small_recipe, tmp_path / 'runs')]
+    main(args)
+    assert 'ok   images of train: 40 of 40 images read' in capsys.readouterr().out
+    (tables / 'train_images/train007.png').write_bytes(b'no image')
+    with pytest.raises(SystemExit): main(args)
+    out = ' '.join(capsys.readouterr().out.split())
+    assert 'FAIL images of train: 40 of 40 images read, 1 unreadable: train007 cannot be decoded' in out
+    main([*args, '--set', 'images.skip_unreadable=yes'])
+    assert 'WARN images of train: 40 of 40 images read, 1 unreadable' in capsys.readouterr().out
+
+
+def test_doctor_reads_all_images_if_asked(tables, small_recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr('aptos_fastai.pipeline.doctor.SAMPLED_IMAGES', 5)
+    for file in sorted((tables / 'train_images').iterdir())[:30]:
+        im = cv2.imread(str(file))
+        cv2.imwrite(str(file), cv2.resize(im, (96, 96)))
+    args = ['doctor', *small_args(tables, small_recipe, tmp_path / 'runs')]
+    main(args)
+    assert 'images of train: 5 of 40 images read; read all of them: doctor --images' in capsys.readouterr().out
+    main([*args, '--images'])
+    out = ' '.join(capsys.readouterr().out.split())
+    assert 'ok images of train: 40 of 40 images read' in out
+    assert 'WARN images of train: 30 of 40 images look resized' in out
 
 
 def test_doctor_prints_how_to_download_kaggles_tables(tmp_path, capsys):

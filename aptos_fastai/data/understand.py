@@ -1,0 +1,247 @@
+"Understand a table without a recipe: which column is the id, the grade, the patient and the eye, and why."
+import os
+import re
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from aptos_fastai.data.grades import BLANK, read_grade
+from aptos_fastai.data.groups import EYES, UNKNOWN
+from aptos_fastai.data.id_order import compare_id_orders
+from aptos_fastai.data.locate import ImageLocator, has_image_suffix
+from aptos_fastai.data.spreadsheet import TableError, first_few, read_spreadsheet, require_column
+from aptos_fastai.data.tables import is_class_folder, table_contents
+from aptos_fastai.recipe import COLUMNS_OF_SCORES, Table, parse_table, preset_files, preset_table, read_recipe
+
+Ask = Callable[[str, list[str]], str]        # a question and its possible answers -> one of them
+
+SAMPLE = 200                                 # rows that are searched among the images
+NEIGHBOUR_BLOCK = 10                         # ids in a group if neighbours have equal grades and patients are unknown
+MOST_VALUES = 20                             # of a column that is carried
+ID_NAMES = 'id_code', 'image', 'image_id', 'file', 'filename', 'file name', 'image name', 'path', 'id', 'name'
+GRADE_NAME = re.compile(r'diagnos|retinopathy|icdr|etdrs|severity|(^|[^a-z])dr([^a-z]|$)|grade|level|label|class|stage')
+OTHER_GRADE = re.compile(r'edema|oedema|dme|quality|gradab|risk|referable|clarity|artifact|field|glaucoma|amd|cataract')
+PATIENT_NAME = re.compile(r'patient|subject|person|(^|[^a-z])(pid|mrn|examination|study|participant)([^a-z]|$)')
+EYE_NAME = re.compile(r'eye|lateral|(^|[^a-z])(side|oculus)([^a-z]|$)')
+UNGRADABLE = re.compile(r'|ungrad.*|unread.*|poor.*|bad.*|not? grad.*|n/?a|nan|none|null|u|x|5|5\.0|6|9|99|-1')
+SIDE = r'(left|right|od|os|l|r)'
+EYE_PATTERN = rf'(?i)[_\-. ]{SIDE}\d*(?:\.\w+)?$'
+PATIENT_PATTERN = r'(?i)^(.+?)[_\-. ]+(?:left|right|od|os|l|r)\d*(?:\.\w+)?$'
+
+
+@dataclass(frozen=True)
+class Understood:
+    "A table as keys of a recipe, the folder that its paths begin at, and why: a line for each decision"
+    table: Table
+    data: Path
+    reasons: list[str] = field(default_factory=list)
+
+
+def find_table(name: str, images: str = '', recipe: str = '', data: str = '', ask: Ask | None = None,
+               **keys: str) -> Understood:
+    """Return the graded table that `name` names: a CSV or a folder, else a table of the recipe, else a preset.
+
+    `images` is the folder of images of a CSV, `data` that of a recipe or a preset; `keys` (keys of [table.NAME]) change
+    how a CSV or a folder is understood. Raises `AptosError`.
+    """
+    if Path(name).exists(): return understand_table(name, images, graded=True, ask=ask, **keys)
+    known: dict[str, Table] = read_recipe(recipe).tables if recipe else {}
+    if name not in known and name not in preset_files():
+        tables = f', or a table of {recipe}: {", ".join(known)}' if recipe else ''
+        raise TableError(f'{name}: no such file, and no such table. Give a CSV, a folder with a sub-folder for each '
+                         f'grade, a preset ({", ".join(preset_files())}){tables}.')
+    if not data: raise TableError(f'{name}: add --data FOLDER, the folder that has this table.')
+    table = known[name] if name in known else preset_table(name)
+    source = f'[table.{name}] of {recipe}' if name in known else f'the preset {name}'
+    return Understood(table, Path(data), [f'table: {source}'])
+
+
+def understand_table(csv: str | Path, images: str | Path = '', *, name: str = 'train', graded: bool = True,
+                     ask: Ask | None = None, **keys: str) -> Understood:
+    """Return the table of a CSV (or .xlsx) and a folder of images, or of a folder alone; see `Understood`.
+
+    Columns are chosen by their names and contents; `keys` (keys of [table.NAME]: id, grade, patient …) override that.
+    Where two columns would do, `ask` chooses; without it that raises `TableError`, which names both.
+    """
+    file = Path(csv)
+    if file.is_dir(): return _understand_folder(file, name, graded, keys)
+    if not file.is_file(): raise TableError(f'{file}: no such file or folder.')
+    folder = Path(images) if str(images) else file.parent
+    if not folder.is_dir(): raise TableError(f'{folder}: no such folder of images.')
+    keys = dict(csv=file.name, images=relative(folder, file.parent), **keys)
+    table = _Columns(file, folder, keys, ask).table(name, graded)
+    return table if not graded else _with_blocks(table)
+
+
+def relative(path: Path, start: Path) -> str:
+    "Return a path as it is seen from the folder `start`"
+    try: return Path(os.path.relpath(path.resolve(), start.resolve())).as_posix()
+    except ValueError: return path.resolve().as_posix()      # another drive on Windows
+
+
+def _understand_folder(folder: Path, name: str, graded: bool, keys: dict[str, str]) -> Understood:
+    "Return the table of a folder: of its sub-folders named by grade, or ungraded"
+    keys = dict(keys, images='.')
+    if not graded: return Understood(parse_table(name, keys), folder, [f'images: all below {folder}'])
+    table = parse_table(name, dict(keys, grade='folder'))
+    found = [o.name for o in sorted(folder.iterdir()) if o.is_dir() and is_class_folder(o.name, table)]
+    if not found:
+        raise TableError(f'{folder}: has no folders named by grade (0 to 4, or names of grades). Give a CSV with '
+                         'grades, or sort the images into such folders.')
+    return Understood(table, folder, [f'grade: the sub-folders {", ".join(found)}'])
+
+
+def _with_blocks(understood: Understood) -> Understood:
+    "Return the table with `block` where patients are unknown and neighbouring ids have equal grades"
+    table = understood.table
+    if table.grouped_by != 'images': return understood
+    tests = compare_id_orders(table_contents(table, understood.data).frame, seed=0)
+    if not any(test.is_related for test in tests): return understood
+    why = (f'patient: unknown, but neighbouring ids have equal grades: {NEIGHBOUR_BLOCK} neighbours are one group '
+           f'(block = {NEIGHBOUR_BLOCK})')
+    reasons = [why if reason.startswith('patient: unknown') else reason for reason in understood.reasons]
+    return replace(understood, table=replace(table, block=NEIGHBOUR_BLOCK), reasons=reasons)
+
+
+class _Columns:
+    "Decides what each column of a CSV is; `reasons` says why"
+    def __init__(self, file: Path, images: Path, keys: dict[str, str], ask: Ask | None):
+        self.file, self.keys, self.ask = file, dict(keys), ask
+        self.reasons: list[str] = []
+        self.locator = ImageLocator(images, loose=True, within=images.resolve().parent)
+        df = read_spreadsheet(file, header=False)
+        header = keys.get('header') or ('no' if self._is_row(df.iloc[0].tolist()) else 'yes')
+        if header == 'yes': df = read_spreadsheet(file)
+        elif 'header' not in keys: self._decide('header', 'no', 'the first row already names an image')
+        self.df = df
+
+    def _is_row(self, cells: list[str]) -> bool:
+        "Return whether the first row holds an image and a grade rather than names of columns"
+        return any(has_image_suffix(cell) or self._has_image(cell) for cell in cells if cell)
+
+    def _has_image(self, name: str) -> bool:
+        with suppress(LookupError): return bool(self.locator(name))
+        return False
+
+    def _decide(self, key: str, value: str, why: str) -> None:
+        self.keys[key] = value
+        self.reasons.append(f'{key}: {value} ({why})')
+
+    def table(self, name: str, graded: bool) -> Understood:
+        "Return the table with every column decided"
+        for key in ('id', 'patient', *(['grade'] if graded else [])):
+            for column in filter(None, map(str.strip, self.keys.get(key, '').split('|'))):
+                require_column(self.file, self.df, column, f'Choose one of them: --{key} COLUMN.')
+        if 'id' not in self.keys: self._find_id()
+        if graded and 'grade' not in self.keys: self._find_grade()
+        if graded and 'ungradable' not in self.keys: self._find_ungradable()
+        if not {'patient', 'group', 'pairs', 'block'} & self.keys.keys(): self._find_patient()
+        if 'eye' not in self.keys: self._find_eye()
+        if graded and 'carry' not in self.keys: self._find_carried()
+        return Understood(parse_table(name, self.keys), self.file.parent, self.reasons)
+
+    def _choose(self, key: str, columns: list[str], what: str) -> str:
+        "Return the only one of `columns`, or the one that the user chooses"
+        if len(columns) == 1: return columns[0]
+        if self.ask: return self.ask(f'{self.file.name}: which column is {what}?', columns)
+        raise TableError(f'{self.file}: {what} can be in {len(columns)} columns: {", ".join(columns)}. Choose one: '
+                         f'--{key} "{columns[0]}".')
+
+    def _others(self, *keys: str) -> list[str]:
+        "Return the columns that none of these keys has taken"
+        taken = {name.strip() for key in keys for name in self.keys.get(key, '').split('|')}
+        return [column for column in self.df if column not in taken]
+
+    def _find_id(self) -> None:
+        rows = self.df.iloc[np.linspace(0, len(self.df) - 1, min(SAMPLE, len(self.df))).astype(int)]
+        unlike = [column for column in self.df if rows[column].nunique() > len(rows) / 2]
+        share = {column: np.mean([self._has_image(o) for o in rows[column]]) for column in unlike}
+        best = max(share.values(), default=0)
+        if not best:
+            files = first_few(self.locator.files[:3]) or 'nothing'
+            raise TableError(f'{self.file}: no column names images in {self.locator.root}, which has {files}. Its '
+                             f'columns are {", ".join(self.df)}. Give the folder of the images, or --id COLUMN.')
+        columns = [c for c, s in share.items() if s == best]
+        columns.sort(key=lambda c: ID_NAMES.index(c.casefold()) if c.casefold() in ID_NAMES else len(ID_NAMES))
+        same = all(self._same_images(columns[0], c) for c in columns[1:])
+        column = columns[0] if same else self._choose('id', columns, 'the image')
+        self._decide('id', column, f'{100 * best:.0f} % of its values name an image in {self.locator.root}')
+
+    def _same_images(self, a: str, b: str) -> bool:
+        "Return whether two columns name the same images"
+        rows = self.df.head(SAMPLE)
+        with suppress(LookupError):
+            return all(self.locator(x) == self.locator(y) for x, y in zip(rows[a], rows[b], strict=True))
+        return False
+
+    def _find_grade(self) -> None:
+        others = [c for c in self._others('id', 'patient') if _looks_like_grades(self.df[c])]
+        named = [c for c in others if GRADE_NAME.search(c.casefold()) and not OTHER_GRADE.search(c.casefold())]
+        unnamed = [c for c in others if not OTHER_GRADE.search(c.casefold()) and self.df[c].nunique() > 2]
+        for candidates, why in ((named, 'by its name and values'), (unnamed, 'its values are grades')):
+            sides = _of_both_eyes(self.df, candidates)
+            if sides: return self._decide('grade', ' | '.join(sides), 'one of them is filled in each row')
+            if not candidates: continue
+            rest = [c for c in others if c not in candidates]
+            text = f'; not {", ".join(rest)}' if rest else ''
+            return self._decide('grade', self._choose('grade', candidates, 'the grade'), why + text)
+        raise TableError(f'{self.file}: no column has grades (0 to 4, I to IV, or words such as moderate). Its columns '
+                         f'are {", ".join(self.df)}. Name the column: --grade COLUMN.')
+
+    def _find_ungradable(self) -> None:
+        columns = [name.strip() for name in self.keys['grade'].split('|')]
+        texts = self.df[columns].agg(''.join, axis=1)
+        values = sorted({t for t in texts.unique() if np.isnan(read_grade(t)) and UNGRADABLE.fullmatch(t.casefold())})
+        if not values: return
+        shown = ' | '.join(value or BLANK for value in values)
+        self._decide('ungradable', shown, f'{texts.isin(values).sum()} rows without a grade')
+
+    def _find_patient(self) -> None:
+        ids, taken = self.df[self.keys['id']], {*self.keys.get('grade', '').split(' | '), self.keys['id']}
+        named = [c for c in self.df if c not in taken and PATIENT_NAME.search(c.casefold())]
+        columns = [c for c in named if self.df[c].nunique() > 1 and not _looks_like_grades(self.df[c])]
+        if columns:
+            column = self._choose('patient', columns, 'the patient')
+            n = self.df[column][~self.df[column].str.casefold().isin(UNKNOWN)].nunique()
+            self._decide('patient', column, f'by its name; {n} patients of {len(self.df)} images')
+        elif _all_end_in_eye(ids) and ids.str.extract(PATIENT_PATTERN)[0].nunique() < len(ids):
+            self._decide('group', PATIENT_PATTERN, f'every id ends in the eye: {first_few(ids[:2])}')
+        else: self.reasons.append('patient: unknown (no column, no eye at the end of the ids)')
+
+    def _find_eye(self) -> None:
+        columns = [c for c in self._others('id', 'grade', 'patient') if EYE_NAME.search(c.casefold())]
+        columns = [c for c in columns if set(self.df[c].str.casefold()) <= {*EYES, ''} and self.df[c].any()]
+        if columns: self._decide('eye', columns[0], 'by its name and values')
+        elif _all_end_in_eye(self.df[self.keys['id']]):
+            self._decide('eye', EYE_PATTERN, 'every id ends in the eye')
+
+    def _find_carried(self) -> None:
+        "Carry further columns of few values: subgroups of the report. Others may name people, and stay where they are"
+        names = [c for c in self._others('id', 'grade', 'patient', 'eye')
+                 if 1 < self.df[c].nunique() <= MOST_VALUES and c not in COLUMNS_OF_SCORES and '|' not in c]
+        ages = [c for c in self._others('id', 'grade', 'patient', 'eye') if c.casefold() == 'age' and c not in names]
+        if names or ages: self._decide('carry', ' | '.join(names + ages), 'few values each: subgroups')
+
+
+def _looks_like_grades(values: pd.Series) -> bool:
+    "Return whether every value is a grade, or means ungradable, and some are grades"
+    unique = values.unique()
+    grades = [o for o in unique if np.isfinite(read_grade(o))]
+    others = [o for o in unique if np.isnan(read_grade(o))]
+    return bool(grades) and all(UNGRADABLE.fullmatch(o.casefold()) for o in others)
+
+
+def _all_end_in_eye(ids: pd.Series) -> bool: return all(re.search(EYE_PATTERN, text) for text in ids)
+
+
+def _of_both_eyes(df: pd.DataFrame, columns: Iterable[str]) -> list[str]:
+    "Return two columns of which exactly one is filled in each row; an empty list if there are none"
+    columns = list(columns)
+    for i, a in enumerate(columns):
+        for b in columns[i + 1:]:
+            if ((df[a] != '') ^ (df[b] != '')).all() and df[a].any() and df[b].any(): return [a, b]
+    return []

@@ -1,0 +1,105 @@
+"Tables without a recipe: which column is what, and what happens where two would do."
+import pytest
+from layouts import LAYOUTS, grade_of, write_image, write_lines
+
+from aptos_fastai.common.io import AptosError
+from aptos_fastai.data.tables import table_contents
+from aptos_fastai.data.understand import find_table, understand_table
+
+
+def keys(understood, *names): return tuple(getattr(understood.table, name) for name in names)
+
+
+def write_rows(folder, header, rows):
+    "Write t.csv and its images, which the first cell of each row names"
+    write_lines(folder / 't.csv', [header, *rows])
+    for i, row in enumerate(rows): write_image(folder / f'{row.split(",")[0]}.png', i)
+    return folder / 't.csv'
+
+
+@pytest.mark.parametrize('layout, csv, images, expected', [
+    ('clinic_excel', 'labels.xlsx', 'photos', dict(
+        id='Photo', grade='DR grade', patient='Patient No.', eye='Eye', ungradable='ungradable',
+        carry='Macular oedema | Camera | Sex | Age')),
+    ('semicolons', 'Befunde.csv', 'Bilder', dict(id='Bild', grade='Grad der Retinopathie', carry='Kamera')),
+    ('no_header', 'labels.txt', 'img', dict(header='no', id='1', grade='2')),
+    ('messidor2', 'messidor_data.csv', 'IMAGES', dict(
+        id='image_id', grade='adjudicated_dr_grade', ungradable='blank')),
+    ('eyepacs2015', 'diabetic-retinopathy-detection/trainLabels.csv', 'diabetic-retinopathy-detection/train',
+     dict(id='image', grade='level')),
+])
+def test_columns_of_a_layout(tmp_path, layout, csv, images, expected):
+    root = LAYOUTS[layout](tmp_path)
+    understood = understand_table(root / csv, root / images)
+    assert {name: getattr(understood.table, name) for name in expected} == expected
+    assert all(any(reason.startswith(f'{key}: ') for reason in understood.reasons) for key in expected)
+    df = table_contents(understood.table, understood.data).frame
+    assert 59 <= len(df) <= 60
+    if layout == 'eyepacs2015': assert df.group.nunique() == 30 and set(df.eye) == {'left', 'right'}
+    if layout == 'clinic_excel': assert df.group.nunique() == 30 and 'Name' not in df
+
+
+def test_both_eyes_in_two_columns(tmp_path):
+    root = LAYOUTS['deepdrid'](tmp_path) / 'regular_fundus_images/regular-fundus-training'
+    understood = understand_table(root / 'regular-fundus-training.csv')
+    assert keys(understood, 'id', 'grade', 'patient') == (
+        'image_id', 'left_eye_DR_Level | right_eye_DR_Level', 'patient_id')
+
+
+def test_class_folders(tmp_path):
+    root = LAYOUTS['class_folders'](tmp_path)
+    understood = understand_table(root / 'images')
+    df = table_contents(understood.table, understood.data).frame
+    assert df.diagnosis.tolist() == [grade_of(2200 + int(name[-7:-4])) for name in df.id_code]
+    with pytest.raises(AptosError, match='has no folders named by grade'): understand_table(root)
+
+
+def test_two_columns_that_would_do(tmp_path):
+    csv = write_rows(tmp_path, 'image,grade_1,grade_2', [f'a{i},{grade_of(i)},{grade_of(i + 50)}' for i in range(20)])
+    with pytest.raises(AptosError) as e: understand_table(csv)
+    assert 'the grade can be in 2 columns: grade_1, grade_2. Choose one: --grade "grade_1".' in str(e.value)
+    assert keys(understand_table(csv, ask=lambda question, answers: answers[1]), 'grade') == ('grade_2',)
+    assert keys(understand_table(csv, grade='grade_2'), 'grade') == ('grade_2',)
+
+
+def test_two_columns_of_the_same_images(tmp_path):
+    csv = write_rows(tmp_path, 'key,image_path,diagnosis', [f'a{i},./a{i}.png,{grade_of(i)}' for i in range(20)])
+    assert keys(understand_table(csv), 'id') == ('image_path',) or keys(understand_table(csv), 'id') == ('key',)
+    rows = [f'a{i},a{(i + 1) % 20},{grade_of(i)}' for i in range(20)]
+    csv = write_rows(tmp_path, 'first,second,diagnosis', rows)
+    with pytest.raises(AptosError, match='the image can be in 2 columns: first, second'): understand_table(csv)
+
+
+@pytest.mark.parametrize('header, row, words', [
+    ('image,note', 'a{i},good', 'no column has grades'),
+    ('image,dme,age', 'a{i},1,5{i}', 'no column has grades'),
+    ('nothing,diagnosis', 'b{i},1', 'no column names images in'),
+])
+def test_what_is_not_understood(tmp_path, header, row, words):
+    write_rows(tmp_path, header, [row.format(i=i) for i in range(12)])
+    for file in tmp_path.glob('b*.png'): file.rename(file.with_name('x' + file.name))
+    with pytest.raises(AptosError) as e: understand_table(tmp_path / 't.csv')
+    assert words in str(e.value) and all(name in str(e.value) for name in header.split(','))
+
+
+def test_neighbours_with_equal_grades_become_blocks(tmp_path):
+    csv = write_rows(tmp_path, 'image,diagnosis', [f'a{i:03},{i // 12 % 5}' for i in range(120)])
+    understood = understand_table(csv)
+    assert understood.table.block == 10 and any('block = 10' in reason for reason in understood.reasons)
+
+
+def test_a_sample_submission_is_no_table_to_train_on(tmp_path):
+    csv = write_rows(tmp_path, 'id_code,diagnosis', [f'a{i},0' for i in range(20)])
+    with pytest.raises(AptosError, match='It looks like a sample submission'): understand_table(csv)
+
+
+def test_find_table_takes_a_csv_a_preset_or_a_table_of_a_recipe(tmp_path):
+    root = LAYOUTS['messidor2'](tmp_path)
+    assert find_table('messidor2', data=str(root)).table.grade == 'adjudicated_dr_grade'
+    assert find_table(str(root / 'messidor_data.csv'), str(root / 'IMAGES')).table.id == 'image_id'
+    recipe = tmp_path / 'r.ini'
+    recipe.write_text('[table.mine]\ncsv = t.csv\ngrade = g\n[stage.s]\ntrain = mine\n[submit]\nfinal = s\n')
+    assert find_table('mine', recipe=str(recipe), data=str(tmp_path)).table.csv == 't.csv'
+    for name, data, words in (('messidor2', '', 'add --data FOLDER'), ('messidor3', str(root), 'no such file'),
+                              ('mine', str(root), 'Give a CSV')):
+        with pytest.raises(AptosError, match=words): find_table(name, data=data)
