@@ -1,4 +1,5 @@
 "Quadratic weighted kappa, grade thresholds, detection of referable retinopathy, prediction sets, and their intervals."
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from aptos_fastai.common.io import AptosError
 GRADES = 5
 GRADE_NAMES = ('no DR', 'mild', 'moderate', 'severe', 'proliferative')
 REFERABLE = 2                                # lowest grade that is referred to an eye doctor (ICO 2017)
+SIGHT_THREATENING = 3                        # lowest grade that threatens sight (without macular oedema)
 MIDPOINTS = (.5, 1.5, 2.5, 3.5)              # thresholds that round a score to the nearest grade
 PUBLISHED_THRESHOLDS = (.75, 1.5, 2.5, 3.5)  # of the published code
 PRIOR_IMAGES = 100                           # `regularised` thresholds: the midpoints weigh as much as this many images
@@ -97,6 +99,81 @@ def paired_interval(a: ArrayLike, b: ArrayLike, targs: ArrayLike, groups: ArrayL
     value = difference(np.bincount(cell, minlength=GRADES**3))[0]
     draws = difference(bootstrap_counts(cell, GRADES**3, groups, n=n, seed=seed))
     return float(value), *_percentiles(draws, level)
+
+
+def bootstrap(statistic: Callable[[np.ndarray], np.ndarray], images: int, groups: ArrayLike | None = None, *,
+              n: int = N_BOOTSTRAP_GROUPS, seed: int = 0) -> np.ndarray:
+    """Return `statistic` (n, ...) of `n` bootstrap resamples of images, or of whole `groups` (a patient per image).
+
+    `statistic` takes how often each image was drawn, (resamples, images), and returns a row for each resample.
+    """
+    group = np.arange(images) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    rng, n_groups = np.random.default_rng(seed), group.max() + 1
+    chunk = max(1, 4_000_000 // images)                  # resamples at once: 32 MB
+    drawn = (rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), min(chunk, n - i)) for i in range(0, n, chunk))
+    return np.concatenate([statistic(counts[:, group].astype(float)) for counts in drawn])
+
+
+def weighted_kappa(weights: np.ndarray, grades: ArrayLike, targs: ArrayLike) -> np.ndarray:
+    "Return kappa (n,) of images that count `weights` (n, images) times"
+    cell = np.asarray(targs, int) * GRADES + np.asarray(grades, int)
+    return kappa_from_confusion((weights @ np.eye(GRADES ** 2)[cell]).reshape(-1, GRADES, GRADES))
+
+
+def weighted_auc(weights: np.ndarray, scores: ArrayLike, positive: ArrayLike) -> np.ndarray:
+    "Return the area under the ROC curve (n,) of images that count `weights` (n, images) times; nan without a class"
+    s, pos = np.asarray(scores, float), np.asarray(positive, bool)
+    negatives = np.flatnonzero(~pos)[np.argsort(s[~pos])]
+    below = np.zeros((len(weights), len(negatives) + 1))               # weight of the lowest 0, 1, 2 … negatives
+    np.cumsum(weights[:, negatives], 1, out=below[:, 1:])
+    lower, not_higher = (np.searchsorted(s[negatives], s[pos], side) for side in ('left', 'right'))
+    wins = (weights[:, pos] * (below[:, lower] + below[:, not_higher])).sum(1) / 2       # a tie is half a win
+    pairs = weights[:, pos].sum(1) * below[:, -1]
+    return np.divide(wins, pairs, out=np.full(len(weights), np.nan), where=pairs > 0)
+
+
+def paired_auc(a: ArrayLike, b: ArrayLike, positive: ArrayLike, groups: ArrayLike | None = None, *,
+               level: float = .95, seed: int = 0) -> tuple[float, float, float]:
+    "Return the AUC of scores `b` minus that of scores `a` on the same images, and its bootstrap interval over `groups`"
+    def difference(weights: np.ndarray) -> np.ndarray:
+        return weighted_auc(weights, b, positive) - weighted_auc(weights, a, positive)
+    images = np.size(a)
+    return float(difference(np.ones((1, images)))[0]), *_percentiles(
+        bootstrap(difference, images, groups, seed=seed), level)
+
+
+DIFFERENCES = 'kappa', 'auc', 'mean_error'   # that `subgroup_differences` returns
+
+
+def subgroup_differences(scores: ArrayLike, grades: ArrayLike, targs: ArrayLike, inside: ArrayLike,
+                         groups: ArrayLike | None = None, *, level: float = .95,
+                         seed: int = 0) -> dict[str, tuple[float, float, float]]:
+    """Return the `DIFFERENCES` between a subgroup (`inside`) and the other images.
+
+    They are kappa, the AUC of referable grades, and the mean error, which is the score minus the true grade.
+    Each comes with its interval: the difference ± z bootstrap SDs over all images, or whole `groups`, which may have
+    images on both sides. Percentiles would need many more resamples where `level` is near 1.
+    """
+    from scipy.stats import norm  # imported here because it takes a second
+    s, g, y = np.asarray(scores, float), np.asarray(grades, int), np.asarray(targs, int)
+
+    def of_rows(weights: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        w = weights[:, rows]
+        error = w @ (s - y)[rows] / np.maximum(w.sum(1), 1)
+        area = weighted_auc(w, s[rows], y[rows] >= REFERABLE)
+        return np.stack([weighted_kappa(w, g[rows], y[rows]), area, error], 1)
+
+    def difference(weights: np.ndarray) -> np.ndarray:
+        return of_rows(weights, np.flatnonzero(inside)) - of_rows(weights, np.flatnonzero(~np.asarray(inside, bool)))
+    value = difference(np.ones((1, len(s))))[0]
+    half = norm.ppf((1 + level) / 2) * _sd_of_draws(bootstrap(difference, len(s), groups, seed=seed))
+    return {name: (float(v), float(v - h), float(v + h)) for name, v, h in zip(DIFFERENCES, value, half, strict=True)}
+
+
+def _sd_of_draws(draws: np.ndarray) -> np.ndarray:
+    "Return the SD of each column of `draws` without its nan; nan if all are nan"
+    finite = np.isfinite(draws)
+    return np.array([o[ok].std() if ok.any() else np.nan for o, ok in zip(draws.T, finite.T, strict=True)])
 
 
 def _percentiles(draws: np.ndarray, level: float) -> tuple[float, float]:
@@ -310,6 +387,14 @@ def proportion_interval(correct: ArrayLike, groups: ArrayLike | None = None, lev
         variance = n_groups / (n_groups - 1) * (residuals ** 2).sum() / len(c) ** 2
         effective = min(len(c), p * (1 - p) / variance) if variance else float(len(c))
     return wilson_interval(p * effective, effective, level)
+
+
+def predictive_values(sensitivity: float, specificity: float, prevalence: float) -> tuple[float, float]:
+    "Return the positive and the negative predictive value by Bayes' rule; nan if the test has no such result"
+    true_positive, false_negative = sensitivity * prevalence, (1 - sensitivity) * prevalence
+    true_negative, false_positive = specificity * (1 - prevalence), (1 - specificity) * (1 - prevalence)
+    positive, negative = true_positive + false_positive, true_negative + false_negative
+    return (true_positive / positive if positive else np.nan), (true_negative / negative if negative else np.nan)
 
 
 Calibration = tuple[tuple[tuple[float, ...], ...], ...]       # grade -> fold -> sorted distances

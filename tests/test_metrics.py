@@ -16,17 +16,23 @@ from aptos_fastai.metrics import (
     ScoreKappa,
     apply_thresholds,
     auc,
+    bootstrap,
     bootstrap_counts,
     cross_fitted_grades,
     fit_thresholds,
     grade_scores,
     kappa_interval,
+    paired_auc,
     paired_interval,
+    predictive_values,
     proportion_interval,
     quadratic_kappa,
     sensitivity_at,
     stratified_group_parts,
+    subgroup_differences,
     thresholds_or_midpoints,
+    weighted_auc,
+    weighted_kappa,
     wilson_interval,
 )
 
@@ -390,3 +396,86 @@ def test_prediction_sets_do_not_depend_on_the_order_of_images():
     s, order = rng.normal(0, .5, 5000), rng.permutation(5000)
     sets, again = PredictionSets().fit(s, y, folds), PredictionSets().fit(s[order], y[order], folds[order])
     assert sets.calibration_ == again.calibration_
+
+
+# Resamples of images with weights
+
+def drawn_scores(n=120, seed=0):
+    "Scores with ties, grades, true grades and two images of each patient"
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, 5, n)
+    s = (y + rng.normal(0, 1, n)).round(1)
+    return s, apply_thresholds(s, MIDPOINTS), y, np.arange(n) // 2
+
+
+def test_weights_count_an_image_several_times():
+    s, g, y, _ = drawn_scores()
+    weights = np.random.default_rng(1).integers(0, 4, (3, len(s)))
+    kappas, areas = weighted_kappa(weights, g, y), weighted_auc(weights, s, y >= 2)
+    for w, kappa, area in zip(weights, kappas, areas, strict=True):
+        rows = np.repeat(np.arange(len(s)), w)
+        assert kappa == pytest.approx(quadratic_kappa(g[rows], y[rows]))
+        assert area == pytest.approx(roc_auc_score(y[rows] >= 2, s[rows]))
+    assert np.isnan(weighted_auc(np.ones((1, 4)), [1, 2, 3, 4], [True] * 4)).all()
+
+
+def test_bootstrap_draws_whole_groups():
+    counts = bootstrap(lambda weights: weights, 6, ['a', 'a', 'b', 'b', 'b', 'c'], n=50)
+    assert counts.shape == (50, 6) and len(np.unique(counts, axis=0)) > 1
+    assert (counts[:, 0] == counts[:, 1]).all() and (counts[:, 2] == counts[:, 4]).all()
+    assert (counts[:, [0, 2, 5]].sum(1) == 3).all()
+    assert (bootstrap(lambda weights: weights.sum(1), 6, n=20) == 6).all()
+
+
+def naive_draws(groups, n, seed):
+    "Yield the rows of `n` resamples of whole groups, one by one"
+    rng, names = np.random.default_rng(seed), np.unique(groups)
+    rows = {name: np.flatnonzero(groups == name) for name in names}
+    for _ in range(n): yield np.concatenate([rows[name] for name in rng.choice(names, len(names))])
+
+
+def test_subgroup_differences_are_those_of_a_naive_loop():
+    s, g, y, groups = drawn_scores(200)
+    inside = np.random.default_rng(3).random(200) < .4                 # patients can have an image on each side
+    s, g = np.where(inside, y, s), np.where(inside, y, g)              # perfect inside
+    found = subgroup_differences(s, g, y, inside, groups, level=.9)
+    assert found['kappa'][0] == pytest.approx(1 - quadratic_kappa(g[~inside], y[~inside]))
+    assert found['auc'][0] == pytest.approx(1 - roc_auc_score(y[~inside] >= 2, s[~inside]))
+    assert found['mean_error'][0] == pytest.approx(-(s - y)[~inside].mean())
+    draws = []
+    for rows in naive_draws(groups, 2000, 5):
+        outside = rows[~inside[rows]]
+        draws.append([1 - quadratic_kappa(g[outside], y[outside]), 1 - roc_auc_score(y[outside] >= 2, s[outside]),
+                      -(s - y)[outside].mean()])
+    for sd, (value, low, high) in zip(np.std(draws, 0), found.values(), strict=True):
+        assert (high - low) / 2 == pytest.approx(1.645 * sd, rel=.08)
+        assert (high + low) / 2 == pytest.approx(value)
+
+
+def test_subgroup_differences_cover_no_difference_and_find_a_large_one():
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 5, 1200)
+    inside = np.arange(1200) % 3 == 0
+    s = y + rng.normal(0, .8, 1200)
+    same = subgroup_differences(s, apply_thresholds(s, MIDPOINTS), y, inside)
+    assert all(low < 0 < high for _, low, high in same.values())
+    s = s - inside                                      # scores that are 1 too low in the subgroup
+    found = subgroup_differences(s, apply_thresholds(s, MIDPOINTS), y, inside)
+    assert found['mean_error'][2] < -.8 and found['kappa'][2] < 0 and found['auc'][1] < 0 < found['auc'][2]
+
+
+def test_paired_auc_is_that_of_a_naive_loop():
+    s, _, y, groups = drawn_scores(150)
+    other = s + np.random.default_rng(8).normal(0, 1, 150)
+    value, low, high = paired_auc(s, other, y >= 2, groups)
+    assert value == pytest.approx(roc_auc_score(y >= 2, other) - roc_auc_score(y >= 2, s))
+    draws = [roc_auc_score(y[rows] >= 2, other[rows]) - roc_auc_score(y[rows] >= 2, s[rows])
+             for rows in naive_draws(groups, 2000, 9)]
+    assert (low, high) == pytest.approx(np.quantile(draws, [.025, .975]), abs=.012)
+
+
+def test_predictive_values_by_hand():
+    # 1,000 people, 100 of them ill: 90 found, 10 missed; of 900 well ones 180 are referred
+    ppv, npv = predictive_values(.9, .8, .1)
+    assert ppv == pytest.approx(90 / (90 + 180)) and npv == pytest.approx(720 / (720 + 10))
+    assert np.isnan(predictive_values(0, 1, .1)[0]) and predictive_values(0, 1, .1)[1] == pytest.approx(.9)

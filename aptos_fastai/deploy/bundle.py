@@ -15,14 +15,17 @@ from torch import nn
 import aptos_fastai
 from aptos_fastai.common.console import Bars, say, table
 from aptos_fastai.common.disclaimer import DISCLAIMER
-from aptos_fastai.common.io import AptosError, file_hash, read_record, write_bytes, write_record
+from aptos_fastai.common.io import AptosError, file_hash, read_record, write_bytes, write_csv, write_record
 from aptos_fastai.data.retina import Prep, prepare, square_of
 from aptos_fastai.inference.grader import Grader, Squares, load_grader
+from aptos_fastai.inference.measures import EVALUATION, EVALUATIONS, is_of_model
 from aptos_fastai.inference.model_spec import BUNDLE, MemberSpec, ModelSpec, copy_members, read_model
+from aptos_fastai.inference.training_images import BUNDLE_IMAGES, training_images
 from aptos_fastai.inference.views import mean_and_sd
 from aptos_fastai.metrics import GRADE_NAMES, apply_thresholds
 from aptos_fastai.pipeline.summary import OUT_OF_FOLD, SETS_CONDITION
 from aptos_fastai.recipe import parse_thresholds
+from aptos_fastai.reports.evaluation_report import measure_text
 from aptos_fastai.reports.html import render
 from aptos_fastai.run_folder import FINISHED
 from aptos_fastai.training.model import features_and_scores
@@ -156,6 +159,7 @@ def export_run(path: str) -> None:
     shutil.rmtree(temp, ignore_errors=True)
     try:
         images = parity_images(root, model.prep)
+        copy_evaluations(Path(path), out, temp)
         parity = _build(model, root, temp, images)
         shutil.rmtree(out, ignore_errors=True)
         temp.rename(out)
@@ -174,14 +178,16 @@ def _build(model: ModelSpec, root: Path, folder: Path, images: ParityImages) -> 
             write_onnx(grader.net(original), copied, (folder / copied.file).with_suffix('.onnx'))
             bar.to(i)
     origins, metrics = [lineage(root, m) for m in model.members], run_metrics(root, model)
-    write_bundle(folder, bundled, origins, metrics, [], images.origin)
+    known, unknown = training_images(model, root)
+    if known is not None: write_csv(folder / BUNDLE_IMAGES, known)
+    write_bundle(folder, bundled, origins, metrics, [], images.origin, unknown)
     parity = compare_backends(folder, images.jpegs)
     for o in parity:
         if o['precision'] == 'f32' and not o['within_bounds']:
             raise AptosError(f'{root}: {o["backend"]} differs from PyTorch by {o["max_difference"]:.3f} in a score '
                              f'(maximum {o["bound"]}) and in {o["grades_changed"]} grades. Nothing was exported; '
                              f'try another version of {PACKAGES[o["backend"]]}.')
-    write_bundle(folder, bundled, origins, metrics, parity, images.origin)
+    write_bundle(folder, bundled, origins, metrics, parity, images.origin, unknown)
     return parity
 
 
@@ -198,20 +204,64 @@ def _show_parity(parity: list[dict], images: ParityImages) -> None:
 
 
 def write_bundle(folder: Path, model: ModelSpec, origins: list[dict], metrics: dict, parity: list[dict],
-                 parity_on: str) -> None:
-    "Write MODEL_CARD.md, then bundle.json, whose presence means that the bundle is complete"
-    files = {f.name: file_hash(f) for f in sorted(folder.iterdir()) if f.suffix in ('.safetensors', '.onnx')}
-    networks = [dict(stage=o['stage'], fold=o['fold'], arch=m.arch, size=m.size, train=o['images']['train'],
-                     valid=o['images']['valid'], tables=', '.join(o['settings']['train']))
-                for o, m in zip(origins, model.members, strict=True)]
-    fixed = bool(metrics) and parse_thresholds(metrics['threshold_method'])
-    card = render('MODEL_CARD.md', model=model, networks=networks, metrics=metrics, fixed_thresholds=fixed,
-                  out_of_fold=OUT_OF_FOLD, sets_condition=SETS_CONDITION, parity=parity, parity_on=parity_on,
-                  grade_names=GRADE_NAMES, disclaimer=DISCLAIMER,
-                  version=aptos_fastai.__version__)
-    write_bytes(folder / 'MODEL_CARD.md', card.encode())
-    write_record(folder / BUNDLE, dict(
+                 parity_on: str, training_images: str = '') -> None:
+    """Write MODEL_CARD.md, then bundle.json, whose presence means that the bundle is complete.
+
+    `training_images` says what is not known of the images that the model was trained on.
+    """
+    suffixes = '.safetensors', '.onnx'
+    files = {f.name: file_hash(f) for f in sorted(folder.iterdir()) if f.suffix in suffixes or f.name == BUNDLE_IMAGES}
+    record = dict(
         format=BUNDLE_FORMAT, classes=list(GRADE_NAMES),
         licence='code: Apache-2.0; weights: as the tables they were trained on allow',
         model=asdict(model), metrics=metrics, parity=parity, parity_on=parity_on, lineage=origins, files=files,
-        aptos_fastai=aptos_fastai.__version__))
+        training_images=training_images, aptos_fastai=aptos_fastai.__version__)
+    write_card(folder, model, record)
+    write_record(folder / BUNDLE, record)
+
+
+def write_card(folder: Path, model: ModelSpec, bundle: dict) -> None:
+    "Write the MODEL_CARD.md of a bundle from its record and its evaluations"
+    metrics = bundle['metrics']
+    networks = [dict(stage=o['stage'], fold=o['fold'], arch=m.arch, size=m.size, train=o['images']['train'],
+                     valid=o['images']['valid'], tables=', '.join(o['settings']['train']))
+                for o, m in zip(bundle['lineage'], model.members, strict=True)]
+    fixed = bool(metrics) and parse_thresholds(metrics['threshold_method'])
+    card = render('MODEL_CARD.md', model=model, networks=networks, metrics=metrics, fixed_thresholds=fixed,
+                  out_of_fold=OUT_OF_FOLD, sets_condition=SETS_CONDITION, parity=bundle['parity'],
+                  parity_on=bundle['parity_on'], evaluations=evaluation_rows(folder, model), grade_names=GRADE_NAMES,
+                  disclaimer=DISCLAIMER, version=bundle['aptos_fastai'])
+    write_bytes(folder / 'MODEL_CARD.md', card.encode())
+
+
+# Evaluations on other tables
+
+def update_card(folder: Path) -> None:
+    "Write the model card of a bundle again, with its evaluations; do nothing in another folder"
+    bundle = read_record(folder / BUNDLE)
+    if bundle and 'lineage' in bundle: write_card(folder, read_model(folder)[0], bundle)
+
+
+def evaluation_rows(folder: Path, model: ModelSpec) -> list[dict]:
+    "Return the rows of the model card's table of evaluations: those of this very model in `folder`"
+    records = [read_record(file) for file in sorted((folder / EVALUATIONS).glob(f'*/{EVALUATION}'))]
+    return [_evaluation_row(o) for o in records if o and is_of_model(o, model)]
+
+
+def _evaluation_row(record: dict) -> dict:
+    "Return a row of the model card from an evaluation.json"
+    found = dict(kappa=record['kappa']['deployed'], gate=record['gate']['rejected'],
+                 **{key: record['referable'][key] for key in ('auc', 'sensitivity', 'specificity')})
+    optimistic = bool(record['include_seen'] or record['seen_unknown'])
+    table = record['table']
+    return dict(table=table['name'].replace('|', ' '), over=table['grouped_by'], date=record['date'],
+                images=record['counts']['evaluated'], optimistic=optimistic,
+                **{name: measure_text(value) for name, value in found.items()})
+
+
+def copy_evaluations(run: Path, old_bundle: Path, folder: Path) -> None:
+    "Copy a run's evaluation.json files into a bundle, and all that was written to its older bundle's evaluations"
+    if (old_bundle / EVALUATIONS).is_dir(): shutil.copytree(old_bundle / EVALUATIONS, folder / EVALUATIONS)
+    for file in (run / EVALUATIONS).glob(f'*/{EVALUATION}'):
+        copied = folder / EVALUATIONS / file.parent.name / EVALUATION
+        if not copied.exists(): write_bytes(copied, file.read_bytes())

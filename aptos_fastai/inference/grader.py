@@ -120,9 +120,14 @@ class Grader:
         return df
 
     def stream(self, files: Iterable[str | Path | ImageEntry], batch: int = 16) -> Iterator[pd.DataFrame]:
-        """Yield the rows of `batch` images at a time, in the order of `files`.
+        "Yield the rows of `batch` images at a time, in the order of `files`"
+        for names, images in self.read_batches(files, batch): yield self.grade(names, images)
 
-        While one batch is graded, threads read the next one; no more images are in memory.
+    def read_batches(self, files: Iterable[str | Path | ImageEntry],
+                     batch: int = 16) -> Iterator[tuple[list[str], list[Prepared]]]:
+        """Yield the names of `batch` images at a time and what `read` gives, in the order of `files`.
+
+        While the caller grades one batch, threads read the next one; no more images are in memory.
         """
         remaining = iter(files)
         with ThreadPoolExecutor(reader_threads()) as pool:
@@ -130,7 +135,7 @@ class Grader:
             current = start_reading()
             while current:
                 following = start_reading()
-                yield self.grade([name for name, _ in current], [job.result() for _, job in current])
+                yield [name for name, _ in current], [job.result() for _, job in current]
                 current = following
 
     def predict(self, files: Iterable[str | Path] | str | Path) -> pd.DataFrame:

@@ -25,8 +25,10 @@ from aptos_fastai.common.io import (
 )
 from aptos_fastai.data.duplicates import duplicates_table, group_duplicates, resolve_conflicts
 from aptos_fastai.data.folds import add_folds, write_folds
+from aptos_fastai.data.spreadsheet import first_few
 from aptos_fastai.data.store import prepare_table, prepared_already
-from aptos_fastai.data.tables import read_contents, read_order, read_tables
+from aptos_fastai.data.tables import read_contents, read_order, read_tables, with_present_tables
+from aptos_fastai.inference.training_images import write_run_images
 from aptos_fastai.metrics import GRADES, PredictionSets, apply_thresholds, grade_scores
 from aptos_fastai.pipeline.summary import SUMMARY_FORMAT, SYNTHETIC, tables_text
 from aptos_fastai.recipe import ConfigError, Recipe, Stage, did_you_mean, read_recipe
@@ -52,11 +54,15 @@ def load_run(recipe: str | Path = 'settings.ini', data: str | Path = 'demo', run
     if runs_folder.exists() and not runs_folder.is_dir():
         raise AptosError(f'{runs}: is a file. Choose a folder with --runs.')
     data_folder = demo_tables(parsed, runs_folder) if demo else Path(data)
+    parsed, left_out = with_present_tables(parsed, data_folder)
+    if left_out:
+        say(left_out, 'yellow')
+        if node: require_name(parsed, node, parsed.nodes)
     frames = read_tables(parsed, data_folder)
-    read_order(parsed.tables[parsed.submit.table], data_folder)      # an error now, not after the training
+    if parsed.submit.table: read_order(parsed.tables[parsed.submit.table], data_folder)     # an error now, not later
     root = runs_folder / parsed.name
     check_same_data(root, data_folder, demo)
-    return with_folds(with_prepared(Run(parsed, data_folder, root, frames)))
+    return with_folds(with_prepared(Run(parsed, data_folder, root, frames, left_out)))
 
 
 def require_name(recipe: Recipe, name: str, names: Iterable[str]) -> str:
@@ -139,6 +145,7 @@ def start_run(run: Run, nodes: Iterable[str] = ()) -> Iterator[tuple[Run, Bars]]
         remove_stale_temp_files(run.root, 0)
         run = prepare_images(run, bars)
         write_folds(run.recipe, run.frames, run.root / 'folds.csv')
+        write_run_images(run.root, run.frames)
         report_duplicates(run)
         warn_missing_grades(run)
         if run.recipe.demo: write_bytes(run.root / 'SYNTHETIC.txt', f'{SYNTHETIC}.\n'.encode())
@@ -168,6 +175,19 @@ def report_duplicates(run: Run) -> None:
     groups, conflicts = rows.duplicate_group.nunique(), rows.duplicate_group[rows.conflict].nunique()
     say(f'{len(rows)} duplicate images in {groups} {"group" if groups == 1 else "groups"}, '
         f'{conflicts} with conflicting grades. All copies share a fold. List: {file}')
+    for name, table in run.recipe.tables.items():
+        if name in run.frames and not table.graded: report_copies(run, name)
+
+
+def report_copies(run: Run, name: str) -> None:
+    "Print which images of an ungraded table are copies of graded images: their grades are known"
+    graded = [frame for other, frame in run.frames.items() if run.recipe.tables[other].graded]
+    known = pd.concat(graded).drop_duplicates('duplicate_group')       # every recipe has a graded table
+    copies = run.frames[name].merge(known, on='duplicate_group', suffixes=('', '_graded'))
+    if not len(copies): return
+    pairs = zip(copies.id_code, copies.source_graded, copies.id_code_graded, strict=True)
+    say(f'{name}: {len(copies)} of {len(run.frames[name])} images are copies of graded images: '
+        f'{first_few([f"{a} = {table} {b}" for a, table, b in pairs])}. A score on them is no test.', 'yellow')
 
 
 def warn_missing_grades(run: Run) -> None:
@@ -187,6 +207,7 @@ def warn_missing_grades(run: Run) -> None:
 def check_run(run: Run, stages: Collection[str]) -> None:
     "Raise `ConfigError` now for what would stop a stage later: a batch size too large, weights or packages missing"
     if not stages: return
+    for name in stages: check_pseudo_labelled(run, run.recipe.stages[name])
     from aptos_fastai.training.precision import candidate_precisions
     from aptos_fastai.training.weights import check_weights
     for name in stages:
@@ -199,6 +220,20 @@ def check_run(run: Run, stages: Collection[str]) -> None:
         except AptosError as e: raise ConfigError(f'{run.recipe.path} [stage.{name}] {e}') from None
 
 
+def check_pseudo_labelled(run: Run, stage: Stage) -> None:
+    "Raise `ConfigError` if no image of a pseudo-labelled table can train a fold: each is a copy of a validation image"
+    for teacher, table in stage.sources:
+        for k in range(stage.folds) if teacher else ():
+            images = run.frames[table]
+            if run.training_part(stage, table, k).any() or 'duplicate_group' not in images: continue
+            graded = pd.concat([run.frames[name] for name in stage.validated_tables])
+            copies = images.merge(graded[graded.fold == k], on='duplicate_group', suffixes=('', '_graded'))
+            pairs = first_few([f'{a} = {b}' for a, b in zip(copies.id_code, copies.id_code_graded, strict=True)])
+            what = f'copies of validation images ({pairs})' if pairs else 'of patients of validation images'
+            raise ConfigError(f'{run.recipe.path} [stage.{stage.name}] train = {teacher}:{table}: all {len(images)} '
+                              f'images are {what}, so none is left to train fold {k}. Remove it from `train`.')
+
+
 def check_batch(run: Run, stage: Stage) -> None:
     "Raise `ConfigError` if a stage's batches cannot be shared by the processes or are larger than its training part"
     section = f'{run.recipe.path} [stage.{stage.name}]'
@@ -207,7 +242,7 @@ def check_batch(run: Run, stage: Stage) -> None:
         shared = max(1, stage.bs // n) * n
         raise ConfigError(f'{section} bs = {stage.bs}: {n} processes cannot share it evenly. Set it to {shared}.')
     for k in range(stage.folds):
-        images = sum(int((run.frames[table].fold != k).sum()) for _, table in stage.sources)
+        images = sum(int(run.training_part(stage, table, k).sum()) for _, table in stage.sources)
         few = f'fold {k} has only {images} training images'
         if stage.bs > images: raise ConfigError(f'{section} bs = {stage.bs}: {few}. Set it to {images} or less.')
         if stage.bs * stage.accumulate > images:
@@ -320,6 +355,11 @@ def write_submissions(run: Run, scores: pd.DataFrame) -> None:
 
 # What is up to date
 
+def output_files(run: Run) -> tuple[str, ...]:
+    "Return the files whose SHA-256 are in summary.json; without a test table there is only oof.csv"
+    return OUTPUTS if run.recipe.submit.table else ('oof.csv',)
+
+
 def outputs_up_to_date(run: Run) -> bool:
     "Return whether every stage is finished and the outputs belong to the present weights and settings"
     summary = read_record(run.root / 'summary.json')
@@ -335,4 +375,4 @@ def inputs_digest(run: Run) -> str:
     records = [[run.record(name, k) for k in range(s.folds)] for name, s in r.stages.items()]
     files = [[o and o['files'] for o in folds] for folds in records]
     recipe = repr([r.submit, r.ensembles, r.stages, r.tables, r.gate])
-    return digest([SUMMARY_FORMAT, run.table_hashes[r.submit.table], recipe, files])
+    return digest([SUMMARY_FORMAT, run.table_hashes.get(r.submit.table, ''), recipe, files])

@@ -1,22 +1,19 @@
-"Results of a run: out-of-fold grades, summary.json, the table on the terminal, and the comparison of two runs."
+"Results of a run: out-of-fold grades, summary.json, and the table on the terminal."
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from aptos_fastai.common.console import format_duration, say, table
 from aptos_fastai.common.disclaimer import DISCLAIMER
-from aptos_fastai.common.io import AptosError, read_record
 from aptos_fastai.metrics import (
     MIDPOINTS,
     PredictionSets,
     apply_thresholds,
     cross_fitted_grades,
     kappa_interval,
-    paired_interval,
     quadratic_kappa,
 )
 from aptos_fastai.pipeline.clusters import cluster_results, cluster_warnings
@@ -97,7 +94,8 @@ def summarise(run: Run, oof: pd.DataFrame) -> dict:
     result = next(o for o in stages if o['stage'] == final)
     clusters = cluster_results(run, with_carried(run, valid), threshold_setting(run, final))
     result['warnings'] += cluster_warnings(clusters)
-    return dict(recipe=run.recipe.name, synthetic=synthetic, note=SYNTHETIC if synthetic else '', stages=stages,
+    return dict(recipe=run.recipe.name, synthetic=synthetic, note=SYNTHETIC if synthetic else '',
+                left_out=run.left_out, stages=stages,
                 submission=submission_result(run, valid, result), clusters=clusters)
 
 
@@ -189,10 +187,10 @@ def submission_result(run: Run, valid: pd.DataFrame, result: dict) -> dict:
     submit = run.recipe.submit
     members = run.recipe.members(submit.final)
     sets = PredictionSets(submit.coverage).fit(valid.score, valid.diagnosis, valid.fold)
-    return dict(file='submission.csv', node=submit.final, members=members, coverage=submit.coverage,
-                weights=result['weights'],
+    return dict(file='submission.csv' if submit.table else '', node=submit.final, members=members,
+                coverage=submit.coverage, weights=result['weights'],
                 radius=[float(r) if np.isfinite(r) else None for r in sets.radius_], calibration=sets.calibration_,
-                thresholds=result['thresholds'], images=len(run.frames[submit.table]),
+                thresholds=result['thresholds'], images=len(run.frames[submit.table]) if submit.table else 0,
                 kappa_text=result['kappa_text'],
                 gate=asdict(run_gate(run, submit.final)), distance_units={m: run.distance_unit(m) for m in members},
                 warnings=result['warnings'],
@@ -259,8 +257,12 @@ def show_summary(run: Run, summary: dict) -> None:
         f'Drop of kappa between clusters of images: {clusters_text(summary["clusters"])}.', 'dim')
     say(OUT_OF_FOLD, 'yellow')
     for text in [*all_warnings(summary['stages']), *submission['cautions']]: say(text, 'yellow')
-    say(f'submission by {submission["node"]} -> {run.root / "submission.csv"} ({submission["images"]} images)\n'
-        'also written: report.html, submissions/, scores.csv, oof.csv, summary.json')
+    if summary['left_out']: say(summary['left_out'], 'yellow')
+    if submission['file']:
+        say(f'submission by {submission["node"]} -> {run.root / "submission.csv"} ({submission["images"]} images)\n'
+            'also written: report.html, submissions/, scores.csv, oof.csv, summary.json')
+    else: say(f'model: {submission["node"]} -> {run.root}: report.html, oof.csv, summary.json. To grade images: '
+              f'predict {run.root} IMAGES')
     for name, part in summary['gate'].items():
         if part['ungradable']: say(f'ungradable {name} images: {part["ungradable"]} of {part["images"]}', 'yellow')
     say(DISCLAIMER, 'dim')
@@ -276,67 +278,3 @@ def summary_row(run: Run, result: dict) -> list:
     images = f'{result["images"]["train"]}\n+{result["images"]["valid"]}'
     epochs = f'{result["folds"]}x{result["epochs"]}' if result['folds'] > 1 else str(result['epochs'])
     return [name, tables, images, result['size'], epochs, kappa, format_duration(result['seconds'])]
-
-
-# Two runs side by side
-
-def compare_runs(first: str, second: str) -> None:
-    "Print kappa of two runs for each common stage and the submission, on the images that both validated"
-    (summary_a, oof_a), (summary_b, oof_b) = _read_results(first), _read_results(second)
-    names_b = {result['stage'] for result in summary_b['stages']}
-    common = [result['stage'] for result in summary_a['stages'] if result['stage'] in names_b]
-    final_a, final_b = summary_a['submission']['node'], summary_b['submission']['node']
-    rows, resampled = [], {}
-    for label, a, b in [*((name, name, name) for name in common), ('submission', final_a, final_b)]:
-        both = validated(oof_a, a).merge(validated(oof_b, b), on=['source', 'id_code'], suffixes=('', '_b'))
-        if not len(both): continue
-        changed = (both.diagnosis != both.diagnosis_b).sum()
-        if changed:
-            raise AptosError(f'{second}: {changed} images have other grades than in {first}. '
-                             'Compare runs on the same tables.')
-        seconds = [_seconds(summary_a, a), _seconds(summary_b, b)]
-        resampled[label], both['group'] = compared_groups(both, _result(summary_a, a), _result(summary_b, b))
-        rows.append(comparison_row(label, both, seconds))
-    if not rows:
-        raise AptosError(f'{first} and {second}: no validation image in common. Compare runs on the same tables.')
-    table('kappa on the images that both runs validated',
-          ['stage', 'n', 'first', 'second', 'difference (95 % CI)', 'time', 'folds'], rows,
-          right=('n', 'first', 'second', 'folds'), wrap=('time',))
-    say(f'first: {first}, submission by {final_a}. second: {second}, submission by {final_b}.')
-    say(DISCLAIMER, 'dim')
-    say(f'Paired bootstrap over {by_value(resampled)}: a difference whose interval contains 0 may be chance.\n'
-        'folds: fraction of the images that both runs validated in the same fold.', 'dim')
-    say(OUT_OF_FOLD, 'yellow')
-    for folder, summary in ((first, summary_a), (second, summary_b)):
-        for text in all_warnings(summary['stages']): say(f'{folder}: {text}', 'yellow')
-    if summary_a['synthetic'] or summary_b['synthetic']: say(SYNTHETIC, 'yellow')
-
-
-def compared_groups(both: pd.DataFrame, a: dict, b: dict) -> tuple[str, pd.Series]:
-    "Return what a paired interval resamples: the groups of the first run, or of the second if only that knows patients"
-    second = b['resampled'] != a['resampled'] and (b['resampled'] == 'patients' or a['resampled'] == 'images')
-    return (b['resampled'], both.group_b) if second else (a['resampled'], both.group)
-
-
-def comparison_row(label: str, both: pd.DataFrame, seconds: list[float]) -> list:
-    "Return a row of `compare_runs`; `both` has grade and fold of the first run, grade_b and fold_b of the second"
-    kappas = [f'{quadratic_kappa(grade, both.diagnosis):.3f}' for grade in (both.grade, both.grade_b)]
-    difference = difference_text(*paired_interval(both.grade, both.grade_b, both.diagnosis, both.group))
-    same_fold = (both.fold == both.fold_b).mean()
-    return [label, len(both), *kappas, difference, ' / '.join(map(format_duration, seconds)), f'{same_fold:.0%}']
-
-
-def _read_results(folder: str) -> tuple[dict, pd.DataFrame]:
-    "Return summary.json and oof.csv of a run folder. Raises `AptosError` if the run is not finished"
-    root = Path(folder)
-    summary, oof = read_record(root / 'summary.json'), root / 'oof.csv'
-    if summary and 'clusters' not in summary:
-        raise AptosError(f'{root / "summary.json"}: written by an older version. Run `all` again.')
-    if not summary or not oof.is_file():
-        raise AptosError(f'{root}: not a finished run (no summary.json and oof.csv). '
-                         'Give <runs>/<recipe>, or run `all` first.')
-    return summary, pd.read_csv(oof, dtype=dict(id_code=str))
-
-
-def _result(summary: dict, node: str) -> dict: return next(o for o in summary['stages'] if o['stage'] == node)
-def _seconds(summary: dict, node: str) -> float: return _result(summary, node)['seconds']

@@ -105,7 +105,7 @@ def test_the_model_card_describes_the_bundle(bundle):
     record = read_record(bundle / 'bundle.json')
     assert record['lineage'][0]['parents'] and record['metrics']['validated'] == 12
     files = ('weights.safetensors', 'weights.onnx', 'features.safetensors')
-    assert set(record['files']) == {f'retrain_512-fold0-{name}' for name in files}
+    assert set(record['files']) == {'training_images.csv', *(f'retrain_512-fold0-{name}' for name in files)}
 
 
 def test_loading_a_bundle_loads_no_pickle(bundle, image_paths):

@@ -34,7 +34,8 @@ def valid():
     score = np.where(second, .5 * y + rng.normal(0, .6, n), y + rng.normal(0, .3, n))
     df = pd.DataFrame(dict(
         source='t', id_code=[f'i{i}' for i in range(n)], diagnosis=y, score=score, group=np.arange(n) // 2,
-        width=np.where(second, 4288, 2048), height=np.where(second, 2848, 1536), r=np.where(second, 1700, 750), stretch=1.))
+        width=np.where(second, 4288, 2048), height=np.where(second, 2848, 1536), r=np.where(second, 1700, 750),
+        stretch=1.))
     df.loc[400:, ['width', 'height']] = 640
     return df.assign(grade=apply_thresholds(score, MIDPOINTS))
 

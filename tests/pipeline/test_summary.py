@@ -12,12 +12,12 @@ from aptos_fastai.cli import main
 from aptos_fastai.common.console import console
 from aptos_fastai.inference.model_spec import read_model
 from aptos_fastai.metrics import quadratic_kappa
+from aptos_fastai.pipeline.compare import compared_groups
 from aptos_fastai.pipeline.summary import (
     OUT_OF_FOLD,
     PATIENTS_UNKNOWN,
     SETS_CAUTION,
     by_value,
-    compared_groups,
     difference_text,
     epoch_warnings,
     interval_text,

@@ -1,0 +1,273 @@
+"Evaluate a model on a graded table: scores, metrics with intervals, subgroups, images that the model has seen."
+import os
+import re
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+
+import aptos_fastai
+from aptos_fastai.common.console import Bars, say
+from aptos_fastai.common.io import AptosError, digest, read_record
+from aptos_fastai.data.duplicates import group_duplicates
+from aptos_fastai.data.spreadsheet import first_few
+from aptos_fastai.data.tables import TableContents, describe, find_folder, table_contents
+from aptos_fastai.data.understand import Ask, Understood, find_table
+from aptos_fastai.inference.grader import Grader, load_grader
+from aptos_fastai.inference.measures import (
+    EVALUATION,
+    EVALUATIONS,
+    HTML,
+    PREDICTIONS,
+    calibration_results,
+    confusion_results,
+    detection_results,
+    gate_results,
+    kappa_results,
+    model_record,
+    recall_results,
+    referral_results,
+    set_results,
+)
+from aptos_fastai.inference.model_spec import ModelSpec
+from aptos_fastai.inference.subgroups import subgroup_results
+from aptos_fastai.inference.training_images import HASHES, IDENTICAL, NEAR_COPY, seen_images, training_images
+from aptos_fastai.metrics import REFERABLE, SIGHT_THREATENING, apply_thresholds
+from aptos_fastai.recipe import Table
+
+FORMAT = 1                                   # of evaluation.json
+COLUMNS = ['id_code', 'diagnosis', 'score', 'grade', 'grade_low', 'grade_high', 'ungradable', 'group', 'pixel_sha256',
+           'seen', 'error']
+RESERVED = {*COLUMNS, *HASHES, 'path', 'source'}               # names that no column of the table can have
+FEW_IMAGES = 30                              # fewer are too few for any conclusion
+SEEN = ('{} of {} images were used to train or tune the model ({} identical, {} near copies) and are counted all the '
+        'same (--include-seen): these figures are optimistic')
+PATIENTS = 'patients unknown: the intervals may be too narrow'
+
+
+@dataclass
+class Evaluation:
+    "What `evaluate` found: `record` becomes evaluation.json, `predictions` (`COLUMNS`, then the table's) a CSV"
+    folder: Path
+    record: dict
+    predictions: pd.DataFrame
+    reasons: list[str]                       # how the table was understood
+
+
+@dataclass(frozen=True)
+class Choices:
+    "The options of `evaluate`"
+    prevalence: float | None = None          # of referable retinopathy; None: that of the table
+    by: Sequence[str] = ()                   # columns of subgroups; none: those that the table carries
+    include_seen: bool = False
+    output: str = ''
+
+
+DEFAULTS = Choices()
+
+
+def evaluate_table(model: str, table: str, images: str = '', recipe: str = '', data: str = '',
+                   choices: Choices = DEFAULTS, ask: Ask | None = None, **keys: str) -> Evaluation:
+    """Grade the images of a graded table and compare with their grades; nothing is written.
+
+    `table` is a CSV or a folder of class folders with its `images`, a preset, or a table of `recipe` in `data`; `keys`
+    (id, grade, patient, eye) name its columns, `ask` lets the user choose between two. Raises `AptosError`.
+    """
+    if choices.prevalence is not None and not 0 < choices.prevalence < 1:
+        raise AptosError(f'--prevalence {choices.prevalence:g}: enter a number between 0 and 1, for example 0.1.')
+    understood = _named(find_table(table, images, recipe, data, ask, **keys), table)
+    understood = replace(understood, table=_with_columns(understood.table, choices.by))
+    contents = table_contents(understood.table, understood.data)
+    reasons = [*understood.reasons, describe(understood.table, contents)]
+    for text in reasons: say(f'{understood.table.name}: {text}')
+    grader = load_grader(model)
+    name = re.sub(r'[^\w.-]+', '_', understood.table.name)
+    folder = Path(choices.output) if choices.output else Path(model) / EVALUATIONS / name
+    identity = dict(model=model_record(grader.model), table=_table_record(understood))
+    check_folder(folder, identity, own=not choices.output)
+    rows, unknown = _with_seen(grader, _predict(grader, _all_images(contents)))
+    record = dict(
+        format=FORMAT, **identity, date=time.strftime('%Y-%m-%d'), aptos_fastai=aptos_fastai.__version__,
+        synthetic=grader.model.synthetic, notes=_without_folders(contents.notes), seen_unknown=unknown,
+        **_results(rows, understood.table, grader.model, choices))
+    if unknown: record['warnings'].insert(0, unknown)
+    return Evaluation(folder, record, _in_order(rows, understood.table), _without_folders(reasons))
+
+
+def _with_seen(grader: Grader, rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    "Return `rows` with the column `seen`, and what is not known of the images that the model has seen"
+    known, unknown = training_images(grader.model, grader.root)
+    readable = rows.error == ''
+    return rows.assign(seen=pd.Series(seen_images(rows[readable], known), rows.index[readable]).reindex(
+        rows.index, fill_value='')), unknown
+
+
+# The table
+
+def _named(understood: Understood, name: str) -> Understood:
+    "Return a table with the name of its CSV or folder, if `name` is one"
+    if not Path(name).exists(): return understood
+    return replace(understood, table=replace(understood.table, name=Path(name).resolve().stem))
+
+
+def _with_columns(table: Table, by: Iterable[str]) -> Table:
+    "Return a graded table that carries the columns `by`, too, and none of `RESERVED`. Raises `AptosError`"
+    if not table.graded: raise AptosError(f'{table.name}: has no grades to compare with. Name a graded table.')
+    more = [column for column in by if column not in table.carried]
+    for column in more:
+        problem = ''
+        if column == 'eye': problem = 'it is not known which eye an image shows'
+        if column in RESERVED: problem = 'predictions.csv has another column of this name; rename it in the CSV'
+        if not table.csv: problem = 'a table without a CSV has no columns'
+        if problem: raise AptosError(f'--by {column}: {problem}. Choose another column of {table.name}.')
+    kept = [column for column in table.carry_columns if column not in RESERVED]
+    return replace(table, carry=' | '.join([*kept, *more]))
+
+
+def _all_images(contents: TableContents) -> pd.DataFrame:
+    "Return the graded images, then those that their graders called ungradable, whose diagnosis is empty"
+    frame = contents.frame.assign(diagnosis=contents.frame.diagnosis.astype(int).astype('Int64'))
+    rows = pd.concat([frame, contents.ungradable], ignore_index=True) if len(contents.ungradable) else frame
+    text = [name for name in rows if name != 'diagnosis']
+    return rows.assign(**{name: rows[name].fillna('') for name in text})
+
+
+def _table_record(understood: Understood) -> dict:
+    "Return what tells one table from another: its name, its CSV's name, and a hash of where it lies"
+    table = understood.table
+    place = find_folder(table, understood.data).resolve() / (table.csv or table.images)
+    return dict(name=table.name, csv=Path(table.csv).name, grouped_by=table.grouped_by,
+                place=digest([os.fspath(place), table.where])[:12])
+
+
+def check_folder(folder: Path, identity: dict, own: bool) -> None:
+    """Raise `AptosError` if `folder` holds anything but an earlier evaluation of the same model on the same table.
+
+    With `own` it lies in the model's folder, so that an evaluation of its older weights is replaced, too.
+    """
+    if not folder.exists(): return
+    where = 'Choose another folder with -o.'
+    if not folder.is_dir(): raise AptosError(f'{folder}: is a file. {where}')
+    others = sorted(f.name for f in folder.iterdir() if f.name not in (EVALUATION, PREDICTIONS, HTML)
+                    and not f.name.endswith('.tmp'))
+    if others: raise AptosError(f'{folder}: holds files that evaluate did not write ({first_few(others)}). {where}')
+    record = read_record(folder / EVALUATION)
+    if not record: return
+    if record['table']['place'] != identity['table']['place']:
+        raise AptosError(f'{folder}: holds an evaluation on another table ({record["table"]["name"]}, '
+                         f'{record["table"]["csv"]}), or on this one before it was moved. {where}')
+    if own or record['model']['weights'] == identity['model']['weights']: return
+    raise AptosError(f'{folder}: holds an evaluation of another model ({record["model"]["name"]}). {where}')
+
+
+def _without_folders(texts: Iterable[str]) -> list[str]:
+    "Return texts that name files without their folders, which can name people; reports and bundles are passed on"
+    return [re.sub(r'/(?:[^\s/]+/)+', '', text) for text in texts]
+
+
+# Scores
+
+def _predict(grader: Grader, frame: pd.DataFrame) -> pd.DataFrame:
+    """Return `frame` with score, grade, prediction set, gate, hashes and error of each image in its column `path`.
+
+    The grade is that of the thresholds, also where the gate rejects the image. Raises `AptosError` if none is readable.
+    """
+    parts, done = [], 0
+    with Bars() as bars, bars(f'grading with {grader.model.name}', len(frame), 'images') as bar:
+        for names, images in grader.read_batches(frame.path):
+            found = grader.grade(names, images)
+            parts.append(found.assign(**{key: [info.get(key, '') for _, info in images] for key in HASHES}))
+            done += len(names)
+            bar.to(done)
+    found = pd.concat(parts, ignore_index=True)
+    columns = ['score', 'grade_low', 'grade_high', 'ungradable', 'error', *HASHES]
+    rows = frame.reset_index(drop=True).assign(**{name: found[name] for name in columns})
+    readable = rows.error == ''
+    if not readable.any():
+        raise AptosError(f'all {len(rows)} images cannot be read: {first_few(_errors(rows))}. Check the files.')
+    grade = apply_thresholds(rows.score[readable].astype(float), grader.model.thresholds)
+    rows['grade'] = pd.Series(grade, index=rows.index[readable]).reindex(rows.index).astype('Int64')
+    return rows
+
+
+def _errors(rows: pd.DataFrame) -> list[str]:
+    "Return what is wrong with each unreadable image"
+    bad = rows[rows.error != '']
+    return [f'{name}: {error}' for name, error in zip(bad.id_code, bad.error, strict=True)]
+
+
+def _in_order(rows: pd.DataFrame, table: Table) -> pd.DataFrame:
+    "Return predictions.csv: `COLUMNS`, then the columns that the table carries"
+    return rows[[*COLUMNS, *(name for name in table.carried if name not in COLUMNS)]]
+
+
+# Metrics
+
+def _results(rows: pd.DataFrame, table: Table, model: ModelSpec, choices: Choices) -> dict:
+    "Return counts, metrics, subgroups and warnings of the images that can be read, are graded, and were not seen"
+    readable = rows[rows.error == '']
+    graded = readable[readable.diagnosis.notna()]
+    df = graded if choices.include_seen else graded[graded.seen == '']
+    if not len(df): raise AptosError(_nothing_left(rows, graded, table))
+    df = df.reset_index(drop=True).astype(dict(diagnosis=int, grade=int, score=float))
+    by_graders = readable.ungradable[readable.diagnosis.isna()]
+    own = float((df.diagnosis >= REFERABLE).mean())
+    prevalence = own if choices.prevalence is None else choices.prevalence
+    counts = _counts(rows, graded, df)
+    subgroups = subgroup_results(df, choices.by or table.carried)
+    return dict(
+        counts=counts, prevalence=dict(value=prevalence, of_table=choices.prevalence is None),
+        kappa=kappa_results(df), referable=detection_results(df, REFERABLE),
+        sight_threatening=detection_results(df, SIGHT_THREATENING),
+        referral=dict(grade=referral_results(df, df.grade >= REFERABLE, prevalence),
+                      grade_or_ungradable=referral_results(
+                          df, (df.grade >= REFERABLE) | (df.ungradable != ''), prevalence)),
+        recall=recall_results(df), confusion=confusion_results(df), calibration=calibration_results(df),
+        prediction_sets=set_results(df, model.coverage), gate=gate_results(df, by_graders), subgroups=subgroups,
+        include_seen=choices.include_seen, unreadable=_errors(rows)[:20],
+        warnings=_warnings(counts, table, choices, subgroups))
+
+
+def _nothing_left(rows: pd.DataFrame, graded: pd.DataFrame, table: Table) -> str:
+    "Return the message for a table without images to evaluate"
+    if len(graded):
+        return (f'{table.name}: all {len(graded)} images were used to train or tune the model. Evaluate on other '
+                'images, or add --include-seen to see optimistic figures.')
+    return f'{table.name}: no graded image can be read: {first_few(_errors(rows))}. Check the images.'
+
+
+def _counts(rows: pd.DataFrame, graded: pd.DataFrame, df: pd.DataFrame) -> dict:
+    "Return how many images there are of each kind; copies are images that occur in the table more than once"
+    copies = group_duplicates({'': df.assign(source='')})[''].duplicate_group.duplicated(keep=False)
+    return dict(images=len(rows), evaluated=len(df), groups=int(df.group.nunique()),
+                unreadable=int((rows.error != '').sum()), ungradable_by_graders=int(rows.diagnosis.isna().sum()),
+                identical=int((graded.seen == IDENTICAL).sum()), near_copies=int((graded.seen == NEAR_COPY).sum()),
+                copies=int(copies.sum()))
+
+
+def _warnings(counts: dict, table: Table, choices: Choices, subgroups: list[dict]) -> list[str]:
+    "Return what every reader of the metrics must know"
+    found, seen = [], counts['identical'] + counts['near_copies']
+    if choices.include_seen and seen:
+        found.append(SEEN.format(seen, counts['evaluated'], counts['identical'], counts['near_copies']))
+    if counts['evaluated'] < FEW_IMAGES:
+        found.append(f'only {counts["evaluated"]} images: too few for a conclusion (at least {FEW_IMAGES})')
+    if counts['unreadable']:
+        found.append(f'{counts["unreadable"]} of {counts["images"]} images cannot be read and are left out')
+    if table.grouped_by != 'patients': found.append(PATIENTS)
+    for subgroup in subgroups:
+        found += [f'{subgroup["column"]} = {o["name"]}: {differences_text(o)} than in the other images'
+                  for o in subgroup['values'] if o['differs']]
+    return found
+
+
+def differences_text(values: dict) -> str:
+    "Return in which metrics a subgroup differs: 'kappa lower (-0.210), mean error higher (+0.300)'"
+    found = []
+    for name in values['differs']:
+        value = values['differences'][name]['value']
+        label = 'AUC' if name == 'auc' else name.replace('_', ' ')
+        found.append(f'{label} {"higher" if value > 0 else "lower"} ({value:+.3f})')
+    return ', '.join(found)

@@ -1,0 +1,92 @@
+"Which images a model was trained or tuned on, and which images of a table are among them. Imports no torch."
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from aptos_fastai.common.io import AptosError, read_record, verify_file, write_bytes
+from aptos_fastai.data.duplicates import near_known
+from aptos_fastai.run_folder import FINISHED
+
+if TYPE_CHECKING:
+    from aptos_fastai.inference.model_spec import ModelSpec
+
+RUN_IMAGES = 'images.csv'                    # of a run: the hashes of all images of its tables
+BUNDLE_IMAGES = 'training_images.csv'        # of a bundle: the hashes of the images that its model was trained on
+HASHES = ['pixel_sha256', 'perceptual_hash']
+IDENTICAL, NEAR_COPY = 'identical', 'near copy'
+OLD = 'it cannot be known which images the model was trained on: {} is missing, because an older version wrote it. {}'
+FOREIGN_WEIGHTS = '{} starts from the weights {}: it cannot be known which images these were trained on'
+FEWER = ('{} lists fewer images than {} was trained on, because the tables were changed since: removed images are not '
+         'recognised. Run `all` again')
+
+Known = tuple[pd.DataFrame | None, str]      # the hashes of the images, None: unknown; and what is not known of them
+
+
+def write_run_images(root: Path, frames: dict[str, pd.DataFrame]) -> None:
+    "Write images.csv (source, id_code, hashes) of a run's prepared tables, unless it is up to date"
+    rows = pd.concat(frames.values())[['source', 'id_code', *HASHES]]
+    data, file = rows.to_csv(index=False, lineterminator='\n').encode(), root / RUN_IMAGES
+    if not file.is_file() or file.read_bytes() != data: write_bytes(file, data)
+
+
+def training_images(model: 'ModelSpec', root: Path) -> Known:
+    "Return the images that a model in a bundle or run folder `root` was trained or tuned on. Raises `AptosError`"
+    bundle = read_record(root / 'bundle.json')
+    return _of_bundle(root, bundle) if bundle else _of_run(root, model)
+
+
+def _of_bundle(root: Path, bundle: dict) -> Known:
+    "Return the training images that a bundle lists"
+    sha256 = bundle['files'].get(BUNDLE_IMAGES)
+    if not sha256: return None, OLD.format(root / BUNDLE_IMAGES, 'Export the run again')
+    return _read(verify_file(root / BUNDLE_IMAGES, sha256, 'Export the run again.')), bundle['training_images']
+
+
+def _of_run(root: Path, model: 'ModelSpec') -> Known:
+    "Return the images of the tables that the networks of a model and their parents were trained on"
+    file = root / RUN_IMAGES
+    if not file.is_file(): return None, OLD.format(file, 'Run `all` again')
+    images, records = _read(file), _records(root, model)
+    counts, notes, used = images.source.value_counts(), [], set()
+    for name, record in records.items():
+        tables = [entry.rpartition(':')[2] for entry in record['settings']['train']]
+        used.update(tables)
+        if _is_foreign(record): notes.append(FOREIGN_WEIGHTS.format(name, record['settings']['weights']))
+        if sum(record['images'].values()) > counts.reindex(tables).sum(): notes.append(FEWER.format(file.name, name))
+    known = images[images.source.isin(used)]
+    return known[HASHES].drop_duplicates(), '; '.join(notes)
+
+
+def _records(root: Path, model: 'ModelSpec') -> dict[str, dict]:
+    "Return STAGE/foldK -> record of every network of a model and of those that they build on. Raises `AptosError`"
+    todo, records = [str(Path(m.file).parent.as_posix()) for m in model.members], {}
+    while todo:
+        name = todo.pop()
+        record = read_record(root / name / FINISHED)
+        if not record: raise AptosError(f'{root / name}: no finished fold here, but the model builds on it. Run `all`.')
+        records[name] = record
+        parents = (f'{stage}/fold{record["fold"]}' for stage in record['parents'])
+        todo += [parent for parent in parents if parent not in records]
+    return records
+
+
+def _is_foreign(record: dict) -> bool:
+    "Return whether a network starts from a file of weights"
+    settings = record['settings']
+    return not settings['init'] and settings['weights'] not in ('imagenet', 'bundled', 'none')
+
+
+def _read(file: Path) -> pd.DataFrame: return pd.read_csv(file, dtype=str, keep_default_na=False)
+
+
+def seen_images(images: pd.DataFrame, known: pd.DataFrame | None) -> np.ndarray:
+    """Return for each of `images` (columns `HASHES`) whether it is among the `known`: identical, near copy, or ''.
+
+    A near copy has a similar perceptual hash, as duplicates have.
+    """
+    if known is None or not len(known): return np.full(len(images), '', object)
+    near = near_known(images.perceptual_hash, known.perceptual_hash)
+    identical = images.pixel_sha256.isin(known.pixel_sha256)
+    return np.where(identical, IDENTICAL, np.where(near, NEAR_COPY, '')).astype(object)

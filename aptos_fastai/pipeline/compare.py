@@ -1,0 +1,164 @@
+"Compare two runs, or two evaluations on one table: paired differences on the same images."
+from pathlib import Path
+
+import pandas as pd
+
+from aptos_fastai.common.console import format_duration, say, table
+from aptos_fastai.common.disclaimer import DISCLAIMER
+from aptos_fastai.common.io import AptosError, read_record, verify_file
+from aptos_fastai.inference.measures import EVALUATION, PREDICTIONS
+from aptos_fastai.metrics import REFERABLE, auc, paired_auc, paired_interval, quadratic_kappa
+from aptos_fastai.pipeline.summary import (
+    OUT_OF_FOLD,
+    SYNTHETIC,
+    all_warnings,
+    by_value,
+    difference_text,
+    validated,
+)
+
+MIN_COMMON = 50                              # images that two evaluations must have in common
+
+
+def compare_results(first: str, second: str) -> None:
+    "`compare FIRST SECOND`: compare two finished runs, or two evaluations. Raises `AptosError`"
+    kinds = [_is_evaluation(Path(path)) for path in (first, second)]
+    if kinds[0] != kinds[1]:
+        one, other = (first, second) if kinds[0] else (second, first)
+        raise AptosError(f'{one}: is an evaluation, and {other} is none. Give two runs, or two evaluations.')
+    if kinds[0]: compare_evaluations(Path(first), Path(second))
+    else: compare_runs(first, second)
+
+
+def _is_evaluation(path: Path) -> bool: return path.name == EVALUATION or (path / EVALUATION).is_file()
+
+
+# Two runs
+def compare_runs(first: str, second: str) -> None:
+    "Print kappa of two runs for each common stage and the submission, on the images that both validated"
+    (summary_a, oof_a), (summary_b, oof_b) = _read_results(first), _read_results(second)
+    names_b = {result['stage'] for result in summary_b['stages']}
+    common = [result['stage'] for result in summary_a['stages'] if result['stage'] in names_b]
+    final_a, final_b = summary_a['submission']['node'], summary_b['submission']['node']
+    rows, resampled = [], {}
+    for label, a, b in [*((name, name, name) for name in common), ('submission', final_a, final_b)]:
+        both = validated(oof_a, a).merge(validated(oof_b, b), on=['source', 'id_code'], suffixes=('', '_b'))
+        if not len(both): continue
+        changed = (both.diagnosis != both.diagnosis_b).sum()
+        if changed:
+            raise AptosError(f'{second}: {changed} images have other grades than in {first}. '
+                             'Compare runs on the same tables.')
+        seconds = [_seconds(summary_a, a), _seconds(summary_b, b)]
+        resampled[label], both['group'] = compared_groups(both, _result(summary_a, a), _result(summary_b, b))
+        rows.append(comparison_row(label, both, seconds))
+    if not rows:
+        raise AptosError(f'{first} and {second}: no validation image in common. Compare runs on the same tables.')
+    table('kappa on the images that both runs validated',
+          ['stage', 'n', 'first', 'second', 'difference (95 % CI)', 'time', 'folds'], rows,
+          right=('n', 'first', 'second', 'folds'), wrap=('time',))
+    say(f'first: {first}, submission by {final_a}. second: {second}, submission by {final_b}.')
+    say(DISCLAIMER, 'dim')
+    say(f'Paired bootstrap over {by_value(resampled)}: a difference whose interval contains 0 may be chance.\n'
+        'folds: fraction of the images that both runs validated in the same fold.', 'dim')
+    say(OUT_OF_FOLD, 'yellow')
+    for folder, summary in ((first, summary_a), (second, summary_b)):
+        for text in all_warnings(summary['stages']): say(f'{folder}: {text}', 'yellow')
+    if summary_a['synthetic'] or summary_b['synthetic']: say(SYNTHETIC, 'yellow')
+
+
+def compared_groups(both: pd.DataFrame, a: dict, b: dict) -> tuple[str, pd.Series]:
+    "Return what a paired interval resamples: the groups of the first run, or of the second if only that knows patients"
+    second = b['resampled'] != a['resampled'] and (b['resampled'] == 'patients' or a['resampled'] == 'images')
+    return (b['resampled'], both.group_b) if second else (a['resampled'], both.group)
+
+
+def comparison_row(label: str, both: pd.DataFrame, seconds: list[float]) -> list:
+    "Return a row of `compare_runs`; `both` has grade and fold of the first run, grade_b and fold_b of the second"
+    kappas = [f'{quadratic_kappa(grade, both.diagnosis):.3f}' for grade in (both.grade, both.grade_b)]
+    difference = difference_text(*paired_interval(both.grade, both.grade_b, both.diagnosis, both.group))
+    same_fold = (both.fold == both.fold_b).mean()
+    return [label, len(both), *kappas, difference, ' / '.join(map(format_duration, seconds)), f'{same_fold:.0%}']
+
+
+def _read_results(folder: str) -> tuple[dict, pd.DataFrame]:
+    "Return summary.json and oof.csv of a run folder. Raises `AptosError` if the run is not finished"
+    root = Path(folder)
+    summary, oof = read_record(root / 'summary.json'), root / 'oof.csv'
+    if summary and 'clusters' not in summary:
+        raise AptosError(f'{root / "summary.json"}: written by an older version. Run `all` again.')
+    if not summary or not oof.is_file():
+        raise AptosError(f'{root}: not a finished run (no summary.json and oof.csv). '
+                         'Give <runs>/<recipe>, or run `all` first.')
+    return summary, pd.read_csv(oof, dtype=dict(id_code=str))
+
+
+def _result(summary: dict, node: str) -> dict: return next(o for o in summary['stages'] if o['stage'] == node)
+def _seconds(summary: dict, node: str) -> float: return _result(summary, node)['seconds']
+
+
+# Two evaluations
+
+def compare_evaluations(first: Path, second: Path) -> None:
+    "Print kappa and AUC of two models on the images of one table that neither has seen, with a paired bootstrap"
+    (a, rows_a), (b, rows_b) = _read_evaluation(first), _read_evaluation(second)
+    both = matched(rows_a, rows_b)
+    if len(both) < MIN_COMMON:
+        raise AptosError(f'{first} and {second}: {len(both)} images in common that neither model has seen; at least '
+                         f'{MIN_COMMON} are needed. Evaluate both models on one table.')
+    changed = (both.diagnosis != both.diagnosis_b).sum()
+    if changed:
+        raise AptosError(f'{second}: {changed} of {len(both)} images have other grades than in {first}. '
+                         'Evaluate both models on one table.')
+    over, groups = compared_groups(both, *(dict(resampled=o['table']['grouped_by']) for o in (a, b)))
+    both['group'] = groups
+    table('both models on the same images', ['metric', 'n', 'first', 'second', 'difference (95 % CI)'],
+          evaluation_rows(both), right=('n', 'first', 'second'))
+    say(f'first: {a["model"]["name"]} on {a["table"]["name"]}, {first}.\n'
+        f'second: {b["model"]["name"]} on {b["table"]["name"]}, {second}.')
+    say(DISCLAIMER, 'dim')
+    say(f'Paired bootstrap over {over}: a difference whose interval contains 0 may be chance. Thresholds as deployed, '
+        'without the gate. Images that either model was trained or tuned on are left out.', 'dim')
+    for path, record in ((first, a), (second, b)):
+        for text in record['warnings']: say(f'{path}: {text}', 'yellow')
+    if a['synthetic'] or b['synthetic']: say(SYNTHETIC, 'yellow')
+
+
+def evaluation_rows(both: pd.DataFrame) -> list[list]:
+    "Return the rows of `compare_evaluations`; `both` is what `matched` returns"
+    referable = both.diagnosis >= REFERABLE
+    kappas = [f'{quadratic_kappa(grade, both.diagnosis):.3f}' for grade in (both.grade, both.grade_b)]
+    rows = [['kappa', len(both), *kappas,
+             difference_text(*paired_interval(both.grade, both.grade_b, both.diagnosis, both.group))]]
+    if referable.nunique() < 2: return rows
+    areas = [f'{auc(score, referable)[0]:.3f}' for score in (both.score, both.score_b)]
+    difference = difference_text(*paired_auc(both.score, both.score_b, referable, both.group))
+    return [*rows, [f'AUC, grade ≥ {REFERABLE}', len(both), *areas, difference]]
+
+
+def matched(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
+    """Return the images of two predictions.csv that neither model has seen; columns of `b` end in _b.
+
+    Images match by equal pixels, where these occur once in each, and the others by their id.
+    """
+    a, b = (o[o.error.eq('') & o.diagnosis.notna() & o.seen.eq('')] for o in (a, b))
+    single_a, single_b = (o.drop_duplicates('pixel_sha256', keep=False) for o in (a, b))
+    by_pixels = _merged(single_a, single_b, 'pixel_sha256')
+    rest_a, rest_b = a[~a.id_code.isin(by_pixels.id_code)], b[~b.id_code.isin(by_pixels.id_code_b)]
+    return pd.concat([by_pixels, _merged(rest_a, rest_b, 'id_code')], ignore_index=True)
+
+
+def _merged(a: pd.DataFrame, b: pd.DataFrame, key: str) -> pd.DataFrame:
+    "Return the rows of `a` and `b` with equal `key`; every column of `b` ends in _b"
+    return a.merge(b.add_suffix('_b'), left_on=key, right_on=f'{key}_b')
+
+
+def _read_evaluation(path: Path) -> tuple[dict, pd.DataFrame]:
+    "Return evaluation.json and predictions.csv of an evaluation. Raises `AptosError` if they are missing or changed"
+    folder = path.parent if path.name == EVALUATION else path
+    record = read_record(folder / EVALUATION)
+    if not record: raise AptosError(f'{folder / EVALUATION}: no such file. Give the folder of an evaluation.')
+    file = verify_file(folder / PREDICTIONS, record['predictions_sha256'], 'Run evaluate again.')
+    text = dict.fromkeys(['id_code', 'group', 'seen', 'error', 'pixel_sha256'], str)
+    df = pd.read_csv(file, dtype=text, keep_default_na=False,
+                     na_values=dict.fromkeys(['diagnosis', 'score', 'grade', 'grade_low', 'grade_high'], ['']))
+    return record, df

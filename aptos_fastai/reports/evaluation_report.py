@@ -1,0 +1,303 @@
+"Write and show the evaluation of a model on a graded table: evaluation.html, predictions.csv, evaluation.json."
+import numpy as np
+import pandas as pd
+
+from aptos_fastai.common.console import say, table
+from aptos_fastai.common.disclaimer import DISCLAIMER
+from aptos_fastai.common.io import file_hash, write_csv, write_record
+from aptos_fastai.inference.evaluate import Evaluation, differences_text
+from aptos_fastai.inference.grade_files import safe_cell
+from aptos_fastai.inference.measures import EVALUATION, HTML, PREDICTIONS
+from aptos_fastai.inference.model_spec import SYNTHETIC_MODEL
+from aptos_fastai.inference.subgroups import ALPHA, MIN_IMAGES
+from aptos_fastai.metrics import REFERABLE
+from aptos_fastai.pipeline.summary import SETS_CONDITION, interval_text
+from aptos_fastai.reports import plots
+from aptos_fastai.reports.html import Bar, Figure, Section, Table, write_html
+from aptos_fastai.reports.run_report import figure, percent, thresholds_text
+
+IN_SAMPLE = 'in-sample: the best thresholds for these very images, a bound that no other thresholds exceed'
+LARGEST_ERRORS = 12
+
+
+def write_evaluation(evaluation: Evaluation) -> None:
+    "Write predictions.csv, evaluation.html and, last, evaluation.json"
+    folder, rows = evaluation.folder, evaluation.predictions
+    text = rows.select_dtypes(exclude='number').columns
+    write_csv(folder / PREDICTIONS, rows.assign(**{name: rows[name].map(safe_cell) for name in text}))
+    write_report(evaluation)
+    write_record(folder / EVALUATION, dict(evaluation.record, predictions_sha256=file_hash(folder / PREDICTIONS)))
+
+
+# Texts
+
+def measure_text(measure: dict, over: str = '') -> str:
+    "Return a metric as text, '0.833 (0.80–0.86)', or why it is undefined"
+    if measure['value'] is None: return f'undefined: {measure["reason"]}'
+    if measure['interval'] is None: return f'{measure["value"]:.3f}'
+    return interval_text(measure['value'], measure['interval'], over)
+
+
+def images_text(record: dict) -> str:
+    "Return which images are evaluated: '300 of 302 images; left out: 2 that cannot be read'"
+    counts = record['counts']
+    left_out = []
+    if not record['include_seen'] and seen_count(record):
+        left_out.append(f'{seen_count(record)} that trained or tuned the model ({counts["identical"]} identical, '
+                        f'{counts["near_copies"]} near copies)')
+    if counts['unreadable']: left_out.append(f'{counts["unreadable"]} that cannot be read')
+    if counts['ungradable_by_graders']:
+        left_out.append(f'{counts["ungradable_by_graders"]} that their graders called ungradable')
+    text = f'{counts["evaluated"]} of {counts["images"]} images'
+    return f'{text}; left out: {", ".join(left_out)}' if left_out else text
+
+
+def seen_count(record: dict) -> int:
+    "Return how many graded images were used to train or tune the model"
+    return record['counts']['identical'] + record['counts']['near_copies']
+
+
+def own_kappa_text(record: dict) -> str:
+    "Return the model's kappa on its own tables beside that on this one"
+    here = measure_text(record['kappa']['deployed'], record['table']['grouped_by'])
+    own = record['model']['kappa']
+    return f'Kappa out-of-fold on its own tables: {own or "not recorded"}; on this table: {here}.'
+
+
+def prevalence_text(record: dict) -> str:
+    "Return at which prevalence of referable retinopathy PPV and NPV hold"
+    prevalence = record['prevalence']
+    origin = '--prevalence'
+    if prevalence['of_table']: origin = "this table's own; set --prevalence to that of your programme"
+    return f'{100 * prevalence["value"]:.3g} % ({origin})'
+
+
+def metric_rows(record: dict) -> list[tuple[str, dict]]:
+    "Return the metrics of the terminal and the report: label and measure"
+    kappa, programme = record['kappa'], record['referral']['grade_or_ungradable']
+    rows = [('kappa, thresholds as deployed, all images', kappa['deployed']),
+            ('kappa of the images that the gate accepts', kappa['accepted']),
+            ('kappa, midpoints 0.5 1.5 2.5 3.5', kappa['midpoints']),
+            ('kappa, best thresholds (in-sample bound)', kappa['best_thresholds'])]
+    for key in ('referable', 'sight_threatening'):
+        part = record[key]
+        name = f'{key.replace("_", "-")} (grade ≥ {part["lowest_grade"]})'
+        rows += [(f'AUC, {name}', part['auc']), (f'sensitivity, {name}', part['sensitivity']),
+                 (f'specificity, {name}', part['specificity'])]
+    rows += [(f'{name}, refer if grade ≥ {REFERABLE} or ungradable', programme[name.lower()])
+             for name in ('sensitivity', 'specificity', 'PPV', 'NPV')]
+    return [*rows, ('coverage of prediction sets', record['prediction_sets']['coverage']),
+            ('share rejected by the gate', record['gate']['rejected'])]
+
+
+# On the terminal
+
+def show_evaluation(evaluation: Evaluation) -> None:
+    "Print the metrics, warnings and where the files are"
+    record = evaluation.record
+    over, model, name = record['table']['grouped_by'], record['model']['name'], record['table']['name']
+    rows = [[label, measure_text(o), o['images']] for label, o in metric_rows(record)]
+    table(f'{model} on {name}', ['metric', 'value (95 % CI)', 'images'], rows, right=('images',),
+          wrap=('metric', 'value (95 % CI)'))
+    say(f'{images_text(record)}.\nIntervals over {over}. PPV and NPV at a prevalence of {prevalence_text(record)}.\n'
+        f'{own_kappa_text(record)}', 'dim')
+    for text in record['warnings']: say(f'warning: {text}', 'yellow')
+    for text in record['model']['warnings']: say(f'warning of the model: {text}', 'yellow')
+    say(f'{evaluation.folder}: {HTML}, {PREDICTIONS}, {EVALUATION}')
+    say(DISCLAIMER, 'dim')
+    if record['synthetic']: say(SYNTHETIC_MODEL, 'yellow')
+
+
+# The report
+
+def write_report(evaluation: Evaluation) -> None:
+    "Write evaluation.html"
+    record, df = evaluation.record, evaluated(evaluation)
+    model, name = record['model'], record['table']['name']
+    sections = [Section('Kappa', kappa_section(record)),
+                Section('Detection', detection_section(record, df)),
+                Section('Confusion matrix and per-grade recall', grade_section(record, df), grid=True),
+                Section('Calibration', calibration_section(record, df), grid=True),
+                Section('Prediction sets', set_section(record)),
+                Section('Ungradable images', gate_section(record)),
+                Section('Subgroups', subgroup_section(record)),
+                Section('Largest errors', [error_table(df)]),
+                Section('Images, model and table', source_section(evaluation))]
+    note = '\n'.join([
+        f'{model["name"]} grades {name} ({record["table"]["csv"] or "class folders"}), {record["date"]}. '
+        f'{images_text(record)}.', own_kappa_text(record), DISCLAIMER])
+    warnings = [*record['warnings'], *(f'{text} (of the model)' for text in model['warnings'])]
+    write_html(evaluation.folder / HTML, 'evaluation.html', title=f'{model["name"]} on {name}: evaluation', note=note,
+               warning=SYNTHETIC_MODEL if record['synthetic'] else '', cards=cards(record), warnings=warnings,
+               sections=sections)
+
+
+def evaluated(evaluation: Evaluation) -> pd.DataFrame:
+    "Return the rows of predictions that the metrics are of"
+    rows = evaluation.predictions
+    used = (rows.error == '') & rows.diagnosis.notna()
+    if not evaluation.record['include_seen']: used &= rows.seen == ''
+    return rows[used].astype(dict(diagnosis=int, grade=int, score=float))
+
+
+def cards(record: dict) -> list[tuple[str, str]]:
+    "Return the (figure, label) pairs at the top"
+    over, referable, gate = record['table']['grouped_by'], record['referable'], record['gate']['rejected']
+    kappa, sets = record['kappa']['deployed'], record['prediction_sets']
+    def parts(measure: dict, label: str) -> tuple[str, str]:
+        if measure['value'] is None: return 'none', f'{label}: {measure["reason"]}'
+        value, _, interval = measure_text(measure, over).partition(' ')
+        return value, f'{label} {interval}'
+    return [parts(kappa, f'quadratic weighted kappa, n = {kappa["images"]}'),
+            parts(referable['auc'], f'AUC, referable DR (grade ≥ {REFERABLE})'),
+            parts(referable['sensitivity'], 'sensitivity, referable DR'),
+            parts(referable['specificity'], 'specificity, referable DR'),
+            parts(gate, 'share rejected by the gate'),
+            parts(sets['coverage'], f'coverage of the {percent(sets["target"])} prediction sets')]
+
+
+def _intervals(record: dict) -> str: return f'95 % CI over {record["table"]["grouped_by"]}'
+
+
+def kappa_section(record: dict) -> list[Table | str]:
+    "Return kappa by each kind of thresholds, and what each means"
+    kappa, thresholds = record['kappa'], record['model']['thresholds']
+    best = kappa['best_thresholds']
+    fitted = f'{thresholds_text(best["thresholds"])}; {IN_SAMPLE}' if best['thresholds'] else ''
+    rows = [['as deployed, all images', thresholds_text(thresholds), kappa['deployed']],
+            ['as deployed, images that the gate accepts', thresholds_text(thresholds), kappa['accepted']],
+            ['midpoints', '0.50 1.50 2.50 3.50', kappa['midpoints']],
+            ['best thresholds', fitted, best]]
+    return [Table(['thresholds', 'values', 'images', 'kappa'],
+                  [[name, text, o['images'], measure_text(o)] for name, text, o in rows],
+                  f'In parentheses: {_intervals(record)} (bootstrap). The first row grades every image, so that a gate '
+                  'that rejects difficult images cannot raise it.'),
+            own_kappa_text(record)]
+
+
+def detection_section(record: dict, df: pd.DataFrame) -> list[Figure | Table | str]:
+    "Return AUC, sensitivity and specificity, what a programme gets, and the ROC curve"
+    parts = [record['referable'], record['sight_threatening']]
+    rows = [[f'{name} (grade ≥ {o["lowest_grade"]})', o['positives'], o['auc']['images'],
+             *(measure_text(o[key]) for key in ('auc', 'sensitivity', 'specificity'))]
+            for name, o in zip(('referable', 'sight-threatening'), parts, strict=True)]
+    keys = 'sensitivity', 'specificity', 'ppv', 'npv', 'referred'
+    rules = {f'grade ≥ {REFERABLE}': record['referral']['grade'],
+             f'grade ≥ {REFERABLE} or ungradable': record['referral']['grade_or_ungradable']}
+    over = f'In parentheses: {_intervals(record)}'
+    return [Table(['retinopathy', 'images with it', 'images', 'AUC', 'sensitivity', 'specificity'], rows,
+                  f'By the thresholds as deployed; every image counts. {over}. Macular oedema is not graded.'),
+            Table(['refer if', *('PPV' if k == 'ppv' else 'NPV' if k == 'npv' else k for k in keys)],
+                  [[rule, *(measure_text(o[key]) for key in keys)] for rule, o in rules.items()],
+                  f'PPV and NPV by Bayes at a prevalence of referable retinopathy of {prevalence_text(record)}; their '
+                  'intervals have the ends of those of sensitivity and specificity. referred: share of these images.'),
+            *_roc(df, record)]
+
+
+def _roc(df: pd.DataFrame, record: dict) -> list[Figure]:
+    "Return the ROC curve of referable retinopathy, if there is one"
+    from sklearn.metrics import roc_curve
+    area, found = record['referable']['auc'], record['referable']
+    if area['value'] is None: return []
+    fpr, tpr, _ = roc_curve(df.diagnosis >= REFERABLE, df.score)
+    point = 1 - found['specificity']['value'], found['sensitivity']['value'], f'grade ≥ {REFERABLE}'
+    return [figure(f'ROC curve of referable DR: AUC {measure_text(area)}', plots.roc_curve(fpr, tpr, [point]),
+                   'The dot: the thresholds as deployed.')]
+
+
+def grade_section(record: dict, df: pd.DataFrame) -> list[Figure]:
+    "Return the confusion matrix and the recall of each grade"
+    recall = record['recall']
+    n = len(df)
+    intervals = [o['interval'] or (np.nan, np.nan) for o in recall]
+    values = [np.nan if o['value'] is None else o['value'] for o in recall]
+    return [figure(f'Confusion matrix, n = {n} images', plots.confusion_matrix(np.array(record['confusion'])),
+                   'Number of images and proportion of the true grade (row).'),
+            figure(f'Per-grade recall, n = {n} images',
+                   plots.recall_bars(values, intervals, [o['images'] for o in recall]),
+                   f'Proportion of each true grade that is predicted correctly. Lines: {_intervals(record)} (Wilson).')]
+
+
+def calibration_section(record: dict, df: pd.DataFrame) -> list[Figure]:
+    "Return the scores by true grade and the calibration curve"
+    error = record['calibration']
+    return [figure(f'Calibration, n = {len(df)} images', plots.calibration(df.score, df.diagnosis),
+                   f'Mean error (score minus true grade) {error["mean_error"]:+.3f}, mean absolute error '
+                   f'{error["mean_absolute_error"]:.3f}. On the diagonal, the score equals the mean true grade. '
+                   'Vertical lines: 95 % CI of the mean over images.'),
+            figure(f'Scores by true grade, n = {len(df)} images',
+                   plots.score_histograms(df.score, df.diagnosis, record['model']['thresholds']),
+                   'Dashed: the thresholds as deployed.')]
+
+
+def set_section(record: dict) -> list[Table]:
+    "Return coverage and size of the prediction sets"
+    sets = record['prediction_sets']
+    rows = [['all', sets['coverage']['images'], measure_text(sets['coverage'])],
+            *([str(o['grade']), o['images'], measure_text(o)] for o in sets['by_grade'] if o['images'])]
+    return [Table(['true grade', 'images', f'coverage (target {percent(sets["target"])})'], rows,
+                  f'Images that get a grade. Mean size: {measure_text(sets["mean_size"])} grades. The target applies '
+                  f'to images {SETS_CONDITION}. In parentheses: {_intervals(record)} (Wilson).')]
+
+
+def gate_section(record: dict) -> list[Table | str]:
+    "Return what the gate rejects, and why"
+    gate, n = record['gate'], record['counts']['evaluated']
+    rows = [['any reason', Bar(gate['rejected']['value'])], *([k, Bar(v / n)] for k, v in gate['reasons'].items())]
+    by_graders = gate['rejected_of_ungradable']
+    text = measure_text(by_graders)
+    if by_graders['images']: text += f' of {by_graders["images"]} images'
+    return [Table(['rejected by the gate', 'share of the graded images'], rows,
+                  'Their graders graded these images. An image can have several reasons.'),
+            f'Share of the images that their graders called ungradable which the gate rejects: {text}.']
+
+
+def subgroup_section(record: dict) -> list[Table | str]:
+    "Return a table for each column"
+    if not record['subgroups']: return ['This table carries no further columns. Name some with --by COLUMN.']
+    compared = [o for subgroup in record['subgroups'] for o in subgroup['values'] if o['level']]
+    text = 'No subgroup has enough images to compare.'
+    if compared:
+        level = f'{100 * compared[0]["level"]:.4g} % ({percent(1 - ALPHA)}, corrected for {len(compared)} subgroups)'
+        text = ('Marked where kappa, AUC or mean error differs from the other images: a bootstrap interval of '
+                f'{level} of the difference excludes 0.')
+    return [f'{text} Subgroups of fewer than {MIN_IMAGES} images are shown, not marked. Kappa depends on the mix of '
+            f'grades, too. In parentheses: {_intervals(record)}. AUC, sensitivity and specificity: referable DR.',
+            *(_subgroup_table(o) for o in record['subgroups'])]
+
+
+def _subgroup_table(subgroup: dict) -> Table:
+    "Return the table of one column"
+    columns = [subgroup['column'], 'images', 'kappa', 'AUC', 'sensitivity', 'specificity', 'mean error', 'differs']
+    keys = 'kappa', 'auc', 'sensitivity', 'specificity'
+    rows = [[o['name'], o['images'], *(measure_text(o[key]) for key in keys), f'{o["mean_error"]["value"]:+.3f}',
+             differences_text(o)] for o in subgroup['values']]
+    return Table(columns, rows, f'{subgroup["column"]}: {subgroup["note"]}.' if subgroup['note'] else '')
+
+
+def error_table(df: pd.DataFrame) -> Table:
+    "Return the wrongly graded images whose scores are farthest from the true grade"
+    wrong = df[df.grade != df.diagnosis]
+    wrong = wrong.assign(error=(wrong.score - wrong.diagnosis).abs()).nlargest(LARGEST_ERRORS, 'error')
+    return Table(['image', 'true grade', 'grade', 'score', 'ungradable'],
+                 [[o.id_code, o.diagnosis, o.grade, f'{o.score:.2f}', o.ungradable] for o in wrong.itertuples()],
+                 f'All images: {PREDICTIONS}. The true grade can be wrong, too.')
+
+
+def source_section(evaluation: Evaluation) -> list[Table | str]:
+    "Return which images were evaluated, how the table was understood, and what the model is"
+    record = evaluation.record
+    counts, model = record['counts'], record['model']
+    what = 'counted all the same' if record['include_seen'] else 'left out'
+    seen = f'{counts["identical"]} identical, {counts["near_copies"]} near copies ({what})'
+    if record['seen_unknown']: seen += f'; {record["seen_unknown"]}'
+    rows = [['images in the table', str(counts['images'])], ['evaluated', str(counts['evaluated'])],
+            [f'groups ({record["table"]["grouped_by"]})', str(counts['groups'])],
+            ['used to train or tune the model', seen],
+            ['cannot be read', str(counts['unreadable'])],
+            ['ungradable by their graders', str(counts['ungradable_by_graders'])],
+            ['copies within the table', f'{counts["copies"]} images; each counts as an image of its own'],
+            ['model', f'{model["name"]}, {model["key"]}, {len(model["weights"])} networks'],
+            ['made by', f'aptos_fastai {record["aptos_fastai"]}, {record["date"]}']]
+    unreadable = [f'Cannot be read: {"; ".join(record["unreadable"])}.'] if record['unreadable'] else []
+    return [Table(['', ''], rows), *(f'{text}.' for text in [*evaluation.reasons, *record['notes']]), *unreadable]

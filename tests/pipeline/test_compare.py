@@ -1,0 +1,92 @@
+"Two evaluations on one table, side by side."
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import expect_error
+
+from aptos_fastai.cli import main
+from aptos_fastai.common.io import file_hash, read_record, write_csv, write_record
+from aptos_fastai.metrics import MIDPOINTS, apply_thresholds, paired_auc, paired_interval
+from aptos_fastai.pipeline.compare import matched
+from aptos_fastai.pipeline.summary import difference_text
+
+
+def rows_of_evaluation(n=80, noise=.5, seed=0, **columns):
+    "Rows of predictions.csv: two images of each patient, one seen image, one unreadable, one without a grade"
+    rng = np.random.default_rng(seed)
+    y = np.arange(n) % 5
+    score = y + rng.normal(0, noise, n)
+    df = pd.DataFrame(dict(
+        id_code=[f'0{i}' for i in range(n)], diagnosis=pd.Series(y, dtype='Int64'), score=score,
+        grade=pd.Series(apply_thresholds(score, MIDPOINTS), dtype='Int64'), grade_low=0, grade_high=4, ungradable='',
+        group=[f'p{i // 2}' for i in range(n)], pixel_sha256=[f'{i:024x}' for i in range(n)], seen='', error=''))
+    df.loc[0, 'seen'] = 'near copy' if seed else ''
+    df.loc[1, ['score', 'grade', 'error']] = [np.nan, pd.NA, 'cannot be decoded']
+    df.loc[2, 'diagnosis'] = pd.NA
+    return df.assign(**columns)
+
+
+def write_evaluation(folder, df, name='a/final', grouped_by='patients'):
+    "Write what `compare` reads of an evaluation"
+    write_csv(folder / 'predictions.csv', df)
+    write_record(folder / 'evaluation.json', dict(
+        model=dict(name=name), table=dict(name='clinic', grouped_by=grouped_by), synthetic=False,
+        warnings=[f'warning of {name}'], predictions_sha256=file_hash(folder / 'predictions.csv')))
+    return folder
+
+
+def used(df): return df.iloc[3:].astype(dict(diagnosis=int, grade=int))
+
+
+def test_two_evaluations_are_compared_in_pairs(tmp_path, capsys):
+    a, b = rows_of_evaluation(), rows_of_evaluation(noise=1, seed=1)
+    first = write_evaluation(tmp_path / 'a', a)
+    second = write_evaluation(tmp_path / 'b', b.sample(frac=1, random_state=0), 'b/final')
+    main(['compare', str(first), str(second / 'evaluation.json')])
+    out = capsys.readouterr().out
+    a, b = used(a), used(b)                             # of the first three, one is seen, unreadable or ungraded
+    kappa = next(line for line in out.splitlines() if line.startswith('kappa'))
+    assert difference_text(*paired_interval(a.grade, b.grade, a.diagnosis, a.group)) in kappa and ' 77 ' in kappa
+    assert difference_text(*paired_auc(a.score, b.score, a.diagnosis >= 2, a.group)) in out
+    for words in ('a/final on clinic', 'warning of b/final', 'bootstrap over patients', 'Not a medical device'):
+        assert words in ' '.join(out.split()), words
+
+
+def test_images_match_by_pixels_and_then_by_id():
+    a = used(rows_of_evaluation(12))
+    b = used(rows_of_evaluation(12)).assign(id_code=[f'other{i}' for i in range(9)])
+    assert matched(a, b).id_code.tolist() == a.id_code.tolist()        # the same pixels under other ids
+    b = used(rows_of_evaluation(12)).assign(pixel_sha256=[f'{i}' for i in range(9)])
+    both = matched(a, b)                                               # prepared at another size: other hashes
+    assert both.id_code.tolist() == both.id_code_b.tolist() == a.id_code.tolist()
+    copies = [o.assign(pixel_sha256=o.pixel_sha256.iloc[0]) for o in (a, used(rows_of_evaluation(12)))]
+    both = matched(*copies)                                            # pixels that occur several times say nothing
+    assert len(both) == 9 and both.id_code.tolist() == both.id_code_b.tolist()
+
+
+def test_equal_models_do_not_differ(tmp_path, capsys):
+    folder = write_evaluation(tmp_path / 'a', rows_of_evaluation())
+    main(['compare', str(folder), str(folder)])
+    assert capsys.readouterr().out.count('+0.000 (+0.000 to +0.000)') == 2
+
+
+def test_what_cannot_be_compared(toy, tmp_path, capsys):
+    first = write_evaluation(tmp_path / 'a', rows_of_evaluation())
+    few = write_evaluation(tmp_path / 'few', rows_of_evaluation(40))
+    expect_error(capsys, ['compare', first, few], '38 images in common that neither model has seen; at least 50')
+    other = write_evaluation(tmp_path / 'other', rows_of_evaluation(diagnosis=4))
+    expect_error(capsys, ['compare', first, other], 'have other grades than in', 'on one table')
+    expect_error(capsys, ['compare', toy, first], f'{first}: is an evaluation, and {toy} is none')
+    expect_error(capsys, ['compare', first, tmp_path / 'none'], 'Give two runs, or two evaluations')
+    rows_of_evaluation(noise=0).to_csv(few / 'predictions.csv', index=False)
+    expect_error(capsys, ['compare', few, first], 'predictions.csv: content changed', 'Run evaluate again')
+
+
+@pytest.mark.parametrize('first, second, over', [('images', 'patients', 'patients'), ('patients', 'images', 'patients'),
+                                                 ('images', 'blocks of 10 ids', 'blocks of 10 ids')])
+def test_patients_are_resampled_if_either_evaluation_knows_them(tmp_path, capsys, first, second, over):
+    folders = [write_evaluation(tmp_path / str(i), rows_of_evaluation(seed=i), grouped_by=kind)
+               for i, kind in enumerate((first, second))]
+    main(['compare', *map(str, folders)])
+    assert f'Paired bootstrap over {over}:' in capsys.readouterr().out
+    assert read_record(folders[0] / 'evaluation.json')
