@@ -235,6 +235,8 @@ def fit(csv: Annotated[str, argument('CSV', 'A CSV or .xlsx with a grade for eac
         unlabelled: Annotated[str, argument('UNLABELLED', 'A folder of ungraded images, which are predicted and '
                                             'trained on, too.')] = '',
         id: Column = '', grade: Column = '', patient: Column = '', eye: Column = '',
+        ungradable: Annotated[str, typer.Option(
+            metavar='VALUES', help='Values of the grade that mean ungradable, separated by |. Default: found.')] = '',
         name: Annotated[str, typer.Option(metavar='NAME', help='Name of the run. Default: that of the CSV.')] = '',
         runs: Annotated[str, typer.Option(metavar='FOLDER', help='Results go to FOLDER/NAME/.')] = 'runs',
         sets: Sets = None) -> None:
@@ -245,7 +247,8 @@ def fit(csv: Annotated[str, argument('CSV', 'A CSV or .xlsx with a grade for eac
     python run.py fit labels.xlsx photos/ unlabelled/ --grade "DR grade" --set stage.epochs=5
     """
     from aptos_fastai import commands
-    keys = {key: value for key, value in dict(id=id, grade=grade, patient=patient, eye=eye).items() if value}
+    keys = dict(id=id, grade=grade, patient=patient, eye=eye, ungradable=ungradable)
+    keys = {key: value for key, value in keys.items() if value}
     commands.fit(csv, images, unlabelled, name=name, runs=runs, sets=sets or [], ask=ask_user(), **keys)
 
 

@@ -108,6 +108,8 @@ def write_outputs(run: Run, bars: Bars, start: float) -> dict:
     from aptos_fastai.reports.run_report import write_report
     oof = oof_table(run)                     # first: it checks the validation scores before anything is written
     scores = score_test_table(run, bars) if run.recipe.submit.table else None
+    if scores is None and (run.root / 'submission.csv').is_file():
+        say(f'{run.root / "submission.csv"} is of an earlier run with a test table; this run predicts none', 'yellow')
     if scores is not None: write_submissions(run, scores)
     write_csv(run.root / 'oof.csv', oof)
     hashes = {name: file_hash(run.root / name) for name in output_files(run)}

@@ -122,9 +122,11 @@ class Table:
     csv: str = _key('', 'CSV or .xlsx file, inside one of the folders in `folder`; empty: every image below `images` '
                     'is a row')
     images: str = _key('.', 'folder of the images and its sub-folders, inside the same folder as the CSV')
-    id: str = _key('id_code', 'column of image ids: file names or paths, with or without suffix')
-    grade: str = _key('', 'column of grades 0-4, or several of which one is filled, separated by |; empty: the table '
-                      'is ungraded; folder (without csv): images lie in sub-folders named by grade')
+    id: str = _key('id_code', 'column of image ids: file names or paths, with or without suffix; or two, separated by '
+                   '|, if a row holds the two images of a patient')
+    grade: str = _key('', 'column of grades 0-4, or several of which one is filled, separated by |; one for each '
+                      'column of `id` if that has several; empty: the table is ungraded; folder (without csv): images '
+                      'lie in sub-folders named by grade')
     header: str = _key('yes', 'no: the CSV has no header; its columns are called 1, 2, 3 …', choices=('yes', 'no'))
     where: str = _key('', 'use only the rows with a value: COLUMN = VALUE', check=_check_where)
     ungradable: str = _key('', 'values of `grade` that mean ungradable, separated by |; blank: an empty cell. These '
@@ -148,6 +150,11 @@ class Table:
     def graded(self) -> bool:
         "Whether the table has grades"
         return bool(self.grade)
+
+    @property
+    def id_columns(self) -> tuple[str, ...]:
+        "Columns of image ids; with several, a row holds the images of one patient"
+        return _split_names(self.id)
 
     @property
     def grade_columns(self) -> tuple[str, ...]:
@@ -183,7 +190,7 @@ class Table:
     @property
     def grouped_by(self) -> str:
         "What shares a fold and is resampled for an interval: patients, blocks of N ids, or images"
-        if self.patient or self.pairs or self.group: return 'patients'
+        if self.patient or self.pairs or self.group or len(self.id_columns) > 1: return 'patients'
         return f'blocks of {self.block} ids' if self.block else 'images'
 
 
@@ -609,6 +616,8 @@ def _check_table(r: Recipe, t: Table) -> None:
     if t.grade and t.grade != 'folder' and not t.csv:
         _fail(r, f'table.{t.name}', 'grade', t.grade, 'this table has no csv. Write grade = folder if the sub-folders '
               'of `images` are named by grade, or set csv.')
+    if len(t.id_columns) > 1 and t.grade and len(t.grade_columns) != len(t.id_columns):
+        _fail(r, f'table.{t.name}', 'grade', t.grade, f'enter a column for each of the columns of id: {t.id}.')
     ways = [key for key in ('patient', 'pairs', 'group', 'block') if getattr(t, key)]
     if len(ways) > 1:
         advice = f'this table has the key {ways[0]}, too. Remove {ways[0]} or {ways[1]}.'

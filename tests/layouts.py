@@ -162,6 +162,18 @@ def semicolons(root: Path) -> Path:
     return root
 
 
+def row_per_patient(root: Path) -> Path:
+    "A row for each patient, with the images and grades of both eyes; one patient has one eye"
+    rows = ['Patient,Left-Fundus,Right-Fundus,Left DR,Right DR,Sex']
+    for i in range(PATIENTS):
+        for side in range(2): write_image(root / f'eyes/{i}_{side}.jpg', 2700 + 2 * i + side)
+        right = f'{i}_1.jpg' if i else ''
+        grades = f'{grade_of(2700 + 2 * i)},{grade_of(2701 + 2 * i) if i else ""}'
+        rows.append(f'{i},{i}_0.jpg,{right},{grades},{"fm"[i % 2]}')
+    write_lines(root / 'patients.csv', rows)
+    return root
+
+
 def no_header(root: Path) -> Path:
     "A label file: name.jpg 3"
     for i in range(60): write_image(root / f'img/{i}.jpg', 2600 + i)
@@ -171,7 +183,7 @@ def no_header(root: Path) -> Path:
 
 LAYOUTS: dict[str, Callable[[Path], Path]] = {
     f.__name__: f for f in (aptos2019, eyepacs2015, idrid, messidor2, ddr, deepdrid, clinic_excel, class_folders,
-                            semicolons, no_header)}
+                            semicolons, row_per_patient, no_header)}
 
 
 def main(folder: str) -> None:

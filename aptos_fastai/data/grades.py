@@ -41,7 +41,7 @@ def _number(word: str) -> float:
 
 def grade_texts(csv: Path, df: pd.DataFrame, table: Table) -> pd.Series:
     "Return the text of each row's grade: of the one of the table's grade columns that is filled"
-    if len(table.grade_columns) == 1: return df[table.grade_columns[0]]
+    if table.grade in df: return df[table.grade]
     columns = df[list(table.grade_columns)]
     filled = columns.ne('').sum(axis=1)
     if (filled > 1).any():
@@ -63,8 +63,19 @@ def _canonical(text: str) -> str:
     except ValueError: return text.casefold()
 
 
+def _refuse_english_scale(csv: Path, texts: pd.Series) -> None:
+    "Raise `TableError` for the grades R0 to R3 of the English screening programme, whose R3 is proliferative"
+    words = set(texts.str.casefold().str.replace(' ', ''))
+    letters = {word for word in words if re.fullmatch(r'r\d[a-z]?', word)}
+    if letters and letters == words and 'r4' not in letters:
+        shown = ', '.join(sorted(letters)).upper()
+        raise TableError(f'{csv}: the grades {shown} look like those of the English screening programme, whose R3 is '
+                         'proliferative and which has no R4. Write 0 to 4 of the international scale.')
+
+
 def read_grades(csv: Path, texts: pd.Series, ids: pd.Series, table: Table) -> np.ndarray:
     "Return the grades as float32 (n,). Raises `TableError` for anything but the grades 0 to 4, and for one grade alone"
+    _refuse_english_scale(csv, texts)
     grades = texts.map({text: read_grade(text) for text in texts.unique()})
     bad = grades.isna()
     if bad.any():

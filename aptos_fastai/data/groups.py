@@ -9,6 +9,7 @@ from aptos_fastai.data.locate import has_image_suffix, without_suffix
 from aptos_fastai.data.spreadsheet import TableError, first_few, read_spreadsheet
 from aptos_fastai.recipe import Table
 
+ROW = '(row)'                                # column: which row of the CSV held an image, beside others of its patient
 UNKNOWN = '', 'na', 'n/a', 'nan', 'none', 'null', 'unknown', '?', '-'      # in a column of patients
 EYES = {'l': 'left', 'left': 'left', 'os': 'left', 'r': 'right', 'right': 'right', 'od': 'right'}
 
@@ -19,7 +20,8 @@ def find_groups(csv: Path, df: pd.DataFrame, ids: pd.Series, table: Table) -> tu
     Raises `TableError` if no row has a patient although the table says where they are.
     """
     if table.block: return _blocks(ids, table), ''
-    if not (table.patient or table.pairs or table.group): return f'{table.name}:' + ids, ''
+    if not (table.patient or table.pairs or table.group):
+        return f'{table.name}:' + (df[ROW] if ROW in df else ids), ''
     patients = _patients(csv, df, ids, table)
     missing = ids[patients.isna()]
     name = next(name for name in ('patient', 'pairs', 'group') if getattr(table, name))

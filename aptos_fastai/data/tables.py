@@ -9,7 +9,7 @@ import pandas as pd
 
 from aptos_fastai.common.console import say
 from aptos_fastai.data.grades import grade_texts, is_ungradable, read_grade, read_grades
-from aptos_fastai.data.groups import eyes, find_groups, patients_text
+from aptos_fastai.data.groups import ROW, eyes, find_groups, patients_text
 from aptos_fastai.data.locate import ImageLocator, files_below, is_image
 from aptos_fastai.data.spreadsheet import TableError, count, first_few, read_spreadsheet, require_column
 from aptos_fastai.metrics import GRADES
@@ -128,15 +128,26 @@ def _rows(folder: Path, table: Table) -> tuple[Path, pd.DataFrame]:
 def _read_rows(csv: Path, table: Table) -> pd.DataFrame:
     "Return the rows of a table's CSV that `where` chooses. Raises `TableError` if it lacks a column of the recipe"
     df = read_spreadsheet(csv, header=table.header == 'yes')
-    needed = [table.id, *table.grade_columns, *table.carry_columns, *([table.patient] if table.patient else [])]
+    needed = [*table.id_columns, *table.grade_columns, *table.carry_columns, *filter(None, [table.patient])]
     for column in needed: require_column(csv, df, column, RENAME)
     if not len(df): raise TableError(f'{csv}: no rows. Write one row per image.')
-    if not table.where: return df
-    column, value = table.where_column_and_value
-    require_column(csv, df, column, 'Change the key `where`.')
-    chosen = df[df[column] == value]
-    if len(chosen): return chosen.reset_index(drop=True)
-    raise TableError(f'{csv}: no row has {column} = {value}. Its values are {first_few(sorted(set(df[column])))}.')
+    if table.where:
+        column, value = table.where_column_and_value
+        require_column(csv, df, column, 'Change the key `where`.')
+        values, df = sorted(set(df[column])), df[df[column] == value].reset_index(drop=True)
+        if not len(df): raise TableError(f'{csv}: no row has {column} = {value}. Its values are {first_few(values)}.')
+    return df if len(table.id_columns) == 1 else _a_row_per_image(df, table)
+
+
+def _a_row_per_image(df: pd.DataFrame, table: Table) -> pd.DataFrame:
+    "Return a row for each image of rows that hold several; the columns of ids and of grades become one each"
+    grades = table.grade_columns or (None,) * len(table.id_columns)
+    rest = df.drop(columns=[*table.id_columns, *table.grade_columns])
+    rest[ROW] = 'row ' + (df.index + 2).astype(str)
+    parts = [rest.assign(**{table.id: df[image]}, **({table.grade: df[grade]} if grade else {}))
+             for image, grade in zip(table.id_columns, grades, strict=True)]
+    rows = pd.concat(parts, ignore_index=True)
+    return rows[rows[table.id] != ''].reset_index(drop=True)
 
 
 def _folder_rows(images: Path, table: Table) -> pd.DataFrame:

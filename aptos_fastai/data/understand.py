@@ -159,7 +159,7 @@ class _Columns:
     def _find_id(self) -> None:
         rows = self.df.iloc[np.linspace(0, len(self.df) - 1, min(SAMPLE, len(self.df))).astype(int)]
         unlike = [column for column in self.df if rows[column].nunique() > len(rows) / 2]
-        share = {column: np.mean([self._has_image(o) for o in rows[column]]) for column in unlike}
+        share = {column: np.mean([self._has_image(o) for o in rows[column] if o]) for column in unlike}
         best = max(share.values(), default=0)
         if not best:
             files = first_few(self.locator.files[:3]) or 'nothing'
@@ -167,6 +167,8 @@ class _Columns:
                              f'columns are {", ".join(self.df)}. Give the folder of the images, or --id COLUMN.')
         columns = [c for c, s in share.items() if s == best]
         columns.sort(key=lambda c: ID_NAMES.index(c.casefold()) if c.casefold() in ID_NAMES else len(ID_NAMES))
+        if len(columns) == 2 and not self._same_images(*columns) and _are_sides(*columns):
+            return self._decide('id', ' | '.join(columns), 'a row holds the two images of a patient')
         same = all(self._same_images(columns[0], c) for c in columns[1:])
         column = columns[0] if same else self._choose('id', columns, 'the image')
         self._decide('id', column, f'{100 * best:.0f} % of its values name an image in {self.locator.root}')
@@ -182,6 +184,7 @@ class _Columns:
         others = [c for c in self._others('id', 'patient') if _looks_like_grades(self.df[c])]
         named = [c for c in others if GRADE_NAME.search(c.casefold()) and not OTHER_GRADE.search(c.casefold())]
         unnamed = [c for c in others if not OTHER_GRADE.search(c.casefold()) and self.df[c].nunique() > 2]
+        if '|' in self.keys['id']: return self._find_grade_of_sides(others)
         for candidates, why in ((named, 'by its name and values'), (unnamed, 'its values are grades')):
             sides = _of_both_eyes(self.df, candidates)
             if sides: return self._decide('grade', ' | '.join(sides), 'one of them is filled in each row')
@@ -192,23 +195,41 @@ class _Columns:
         raise TableError(f'{self.file}: no column has grades (0 to 4, I to IV, or words such as moderate). Its columns '
                          f'are {", ".join(self.df)}. Name the column: --grade COLUMN.')
 
+    def _find_grade_of_sides(self, candidates: list[str]) -> None:
+        "Find the grade of each image where a row holds two"
+        found = []
+        for image in self.keys['id'].split(' | '):
+            mine = [c for c in candidates if side_of(c) == side_of(image) and not OTHER_GRADE.search(c.casefold())]
+            if not mine:
+                raise TableError(f'{self.file}: no column has the grade of {image}. Name both columns: --grade '
+                                 '"LEFT | RIGHT".')
+            found.append(self._choose('grade', mine, f'the grade of {image}'))
+        self._decide('grade', ' | '.join(found), 'one for each image of a row')
+
     def _find_ungradable(self) -> None:
         columns = [name.strip() for name in self.keys['grade'].split('|')]
-        texts = self.df[columns].agg(''.join, axis=1)
+        texts = self.df[columns[0]] if len(columns) == 1 else pd.concat([self.df[c] for c in columns])
+        if len(columns) > 1 and '|' not in self.keys['id']: texts = self.df[columns].agg(''.join, axis=1)
+        if self.df[columns].eq('5').any(axis=None) and not any(read_grade(t) == 0 for t in texts.unique()):
+            raise TableError(f'{self.file}: column {columns[0]} has 5 and no 0. If 5 means ungradable, add '
+                             '--ungradable 5; if the grades are 1 to 5, write 0 to 4 of the international scale.')
         values = sorted({t for t in texts.unique() if np.isnan(read_grade(t)) and UNGRADABLE.fullmatch(t.casefold())})
         if not values: return
         shown = ' | '.join(value or BLANK for value in values)
         self._decide('ungradable', shown, f'{texts.isin(values).sum()} rows without a grade')
 
     def _find_patient(self) -> None:
-        ids, taken = self.df[self.keys['id']], {*self.keys.get('grade', '').split(' | '), self.keys['id']}
+        taken = {*self.keys.get('grade', '').split(' | '), *self.keys['id'].split(' | ')}
         named = [c for c in self.df if c not in taken and PATIENT_NAME.search(c.casefold())]
         columns = [c for c in named if self.df[c].nunique() > 1 and not _looks_like_grades(self.df[c])]
         if columns:
             column = self._choose('patient', columns, 'the patient')
             n = self.df[column][~self.df[column].str.casefold().isin(UNKNOWN)].nunique()
             self._decide('patient', column, f'by its name; {n} patients of {len(self.df)} images')
-        elif _all_end_in_eye(ids) and ids.str.extract(PATIENT_PATTERN)[0].nunique() < len(ids):
+            return
+        if '|' in self.keys['id']: return self.reasons.append('patient: a row of the CSV')
+        ids = self.df[self.keys['id']]
+        if _all_end_in_eye(ids) and ids.str.extract(PATIENT_PATTERN)[0].nunique() < len(ids):
             self._decide('group', PATIENT_PATTERN, f'every id ends in the eye: {first_few(ids[:2])}')
         else: self.reasons.append('patient: unknown (no column, no eye at the end of the ids)')
 
@@ -216,7 +237,7 @@ class _Columns:
         columns = [c for c in self._others('id', 'grade', 'patient') if EYE_NAME.search(c.casefold())]
         columns = [c for c in columns if set(self.df[c].str.casefold()) <= {*EYES, ''} and self.df[c].any()]
         if columns: self._decide('eye', columns[0], 'by its name and values')
-        elif _all_end_in_eye(self.df[self.keys['id']]):
+        elif '|' not in self.keys['id'] and _all_end_in_eye(self.df[self.keys['id']]):
             self._decide('eye', EYE_PATTERN, 'every id ends in the eye')
 
     def _find_carried(self) -> None:
@@ -225,6 +246,15 @@ class _Columns:
                  if 1 < self.df[c].nunique() <= MOST_VALUES and c not in COLUMNS_OF_SCORES and '|' not in c]
         ages = [c for c in self._others('id', 'grade', 'patient', 'eye') if c.casefold() == 'age' and c not in names]
         if names or ages: self._decide('carry', ' | '.join(names + ages), 'few values each: subgroups')
+
+
+def side_of(column: str) -> str:
+    "Return left or right if a column's name says so, else an empty text"
+    words = re.split(r'[^a-z]+', re.sub(r'(?<=[a-z])(?=[A-Z])', '_', column).casefold())
+    return next((EYES[word] for word in words if word in EYES), '')
+
+
+def _are_sides(a: str, b: str) -> bool: return {side_of(a), side_of(b)} == {'left', 'right'}
 
 
 def _looks_like_grades(values: pd.Series) -> bool:

@@ -46,6 +46,39 @@ def test_both_eyes_in_two_columns(tmp_path):
         'image_id', 'left_eye_DR_Level | right_eye_DR_Level', 'patient_id')
 
 
+def test_a_row_with_both_eyes_of_a_patient(tmp_path):
+    root = LAYOUTS['row_per_patient'](tmp_path)
+    understood = understand_table(root / 'patients.csv', root / 'eyes')
+    assert keys(understood, 'id', 'grade', 'patient', 'carry') == (
+        'Left-Fundus | Right-Fundus', 'Left DR | Right DR', 'Patient', 'Sex')
+    df = table_contents(understood.table, understood.data).frame
+    assert len(df) == 59 and df.group.nunique() == 30
+    assert df.diagnosis.tolist() == [
+        grade_of(2700 + 2 * int(name.partition('_')[0]) + int(name[-5])) for name in df.id_code]
+    without = understand_table(root / 'patients.csv', root / 'eyes', id='Left-Fundus | Right-Fundus',
+                               grade='Left DR | Right DR', patient='')
+    df = table_contents(without.table, without.data).frame
+    assert without.table.grouped_by == 'patients' and df.group.nunique() == 30
+    with pytest.raises(AptosError, match='no column has the grade of Right-Fundus'):
+        lines = (root / 'patients.csv').read_text().replace('Right DR', 'comment').splitlines()
+        write_lines(root / 'other.csv', lines)
+        understand_table(root / 'other.csv', root / 'eyes')
+
+
+def test_scales_that_are_not_the_international_one(tmp_path):
+    "5 and no 0; the R0 to R3 of the English programme, whose R3 is proliferative"
+    csv = write_rows(tmp_path, 'image,level', [f'a{i},{1 + i % 5}' for i in range(20)])
+    with pytest.raises(AptosError, match='column level has 5 and no 0. If 5 means ungradable, add --ungradable 5'):
+        understand_table(csv)
+    assert keys(understand_table(csv, ungradable='5'), 'ungradable') == ('5',)
+    csv = write_rows(tmp_path, 'image,level', [f'a{i},R{i % 4}' for i in range(20)])
+    with pytest.raises(AptosError, match='R0, R1, R2, R3 look like those of the English screening programme'):
+        understand_table(csv)
+    csv = write_rows(tmp_path, 'image,level', [f'a{i},R{i % 5}' for i in range(20)])
+    understood = understand_table(csv)
+    assert table_contents(understood.table, understood.data).frame.diagnosis.tolist() == [i % 5 for i in range(20)]
+
+
 def test_class_folders(tmp_path):
     root = LAYOUTS['class_folders'](tmp_path)
     understood = understand_table(root / 'images')

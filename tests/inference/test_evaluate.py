@@ -368,7 +368,7 @@ def test_a_table_of_a_recipe_is_found_by_its_name(toy, tables, small_recipe, tmp
     found = evaluate_table(str(toy), 'train', recipe=str(small_recipe), data=str(tables),
                            choices=Choices(output=str(tmp_path / 'out')))
     assert found.record['table']['name'] == 'train' and found.record['counts']['evaluated'] == 40
-    assert found.reasons[0] == f'table: [table.train] of {small_recipe}'
+    assert found.reasons[0] == f'table: [table.train] of {small_recipe.name}'
 
 
 def test_columns_can_be_named(toy, clinic, tmp_path, capsys):

@@ -409,9 +409,15 @@ def test_plan_for_hypothetical_tables(small_recipe, tmp_path, monkeypatch, capsy
     assert {p.name for p in tmp_path.iterdir()} == {'small.ini'}
 
 
-@pytest.mark.parametrize('images', ['train=5', 'train=5 test=x', 'train=5 test=0', 'train=5 test=3 other=2'])
+@pytest.mark.parametrize('images', ['test=5', 'train=5 test=x', 'train=5 test=0', 'train=5 test=3 other=2'])
 def test_plan_for_hypothetical_tables_needs_every_table(small_recipe, capsys, images):
     expect_error(capsys, ['plan', '--recipe', small_recipe, '--images', images], f'--images "{images}"')
+
+
+def test_plan_for_a_hypothetical_graded_table_alone(small_recipe, capsys):
+    main(['plan', '--recipe', str(small_recipe), '--images', 'train=50'])
+    out = capsys.readouterr().out
+    assert 'teacher' in out and 'retrain' not in out
 
 
 def test_thresholds_change_the_weights_only_where_they_choose_the_epoch(small_recipe, tables, tmp_path):
