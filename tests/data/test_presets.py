@@ -1,6 +1,9 @@
 "Presets: each reads made-up files of the layout in which its table is published."
+import shutil
+
+import pandas as pd
 import pytest
-from layouts import LAYOUTS, grade_of
+from layouts import LAYOUTS, grade_of, write_lines
 
 from aptos_fastai.data.spreadsheet import TableError
 from aptos_fastai.data.tables import read_order, table_contents
@@ -93,3 +96,24 @@ def test_a_recipe_overrides_keys_of_a_preset(tmp_path):
     assert (table.name, table.images, table.grade) == ('a', 'photos', 'adjudicated_dr_grade')
     with pytest.raises(ConfigError, match='preset = messidor: no such preset, did you mean messidor2'):
         read_recipe(recipe, sets=['table.a.preset=messidor'])
+
+
+def test_idrid_as_published(idrid, tmp_path):
+    "The real images and grades in the official layout: headers that end in blanks, both parts beginning at 001"
+    folder = tmp_path / 'B. Disease Grading'
+    for letter, part, source in (('a', 'Training', 'train'), ('b', 'Testing', 'test')):
+        images = folder / f'1. Original Images/{letter}. {part} Set'
+        images.mkdir(parents=True)
+        ids = pd.read_csv(idrid / f'{source}.csv', dtype=str)
+        ids['diagnosis'] = ids.get('diagnosis', '0')         # grades of the test part are not known here: made up
+        if source == 'test': ids.loc[::2, 'diagnosis'] = '2'
+        rows = ['Image name,Retinopathy grade,Risk of macular edema ,,,,,,,,,']
+        for i, row in enumerate(ids.itertuples(), 1):
+            file = next((idrid / f'{source}_images').glob(f'{row.id_code}.*'))
+            shutil.copy(file, images / f'IDRiD_{i:03}{file.suffix}')
+            rows.append(f'IDRiD_{i:03},{row.diagnosis},0,,,,,,,,,')
+        write_lines(folder / f'2. Groundtruths/{letter}. IDRiD_Disease Grading_{part} Labels.csv', rows)
+    train, test = (table_contents(preset_table(name), tmp_path).frame for name in ('idrid', 'idrid_test'))
+    assert (len(train), train.group.nunique(), len(test)) == (413, 42, 103)
+    assert train.diagnosis.value_counts().sort_index().tolist() == [134, 20, 136, 74, 49]
+    assert train.id_code[0] == test.id_code[0] and train.path[0] != test.path[0]
