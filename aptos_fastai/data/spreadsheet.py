@@ -41,6 +41,8 @@ def read_spreadsheet(file: Path, *, header: bool = True, keep_blank: bool = Fals
     `header` = False: the columns are called 1, 2, 3 … `keep_blank` keeps rows of empty cells before the last
     filled row, but not blank lines, as pandas does. Raises `TableError` if there is no such table in the file.
     """
+    if file.name.startswith('~$'):
+        raise TableError(f'{file}: is the lock file of an open spreadsheet. Name the spreadsheet itself.')
     data = file.read_bytes()
     is_workbook = file.suffix.lower() in SPREADSHEETS or data.startswith(ZIP)
     rows = _rows_of_workbook(file, data) if is_workbook else _rows_of_text(_decode(file, data))

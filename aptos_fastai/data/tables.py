@@ -31,7 +31,7 @@ def find_folder(table: Table, data: Path) -> Path:
     tried, wanted = [data / f for f in table.folders], table.csv or table.images
     for folder in tried:
         if (folder / wanted).is_file() if table.csv else (folder / wanted).is_dir(): return folder
-    content = wanted if table.folder == '.' else ' or '.join(table.folders)
+    content = ' or '.join(folder for folder in table.folders if folder != '.') or wanted
     raise TableError(f'[table.{table.name}]: {wanted} not found in {" or ".join(map(str, tried))}. '
                      f'Set --data to the folder that contains {content}, or use --data demo for synthetic images.')
 

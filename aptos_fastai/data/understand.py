@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from aptos_fastai.data.grades import BLANK, read_grade
+from aptos_fastai.data.grades import BLANK, FEWEST_ROWS, read_grade
 from aptos_fastai.data.groups import EYES, UNKNOWN
 from aptos_fastai.data.id_order import compare_id_orders
 from aptos_fastai.data.locate import ImageLocator, has_image_suffix
@@ -71,6 +71,7 @@ def understand_table(csv: str | Path, images: str | Path = '', *, name: str = 't
     if file.is_dir(): return _understand_folder(file, name, graded, keys)
     if not file.is_file(): raise TableError(f'{file}: no such file or folder.')
     folder = Path(images) if str(images) else file.parent
+    if folder.is_file(): raise TableError(f'{folder}: is a file. Unpack it if it is an archive, and give the folder.')
     if not folder.is_dir(): raise TableError(f'{folder}: no such folder of images.')
     keys = dict(csv=file.name, images=relative(folder, file.parent), **keys)
     table = _Columns(file, folder, keys, ask).table(name, graded)
@@ -191,9 +192,17 @@ class _Columns:
             if not candidates: continue
             rest = [c for c in others if c not in candidates]
             text = f'; not {", ".join(rest)}' if rest else ''
-            return self._decide('grade', self._choose('grade', candidates, 'the grade'), why + text)
+            chosen = self._choose('grade', candidates, 'the grade')
+            self._refuse_yes_or_no(chosen)
+            return self._decide('grade', chosen, why + text)
         raise TableError(f'{self.file}: no column has grades (0 to 4, I to IV, or words such as moderate). Its columns '
                          f'are {", ".join(self.df)}. Name the column: --grade COLUMN.')
+
+    def _refuse_yes_or_no(self, column: str) -> None:
+        "Raise `TableError` for a column of 0 and 1 alone, which is hardly a column of grades"
+        if set(self.df[column].map(read_grade).dropna()) != {0, 1} or len(self.df) < FEWEST_ROWS: return
+        raise TableError(f'{self.file}: column {column} has only the grades 0 and 1, so it looks like a yes or no '
+                         f'(referable, any retinopathy). If they are grades, add --grade "{column}".')
 
     def _find_grade_of_sides(self, candidates: list[str]) -> None:
         "Find the grade of each image where a row holds two"

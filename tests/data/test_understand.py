@@ -79,6 +79,23 @@ def test_scales_that_are_not_the_international_one(tmp_path):
     assert table_contents(understood.table, understood.data).frame.diagnosis.tolist() == [i % 5 for i in range(20)]
 
 
+@pytest.mark.parametrize('column', ['grade', 'diagnosis'])
+def test_a_yes_or_no_is_no_grade(tmp_path, column):
+    csv = write_rows(tmp_path, f'image,{column}', [f'a{i},{i % 2}' for i in range(20)])
+    with pytest.raises(AptosError, match=f'column {column} has only the grades 0 and 1'): understand_table(csv)
+    assert keys(understand_table(csv, grade=column), 'grade') == (column,)
+
+
+def test_files_that_are_no_tables(tmp_path):
+    csv = write_rows(tmp_path, 'image,grade', [f'a{i},{i % 5}' for i in range(20)])
+    (tmp_path / 'images.zip').write_bytes(b'PK')
+    (tmp_path / '~$t.xlsx').write_bytes(b'lock')
+    with pytest.raises(AptosError, match='images.zip: is a file. Unpack it'):
+        understand_table(csv, tmp_path / 'images.zip')
+    with pytest.raises(AptosError, match='is the lock file of an open spreadsheet'):
+        understand_table(tmp_path / '~$t.xlsx', tmp_path)
+
+
 def test_class_folders(tmp_path):
     root = LAYOUTS['class_folders'](tmp_path)
     understood = understand_table(root / 'images')
