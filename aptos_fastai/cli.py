@@ -226,6 +226,8 @@ def all(options: RunOptions) -> None:
 
 
 Column = Annotated[str, typer.Option(metavar='COLUMN', help='Default: found by names and contents.')]
+Ungradable = Annotated[str, typer.Option(
+    metavar='VALUES', help='Values of the grade that mean ungradable, separated by |. Default: found.')]
 
 
 @command
@@ -235,8 +237,7 @@ def fit(csv: Annotated[str, argument('CSV', 'A CSV or .xlsx with a grade for eac
         unlabelled: Annotated[str, argument('UNLABELLED', 'A folder of ungraded images, which are predicted and '
                                             'trained on, too.')] = '',
         id: Column = '', grade: Column = '', patient: Column = '', eye: Column = '',
-        ungradable: Annotated[str, typer.Option(
-            metavar='VALUES', help='Values of the grade that mean ungradable, separated by |. Default: found.')] = '',
+        ungradable: Ungradable = '',
         name: Annotated[str, typer.Option(metavar='NAME', help='Name of the run. Default: that of the CSV.')] = '',
         runs: Annotated[str, typer.Option(metavar='FOLDER', help='Results go to FOLDER/NAME/.')] = 'runs',
         sets: Sets = None) -> None:
@@ -247,9 +248,13 @@ def fit(csv: Annotated[str, argument('CSV', 'A CSV or .xlsx with a grade for eac
     python run.py fit labels.xlsx photos/ unlabelled/ --grade "DR grade" --set stage.epochs=5
     """
     from aptos_fastai import commands
-    keys = dict(id=id, grade=grade, patient=patient, eye=eye, ungradable=ungradable)
-    keys = {key: value for key, value in keys.items() if value}
+    keys = given(id=id, grade=grade, patient=patient, eye=eye, ungradable=ungradable)
     commands.fit(csv, images, unlabelled, name=name, runs=runs, sets=sets or [], ask=ask_user(), **keys)
+
+
+def given(**values: str) -> dict[str, str]:
+    "Return the options that have a value"
+    return {key: value for key, value in values.items() if value}
 
 
 def ask_user() -> Callable[[str, list[str]], str] | None:
@@ -300,7 +305,9 @@ def inspect(options: RunOptions,
             table: Annotated[str, argument('TABLE', 'A table of the recipe, or a CSV or folder as for `fit`.')],
             count: Annotated[int, argument('COUNT', 'How many images to show.', parser=whole_number)] = 24,
             images: Annotated[str, typer.Option(
-                metavar='FOLDER', help="The folder of a CSV's images. Default: the folder of the CSV.")] = '') -> None:
+                metavar='FOLDER', help="The folder of a CSV's images. Default: the folder of the CSV.")] = '',
+            id: Column = '', grade: Column = '', patient: Column = '', eye: Column = '',
+            ungradable: Ungradable = '') -> None:
     """Show how a table is understood. Prints how ids were matched, patients, eyes, grades, ungradable images and
     duplicates; writes a page with sizes, quality flags, and images with circle, crop and augmentation.
 
@@ -309,7 +316,8 @@ def inspect(options: RunOptions,
     python run.py inspect grades.csv --images photos/
     """
     from aptos_fastai import commands
-    commands.inspect(options.load, table, count, images, options.runs, options.sets or [], ask_user())
+    keys = given(id=id, grade=grade, patient=patient, eye=eye, ungradable=ungradable)
+    commands.inspect(options.load, table, count, images, options.runs, options.sets or [], ask_user(), keys)
 
 
 @command
@@ -407,7 +415,7 @@ def evaluate(model: Model,
              recipe: Annotated[str, typer.Option(metavar='FILE', help='The recipe that has the table TABLE.')] = '',
              data: Annotated[str, typer.Option(
                  metavar='FOLDER', help='The folder of the table, for a preset or a table of the recipe.')] = '',
-             id: Column = '', grade: Column = '', patient: Column = '', eye: Column = '',
+             id: Column = '', grade: Column = '', patient: Column = '', eye: Column = '', ungradable: Ungradable = '',
              prevalence: Annotated[float | None, typer.Option(
                  metavar='P', help='Prevalence of referable retinopathy for PPV and NPV, 0 to 1. Default: that of the '
                  'table.')] = None,
@@ -427,7 +435,7 @@ def evaluate(model: Model,
     """
     from aptos_fastai import commands
     from aptos_fastai.inference.evaluate import Choices
-    keys = {key: value for key, value in dict(id=id, grade=grade, patient=patient, eye=eye).items() if value}
+    keys = given(id=id, grade=grade, patient=patient, eye=eye, ungradable=ungradable)
     choices = Choices(prevalence, by or (), include_seen, output)
     commands.evaluate_model(model, table, choices, images=images, recipe=recipe, data=data, ask=ask_user(), **keys)
 

@@ -1,5 +1,6 @@
 "What each command does, with the functions of the other modules. `cli.py` parses its arguments."
 import re
+import shlex
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -75,13 +76,13 @@ def fit(csv: str | Path, images: str | Path = '', unlabelled: str | Path = '', *
 
 
 def inspect(load: Callable[[], Run], table: str, count: int, images: str, runs: str, sets: Iterable[str],
-            ask: Ask | None) -> None:
+            ask: Ask | None, keys: dict[str, str]) -> None:
     "Inspect a table of the recipe that `load` opens, or a CSV or folder as `fit` would train on it"
     from aptos_fastai.reports.table_report import inspect_table
     if not Path(table).exists():
         inspect_table(load(), table, count)
         return
-    recipe, data = understand_and_write(table, images, '', '', runs, sets, ask, {})
+    recipe, data = understand_and_write(table, images, '', f'{name_of(table)}_inspect', runs, sets, ask, keys)
     inspect_table(load_run(recipe, data, runs), GRADED, count)
 
 
@@ -89,14 +90,21 @@ def understand_and_write(csv: str | Path, images: str | Path, unlabelled: str | 
                          sets: Iterable[str], ask: Ask | None, keys: dict[str, str]) -> tuple[Path, Path]:
     "Print how the tables of `fit` are understood and write its recipe; return the recipe and the data folder"
     tables = understand_tables(csv, images, unlabelled, ask, keys)
-    name = name or re.sub(r'\W+', '_', Path(csv).resolve().stem)
+    name = name or name_of(csv)
     recipe = Path(runs) / name / f'{name}.ini'
     data = write_fit_recipe(tables, recipe, sets)
     for table_name, understood in tables.items():
         contents = table_contents(understood.table, understood.data)
         for reason in (*understood.reasons, describe(understood.table, contents)): say(f'{table_name}: {reason}')
-    say(f'recipe -> {recipe}\nto run it again: all --recipe {recipe} --data {data} --runs {runs}')
+    places = ' '.join(f'{key} {shlex.quote(str(value))}'
+                      for key, value in (('--recipe', recipe), ('--data', data), ('--runs', runs)))
+    say(f'recipe -> {recipe}\nto run it again: python run.py all {places}')
     return recipe, data
+
+
+def name_of(csv: str | Path) -> str:
+    "Return the name of a run on a table: that of its file or folder"
+    return re.sub(r'\W+', '_', Path(csv).resolve().stem)
 
 
 def write_outputs(run: Run, bars: Bars, start: float) -> dict:

@@ -1,5 +1,5 @@
 "Quadratic weighted kappa, grade thresholds, detection of referable retinopathy, prediction sets, and their intervals."
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -150,24 +150,39 @@ def subgroup_differences(scores: ArrayLike, grades: ArrayLike, targs: ArrayLike,
                          seed: int = 0) -> dict[str, tuple[float, float, float]]:
     """Return the `DIFFERENCES` between a subgroup (`inside`) and the other images.
 
-    They are kappa, the AUC of referable grades, and the mean error, which is the score minus the true grade.
-    Each comes with its interval: the difference ± z bootstrap SDs over all images, or whole `groups`, which may have
-    images on both sides. Percentiles would need many more resamples where `level` is near 1.
+    They are kappa, the AUC of referable grades, and the mean error: the score minus the mean score of its true grade,
+    so that another mix of grades is no difference. Each comes with its interval: the difference ± z SDs. The SD is the
+    larger one of two: over bootstrap resamples of images, or of whole `groups`, which may have images on both sides;
+    and over random subgroups of the same size, since resamples of few images that are graded well hardly differ.
     """
     from scipy.stats import norm  # imported here because it takes a second
     s, g, y = np.asarray(scores, float), np.asarray(grades, int), np.asarray(targs, int)
+    mean_score = np.bincount(y, s, GRADES) / np.maximum(np.bincount(y, minlength=GRADES), 1)
+    residual, inside = s - mean_score[y], np.asarray(inside, bool)
 
     def of_rows(weights: np.ndarray, rows: np.ndarray) -> np.ndarray:
         w = weights[:, rows]
-        error = w @ (s - y)[rows] / np.maximum(w.sum(1), 1)
+        error = w @ residual[rows] / np.maximum(w.sum(1), 1)
         area = weighted_auc(w, s[rows], y[rows] >= REFERABLE)
         return np.stack([weighted_kappa(w, g[rows], y[rows]), area, error], 1)
 
-    def difference(weights: np.ndarray) -> np.ndarray:
-        return of_rows(weights, np.flatnonzero(inside)) - of_rows(weights, np.flatnonzero(~np.asarray(inside, bool)))
-    value = difference(np.ones((1, len(s))))[0]
-    half = norm.ppf((1 + level) / 2) * _sd_of_draws(bootstrap(difference, len(s), groups, seed=seed))
+    def difference(weights: np.ndarray, part: np.ndarray = inside) -> np.ndarray:
+        return of_rows(weights, np.flatnonzero(part)) - of_rows(weights, np.flatnonzero(~part))
+    once = np.ones((1, len(s)))
+    value = difference(once)[0]
+    random = [difference(once, part)[0] for part in _random_parts(inside, groups, seed)]
+    sd = np.fmax(_sd_of_draws(bootstrap(difference, len(s), groups, seed=seed)), _sd_of_draws(np.array(random)))
+    half = norm.ppf((1 + level) / 2) * sd
     return {name: (float(v), float(v - h), float(v + h)) for name, v, h in zip(DIFFERENCES, value, half, strict=True)}
+
+
+def _random_parts(inside: np.ndarray, groups: ArrayLike | None, seed: int, n: int = 500) -> Iterator[np.ndarray]:
+    "Yield `n` random masks with as many images as `inside`; whole groups are drawn where `inside` splits none"
+    rng = np.random.default_rng(seed)
+    group = np.arange(len(inside)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    share = np.bincount(group, inside) / np.bincount(group)
+    if ((share > 0) & (share < 1)).any(): group, share = np.arange(len(inside)), inside.astype(float)
+    for _ in range(n): yield rng.permutation(share > 0)[group]
 
 
 def _sd_of_draws(draws: np.ndarray) -> np.ndarray:

@@ -618,6 +618,8 @@ def _check_table(r: Recipe, t: Table) -> None:
               'of `images` are named by grade, or set csv.')
     if len(t.id_columns) > 1 and t.grade and len(t.grade_columns) != len(t.id_columns):
         _fail(r, f'table.{t.name}', 'grade', t.grade, f'enter a column for each of the columns of id: {t.id}.')
+    if len(t.id_columns) > 1 and t.eye:
+        _fail(r, f'table.{t.name}', 'eye', t.eye, 'a row of this table holds both eyes. Remove it.')
     ways = [key for key in ('patient', 'pairs', 'group', 'block') if getattr(t, key)]
     if len(ways) > 1:
         advice = f'this table has the key {ways[0]}, too. Remove {ways[0]} or {ways[1]}.'

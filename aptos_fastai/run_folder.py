@@ -59,12 +59,13 @@ class Run:
         """Return which images of a table of `train` train a fold of a stage, as a mask.
 
         Images of the fold do not, unless the table is none that validates the stage: of such a table only those are
-        left out that share a group (patient, duplicate) with a validation image.
+        left out that share a group (patient, duplicate) with an image of the fold in another graded table, which may
+        validate this stage or one that builds on it.
         """
         frame = self.frames[table]
         if table not in stage.graded_tables or table in stage.validated_tables: return frame.fold != fold
-        validated = [self.frames[name] for name in stage.validated_tables]
-        return ~frame.group.isin(pd.concat([o.group[o.fold == fold] for o in validated]))
+        others = [o for name, o in self.frames.items() if name != table and self.recipe.tables[name].graded]
+        return ~frame.group.isin(pd.concat([o.group[o.fold == fold] for o in others]))
 
     def folds_of(self, node: str) -> range:
         "Return the folds of a stage, or those that all members of an ensemble have"

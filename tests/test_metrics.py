@@ -14,6 +14,7 @@ from aptos_fastai.metrics import (
     GradeThresholds,
     PredictionSets,
     ScoreKappa,
+    _random_parts,
     apply_thresholds,
     auc,
     bootstrap,
@@ -441,15 +442,30 @@ def test_subgroup_differences_are_those_of_a_naive_loop():
     found = subgroup_differences(s, g, y, inside, groups, level=.9)
     assert found['kappa'][0] == pytest.approx(1 - quadratic_kappa(g[~inside], y[~inside]))
     assert found['auc'][0] == pytest.approx(1 - roc_auc_score(y[~inside] >= 2, s[~inside]))
-    assert found['mean_error'][0] == pytest.approx(-(s - y)[~inside].mean())
-    draws = []
-    for rows in naive_draws(groups, 2000, 5):
-        outside = rows[~inside[rows]]
-        draws.append([1 - quadratic_kappa(g[outside], y[outside]), 1 - roc_auc_score(y[outside] >= 2, s[outside]),
-                      -(s - y)[outside].mean()])
-    for sd, (value, low, high) in zip(np.std(draws, 0), found.values(), strict=True):
-        assert (high - low) / 2 == pytest.approx(1.645 * sd, rel=.08)
+    residual = s - np.array([s[y == grade].mean() for grade in range(5)])[y]
+    assert found['mean_error'][0] == pytest.approx(residual[inside].mean() - residual[~inside].mean())
+
+    def differences(rows, part):
+        a, b = rows[part[rows]], rows[~part[rows]]
+        return [quadratic_kappa(g[a], y[a]) - quadratic_kappa(g[b], y[b]),
+                roc_auc_score(y[a] >= 2, s[a]) - roc_auc_score(y[b] >= 2, s[b]),
+                residual[a].mean() - residual[b].mean()]
+    resampled = np.std([differences(rows, inside) for rows in naive_draws(groups, 2000, 5)], 0)
+    rng = np.random.default_rng(6)
+    random = np.std([differences(np.arange(200), rng.permutation(inside)) for _ in range(500)], 0)
+    assert (random > resampled).any()
+    for sd, (value, low, high) in zip(np.maximum(resampled, random), found.values(), strict=True):
+        assert (high - low) / 2 == pytest.approx(1.645 * sd, rel=.12)
         assert (high + low) / 2 == pytest.approx(value)
+
+
+def test_random_subgroups_hold_whole_patients_where_the_subgroup_does():
+    groups = np.repeat(np.arange(50), 2)
+    inside = groups % 5 == 0
+    for part in _random_parts(inside, groups, 0, 20):
+        assert part.sum() == inside.sum() and (part[::2] == part[1::2]).all()
+    straddling = np.arange(100) % 2 == 0                                  # the left eyes
+    assert all(part.sum() == 50 for part in _random_parts(straddling, groups, 0, 20))
 
 
 def test_subgroup_differences_cover_no_difference_and_find_a_large_one():

@@ -27,7 +27,7 @@ def find_groups(csv: Path, df: pd.DataFrame, ids: pd.Series, table: Table) -> tu
     name = next(name for name in ('patient', 'pairs', 'group') if getattr(table, name))
     key = f'[table.{table.name}] {name} = {getattr(table, name)}'
     if len(missing) == len(ids): raise TableError(f'{csv}: {key}: {_no_patient(ids, table)}')
-    groups = f'{table.name}:' + patients.fillna(ids)
+    groups = f'{table.name}:' + patients.fillna(df[ROW] if ROW in df else ids)
     if not len(missing): return groups, ''
     each = 'it is' if len(missing) == 1 else 'each is'
     verb = dict(patient='is empty in', pairs='does not list', group='does not match')[name]
@@ -56,8 +56,13 @@ def _read_pairs(file: Path) -> dict[str, str]:
     if not file.is_file():
         raise TableError(f'{file}: no such file. It lists the images of each patient; get it where the images come '
                          'from. With an empty key `pairs` the patients are unknown.')
-    rows = read_spreadsheet(file).to_numpy()
-    return {_bare(name): f'row {i}' for i, row in enumerate(rows, 2) for name in row if name}
+    patients: dict[str, str] = {}
+    for i, row in enumerate(read_spreadsheet(file, header=False).to_numpy(), 1):
+        names = [_bare(name) for name in row if name]
+        joined = {patients[name] for name in names if name in patients}      # rows that share an image are one patient
+        for name in [*names, *(other for other, patient in patients.items() if patient in joined)]:
+            patients[name] = f'row {i}'
+    return patients
 
 
 def _bare(name: str) -> str:

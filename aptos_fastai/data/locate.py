@@ -97,7 +97,7 @@ class ImageLocator:
         "Return the file that `name` names"
         text = name.strip().replace('\\', '/')
         if not text: raise LookupError('the row names no image')
-        if text.startswith('/') or text[1:3] == ':/': return self._absolute(name.strip())
+        if text.startswith('/') or text[1:3] == ':/': return self._absolute(name.strip(), text)
         path = posixpath.normpath(text)
         if os.path.isfile(f'{self.root}/{path}'): return self._contained(path)
         candidates = self._candidates(path)
@@ -153,9 +153,17 @@ class ImageLocator:
         others = (file for file in self.files if file not in self.used)
         return [file for file in others if has_image_suffix(file) or is_image(self.root / file)]
 
-    def _absolute(self, name: str) -> Path:
+    def _absolute(self, name: str, text: str) -> Path:
+        "Return the file of an absolute name; with `loose`, one of another computer may match by the end of its path"
         if os.path.isfile(name) and (self.anywhere or Path(name).resolve().is_relative_to(self.within)):
             return Path(name)
+        parts = text.split('/')[1:] if self.loose else []
+        for n in range(len(parts), 0, -1):
+            candidates = self._candidates('/'.join(parts[-n:])) or self._loose_candidates('/'.join(parts[-n:]))
+            if not candidates: continue
+            file = self._contained(self._only(candidates))
+            self.loosely += 1
+            return file
         raise LookupError('no such file' if self.anywhere else f'no such image in {self.within}')
 
 

@@ -46,7 +46,7 @@ def read_spreadsheet(file: Path, *, header: bool = True, keep_blank: bool = Fals
     data = file.read_bytes()
     is_workbook = file.suffix.lower() in SPREADSHEETS or data.startswith(ZIP)
     rows = _rows_of_workbook(file, data) if is_workbook else _rows_of_text(_decode(file, data))
-    rows = [[cell.strip() for cell in row] for row in rows]
+    rows = [[' '.join(cell.split()) if '\n' in cell else cell.strip() for cell in row] for row in rows]
     filled = [i for i, row in enumerate(rows) if any(row)]
     rows = [row for row in rows[filled[0]:filled[-1] + 1] if any(row) or keep_blank and len(row) > 1] if filled else []
     if not rows: raise TableError(f'{file}: the file is empty. Write a header and one row per image.')

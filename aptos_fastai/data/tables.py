@@ -10,7 +10,7 @@ import pandas as pd
 from aptos_fastai.common.console import say
 from aptos_fastai.data.grades import grade_texts, is_ungradable, read_grade, read_grades
 from aptos_fastai.data.groups import ROW, eyes, find_groups, patients_text
-from aptos_fastai.data.locate import ImageLocator, files_below, is_image
+from aptos_fastai.data.locate import ImageLocator, files_below, is_image, without_suffix
 from aptos_fastai.data.spreadsheet import TableError, count, first_few, read_spreadsheet, require_column
 from aptos_fastai.metrics import GRADES
 from aptos_fastai.recipe import Recipe, Table
@@ -50,8 +50,11 @@ def with_present_tables(recipe: Recipe, data: Path) -> tuple[Recipe, str]:
 
 def _is_there(table: Table, data: Path) -> bool:
     "Return whether the CSV or the images of a table are there; `images` = . proves nothing"
-    names = [name for name in (table.csv, table.images) if name not in ('', '.')]
-    return any((data / folder / name).exists() for folder in table.folders for name in names)
+    names = {name.casefold() for name in (table.csv, table.images) if name not in ('', '.')}
+    there = {path.name.casefold() for folder in table.folders if (data / folder).is_dir()
+             for path in (data / folder).iterdir()}
+    return bool(names & there) or any((data / folder / name).exists() for folder in table.folders
+                                      for name in (table.csv, table.images) if name not in ('', '.'))
 
 
 def read_table(table: Table, data: Path) -> pd.DataFrame:
@@ -131,6 +134,7 @@ def _read_rows(csv: Path, table: Table) -> pd.DataFrame:
     needed = [*table.id_columns, *table.grade_columns, *table.carry_columns, *filter(None, [table.patient])]
     for column in needed: require_column(csv, df, column, RENAME)
     if not len(df): raise TableError(f'{csv}: no rows. Write one row per image.')
+    if len(table.id_columns) > 1: df[ROW] = 'row ' + (df.index + 2).astype(str)
     if table.where:
         column, value = table.where_column_and_value
         require_column(csv, df, column, 'Change the key `where`.')
@@ -143,7 +147,6 @@ def _a_row_per_image(df: pd.DataFrame, table: Table) -> pd.DataFrame:
     "Return a row for each image of rows that hold several; the columns of ids and of grades become one each"
     grades = table.grade_columns or (None,) * len(table.id_columns)
     rest = df.drop(columns=[*table.id_columns, *table.grade_columns])
-    rest[ROW] = 'row ' + (df.index + 2).astype(str)
     parts = [rest.assign(**{table.id: df[image]}, **({table.grade: df[grade]} if grade else {}))
              for image, grade in zip(table.id_columns, grades, strict=True)]
     rows = pd.concat(parts, ignore_index=True)
@@ -157,7 +160,8 @@ def _folder_rows(images: Path, table: Table) -> pd.DataFrame:
         folders = {row.partition('/')[0] for row in rows if '/' in row}
         if folders and all(is_class_folder(name, table) for name in folders):
             say(f'{table.name}: images lie in folders named by grade. To use these grades: grade = folder.', 'yellow')
-        return pd.DataFrame({table.id: rows})
+        bare = [without_suffix(row) for row in rows]
+        return pd.DataFrame({table.id: bare if len(set(bare)) == len(rows) else rows})
     raise TableError(f'[table.{table.name}]: {images} has no images. Set `images` to the folder of images.')
 
 
@@ -217,7 +221,8 @@ def _refuse_repeated(csv: Path, repeated: pd.Series, noun: str, where: str) -> N
 def _image_notes(locator: ImageLocator, n: int, table: Table) -> list[str]:
     "Return notes of ids that were matched loosely and of images that no row names, with their folders"
     notes = []
-    if locator.loosely: notes.append(f'{locator.loosely} of {n} ids differ from their file in suffix, case or accents')
+    if locator.loosely:
+        notes.append(f'{locator.loosely} of {n} ids differ from their file in folder, suffix, case or accents')
     unused = Counter(file.rpartition('/')[0] or '.' for file in locator.unused())
     if unused and not table.where:
         folders = f' (folders {first_few(unused)})' if set(unused) != {'.'} else ''

@@ -12,7 +12,7 @@ import pandas as pd
 from aptos_fastai.data.grades import BLANK, FEWEST_ROWS, read_grade
 from aptos_fastai.data.groups import EYES, UNKNOWN
 from aptos_fastai.data.id_order import compare_id_orders
-from aptos_fastai.data.locate import ImageLocator, has_image_suffix
+from aptos_fastai.data.locate import ImageLocator, files_below, has_image_suffix, is_image
 from aptos_fastai.data.spreadsheet import TableError, first_few, read_spreadsheet, require_column
 from aptos_fastai.data.tables import is_class_folder, table_contents
 from aptos_fastai.recipe import COLUMNS_OF_SCORES, Table, parse_table, preset_files, preset_table, read_recipe
@@ -21,11 +21,20 @@ Ask = Callable[[str, list[str]], str]        # a question and its possible answe
 
 SAMPLE = 200                                 # rows that are searched among the images
 NEIGHBOUR_BLOCK = 10                         # ids in a group if neighbours have equal grades and patients are unknown
+ID_SHARE = .5                                # of the values of a column that name images, at least, for a candidate
 MOST_VALUES = 20                             # of a column that is carried
 ID_NAMES = 'id_code', 'image', 'image_id', 'file', 'filename', 'file name', 'image name', 'path', 'id', 'name'
-GRADE_NAME = re.compile(r'diagnos|retinopathy|icdr|etdrs|severity|(^|[^a-z])dr([^a-z]|$)|grade|level|label|class|stage')
-OTHER_GRADE = re.compile(r'edema|oedema|dme|quality|gradab|risk|referable|clarity|artifact|field|glaucoma|amd|cataract')
+GRADE_NAME = re.compile(r'diagnos|retinopathy|icdr|(^|[^a-z])dr([^a-z]|$)')
+WEAK_GRADE_NAME = re.compile(r'grade|level|label|class|stage|severity')              # needs the values of grades, too
+OTHER_GRADE = re.compile(
+    r'edema|oedema|dme|quality|gradab|risk|referable|clarity|artifact|field|glaucoma|amd|cataract|lens|hypertens|ckd|'
+    r'kidney|rop([^a-z]|$)|confidence|education|camera|visit|(^|[^a-z])(id|no|nr|number|name)([^a-z]|$)')
+REFERABLE_NAME = re.compile(r'referable|referral|binary')
 PATIENT_NAME = re.compile(r'patient|subject|person|(^|[^a-z])(pid|mrn|examination|study|participant)([^a-z]|$)')
+NO_PATIENT = re.compile(
+    r'(^|[^a-z])age([^a-z]|$)|sex|gender|site|clinic|date|name|race|ethnic|birth|dob|visit|status|eye|type|grade|level')
+PERSONAL = re.compile(r'name|initial|birth|dob|address|phone|email|mrn|ssn|comment|note')         # is never carried
+NUMBER_NAME = re.compile(r'(^|[^a-z])(id|no|nr|num|number|code|key|pid|mrn)([^a-z]|$)|id$')
 EYE_NAME = re.compile(r'eye|lateral|(^|[^a-z])(side|oculus)([^a-z]|$)')
 UNGRADABLE = re.compile(r'|ungrad.*|unread.*|poor.*|bad.*|not? grad.*|n/?a|nan|none|null|u|x|5|5\.0|6|9|99|-1')
 SIDE = r'(left|right|od|os|l|r)'
@@ -89,11 +98,22 @@ def _understand_folder(folder: Path, name: str, graded: bool, keys: dict[str, st
     keys = dict(keys, images='.')
     if not graded: return Understood(parse_table(name, keys), folder, [f'images: all below {folder}'])
     table = parse_table(name, dict(keys, grade='folder'))
-    found = [o.name for o in sorted(folder.iterdir()) if o.is_dir() and is_class_folder(o.name, table)]
+    names = [o.name for o in sorted(folder.iterdir()) if o.is_dir()]
+    ungradable = [name for name in names if np.isnan(read_grade(name)) and UNGRADABLE.fullmatch(name.casefold())]
+    if ungradable and 'ungradable' not in keys: table = replace(table, ungradable=' | '.join(ungradable))
+    found = [name for name in names if is_class_folder(name, table)]
+    others = [name for name in names if name not in found and any(map(is_image, files_below(folder / name)))]
+    if found and others:
+        raise TableError(f'{folder}: the folders {", ".join(others)} hold images but are named by no grade. Rename or '
+                         'move them; a folder called ungradable is left out.')
+    if found and not any(read_grade(name) == 0 for name in found):
+        raise TableError(f'{folder}: no folder is grade 0 (it has {", ".join(found)}). If the scale begins at 1, '
+                         'rename the folders to 0 to 4 of the international scale.')
     if not found:
         raise TableError(f'{folder}: has no folders named by grade (0 to 4, or names of grades). Give a CSV with '
                          'grades, or sort the images into such folders.')
-    return Understood(table, folder, [f'grade: the sub-folders {", ".join(found)}'])
+    left_out = [f'ungradable: {table.ungradable} (folders)'] if table.ungradable else []
+    return Understood(table, folder, [f'grade: the sub-folders {", ".join(found)}', *left_out])
 
 
 def _with_blocks(understood: Understood) -> Understood:
@@ -115,10 +135,28 @@ class _Columns:
         self.reasons: list[str] = []
         self.locator = ImageLocator(images, loose=True, within=images.resolve().parent)
         df = read_spreadsheet(file, header=False)
+        self.given = list(keys)
         header = keys.get('header') or ('no' if self._is_row(df.iloc[0].tolist()) else 'yes')
         if header == 'yes': df = read_spreadsheet(file)
         elif 'header' not in keys: self._decide('header', 'no', 'the first row already names an image')
+        bad = [column for column in df if '|' in column]
+        if bad: raise TableError(f'{file}: column {bad[0]} has a | in its name, which separates columns. Rename it.')
         self.df = df
+        self._use_preset()
+
+    def _use_preset(self) -> None:
+        "Take the keys of the preset whose CSV has this name and these columns"
+        for name in preset_files():
+            preset = preset_table(name)
+            columns = [*preset.id_columns, *preset.grade_columns]
+            if Path(preset.csv).name != self.file.name or preset.header == 'no': continue
+            if not preset.graded or not set(columns) <= set(self.df): continue
+            for key in ('id', 'grade', 'ungradable', 'patient', 'pairs', 'group', 'block', 'eye', 'carry'):
+                value = getattr(preset, key)
+                if not value or key in self.keys: continue
+                if key == 'pairs' and not (self.file.parent / value).is_file(): continue
+                self._decide(key, str(value), f'as the preset {name}')
+            return
 
     def _is_row(self, cells: list[str]) -> bool:
         "Return whether the first row holds an image and a grade rather than names of columns"
@@ -137,8 +175,14 @@ class _Columns:
         for key in ('id', 'patient', *(['grade'] if graded else [])):
             for column in filter(None, map(str.strip, self.keys.get(key, '').split('|'))):
                 require_column(self.file, self.df, column, f'Choose one of them: --{key} COLUMN.')
+        self.reasons += [f'{key}: {self.keys[key]} (given)' for key in self.given if key not in ('csv', 'images')]
         if 'id' not in self.keys: self._find_id()
-        if graded and 'grade' not in self.keys: self._find_grade()
+        if graded and REFERABLE_NAME.search(self.keys.get('grade', '').casefold()):
+            raise TableError(f'{self.file}: column {self.keys["grade"]} says whether an image is referable, which is '
+                             'no grade of 0 to 4. Name the column of grades.')
+        if graded and 'grade' not in self.keys:
+            self._find_grade()
+            self._refuse_without_0()
         if graded and 'ungradable' not in self.keys: self._find_ungradable()
         if not {'patient', 'group', 'pairs', 'block'} & self.keys.keys(): self._find_patient()
         if 'eye' not in self.keys: self._find_eye()
@@ -166,27 +210,39 @@ class _Columns:
             files = first_few(self.locator.files[:3]) or 'nothing'
             raise TableError(f'{self.file}: no column names images in {self.locator.root}, which has {files}. Its '
                              f'columns are {", ".join(self.df)}. Give the folder of the images, or --id COLUMN.')
-        columns = [c for c, s in share.items() if s == best]
+        columns = [c for c, s in share.items() if s >= ID_SHARE or s == best]
         columns.sort(key=lambda c: ID_NAMES.index(c.casefold()) if c.casefold() in ID_NAMES else len(ID_NAMES))
         if len(columns) == 2 and not self._same_images(*columns) and _are_sides(*columns):
             return self._decide('id', ' | '.join(columns), 'a row holds the two images of a patient')
-        same = all(self._same_images(columns[0], c) for c in columns[1:])
-        column = columns[0] if same else self._choose('id', columns, 'the image')
-        self._decide('id', column, f'{100 * best:.0f} % of its values name an image in {self.locator.root}')
+        columns = [c for c in columns if c == columns[0] or not self._same_images(columns[0], c)]
+        named = [c for c in columns if c.casefold() in ID_NAMES]
+        column = named[0] if len(named) == 1 else self._choose('id', columns, 'the image')
+        rest = f'; not {", ".join(c for c in columns if c != column)}' if len(columns) > 1 else ''
+        why = f'{100 * share[column]:.0f} % of its values name an image in {self.locator.root}'
+        self._decide('id', column, why + rest)
 
     def _same_images(self, a: str, b: str) -> bool:
         "Return whether two columns name the same images"
         rows = self.df.head(SAMPLE)
         with suppress(LookupError):
-            return all(self.locator(x) == self.locator(y) for x, y in zip(rows[a], rows[b], strict=True))
+            rows = rows[rows[a].map(self._has_image) & rows[b].map(self._has_image)]
+            pairs = list(zip(rows[a], rows[b], strict=True))
+            return bool(pairs) and all(self.locator(x) == self.locator(y) for x, y in pairs)
         return False
 
     def _find_grade(self) -> None:
         others = [c for c in self._others('id', 'patient') if _looks_like_grades(self.df[c])]
-        named = [c for c in others if GRADE_NAME.search(c.casefold()) and not OTHER_GRADE.search(c.casefold())]
-        unnamed = [c for c in others if not OTHER_GRADE.search(c.casefold()) and self.df[c].nunique() > 2]
+        possible = [c for c in others if not OTHER_GRADE.search(c.casefold())]
+        named = [c for c in possible if GRADE_NAME.search(c.casefold())]
+        weak = [c for c in possible if WEAK_GRADE_NAME.search(c.casefold())]
+        unnamed = [c for c in possible if self.df[c].map(read_grade).nunique() > 2]
         if '|' in self.keys['id']: return self._find_grade_of_sides(others)
-        for candidates, why in ((named, 'by its name and values'), (unnamed, 'its values are grades')):
+        if named:                            # a second column that would do
+            least = max(3, max(map(self._grades, named)) - 1)
+            named += [c for c in weak if c not in named and self._grades(c) >= least]
+        if weak: weak += [c for c in unnamed if c not in weak and self._grades(c) > max(map(self._grades, weak))]
+        for candidates, why in ((named, 'by its name and values'), (weak, 'by its name and values'),
+                                (unnamed, 'its values are grades')):
             sides = _of_both_eyes(self.df, candidates)
             if sides: return self._decide('grade', ' | '.join(sides), 'one of them is filled in each row')
             if not candidates: continue
@@ -195,8 +251,18 @@ class _Columns:
             chosen = self._choose('grade', candidates, 'the grade')
             self._refuse_yes_or_no(chosen)
             return self._decide('grade', chosen, why + text)
+        for column in self._others('id', 'patient'):
+            odd = [t for t in self.df[column].unique() if np.isnan(read_grade(t))]
+            if (GRADE_NAME.search(column.casefold()) or WEAK_GRADE_NAME.search(column.casefold())) and odd:
+                raise TableError(f'{self.file}: column {column} has values that are no grades: {first_few(odd)}. '
+                                 'Grades are 0 to 4, I to IV or English words. Correct them, or name those that mean '
+                                 f'ungradable: --grade "{column}" --ungradable "{odd[0]}".')
         raise TableError(f'{self.file}: no column has grades (0 to 4, I to IV, or words such as moderate). Its columns '
                          f'are {", ".join(self.df)}. Name the column: --grade COLUMN.')
+
+    def _grades(self, column: str) -> int:
+        "Return how many different grades a column has"
+        return self.df[column].map(read_grade).nunique()
 
     def _refuse_yes_or_no(self, column: str) -> None:
         "Raise `TableError` for a column of 0 and 1 alone, which is hardly a column of grades"
@@ -215,44 +281,56 @@ class _Columns:
             found.append(self._choose('grade', mine, f'the grade of {image}'))
         self._decide('grade', ' | '.join(found), 'one for each image of a row')
 
+    def _refuse_without_0(self) -> None:
+        "Raise `TableError` for grades without a 0, unless `ungradable` is given: their scale may begin at 1"
+        columns = [name.strip() for name in self.keys['grade'].split('|')]
+        texts = sorted(set(self.df[columns].to_numpy().ravel()) - {''})
+        if 'ungradable' in self.keys or len(self.df) < FEWEST_ROWS or any(read_grade(t) == 0 for t in texts): return
+        raise TableError(f'{self.file}: column {", ".join(columns)} has no grade 0 (it has {first_few(texts)}). If its '
+                         'scale begins at 1, write 0 to 4 of the international scale; if not, add --grade '
+                         f'"{self.keys["grade"]}".')
+
     def _find_ungradable(self) -> None:
         columns = [name.strip() for name in self.keys['grade'].split('|')]
         texts = self.df[columns[0]] if len(columns) == 1 else pd.concat([self.df[c] for c in columns])
         if len(columns) > 1 and '|' not in self.keys['id']: texts = self.df[columns].agg(''.join, axis=1)
-        if self.df[columns].eq('5').any(axis=None) and not any(read_grade(t) == 0 for t in texts.unique()):
-            raise TableError(f'{self.file}: column {columns[0]} has 5 and no 0. If 5 means ungradable, add '
-                             '--ungradable 5; if the grades are 1 to 5, write 0 to 4 of the international scale.')
         values = sorted({t for t in texts.unique() if np.isnan(read_grade(t)) and UNGRADABLE.fullmatch(t.casefold())})
         if not values: return
         shown = ' | '.join(value or BLANK for value in values)
-        self._decide('ungradable', shown, f'{texts.isin(values).sum()} rows without a grade')
+        self._decide('ungradable', shown, f'{texts.isin(values).sum()} rows without a grade; to change: --ungradable')
 
     def _find_patient(self) -> None:
         taken = {*self.keys.get('grade', '').split(' | '), *self.keys['id'].split(' | ')}
         named = [c for c in self.df if c not in taken and PATIENT_NAME.search(c.casefold())]
-        columns = [c for c in named if self.df[c].nunique() > 1 and not _looks_like_grades(self.df[c])]
+        columns = [c for c in named if self.df[c].nunique() > 1 and not NO_PATIENT.search(c.casefold())]
+        columns = [c for c in columns if NUMBER_NAME.search(c.casefold())] or columns
+        by_eye = '|' not in self.keys['id'] and _patients_by_eye(self.df[self.keys['id']])
+        if by_eye: columns = [c for c in columns if self.df[c].nunique() < len(self.df)]
         if columns:
             column = self._choose('patient', columns, 'the patient')
             n = self.df[column][~self.df[column].str.casefold().isin(UNKNOWN)].nunique()
             self._decide('patient', column, f'by its name; {n} patients of {len(self.df)} images')
             return
         if '|' in self.keys['id']: return self.reasons.append('patient: a row of the CSV')
-        ids = self.df[self.keys['id']]
-        if _all_end_in_eye(ids) and ids.str.extract(PATIENT_PATTERN)[0].nunique() < len(ids):
+        if by_eye:
+            ids = self.df[self.keys['id']]
             self._decide('group', PATIENT_PATTERN, f'every id ends in the eye: {first_few(ids[:2])}')
         else: self.reasons.append('patient: unknown (no column, no eye at the end of the ids)')
 
     def _find_eye(self) -> None:
         columns = [c for c in self._others('id', 'grade', 'patient') if EYE_NAME.search(c.casefold())]
         columns = [c for c in columns if set(self.df[c].str.casefold()) <= {*EYES, ''} and self.df[c].any()]
+        if '|' in self.keys['id']: return
         if columns: self._decide('eye', columns[0], 'by its name and values')
-        elif '|' not in self.keys['id'] and _all_end_in_eye(self.df[self.keys['id']]):
+        elif _all_end_in_eye(self.df[self.keys['id']]):
             self._decide('eye', EYE_PATTERN, 'every id ends in the eye')
 
     def _find_carried(self) -> None:
         "Carry further columns of few values: subgroups of the report. Others may name people, and stay where they are"
         names = [c for c in self._others('id', 'grade', 'patient', 'eye')
-                 if 1 < self.df[c].nunique() <= MOST_VALUES and c not in COLUMNS_OF_SCORES and '|' not in c]
+                 if 1 < self.df[c].nunique() <= MOST_VALUES and c not in COLUMNS_OF_SCORES]
+        patients = self.df[self.keys['patient']].nunique() if self.keys.get('patient') else len(self.df)
+        names = [c for c in names if not PERSONAL.search(c.casefold()) and 2 * self.df[c].nunique() <= max(patients, 4)]
         ages = [c for c in self._others('id', 'grade', 'patient', 'eye') if c.casefold() == 'age' and c not in names]
         if names or ages: self._decide('carry', ' | '.join(names + ages), 'few values each: subgroups')
 
@@ -274,7 +352,15 @@ def _looks_like_grades(values: pd.Series) -> bool:
     return bool(grades) and all(UNGRADABLE.fullmatch(o.casefold()) for o in others)
 
 
-def _all_end_in_eye(ids: pd.Series) -> bool: return all(re.search(EYE_PATTERN, text) for text in ids)
+def _all_end_in_eye(ids: pd.Series) -> bool:
+    "Return whether every id ends in an eye, and both eyes occur"
+    found = [re.search(EYE_PATTERN, text) for text in ids]
+    return all(found) and len({EYES[match[1].casefold()] for match in found if match}) == 2
+
+
+def _patients_by_eye(ids: pd.Series) -> bool:
+    "Return whether ids that end in an eye show which images are of one patient"
+    return _all_end_in_eye(ids) and ids.str.extract(PATIENT_PATTERN)[0].nunique() < len(ids)
 
 
 def _of_both_eyes(df: pd.DataFrame, columns: Iterable[str]) -> list[str]:

@@ -82,6 +82,7 @@ def evaluate_table(model: str, table: str, images: str = '', recipe: str = '', d
     contents = table_contents(understood.table, understood.data)
     reasons = [*understood.reasons, describe(understood.table, contents)]
     for text in reasons: say(f'{understood.table.name}: {text}')
+    for text in contents.notes: say(f'{understood.table.name}: {text}', 'yellow')
     grader = load_grader(model)
     name = re.sub(r'[^\w.-]+', '_', understood.table.name)
     folder = Path(choices.output) if choices.output else Path(model) / EVALUATIONS / name

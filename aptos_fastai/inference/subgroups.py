@@ -19,12 +19,13 @@ def subgroup_results(df: pd.DataFrame, columns: Iterable[str]) -> list[dict]:
     """Return a dict for each of `columns`: `column`, `note`, and `values` with metrics and differences.
 
     `df` (score, grade, diagnosis, group and `columns`) are the evaluated images. A value `differs` in a metric if the
-    interval of its difference from the other images excludes 0, at 1 - `ALPHA` / the number of compared subgroups.
+    interval of its difference from the other images excludes 0, at 1 - `ALPHA` / the number of comparisons.
     """
     labels = {column: subgroup_labels(df[column]) for column in columns}
     inside = {(column, name): (label == name).to_numpy() for column, label in labels.items() for name in _names(label)}
     compared = [key for key, rows in inside.items() if min(rows.sum(), (~rows).sum()) >= MIN_IMAGES]
-    level = 1 - ALPHA / max(len(compared), 1)
+    tests = len(DIFFERENCES) * sum(_comparisons(label, column, compared) for column, label in labels.items())
+    level = 1 - ALPHA / max(tests, 1)
     results = []
     for column, label in labels.items():
         note = '' if len(label) else f'more than {MAX_VALUES} values: no subgroups'
@@ -33,6 +34,12 @@ def subgroup_results(df: pd.DataFrame, columns: Iterable[str]) -> list[dict]:
                   for name in _names(label)]
         results.append(dict(column=column, note=note, values=values))
     return results
+
+
+def _comparisons(label: pd.Series, column: str, compared: list[tuple[str, str]]) -> int:
+    "Return how many subgroups of a column are compared; two that are each other's rest are one comparison"
+    n = sum(name == column for name, _ in compared)
+    return 1 if n == 2 == len(_names(label)) else n
 
 
 def subgroup_labels(values: pd.Series) -> pd.Series:

@@ -25,9 +25,14 @@ Known = tuple[pd.DataFrame | None, str]      # the hashes of the images, None: u
 
 
 def write_run_images(root: Path, frames: dict[str, pd.DataFrame]) -> None:
-    "Write images.csv (source, id_code, hashes) of a run's prepared tables, unless it is up to date"
-    rows = pd.concat(frames.values())[['source', 'id_code', *HASHES]]
-    data, file = rows.to_csv(index=False, lineterminator='\n').encode(), root / RUN_IMAGES
+    """Write images.csv (source, id_code, hashes) of a run's prepared tables, unless it is up to date.
+
+    Images that left the tables stay in it: an older model may have seen them.
+    """
+    file, columns = root / RUN_IMAGES, ['source', 'id_code', *HASHES]
+    rows = pd.concat(frames.values())[columns]
+    if file.is_file(): rows = pd.concat([rows, _read(file)[columns]]).drop_duplicates(['source', *HASHES])
+    data = rows.to_csv(index=False, lineterminator='\n').encode()
     if not file.is_file() or file.read_bytes() != data: write_bytes(file, data)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from aptos_fastai.common.io import AptosError, write_bytes
 from aptos_fastai.data.understand import Ask, Understood, relative, understand_table
+from aptos_fastai.pipeline.graph import check_same_data
 from aptos_fastai.recipe import Table, override, read_ini, read_recipe, shipped_folder
 
 BASE = 'recipes/one_table.ini'
@@ -15,6 +16,8 @@ def understand_tables(csv: str | Path, images: str | Path, unlabelled: str | Pat
                       keys: dict[str, str]) -> dict[str, Understood]:
     "Return the graded table of a CSV and its images, and the ungraded one of a CSV or folder `unlabelled`, if given"
     tables = {GRADED: understand_table(csv, images, name=GRADED, graded=True, ask=ask, **keys)}
+    if str(unlabelled) and Path(unlabelled).resolve() == Path(images or csv).resolve():
+        raise AptosError(f'{unlabelled}: is the folder of the graded images. Name a folder of other images, or none.')
     if str(unlabelled): tables[UNGRADED] = understand_table(unlabelled, name=UNGRADED, graded=False, ask=ask)
     return tables
 
@@ -36,6 +39,10 @@ def write_fit_recipe(tables: dict[str, Understood], file: Path, sets: Iterable[s
     for section, keys in ini.items(): lines += ['', f'[{section}]', *(f'{k} = {v}' for k, v in keys.items())]
     text = '\n'.join(lines) + '\n'
     _check(text, file)
+    if file.is_file() and _keys(file.read_text(encoding='utf-8')) != _keys(text):
+        raise AptosError(f'{file.parent}: an earlier fit wrote another recipe here. Choose another --name, or delete '
+                         'this folder.')
+    check_same_data(file.parent, data, demo=False)
     write_bytes(file, text.encode())
     return data
 
@@ -58,6 +65,9 @@ def _leave_out_ungraded(ini: dict[str, dict[str, str]], base: Path) -> None:
         if '.' in section and section not in kept: del ini[section]
     submit = recipe.submit
     ini['submit'] |= dict(table=submit.table, final=submit.final, also=' '.join(submit.also))
+
+
+def _keys(text: str) -> list[str]: return [line for line in text.splitlines() if not line.startswith('#')]
 
 
 def _check(text: str, file: Path) -> None:

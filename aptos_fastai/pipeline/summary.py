@@ -9,6 +9,7 @@ import pandas as pd
 from aptos_fastai.common.console import format_duration, say, table
 from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.metrics import (
+    GRADES,
     MIDPOINTS,
     PredictionSets,
     apply_thresholds,
@@ -128,9 +129,17 @@ def kappa_result(run: Run, name: str, valid: pd.DataFrame) -> dict:
         kappa_interval=kappa_interval(valid.grade, valid.diagnosis, valid.group), resampled=run.grouped_by(valid),
         kappa_midpoints=quadratic_kappa(apply_thresholds(valid.score, MIDPOINTS), valid.diagnosis),
         thresholds=thresholds.tolist(), threshold_method=setting, weights=run.weight_hashes(name))
-    notes = [*patient_warnings(run, valid), *epoch_warnings(run, name), *warnings(result, not_fitted)]
+    notes = [*grade_warnings(valid), *patient_warnings(run, valid), *epoch_warnings(run, name),
+             *warnings(result, not_fitted)]
     text = interval_text(result['kappa'], result['kappa_interval'], result['resampled'])
     return dict(result, kappa_text=text, warnings=notes)
+
+
+def grade_warnings(valid: pd.DataFrame) -> list[str]:
+    "Return a warning of grades that no validation image has: the model was not taught them"
+    missing = sorted(set(range(GRADES)) - set(valid.diagnosis))
+    text = f'no graded image has grade {", ".join(map(str, missing))}: the model cannot predict it'
+    return [text] if missing else []
 
 
 def patient_warnings(run: Run, valid: pd.DataFrame) -> list[str]:

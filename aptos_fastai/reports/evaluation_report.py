@@ -87,6 +87,7 @@ def metric_rows(record: dict) -> list[tuple[str, dict]]:
     rows += [(f'{name}, refer if grade ≥ {REFERABLE} or ungradable', programme[name.lower()])
              for name in ('sensitivity', 'specificity', 'PPV', 'NPV')]
     return [*rows, ('coverage of prediction sets', record['prediction_sets']['coverage']),
+            ('their mean size, of 5 grades', record['prediction_sets']['mean_size']),
             ('share rejected by the gate', record['gate']['rejected'])]
 
 
@@ -258,7 +259,7 @@ def subgroup_section(record: dict) -> list[Table | str]:
     compared = [o for subgroup in record['subgroups'] for o in subgroup['values'] if o['level']]
     text = 'No subgroup has enough images to compare.'
     if compared:
-        level = f'{100 * compared[0]["level"]:.4g} % ({percent(1 - ALPHA)}, corrected for {len(compared)} subgroups)'
+        level = f'{100 * compared[0]["level"]:.4g} % ({percent(1 - ALPHA)}, corrected for all comparisons)'
         text = ('Marked where kappa, AUC or mean error differs from the other images: a bootstrap interval of '
                 f'{level} of the difference excludes 0.')
     return [f'{text} Subgroups of fewer than {MIN_IMAGES} images are shown, not marked. Kappa depends on the mix of '

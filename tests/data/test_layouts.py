@@ -126,7 +126,7 @@ def test_images_wherever_they_lie(tmp_path, file, name, loose):
     contents = table_contents(table(), tmp_path)
     assert Path(contents.frame.path[0]) == tmp_path / 'images' / file
     notes = [note for note in contents.notes if 'no image has grade' not in note]
-    assert notes == (['1 of 2 ids differ from their file in suffix, case or accents'] if loose else [])
+    assert notes == (['1 of 2 ids differ from their file in folder, suffix, case or accents'] if loose else [])
 
 
 @pytest.mark.parametrize('files, name, words', [
@@ -181,7 +181,7 @@ def test_folders_named_by_grade_are_a_table(tmp_path, names):
 def test_a_folder_alone_is_an_ungraded_table(tmp_path, capsys):
     write_images(tmp_path / 'images', ['x.png', 'a/y.png'])
     df = read_table(table(csv='', grade=''), tmp_path)
-    assert df.id_code.tolist() == ['a/y.png', 'x.png'] and df.diagnosis.isna().all()
+    assert df.id_code.tolist() == ['a/y', 'x'] and df.diagnosis.isna().all()
     (tmp_path / 'empty').mkdir()
     with pytest.raises(TableError, match='has no images. Set `images` to the folder of images'):
         read_table(table(csv='', grade='', images='empty'), tmp_path)

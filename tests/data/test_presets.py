@@ -85,6 +85,15 @@ def test_pairs_of_messidor2(layout, tmp_path):
     assert contents.frame.group.nunique() == 59
 
 
+def test_pairs_that_share_an_image_are_one_patient(layout, tmp_path):
+    (tmp_path / 'm').mkdir()
+    shutil.copytree(layout('messidor2'), tmp_path / 'm', dirs_exist_ok=True)
+    names = [line.partition(',')[0] for line in (tmp_path / 'm/messidor_data.csv').read_text().splitlines()[1:]]
+    write_lines(tmp_path / 'm/messidor-2.csv', ['left;right', f'{names[0]};{names[1]}', f'{names[1]};{names[2]}'])
+    df = table_contents(preset_table('messidor2'), tmp_path / 'm').frame.set_index('id_code')
+    assert df.group[names[0]] == df.group[names[1]] == df.group[names[2]] != df.group[names[3]]
+
+
 def test_the_order_of_aptos(layout):
     assert len(read_order(preset_table('aptos2019_test'), layout('aptos2019'))) == 12
 

@@ -68,15 +68,133 @@ def test_a_row_with_both_eyes_of_a_patient(tmp_path):
 def test_scales_that_are_not_the_international_one(tmp_path):
     "5 and no 0; the R0 to R3 of the English programme, whose R3 is proliferative"
     csv = write_rows(tmp_path, 'image,level', [f'a{i},{1 + i % 5}' for i in range(20)])
-    with pytest.raises(AptosError, match='column level has 5 and no 0. If 5 means ungradable, add --ungradable 5'):
+    with pytest.raises(AptosError, match='column level has no grade 0 .* If its scale begins at 1'):
         understand_table(csv)
     assert keys(understand_table(csv, ungradable='5'), 'ungradable') == ('5',)
+    assert keys(understand_table(csv, grade='level'), 'ungradable') == ('5',)
     csv = write_rows(tmp_path, 'image,level', [f'a{i},R{i % 4}' for i in range(20)])
     with pytest.raises(AptosError, match='R0, R1, R2, R3 look like those of the English screening programme'):
         understand_table(csv)
     csv = write_rows(tmp_path, 'image,level', [f'a{i},R{i % 5}' for i in range(20)])
     understood = understand_table(csv)
     assert table_contents(understood.table, understood.data).frame.diagnosis.tolist() == [i % 5 for i in range(20)]
+
+
+@pytest.mark.parametrize('header, row, expected', [
+    ('image,patient_id,patient_age,patient_sex,diagnosis', '{p},{a},{s},{g}', 'patient_id'),
+    ('image,examination date,diagnosis', '{p}/1/2020,{g}', ''),
+    ('image,subject,diagnosis', 'S{p},{g}', 'subject'),
+    ('image,patient_age,study_site,diagnosis', '{a},{s},{g}', ''),
+])
+def test_which_column_is_the_patient(tmp_path, header, row, expected):
+    rows = [f'a{i},' + row.format(p=i // 2, a=40 + i % 30, s='fm'[i % 2], g=grade_of(i)) for i in range(40)]
+    assert keys(understand_table(write_rows(tmp_path, header, rows)), 'patient') == (expected,)
+
+
+def test_a_number_of_each_image_is_no_patient_where_ids_show_the_eyes(tmp_path):
+    rows = [f'{i // 2}_{"left" if i % 2 else "right"},{i},{grade_of(i)}' for i in range(40)]
+    understood = understand_table(write_rows(tmp_path, 'image,examination_id,level', rows))
+    assert understood.table.group and not understood.table.patient
+    assert table_contents(understood.table, understood.data).frame.group.nunique() == 20
+    rows = [f'scan_{i}_l1,{grade_of(i)}' for i in range(20)]                     # one eye alone is no eye
+    assert keys(understand_table(write_rows(tmp_path, 'image,level', rows)), 'eye', 'group') == ('', '')
+
+
+@pytest.mark.parametrize('header, row, expected', [
+    ('image,binary_label,gt', '{b},{g}', 'asks'),
+    ('image,ckd_stage,gt', '{g},{h}', 'gt'),
+    ('image,dr_id,gt', '{b},{g}', 'gt'),
+    ('image,hypertensive_grade,icdr', '{h},{g}', 'icdr'),
+    ('image,no_dr,mild,moderate,severe,pdr', '{b},{b},{b},{b},{b}', 'refused'),
+    ('image,education_level,DR', '{h},{g}', 'DR'),
+])
+def test_columns_that_only_look_like_grades(tmp_path, header, row, expected):
+    rows = [f'a{i},' + row.format(b=i % 2, g=grade_of(i), h=i % 3) for i in range(40)]
+    csv = write_rows(tmp_path, header, rows)
+    if expected in header.split(','): assert keys(understand_table(csv), 'grade') == (expected,)
+    else:
+        with pytest.raises(AptosError, match='can be in 2 columns|only the grades 0 and 1|no column has grades'):
+            understand_table(csv)
+
+
+def test_a_running_number_is_no_image(tmp_path):
+    "Images are called 0.png, 1.png …; one of the named images is missing, but the number has an image in every row"
+    for i in range(40): write_image(tmp_path / f'{i}.png', i)
+    rows = [f'{i},{(i + 7) % 40 if i else "missing"}.png,{grade_of(i)}' for i in range(40)]
+    write_lines(tmp_path / 't.csv', ['n,image,diagnosis', *rows])
+    with pytest.raises(AptosError, match='1 of 40 ids have no image in .*: missing.png'):
+        understand_table(tmp_path / 't.csv')
+    write_lines(tmp_path / 't.csv', ['n,other,diagnosis', *rows])
+    with pytest.raises(AptosError, match='the image can be in 2 columns'): understand_table(tmp_path / 't.csv')
+
+
+def test_a_column_with_a_bar_and_a_header_of_two_lines(tmp_path):
+    csv = write_rows(tmp_path, 'image,grade|ICDR', [f'a{i},{i % 5}' for i in range(20)])
+    with pytest.raises(AptosError, match='has a | in its name'): understand_table(csv)
+    write_lines(csv, ['image,"DR\ngrade"', *(f'a{i},{i % 5}' for i in range(20))])
+    assert keys(understand_table(csv), 'grade') == ('DR grade',)
+
+
+def test_class_folders_that_are_no_grades(tmp_path):
+    for i, name in enumerate(['No_DR', 'Mild', 'Moderate', 'Severe', 'Proliferative_retinopathy']):
+        write_image(tmp_path / f'a/{name}/{i}.png', i)
+    with pytest.raises(AptosError, match='Proliferative_retinopathy hold images but are named by no grade'):
+        understand_table(tmp_path / 'a')
+    for i in range(1, 6): write_image(tmp_path / f'b/{i}/{i}.png', i)
+    with pytest.raises(AptosError, match='no folder is grade 0'): understand_table(tmp_path / 'b')
+    for i in range(5): write_image(tmp_path / f'c/{i}/{i}.png', i)
+    write_image(tmp_path / 'c/Ungradable/x.png', 9)
+    understood = understand_table(tmp_path / 'c')
+    contents = table_contents(understood.table, understood.data)
+    assert (len(contents.frame), len(contents.ungradable)) == (5, 1)
+
+
+def test_a_row_of_both_eyes_without_its_patient_is_one_patient(tmp_path):
+    root = LAYOUTS['row_per_patient'](tmp_path)
+    lines = (root / 'patients.csv').read_text().splitlines()
+    write_lines(root / 'p.csv', [lines[0], *(line if i % 2 else ',' + line.partition(',')[2]
+                                            for i, line in enumerate(lines[1:]))])
+    understood = understand_table(root / 'p.csv', root / 'eyes')
+    df = table_contents(understood.table, understood.data).frame
+    assert understood.table.patient == 'Patient' and df.group.nunique() == 30
+
+
+def test_names_of_people_are_never_carried(tmp_path):
+    rows = [f'a{i},{i // 4},Person {i // 4},P{i // 4},{"AB"[i % 2]},{grade_of(i)}' for i in range(40)]
+    csv = write_rows(tmp_path, 'image,patient_id,Full name,Initials,camera,diagnosis', rows)
+    assert keys(understand_table(csv), 'carry') == ('camera',)
+    csv = write_rows(tmp_path, 'image,patient_id,who,camera,diagnosis',
+                     [f'a{i},{i // 4},Person {i // 4},{"AB"[i % 2]},{grade_of(i)}' for i in range(40)])
+    assert keys(understand_table(csv), 'carry') == ('camera',)              # unique for each patient
+
+
+@pytest.mark.parametrize('layout, csv, images, expected', [
+    ('messidor2', 'messidor_data.csv', 'IMAGES', dict(pairs='messidor-2.csv', ungradable='blank')),
+    ('idrid', 'B. Disease Grading/2. Groundtruths/a. IDRiD_Disease Grading_Training Labels.csv',
+     'B. Disease Grading/1. Original Images/a. Training Set', dict(block=10)),
+])
+def test_a_published_csv_is_read_as_its_preset(tmp_path, layout, csv, images, expected):
+    root = LAYOUTS[layout](tmp_path)
+    understood = understand_table(root / csv, root / images)
+    assert {name: getattr(understood.table, name) for name in expected} == expected
+    assert any('as the preset' in reason for reason in understood.reasons)
+
+
+def test_paths_of_another_computer(tmp_path):
+    rows = [f'C:\\Users\\me\\img\\eye{i}.jpg;{grade_of(i)}' for i in range(20)]
+    write_lines(tmp_path / 't.csv', ['Path;grade', *rows])
+    for i in range(20): write_image(tmp_path / f'scans/img/eye{i}.jpg', i)
+    understood = understand_table(tmp_path / 't.csv', tmp_path / 'scans')
+    contents = table_contents(understood.table, understood.data)
+    assert [path.rpartition('/')[2] for path in contents.frame.path] == [f'eye{i}.jpg' for i in range(20)]
+    assert '20 of 20 ids differ from their file in folder' in contents.notes[0]
+
+
+def test_values_that_are_no_grades_are_named(tmp_path):
+    csv = write_rows(tmp_path, 'image,grade', [f'a{i},{"mäßig" if i == 3 else i % 5}' for i in range(20)])
+    with pytest.raises(AptosError, match='column grade has values that are no grades: mäßig'): understand_table(csv)
+    csv = write_rows(tmp_path, 'image,referable', [f'a{i},{i % 2}' for i in range(20)])
+    with pytest.raises(AptosError, match='says whether an image is referable'): understand_table(csv, grade='referable')
 
 
 @pytest.mark.parametrize('column', ['grade', 'diagnosis'])

@@ -9,7 +9,7 @@ from layouts import LAYOUTS
 
 from aptos_fastai import fit
 from aptos_fastai.cli import main
-from aptos_fastai.pipeline.graph import load_run
+from aptos_fastai.pipeline.graph import load_run, start_run
 from aptos_fastai.pipeline.stage import training_frame
 from aptos_fastai.recipe import ConfigError, read_recipe
 from aptos_fastai.run_folder import Run
@@ -77,8 +77,26 @@ def test_inspect_says_what_it_understood_of_a_csv(tmp_path, capsys):
     out = ' '.join(capsys.readouterr().out.split())
     assert 'train: id: Bild (100 % of its values name an image' in out
     assert '60 images, patients unknown, images of grade 0-4:' in out
-    assert '60 of 60 ids differ from their file in suffix, case or accents' in out
-    assert (tmp_path / 'r/Befunde/inspect/train.html').is_file()
+    assert '60 of 60 ids differ from their file in folder, suffix, case or accents' in out
+    assert (tmp_path / 'r/Befunde_inspect/inspect/train.html').is_file()
+
+
+def test_fit_keeps_the_recipe_of_an_earlier_run(fitted, tmp_path, capsys):
+    "Another table or other settings under its name are refused; inspect has a folder of its own"
+    run, root = fitted
+    recipe = (run.folder / 'labels.ini').read_bytes()
+    args = ['fit', root / 'labels.xlsx', root / 'photos', '--runs', root / 'runs']
+    expect_error(capsys, [*args, '--set', 'stage.epochs=3'], 'an earlier fit wrote another recipe here', '--name')
+    other = LAYOUTS['no_header'](tmp_path)
+    expect_error(capsys, ['fit', other / 'labels.txt', other / 'img', '--runs', root / 'runs', *SETS], 'labels')
+    main(['inspect', str(root / 'labels.xlsx'), '4', '--images', str(root / 'photos'), '--runs', str(root / 'runs')])
+    assert (run.folder / 'labels.ini').read_bytes() == recipe
+
+
+def test_fit_refuses_the_graded_images_as_unlabelled_ones(tmp_path, capsys):
+    root = LAYOUTS['semicolons'](tmp_path)
+    expect_error(capsys, ['fit', root / 'Befunde.csv', root / 'Bilder', root / 'Bilder', '--runs', tmp_path / 'r'],
+                 'is the folder of the graded images')
 
 
 # One graded table
@@ -192,6 +210,32 @@ def test_tables_that_only_train(two_tables, tmp_path, capsys):
     kinds = {o['kind']: o for o in summary['clusters']}
     assert [o['name'] for o in kinds['table']['clusters']] == ['a', 'b']
     assert 'each graded table that validates' in (tmp_path / 'r/two/report.html').read_text().replace('Each', 'each')
+
+
+def test_no_parent_trains_on_a_copy_of_an_image_that_validates_its_child(tmp_path):
+    "b, which only trains `pre`, holds copies of images of a, which validates `fine`"
+    for i, name in enumerate('abc'): write_table(tmp_path / 'd', 30, seed=i, name=name)
+    for i in range(9): shutil.copy(tmp_path / f'd/a_images/a00{i}.png', tmp_path / f'd/b_images/b01{i}.png')
+    stages = '''[table.c]
+csv = c.csv
+images = c_images
+grade = diagnosis
+[stage.pre]
+train = c b
+validate = c
+[stage.fine]
+train = a
+init = pre
+[submit]
+final = fine
+'''
+    text = TWO[:TWO.index('[stage.both]')] + stages
+    (tmp_path / 'r.ini').write_text(text)
+    with start_run(load_run(tmp_path / 'r.ini', tmp_path / 'd', tmp_path / 'r')) as (run, _):
+        for fold in range(3):
+            pre, fine = (training_frame(run, run.recipe.stages[name], fold, {}) for name in ('pre', 'fine'))
+            assert not set(pre.group[~pre.valid]) & set(fine.group[fine.valid])
+            assert (pre.source == 'b').sum() > 20
 
 
 @pytest.mark.parametrize('sets, words', [
