@@ -89,12 +89,15 @@ def evaluate_table(model: str, table: str, images: str = '', recipe: str = '', d
     identity = dict(model=model_record(grader.model), table=_table_record(understood))
     check_folder(folder, identity, own=not choices.output)
     rows, unknown = _with_seen(grader, _predict(grader, _all_images(contents)))
+    place = find_folder(understood.table, understood.data)
+    folders = [Path(images or '.'), grader.root, understood.data, place, place / understood.table.images]
+    unknown = _without_folders([unknown], folders)[0]
     record = dict(
         format=FORMAT, **identity, date=time.strftime('%Y-%m-%d'), aptos_fastai=aptos_fastai.__version__,
-        synthetic=grader.model.synthetic, notes=_without_folders(contents.notes), seen_unknown=unknown,
+        synthetic=grader.model.synthetic, notes=_without_folders(contents.notes, folders), seen_unknown=unknown,
         **_results(rows, understood.table, grader.model, choices))
     if unknown: record['warnings'].insert(0, unknown)
-    return Evaluation(folder, record, _in_order(rows, understood.table), _without_folders(reasons))
+    return Evaluation(folder, record, _in_order(rows, understood.table), _without_folders(reasons, folders))
 
 
 def _with_seen(grader: Grader, rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
@@ -163,9 +166,15 @@ def check_folder(folder: Path, identity: dict, own: bool) -> None:
     raise AptosError(f'{folder}: holds an evaluation of another model ({record["model"]["name"]}). {where}')
 
 
-def _without_folders(texts: Iterable[str]) -> list[str]:
+def _without_folders(texts: Iterable[str], folders: Iterable[Path]) -> list[str]:
     "Return texts that name files without their folders, which can name people; reports and bundles are passed on"
-    return [re.sub(r'/(?:[^\s/]+/)+', '', text) for text in texts]
+    names = {str(path): path.name for folder in folders for path in (folder, folder.resolve())}
+    found = []
+    for text in texts:
+        for name in sorted(names, key=len, reverse=True):
+            if len(name) > 1: text = text.replace(name, names[name])
+        found.append(re.sub(r'/(?:[^\s/]+/)+', '', text))
+    return found
 
 
 # Scores

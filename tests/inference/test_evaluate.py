@@ -1,6 +1,7 @@
 "Evaluation on a graded table: metrics in closed form, seen images, subgroups, files, messages."
 import json
 import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -11,7 +12,7 @@ from conftest import expect_error, write_table
 from aptos_fastai.cli import main
 from aptos_fastai.common.io import read_record, write_record
 from aptos_fastai.data.demo import CAMERAS, generate_fundus
-from aptos_fastai.inference.evaluate import Choices, evaluate_table
+from aptos_fastai.inference.evaluate import Choices, _without_folders, evaluate_table
 from aptos_fastai.inference.grader import load_grader
 from aptos_fastai.inference.measures import (
     calibration_results,
@@ -155,6 +156,13 @@ def test_images_that_left_the_tables_stay_known(tables, small_recipe, tmp_path):
     main(['prepare', *args])
     after = pd.read_csv(tmp_path / 'r/small/images.csv')
     assert set(before.pixel_sha256) == set(after.pixel_sha256) and len(after) == 50
+
+
+def test_folders_that_can_name_people_stay_out_of_what_is_passed_on(tmp_path):
+    folder = tmp_path / 'Maria Schmidt/clinic A/img'
+    texts = [f'id: n (100 % of its values name an image in {folder})', f'{folder}/images.csv is missing', 'a/b of 3']
+    assert _without_folders(texts, [Path('.'), folder]) == [
+        'id: n (100 % of its values name an image in img)', 'img/images.csv is missing', 'a/b of 3']
 
 
 def test_another_mix_of_grades_is_no_mean_error():
