@@ -138,6 +138,13 @@ def test_half_a_test_table_is_an_error(tables, small_recipe, tmp_path, capsys):
     expect_error(capsys, args, '[table.test]: test.csv not found')
 
 
+def test_a_test_table_of_another_case_is_an_error(tables, small_recipe, tmp_path, capsys):
+    (tables / 'test.csv').rename(tables / 'Test.csv')
+    (tables / 'test_images').rename(tables / 'Test_images')
+    args = ['plan', '--recipe', small_recipe, '--data', tables, '--runs', tmp_path / 'r']
+    expect_error(capsys, args, '[table.test]: test.csv not found')
+
+
 def test_a_recipe_without_tables_that_are_missing():
     recipe = read_recipe(ROOT / 'recipes/one_table.ini')
     smaller = recipe.without(['test'])
