@@ -125,7 +125,6 @@ def table_sections(run: Run, name: str, df: pd.DataFrame) -> list[Section]:
     "Return the counts of grades, sizes, circles, quality flags and duplicates of a table."
     df = df.assign(size=df.width.astype(str) + ' x ' + df.height.astype(str))
     warning = resized_warning(df)
-    if warning: say(f'{name}: {warning}', 'yellow')
     sizes: list[Table | Figure | str] = [f'Warning: {warning}'] if warning else []
     sizes.append(Table(['original, pixels', 'images', 'proportion'], count_rows(df, 'size')))
     sections = []
