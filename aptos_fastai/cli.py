@@ -260,8 +260,8 @@ def given(**values: str) -> dict[str, str]:
 def ask_user() -> Callable[[str, list[str]], str] | None:
     "Return a function that asks which of some answers is right; None if nobody can answer"
     if not (sys.stdin.isatty() and sys.stdout.isatty()): return None
-    import click
-    return lambda question, answers: typer.prompt(question, type=click.Choice(answers))
+    from rich.prompt import Prompt  # typer's own prompt takes the choices of the click that it bundles only
+    return lambda question, answers: Prompt.ask(question, choices=answers)
 
 
 @command

@@ -12,7 +12,7 @@ from conftest import ROOT, expect_error
 
 import aptos_fastai
 from aptos_fastai import cli
-from aptos_fastai.cli import COMMANDS, main, uses_run
+from aptos_fastai.cli import COMMANDS, ask_user, main, uses_run
 
 # Help
 
@@ -184,3 +184,12 @@ def test_no_code_asks_for_a_stage_by_name():
             for value in [node.left, *node.comparators]:
                 named = isinstance(value, ast.Constant) and str(value.value).startswith(prefixes)
                 assert not named, f'{file.name}:{node.lineno}'
+
+
+def test_a_user_at_a_terminal_is_asked_until_an_answer_is_one_of_the_choices(monkeypatch):
+    for stream in (sys.stdin, sys.stdout): monkeypatch.setattr(stream, 'isatty', lambda: True)
+    answers = iter(['grade', 'Grader 2'])
+    monkeypatch.setattr('builtins.input', lambda *_: next(answers))
+    assert ask_user()('which column is the grade?', ['Grader 1', 'Grader 2']) == 'Grader 2'
+    monkeypatch.setattr(sys.stdin, 'isatty', lambda: False)
+    assert ask_user() is None
