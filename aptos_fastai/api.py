@@ -85,5 +85,9 @@ def open_run(recipe: str | Path = 'settings.ini', data: str | Path = 'demo', run
     `data` is the folder of the tables, or 'demo' for generated images; results go to `<runs>/<recipe name>`;
     `sets` change keys of the recipe: ['stage.epochs=5']. Trains nothing. Raises `AptosError`.
     """
-    with start_run(load_run(recipe, data, runs, sets)) as (run, _):
-        return PreparedRun(run.recipe, run.data, run.root, run.frames, run.left_out)
+    with start_run(load_run(recipe, data, runs, sets)) as (run, _): return as_prepared(run)
+
+
+def as_prepared(run: Run) -> PreparedRun:
+    "Return a run whose images are prepared as a `PreparedRun`"
+    return PreparedRun(run.recipe, run.data, run.root, run.frames, run.left_out)

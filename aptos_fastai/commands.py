@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from aptos_fastai.api import PreparedRun
+from aptos_fastai.api import PreparedRun, as_prepared
 from aptos_fastai.common.console import Bars, format_duration, say, table
 from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.distributed import world_size
 from aptos_fastai.common.io import AptosError, file_hash, read_record, write_csv, write_record
 from aptos_fastai.data.store import read_prepared, store_folder
-from aptos_fastai.data.tables import describe, table_contents
+from aptos_fastai.data.tables import describe
 from aptos_fastai.data.understand import Ask
 from aptos_fastai.pipeline.fit import GRADED, understand_tables, write_fit_recipe
 from aptos_fastai.pipeline.graph import (
@@ -72,7 +72,7 @@ def fit(csv: str | Path, images: str | Path = '', unlabelled: str | Path = '', *
     """
     recipe, data = understand_and_write(csv, images, unlabelled, name, runs, sets, ask, keys)
     run_all(load_run(recipe, data, runs))
-    return PreparedRun(**vars(load_run(recipe, data, runs)))
+    return as_prepared(load_run(recipe, data, runs))
 
 
 def inspect(load: Callable[[], Run], table: str, count: int, images: str, runs: str, sets: Iterable[str],
@@ -94,8 +94,8 @@ def understand_and_write(csv: str | Path, images: str | Path, unlabelled: str | 
     recipe = Path(runs) / name / f'{name}.ini'
     data = write_fit_recipe(tables, recipe, sets)
     for table_name, understood in tables.items():
-        contents = table_contents(understood.table, understood.data)
-        for reason in (*understood.reasons, describe(understood.table, contents)): say(f'{table_name}: {reason}')
+        for reason in (*understood.reasons, describe(understood.table, understood.contents)):
+            say(f'{table_name}: {reason}')
     places = ' '.join(f'{key} {shlex.quote(str(value))}'
                       for key, value in (('--recipe', recipe), ('--data', data), ('--runs', runs)))
     say(f'recipe -> {recipe}\nto run it again: python run.py all {places}')

@@ -55,7 +55,7 @@ def _check_where(text: str, _: Any) -> None:
         raise ValueError('write COLUMN = VALUE, for example Usage = Public')
 
 
-def _split_names(text: str) -> tuple[str, ...]:
+def split_names(text: str) -> tuple[str, ...]:
     "Return the names in a list that is separated by |"
     return tuple(name.strip() for name in text.split('|') if name.strip())
 
@@ -154,22 +154,22 @@ class Table:
     @property
     def id_columns(self) -> tuple[str, ...]:
         "Columns of image ids; with several, a row holds the images of one patient"
-        return _split_names(self.id)
+        return split_names(self.id)
 
     @property
     def grade_columns(self) -> tuple[str, ...]:
         "Columns of grades; of a table of folders the one that its grades are put into"
-        return _split_names(self.grade)
+        return split_names(self.grade)
 
     @property
     def ungradable_values(self) -> tuple[str, ...]:
         "Values of the grade that mean ungradable"
-        return _split_names(self.ungradable)
+        return split_names(self.ungradable)
 
     @property
     def folders(self) -> tuple[str, ...]:
         "Folders inside --data to search"
-        return _split_names(self.folder)
+        return split_names(self.folder)
 
     @property
     def carried(self) -> tuple[str, ...]:
@@ -179,7 +179,7 @@ class Table:
     @property
     def carry_columns(self) -> tuple[str, ...]:
         "Columns of the CSV that `carry` names"
-        return _split_names(self.carry)
+        return split_names(self.carry)
 
     @property
     def where_column_and_value(self) -> tuple[str, str]:

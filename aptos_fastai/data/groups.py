@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from aptos_fastai.data.locate import has_image_suffix, without_suffix
+from aptos_fastai.data.locate import without_image_suffix
 from aptos_fastai.data.spreadsheet import TableError, first_few, read_spreadsheet
 from aptos_fastai.recipe import Table
 
@@ -67,8 +67,7 @@ def _read_pairs(file: Path) -> dict[str, str]:
 
 def _bare(name: str) -> str:
     "Return an image's name without its folder and suffix, in lower case"
-    bare = name.replace('\\', '/').rpartition('/')[2]
-    return (without_suffix(bare) if has_image_suffix(bare) else bare).casefold()
+    return without_image_suffix(name.replace('\\', '/').rpartition('/')[2]).casefold()
 
 
 def natural_order(ids: pd.Series) -> np.ndarray:

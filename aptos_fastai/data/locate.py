@@ -127,7 +127,7 @@ class ImageLocator:
 
     def _loose_candidates(self, path: str) -> list[str]:
         "Return the files whose folded path ends as the folded name does, with its suffix or without"
-        bare = without_suffix(path) if has_image_suffix(path) else path      # an id such as IMG.001 keeps its number
+        bare = without_image_suffix(path)
         names = [path, bare, *(name.removeprefix(f'{self.root.name}/') for name in (path, bare))]
         return next((self.by_folded[name] for name in map(_fold, names) if name in self.by_folded), [])
 
@@ -165,6 +165,11 @@ class ImageLocator:
             self.loosely += 1
             return file
         raise LookupError('no such file' if self.anywhere else f'no such image in {self.within}')
+
+
+def without_image_suffix(path: str) -> str:
+    "Return 'a/left' for 'a/left.png'; an id such as IMG.001 keeps its number"
+    return without_suffix(path) if has_image_suffix(path) else path
 
 
 def _fold(text: str) -> str:

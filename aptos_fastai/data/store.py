@@ -153,6 +153,8 @@ def prepare_table(frame: pd.DataFrame, store: Path, prep: Prep, bars: Bars, *,
     remove_stale_temp_files(folder)          # only old ones: other runs may be writing here
     record = _prepare_rows(frame, folder, prep, bars)
     _check_unreadable(record, frame.source.iloc[0], folder, skip_unreadable)
+    warning = resized_warning(record)
+    if warning: say(f'{frame.source.iloc[0]}: {warning}', 'yellow')
     return _with_stored(frame, folder, prep, record)
 
 

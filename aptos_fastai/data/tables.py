@@ -166,7 +166,7 @@ def _folder_rows(images: Path, table: Table) -> pd.DataFrame:
 
 
 def _class_folders(images: Path, table: Table) -> pd.DataFrame:
-    "Return a row for each image in sub-folders that are named by grade (0 … 4, or names of grades) or as `ungradable`"
+    "Return a row for each image in sub-folders that are named by grade (0 to 4, or its name) or as `ungradable`"
     folders = [f for f in sorted(images.iterdir()) if f.is_dir() and is_class_folder(f.name, table)]
     rows = [[file.relative_to(images).as_posix(), folder.name]
             for folder in folders for file in files_below(folder) if is_image(file)]

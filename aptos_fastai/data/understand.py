@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,16 @@ from aptos_fastai.data.groups import EYES, UNKNOWN
 from aptos_fastai.data.id_order import compare_id_orders
 from aptos_fastai.data.locate import ImageLocator, files_below, has_image_suffix, is_image
 from aptos_fastai.data.spreadsheet import TableError, first_few, read_spreadsheet, require_column
-from aptos_fastai.data.tables import is_class_folder, table_contents
-from aptos_fastai.recipe import COLUMNS_OF_SCORES, Table, parse_table, preset_files, preset_table, read_recipe
+from aptos_fastai.data.tables import TableContents, is_class_folder, table_contents
+from aptos_fastai.recipe import (
+    COLUMNS_OF_SCORES,
+    Table,
+    parse_table,
+    preset_files,
+    preset_table,
+    read_recipe,
+    split_names,
+)
 
 Ask = Callable[[str, list[str]], str]        # a question and its possible answers -> one of them
 
@@ -48,6 +57,11 @@ class Understood:
     table: Table
     data: Path
     reasons: list[str] = field(default_factory=list)
+
+    @cached_property
+    def contents(self) -> TableContents:
+        "The table's images and grades, read once. Raises `TableError`"
+        return table_contents(self.table, self.data)
 
 
 def find_table(name: str, images: str = '', recipe: str = '', data: str = '', ask: Ask | None = None,
@@ -120,7 +134,7 @@ def _with_blocks(understood: Understood) -> Understood:
     "Return the table with `block` where patients are unknown and neighbouring ids have equal grades"
     table = understood.table
     if table.grouped_by != 'images': return understood
-    tests = compare_id_orders(table_contents(table, understood.data).frame, seed=0)
+    tests = compare_id_orders(understood.contents.frame, seed=0)
     if not any(test.is_related for test in tests): return understood
     why = (f'patient: unknown, but neighbouring ids have equal grades: {NEIGHBOUR_BLOCK} neighbours are one group '
            f'(block = {NEIGHBOUR_BLOCK})')
@@ -173,7 +187,7 @@ class _Columns:
     def table(self, name: str, graded: bool) -> Understood:
         "Return the table with every column decided"
         for key in ('id', 'patient', *(['grade'] if graded else [])):
-            for column in filter(None, map(str.strip, self.keys.get(key, '').split('|'))):
+            for column in self._columns(key):
                 require_column(self.file, self.df, column, f'Choose one of them: --{key} COLUMN.')
         self.reasons += [f'{key}: {self.keys[key]} (given)' for key in self.given if key not in ('csv', 'images')]
         if 'id' not in self.keys: self._find_id()
@@ -196,9 +210,18 @@ class _Columns:
         raise TableError(f'{self.file}: {what} can be in {len(columns)} columns: {", ".join(columns)}. Choose one: '
                          f'--{key} "{columns[0]}".')
 
+    def _columns(self, key: str) -> tuple[str, ...]:
+        "Return the columns that a key names"
+        return split_names(self.keys.get(key, ''))
+
+    @property
+    def has_row_per_patient(self) -> bool:
+        "Whether a row holds several images"
+        return len(self._columns('id')) > 1
+
     def _others(self, *keys: str) -> list[str]:
         "Return the columns that none of these keys has taken"
-        taken = {name.strip() for key in keys for name in self.keys.get(key, '').split('|')}
+        taken = {name for key in keys for name in self._columns(key)}
         return [column for column in self.df if column not in taken]
 
     def _find_id(self) -> None:
@@ -236,7 +259,7 @@ class _Columns:
         named = [c for c in possible if GRADE_NAME.search(c.casefold())]
         weak = [c for c in possible if WEAK_GRADE_NAME.search(c.casefold())]
         unnamed = [c for c in possible if self.df[c].map(read_grade).nunique() > 2]
-        if '|' in self.keys['id']: return self._find_grade_of_sides(others)
+        if self.has_row_per_patient: return self._find_grade_of_sides(others)
         if named:                            # a second column that would do
             least = max(3, max(map(self._grades, named)) - 1)
             named += [c for c in weak if c not in named and self._grades(c) >= least]
@@ -273,7 +296,7 @@ class _Columns:
     def _find_grade_of_sides(self, candidates: list[str]) -> None:
         "Find the grade of each image where a row holds two"
         found = []
-        for image in self.keys['id'].split(' | '):
+        for image in self._columns('id'):
             mine = [c for c in candidates if side_of(c) == side_of(image) and not OTHER_GRADE.search(c.casefold())]
             if not mine:
                 raise TableError(f'{self.file}: no column has the grade of {image}. Name both columns: --grade '
@@ -283,7 +306,7 @@ class _Columns:
 
     def _refuse_without_0(self) -> None:
         "Raise `TableError` for grades without a 0, unless `ungradable` is given: their scale may begin at 1"
-        columns = [name.strip() for name in self.keys['grade'].split('|')]
+        columns = list(self._columns('grade'))
         texts = sorted(set(self.df[columns].to_numpy().ravel()) - {''})
         if 'ungradable' in self.keys or len(self.df) < FEWEST_ROWS or any(read_grade(t) == 0 for t in texts): return
         raise TableError(f'{self.file}: column {", ".join(columns)} has no grade 0 (it has {first_few(texts)}). If its '
@@ -291,47 +314,46 @@ class _Columns:
                          f'"{self.keys["grade"]}".')
 
     def _find_ungradable(self) -> None:
-        columns = [name.strip() for name in self.keys['grade'].split('|')]
-        texts = self.df[columns[0]] if len(columns) == 1 else pd.concat([self.df[c] for c in columns])
-        if len(columns) > 1 and '|' not in self.keys['id']: texts = self.df[columns].agg(''.join, axis=1)
+        columns = [self.df[name] for name in self._columns('grade')]
+        texts = pd.concat(columns) if self.has_row_per_patient else pd.concat(columns, axis=1).agg(''.join, axis=1)
         values = sorted({t for t in texts.unique() if np.isnan(read_grade(t)) and UNGRADABLE.fullmatch(t.casefold())})
         if not values: return
         shown = ' | '.join(value or BLANK for value in values)
         self._decide('ungradable', shown, f'{texts.isin(values).sum()} rows without a grade; to change: --ungradable')
 
     def _find_patient(self) -> None:
-        taken = {*self.keys.get('grade', '').split(' | '), *self.keys['id'].split(' | ')}
-        named = [c for c in self.df if c not in taken and PATIENT_NAME.search(c.casefold())]
+        named = [c for c in self._others('id', 'grade') if PATIENT_NAME.search(c.casefold())]
         columns = [c for c in named if self.df[c].nunique() > 1 and not NO_PATIENT.search(c.casefold())]
         columns = [c for c in columns if NUMBER_NAME.search(c.casefold())] or columns
-        by_eye = '|' not in self.keys['id'] and _patients_by_eye(self.df[self.keys['id']])
+        by_eye = not self.has_row_per_patient and _patients_by_eye(self.df[self.keys['id']])
         if by_eye: columns = [c for c in columns if self.df[c].nunique() < len(self.df)]
         if columns:
             column = self._choose('patient', columns, 'the patient')
             n = self.df[column][~self.df[column].str.casefold().isin(UNKNOWN)].nunique()
             self._decide('patient', column, f'by its name; {n} patients of {len(self.df)} images')
             return
-        if '|' in self.keys['id']: return self.reasons.append('patient: a row of the CSV')
+        if self.has_row_per_patient: return self.reasons.append('patient: a row of the CSV')
         if by_eye:
             ids = self.df[self.keys['id']]
             self._decide('group', PATIENT_PATTERN, f'every id ends in the eye: {first_few(ids[:2])}')
         else: self.reasons.append('patient: unknown (no column, no eye at the end of the ids)')
 
     def _find_eye(self) -> None:
+        if self.has_row_per_patient: return
         columns = [c for c in self._others('id', 'grade', 'patient') if EYE_NAME.search(c.casefold())]
         columns = [c for c in columns if set(self.df[c].str.casefold()) <= {*EYES, ''} and self.df[c].any()]
-        if '|' in self.keys['id']: return
         if columns: self._decide('eye', columns[0], 'by its name and values')
         elif _all_end_in_eye(self.df[self.keys['id']]):
             self._decide('eye', EYE_PATTERN, 'every id ends in the eye')
 
     def _find_carried(self) -> None:
         "Carry further columns of few values: subgroups of the report. Others may name people, and stay where they are"
-        names = [c for c in self._others('id', 'grade', 'patient', 'eye')
-                 if 1 < self.df[c].nunique() <= MOST_VALUES and c not in COLUMNS_OF_SCORES]
+        others = self._others('id', 'grade', 'patient', 'eye')
         patients = self.df[self.keys['patient']].nunique() if self.keys.get('patient') else len(self.df)
-        names = [c for c in names if not PERSONAL.search(c.casefold()) and 2 * self.df[c].nunique() <= max(patients, 4)]
-        ages = [c for c in self._others('id', 'grade', 'patient', 'eye') if c.casefold() == 'age' and c not in names]
+        most = min(MOST_VALUES, max(patients, 4) // 2)       # with more, a column tells patients apart
+        names = [c for c in others if 1 < self.df[c].nunique() <= most and c not in COLUMNS_OF_SCORES
+                 and not PERSONAL.search(c.casefold())]
+        ages = [c for c in others if c.casefold() == 'age' and c not in names]
         if names or ages: self._decide('carry', ' | '.join(names + ages), 'few values each: subgroups')
 
 

@@ -13,7 +13,7 @@ from aptos_fastai.common.console import Bars, say
 from aptos_fastai.common.io import AptosError, digest, read_record
 from aptos_fastai.data.duplicates import group_duplicates
 from aptos_fastai.data.spreadsheet import first_few
-from aptos_fastai.data.tables import TableContents, describe, find_folder, table_contents
+from aptos_fastai.data.tables import TableContents, describe, find_folder
 from aptos_fastai.data.understand import Ask, Understood, find_table
 from aptos_fastai.inference.grader import Grader, load_grader
 from aptos_fastai.inference.measures import (
@@ -79,7 +79,7 @@ def evaluate_table(model: str, table: str, images: str = '', recipe: str = '', d
         raise AptosError(f'--prevalence {choices.prevalence:g}: enter a number between 0 and 1, for example 0.1.')
     understood = _named(find_table(table, images, recipe, data, ask, **keys), table)
     understood = replace(understood, table=_with_columns(understood.table, choices.by))
-    contents = table_contents(understood.table, understood.data)
+    contents = understood.contents
     reasons = [*understood.reasons, describe(understood.table, contents)]
     for text in reasons: say(f'{understood.table.name}: {text}')
     for text in contents.notes: say(f'{understood.table.name}: {text}', 'yellow')

@@ -34,6 +34,7 @@ def _is_evaluation(path: Path) -> bool: return path.name == EVALUATION or (path 
 
 
 # Two runs
+
 def compare_runs(first: str, second: str) -> None:
     "Print kappa of two runs for each common stage and the submission, on the images that both validated"
     (summary_a, oof_a), (summary_b, oof_b) = _read_results(first), _read_results(second)

@@ -26,13 +26,7 @@ from aptos_fastai.common.io import (
 from aptos_fastai.data.duplicates import duplicates_table, group_duplicates, resolve_conflicts
 from aptos_fastai.data.folds import add_folds, write_folds
 from aptos_fastai.data.spreadsheet import first_few
-from aptos_fastai.data.store import (
-    prepare_table,
-    prepared_already,
-    read_prepared,
-    resized_warning,
-    store_folder,
-)
+from aptos_fastai.data.store import prepare_table, prepared_already
 from aptos_fastai.data.tables import read_contents, read_order, read_tables, with_present_tables
 from aptos_fastai.inference.training_images import write_run_images
 from aptos_fastai.metrics import GRADES, PredictionSets, apply_thresholds, grade_scores
@@ -168,10 +162,6 @@ def prepare_images(run: Run, bars: Bars) -> Run:
         for note in contents.notes: say(f'{name}: {note}', 'yellow')
     frames = {name: prepare_table(contents.frame, run.store, run.prep, bars, skip_unreadable=skip)
               for name, contents in tables.items()}
-    for name, frame in frames.items():
-        record = read_prepared(store_folder(frame, run.store, run.prep))
-        warning = '' if record is None else resized_warning(record)
-        if warning: say(f'{name}: {warning}', 'yellow')
     return with_folds(replace(run, frames=frames))
 
 
