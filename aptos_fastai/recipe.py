@@ -40,6 +40,10 @@ def _check_range(_: str, value: tuple[float, ...]) -> None:
     if len(value) != 2 or value[0] > value[1]: raise ValueError('enter two numbers, the smaller one first.')
 
 
+def _check_levels(text: str, value: tuple[float, ...]) -> None:
+    if len(value) > 2: raise ValueError('enter one number, or two: for referable and for sight-threatening.')
+
+
 def _check_regex(text: str, _: Any) -> None:
     try: groups = re.compile(text).groups
     except re.error as e:
@@ -75,6 +79,8 @@ class General:
     splits: int = _key(5, 'number of cross-validation folds', low=2, high=20)
     conflicts: str = _key('keep', 'duplicate images with different grades. keep: train on both; drop: train on none; '
                           'mean: train on the mean grade', choices=('keep', 'drop', 'mean'))
+    owner: str = _key('', 'who answers for the model: a person or an institution, for the report and the model card')
+    contact: str = _key('', 'where to write to about the model: an e-mail address or URL')
 
 
 @dataclass(frozen=True)
@@ -131,18 +137,22 @@ class Table:
     where: str = _key('', 'use only the rows with a value: COLUMN = VALUE', check=_check_where)
     ungradable: str = _key('', 'values of `grade` that mean ungradable, separated by |; blank: an empty cell. These '
                            'images are counted and left out')
+    relabels: str = _key('', 'file of decisions about labels that `review` wrote (relabels.csv): a path from the '
+                         'folder of the table, or a full path. Its grades replace those of the CSV, unchanged itself')
     folder: str = _key('.', 'folders inside --data to search, separated by |; the first one with the CSV is used')
     optional: str = _key('no', 'yes: if neither CSV nor images are there, leave the table out, with the stages that '
                          'need it', choices=('no', 'yes'))
-    patient: str = _key('', 'column of patients: images of one patient share a fold')
+    patient: str = _key('', 'column of patients: images of one patient share a fold; dicom:patient: the Patient ID of '
+                        'DICOM images')
     pairs: str = _key('', 'the same by a CSV, beside the first, of which each row lists the images of one patient')
     group: str = _key('', 'the same by a regular expression: its first group in parentheses is the patient part of an '
                       'image id', check=_check_regex)
     block: int = _key(0, 'group every N consecutive ids (natural sort) as if they were one patient; 0: off; needs '
                       'empty `patient`, `pairs` and `group`', low=0, high=10_000)
     eye: str = _key('', 'column, or regular expression with a group in parentheses, that says left or right (L, R, OS, '
-                    'OD)')
-    carry: str = _key('', 'further columns, separated by |, that oof.csv and the report show: site, camera, sex …')
+                    'OD); dicom:eye: the laterality of DICOM images')
+    carry: str = _key('', 'further columns, separated by |, that oof.csv and the report show: site, camera, sex …; '
+                      'dicom:device: manufacturer and model of the camera, of DICOM images')
     order: str = _key('', 'CSV with the ids and their order in the submission (sample_submission.csv)')
     preset: str = _key('', 'a table that many train on, as it is published; its keys are the defaults of this section')
 
@@ -298,6 +308,30 @@ class Gate:
 
 
 @dataclass(frozen=True)
+class Refer:
+    "[refer]: which images are referred, apart from their grades; an operating point on the score, chosen out-of-fold"
+    sensitivity: tuple[float, ...] = _key((), 'sensitivity for referable (grade 2 and above) and, as a second number, '
+                                          'for sight-threatening retinopathy (grade 3 and above); one number: for '
+                                          'both. Empty: 0.9, if the next two keys are empty, too', low=.5, high=.999,
+                                          check=_check_levels)
+    specificity: tuple[float, ...] = _key((), 'the same by specificity. Beside `sensitivity`: a second operating point '
+                                          'of high specificity', low=.5, high=.999, check=_check_levels)
+    threshold: tuple[float, ...] = _key((), 'the same by a fixed score from which on images are positive', low=-1,
+                                        high=5, check=_check_levels)
+    uncertain: str = _key('decide', 'an image below the operating point whose prediction set reaches grade 2. refer: '
+                          'it is referred as uncertain; decide: it is not referred', choices=('decide', 'refer'))
+    prevalence: float = _key(0., 'share of referable images where the model will be used, for its probabilities; 0: '
+                             'that of the validation images', low=0, high=.99)
+
+    def targets(self, levels: Iterable[int]) -> list[tuple[str, int, float]]:
+        "Return (target, level, value) of each operating point; the first of a level decides"
+        given = [(name, getattr(self, name)) for name in ('threshold', 'sensitivity', 'specificity')
+                 if getattr(self, name)]
+        return [(name, level, value) for name, values in given or [('sensitivity', (.9,))]
+                for level, value in zip(levels, values * (3 - len(values)), strict=False)]
+
+
+@dataclass(frozen=True)
 class Demo:
     "[demo]: the same graph on synthetic images; [demo.stage] and [demo.stage.NAME] override keys of stages"
     pretrain: int = _key(600, 'number of images of the 2015 table', low=20, high=100000)
@@ -308,16 +342,17 @@ class Demo:
 
 
 SECTIONS: dict[str, type] = dict(recipe=General, images=Images, augment=Augment, table=Table, stage=Stage,
-                                 ensemble=Ensemble, submit=Submit, gate=Gate, demo=Demo)
+                                 ensemble=Ensemble, submit=Submit, gate=Gate, refer=Refer, demo=Demo)
 NAMED_SECTIONS = ('table', 'stage', 'ensemble')
-SECTION_NAME = re.compile(r'(recipe|images|augment|submit|gate|stage|demo|demo\.stage)'
+SECTION_NAME = re.compile(r'(recipe|images|augment|submit|gate|refer|stage|demo|demo\.stage)'
                           r'|(table|stage|ensemble|demo\.stage)\.[A-Za-z]\w*')
 ACCEPTED_SECTIONS = ('[recipe] [images] [augment] [table.NAME] [stage] [stage.NAME] [ensemble.NAME] [submit] '
-                     '[gate] [demo] [demo.stage] [demo.stage.NAME]')
+                     '[gate] [refer] [demo] [demo.stage] [demo.stage.NAME]')
 
 COLUMNS_OF_SCORES = frozenset((              # of scores.csv and oof.csv, beside one for each stage and ensemble
     'id_code', 'source', 'diagnosis', 'fold', 'group', 'score', 'grade', 'grade_low', 'grade_high', 'score_sd',
-    'ungradable'))
+    'ungradable', 'decision', 'referable', 'sight_threatening', 'referable_high_specificity', 'p_referable',
+    'p_sight_threatening', 'p_0', 'p_1', 'p_2', 'p_3', 'p_4'))
 
 
 @dataclass(frozen=True)
@@ -333,9 +368,12 @@ class Recipe:
     ensembles: dict[str, Ensemble]
     submit: Submit
     gate: Gate = Gate()
+    refer: Refer = Refer()
     seed: int = 42
     splits: int = 5
     conflicts: str = 'keep'
+    owner: str = ''
+    contact: str = ''
     order: tuple[str, ...] = ()              # stages and ensembles, parents first
 
     @property
@@ -473,6 +511,7 @@ def read_recipe(path: str | Path, *, demo: bool = False, sets: Sequence[str] = (
     recipe = Recipe(name=f'{path.stem}-demo' if demo else path.stem, path=path,
                     demo=single['demo'] if demo else None, images=single['images'], augment=single['augment'],
                     tables=tables, stages=stages, ensembles=ensembles, submit=single['submit'], gate=single['gate'],
+                    refer=single['refer'],
                     **vars(single['recipe']))
     return checked(recipe)
 
@@ -513,6 +552,14 @@ def preset_table(name: str, **keys: str) -> Table:
 def parse_table(name: str, texts: dict[str, str]) -> Table:
     "Return a table from the texts of its keys. Raises `ConfigError`"
     return _build(Path('options'), f'table.{name}', Table, texts, name=name)
+
+
+def parse_refer(texts: dict[str, str]) -> Refer:
+    "Return [refer] from the texts of its keys. Raises `ConfigError`"
+    if not texts: raise ConfigError('name --sensitivity, --specificity or --threshold, for example --sensitivity 0.95.')
+    refer = _build(Path('options'), 'refer', Refer, texts)
+    _check_refer(Path('options'), refer)
+    return refer
 
 
 def _with_preset(path: Path, table: str, texts: dict[str, str]) -> dict[str, str]:
@@ -616,6 +663,8 @@ def _check_table(r: Recipe, t: Table) -> None:
     if t.grade and t.grade != 'folder' and not t.csv:
         _fail(r, f'table.{t.name}', 'grade', t.grade, 'this table has no csv. Write grade = folder if the sub-folders '
               'of `images` are named by grade, or set csv.')
+    if t.relabels and not t.grade:
+        _fail(r, f'table.{t.name}', 'relabels', t.relabels, 'this table has no grades. Set grade, or remove relabels.')
     if len(t.id_columns) > 1 and t.grade and len(t.grade_columns) != len(t.id_columns):
         _fail(r, f'table.{t.name}', 'grade', t.grade, f'enter a column for each of the columns of id: {t.id}.')
     if len(t.id_columns) > 1 and t.eye:
@@ -721,10 +770,18 @@ def _check_submit(r: Recipe) -> None:
     for key, names in [('final', [r.submit.final]), ('also', r.submit.also)]:
         for name in names:
             if name not in r.nodes: _fail(r, 'submit', key, name, _no_node(r))
+    _check_refer(r.path, r.refer)
     table = r.submit.table
     if not table: return
     if table not in r.tables: _fail(r, 'submit', 'table', table, _no_table(r))
     if r.tables[table].graded: _fail(r, 'submit', 'table', table, 'this table is graded. Name an ungraded table.')
+
+
+def _check_refer(path: Path, refer: Refer) -> None:
+    "Check that a fixed threshold stands alone"
+    if not refer.threshold or not (refer.sensitivity or refer.specificity): return
+    raise ConfigError(f'{path} [refer] threshold: a fixed score has no target. Remove it, or remove sensitivity and '
+                      'specificity.')
 
 
 def _no_stage(r: Recipe) -> str: return f'no such stage. Stages: {", ".join(r.stages)}.'

@@ -15,6 +15,7 @@ from aptos_fastai.data.duplicates import group_duplicates
 from aptos_fastai.data.spreadsheet import first_few
 from aptos_fastai.data.tables import TableContents, describe, find_folder
 from aptos_fastai.data.understand import Ask, Understood, find_table
+from aptos_fastai.decisions import DECISION_COLUMNS, LEVELS, P_COLUMNS, DecisionSpec
 from aptos_fastai.inference.grader import Grader, load_grader
 from aptos_fastai.inference.measures import (
     EVALUATION,
@@ -27,6 +28,7 @@ from aptos_fastai.inference.measures import (
     gate_results,
     kappa_results,
     model_record,
+    probability_results,
     recall_results,
     referral_results,
     set_results,
@@ -34,12 +36,13 @@ from aptos_fastai.inference.measures import (
 from aptos_fastai.inference.model_spec import ModelSpec
 from aptos_fastai.inference.subgroups import subgroup_results
 from aptos_fastai.inference.training_images import HASHES, IDENTICAL, NEAR_COPY, seen_images, training_images
-from aptos_fastai.metrics import REFERABLE, SIGHT_THREATENING, apply_thresholds
+from aptos_fastai.metrics import REFERABLE, apply_thresholds
 from aptos_fastai.recipe import Table
 
-FORMAT = 1                                   # of evaluation.json
-COLUMNS = ['id_code', 'diagnosis', 'score', 'grade', 'grade_low', 'grade_high', 'ungradable', 'group', 'pixel_sha256',
-           'seen', 'error']
+FORMAT = 2                                   # of evaluation.json
+DECIDED = [*DECISION_COLUMNS, *P_COLUMNS]
+COLUMNS = ['id_code', 'diagnosis', 'score', 'grade', *DECIDED, 'grade_low', 'grade_high', 'ungradable', 'group',
+           'pixel_sha256', 'image_sha256', 'seen', 'error']
 RESERVED = {*COLUMNS, *HASHES, 'path', 'source'}               # names that no column of the table can have
 FEW_IMAGES = 30                              # fewer are too few for any conclusion
 SEEN = ('{} of {} images were used to train or tune the model ({} identical, {} near copies) and are counted all the '
@@ -192,7 +195,7 @@ def _predict(grader: Grader, frame: pd.DataFrame) -> pd.DataFrame:
             done += len(names)
             bar.to(done)
     found = pd.concat(parts, ignore_index=True)
-    columns = ['score', 'grade_low', 'grade_high', 'ungradable', 'error', *HASHES]
+    columns = ['score', *DECIDED, 'grade_low', 'grade_high', 'ungradable', 'image_sha256', 'error', *HASHES]
     rows = frame.reset_index(drop=True).assign(**{name: found[name] for name in columns})
     readable = rows.error == ''
     if not readable.any():
@@ -229,15 +232,39 @@ def _results(rows: pd.DataFrame, table: Table, model: ModelSpec, choices: Choice
     subgroups = subgroup_results(df, choices.by or table.carried)
     return dict(
         counts=counts, prevalence=dict(value=prevalence, of_table=choices.prevalence is None),
-        kappa=kappa_results(df), referable=detection_results(df, REFERABLE),
-        sight_threatening=detection_results(df, SIGHT_THREATENING),
-        referral=dict(grade=referral_results(df, df.grade >= REFERABLE, prevalence),
-                      grade_or_ungradable=referral_results(
-                          df, (df.grade >= REFERABLE) | (df.ungradable != ''), prevalence)),
+        kappa=kappa_results(df), **_detection(df, model.decision), referral=_referral(df, model.decision, prevalence),
+        probabilities=_probabilities(df, model.decision),
         recall=recall_results(df), confusion=confusion_results(df), calibration=calibration_results(df),
         prediction_sets=set_results(df, model.coverage), gate=gate_results(df, by_graders), subgroups=subgroups,
         include_seen=choices.include_seen, unreadable=_errors(rows)[:20],
         warnings=_warnings(counts, table, choices, subgroups))
+
+
+def _detection(df: pd.DataFrame, spec: DecisionSpec) -> dict[str, dict]:
+    "Return AUC of referable and sight-threatening grades, and sensitivity and specificity at the operating points"
+    called = {level: pd.Series(spec.positive(df.score, df.grade, level), df.index) for level in LEVELS}
+    return {name: detection_results(df, called[level], level) for level, name in LEVELS.items()}
+
+
+def _referral(df: pd.DataFrame, spec: DecisionSpec, prevalence: float) -> dict[str, dict]:
+    """Return what a programme gets that refers by grade, by an operating point, or by all rules of the model.
+
+    Under all rules, uncertain images are referred if the model says so, and images that the gate rejects always.
+    """
+    by_score = pd.Series(spec.positive(df.score, df.grade, REFERABLE), df.index)
+    called = dict(grade=df.grade >= REFERABLE, operating_point=by_score)
+    second = spec.point(REFERABLE, 1)
+    if second: called['high_specificity'] = df.score >= second.threshold
+    uncertain = (df.grade_high.fillna(0) >= REFERABLE) & (spec.uncertain == 'refer')
+    called['programme'] = by_score | uncertain | (df.ungradable != '')
+    return {name: referral_results(df, rows, prevalence) for name, rows in called.items()}
+
+
+def _probabilities(df: pd.DataFrame, spec: DecisionSpec) -> dict[str, dict] | None:
+    "Return how well the probabilities agree with the grades; None for a model that has none"
+    if spec.probabilities is None: return None
+    p = spec.probabilities.predict(df.score, spec.prevalence)
+    return {name: probability_results(df, p[:, level:].sum(1), level) for level, name in LEVELS.items()}
 
 
 def _nothing_left(rows: pd.DataFrame, graded: pd.DataFrame, table: Table) -> str:

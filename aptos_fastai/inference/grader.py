@@ -1,4 +1,5 @@
 "Grade fundus images with a trained model: weights and numbers are loaded, never a pickle."
+import hashlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -10,18 +11,21 @@ import pandas as pd
 import torch
 
 from aptos_fastai.common.distributed import cores
+from aptos_fastai.common.io import AptosError
 from aptos_fastai.data.decode import MAX_PIXELS, ImageError
 from aptos_fastai.data.retina import prepare, square_of
+from aptos_fastai.decisions import DECISION_COLUMNS, NOT_GRADABLE, P_COLUMNS, UNGRADABLE
 from aptos_fastai.inference.backends import BACKENDS, check_backend
 from aptos_fastai.inference.find_images import ImageEntry
 from aptos_fastai.inference.model_spec import MemberSpec, ModelSpec, read_distance, read_model, read_net
 from aptos_fastai.inference.views import mean_and_sd
-from aptos_fastai.metrics import GRADE_NAMES, REFERABLE, grade_scores
+from aptos_fastai.metrics import GRADE_NAMES, grade_scores
 from aptos_fastai.training.model import keep_freed_memory
 
-COLUMNS = ['file', 'score', 'grade', 'grade_name', 'referable', 'ungradable', 'score_sd', 'grade_low', 'grade_high',
-           'flags', 'error']
-UNGRADABLE = 'ungradable'                    # in the columns grade_name and referable
+COLUMNS = ['file', 'score', 'grade', 'grade_name', *DECISION_COLUMNS, *P_COLUMNS, 'ungradable', 'score_sd', 'grade_low',
+           'grade_high', 'flags', 'image_sha256', 'error']
+
+NOT_READ = dict(flags='', image_sha256='', error='')     # what is known of an image that cannot be read
 
 Squares = dict[int, np.ndarray]              # the prepared square of an image (or of a batch) for each side in pixels
 Prepared = tuple[Squares | None, dict]       # None for an unreadable image; `prepare`'s record, with flags and error
@@ -32,12 +36,17 @@ class Grader:
 
     Retina crop, sizes, normalisation, views, thresholds, prediction sets and the gate come with the model. What the
     gate refuses gets no grade. It runs on the GPU if there is one. Raises `AptosError` for weights that are missing or
-    changed.
+    changed. `prevalence` of referable images re-weights the probabilities; without it that of the model counts.
     """
-    def __init__(self, model: ModelSpec, root: Path, backend: str = 'torch', precision: str = 'f32'):
+    def __init__(self, model: ModelSpec, root: Path, backend: str = 'torch', precision: str = 'f32',
+                 prevalence: float | None = None):
         check_backend(root, backend, precision)
+        if prevalence is not None and not 0 < prevalence < 1:
+            raise AptosError(f'prevalence {prevalence:g}: enter a number between 0 and 1, for example 0.1.')
         keep_freed_memory()
         self.model, self.root = model, root
+        self.backend, self.precision = backend, precision
+        self.prevalence = prevalence or model.decision.prevalence
         self.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
         self.prediction_sets = model.prediction_sets
         self._nets: dict[str, torch.nn.Module] = {}
@@ -80,23 +89,25 @@ class Grader:
     def read(self, file: str | Path | ImageEntry) -> Prepared:
         "Read and prepare an image file; an unreadable or missing one gives None and its error"
         if isinstance(file, ImageEntry):
-            if file.path is None: return None, dict(flags='', error=file.error)
+            if file.path is None: return None, dict(NOT_READ, error=file.error)
             file = file.path
         try: data = Path(file).read_bytes()
-        except OSError as e: return None, dict(flags='', error=f'cannot be read ({e.strerror})')
+        except OSError as e: return None, dict(NOT_READ, error=f'cannot be read ({e.strerror})')
         return self.prepare(data)
 
     def prepare(self, data: bytes, max_pixels: int = MAX_PIXELS) -> Prepared:
         "Prepare the bytes of an image file, as `read` does; an image of more than `max_pixels` gives its error"
+        sha256 = hashlib.sha256(data).hexdigest()
         try: jpeg, info = prepare(data, self.model.prep, max_pixels)
-        except ImageError as e: return None, dict(flags='', error=str(e))
+        except ImageError as e: return None, dict(NOT_READ, image_sha256=sha256, error=str(e))
         squares = {side: square_of(jpeg, self.model.prep, side) for side in self.model.sizes}
-        return squares, dict(info, error='')
+        return squares, dict(info, image_sha256=sha256, error='')
 
     def grade(self, names: list[str], images: list[Prepared]) -> pd.DataFrame:
         "Return a row (`COLUMNS`) for each image that `read` or `prepare` gave"
-        flags, errors = ([info[key] for _, info in images] for key in ('flags', 'error'))
-        df = pd.DataFrame(dict(file=names, flags=flags, error=errors)).reindex(columns=COLUMNS)
+        read = {key: [info[key] for _, info in images] for key in NOT_READ}
+        df = pd.DataFrame(dict(file=names, **read)).reindex(columns=COLUMNS)
+        df[list(DECISION_COLUMNS)] = ''
         readable = [squares for squares, _ in images if squares is not None]
         ok = np.array([squares is not None for squares, _ in images])
         df['ungradable'] = ''
@@ -106,17 +117,20 @@ class Grader:
             score, score_sd = mean_and_sd(parts)
             fold_scores = self.model.fold_scores([mean for _, mean, _ in parts])
             grade, low, high = grade_scores(score, self.model.thresholds, self.prediction_sets, fold_scores)
-            values = dict(score=score, score_sd=score_sd, grade=grade, grade_low=low, grade_high=high)
+            values = dict(score=score, score_sd=score_sd, grade=grade, grade_low=low, grade_high=high,
+                          **self.model.decision.decide(score, grade, high, self.prevalence))
             for column, value in values.items(): df.loc[ok, column] = value
             found = [info for squares, info in images if squares is not None]
             df.loc[ok, 'ungradable'] = ['; '.join(self.model.gate.reasons(*of_image))
                                         for of_image in zip(found, distance, score, strict=True)]
         integers = ['grade', 'grade_low', 'grade_high']
         df[integers] = df[integers].astype('Int64')
-        df.loc[df.ungradable != '', integers] = pd.NA
+        ungradable = df.ungradable != ''
+        df.loc[ungradable, [*integers, *P_COLUMNS]] = pd.NA
         df['grade_name'] = ['' if pd.isna(g) else GRADE_NAMES[g] for g in df.grade]
-        df['referable'] = ['' if pd.isna(g) else _yes_or_no(g >= REFERABLE) for g in df.grade]
-        df.loc[df.ungradable != '', ['grade_name', 'referable']] = UNGRADABLE
+        df.loc[ungradable, ['grade_name', 'referable', 'sight_threatening']] = UNGRADABLE
+        df.loc[ungradable & (df.referable_high_specificity != ''), 'referable_high_specificity'] = UNGRADABLE
+        df.loc[ungradable, 'decision'] = NOT_GRADABLE
         return df
 
     def stream(self, files: Iterable[str | Path | ImageEntry], batch: int = 16) -> Iterator[pd.DataFrame]:
@@ -150,14 +164,13 @@ def reader_threads() -> int:
     return min(4, cores())
 
 
-def _yes_or_no(condition: bool) -> str: return 'yes' if condition else 'no'
-
-
-def load_grader(path: str | Path, backend: str = 'torch', precision: str = 'f32') -> Grader:
+def load_grader(path: str | Path, backend: str = 'torch', precision: str = 'f32',
+                prevalence: float | None = None) -> Grader:
     """Return the `Grader` of a bundle, a run folder or the folder of a stage. Loads no pickle. Raises `AptosError`.
 
     `backend`: torch, or for a bundle onnx or openvino. `precision`: f32, or bf16, which is faster on processors that
-    support it; `export` reports how much it changes scores.
+    support it; `export` reports how much it changes scores. `prevalence` of referable images where the model is used
+    re-weights the probabilities.
     """
     model, root = read_model(path)
-    return Grader(model, root, backend, precision)
+    return Grader(model, root, backend, precision, prevalence)

@@ -3,6 +3,7 @@
 `df` has the columns diagnosis, score, grade, ungradable and group: the images of one table, graded by one model.
 """
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from aptos_fastai.common.io import AptosError
+from aptos_fastai.decisions import brier_score
 from aptos_fastai.metrics import (
     GRADES,
     MIDPOINTS,
@@ -112,10 +114,19 @@ def detected(df: pd.DataFrame, predicted: pd.Series, lowest: int) -> dict:
                 specificity=proportion(~predicted[~positive], df.group[~positive], missing or 'no images'))
 
 
-def detection_results(df: pd.DataFrame, lowest: int) -> dict:
-    "Return AUC, sensitivity and specificity of the grades from `lowest` on, by the model's thresholds"
+def detection_results(df: pd.DataFrame, predicted: pd.Series, lowest: int) -> dict:
+    "Return AUC of the grades from `lowest` on, and sensitivity and specificity of the images `predicted`"
     return dict(lowest_grade=lowest, positives=int((df.diagnosis >= lowest).sum()), auc=auc_of(df, lowest),
-                **detected(df, df.grade >= lowest, lowest))
+                **detected(df, predicted, lowest))
+
+
+def probability_results(df: pd.DataFrame, p: np.ndarray, lowest: int) -> dict:
+    "Return the Brier score of the probabilities `p` of the grades from `lowest` on, their mean, and the share observed"
+    positive = df.diagnosis >= lowest
+    value, *interval = brier_score(p, positive, df.group)
+    return measure(value, interval, len(df)) | dict(
+        mean_predicted=float(p.mean()), observed=float(positive.mean()),
+        of_prevalence=float(positive.mean() * (1 - positive.mean())))
 
 
 def referral_results(df: pd.DataFrame, predicted: pd.Series, prevalence: float) -> dict:
@@ -148,10 +159,12 @@ def set_results(df: pd.DataFrame, target: float) -> dict:
     "Return the coverage of the prediction sets of the images that get a grade, also by true grade, and their mean size"
     df = df[df.ungradable == ''].astype(dict(grade_low=int, grade_high=int))
     covered = (df.grade_low <= df.diagnosis) & (df.diagnosis <= df.grade_high)
-    by_grade = [dict(grade=grade, **proportion(covered[df.diagnosis == grade], df.group[df.diagnosis == grade]))
-                for grade in range(GRADES)]
+    size, of_grade = df.grade_high - df.grade_low + 1, [df.diagnosis == grade for grade in range(GRADES)]
+    by_grade = [dict(grade=grade, **proportion(covered[rows], df.group[rows]),
+                     mean_size=float(size[rows].mean()) if rows.any() else None)
+                for grade, rows in enumerate(of_grade)]
     return dict(target=target, coverage=proportion(covered, df.group), by_grade=by_grade,
-                mean_size=measure((df.grade_high - df.grade_low + 1).mean(), None, len(df), 'no images'))
+                mean_size=measure(size.mean(), None, len(df), 'no images'))
 
 
 def gate_results(df: pd.DataFrame, by_graders: pd.Series) -> dict:
@@ -171,10 +184,10 @@ def model_record(model: 'ModelSpec') -> dict:
     "Return what tells one model from another, and what it says of itself"
     return dict(name=model.name, key=model.key, weights=[m.sha256 for m in model.members],
                 thresholds=list(model.thresholds), coverage=model.coverage, kappa=model.kappa,
-                ungradable=model.gate.ungradable, warnings=list(model.warnings))
+                ungradable=model.gate.ungradable, warnings=list(model.warnings), digests=model.digests,
+                operating_points=[asdict(o) for o in model.decision.points])
 
 
 def is_of_model(record: dict, model: 'ModelSpec') -> bool:
-    "Return whether an evaluation is of a model: the same weights, thresholds and rules, in whichever folder"
-    own, other = record['model'], model_record(model)
-    return all(own[key] == other[key] for key in ('weights', 'thresholds', 'coverage'))
+    "Return whether an evaluation is of a model: the same weights, thresholds, gate and rules, in whichever folder"
+    return record['model'].get('digests') == model.digests

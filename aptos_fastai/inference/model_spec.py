@@ -11,9 +11,18 @@ from safetensors.torch import load
 
 from aptos_fastai.common.io import AptosError, digest, read_record, verify_file, write_bytes
 from aptos_fastai.data.retina import Prep
+from aptos_fastai.decisions import DecisionSpec, decision_of_record
 from aptos_fastai.inference.gate import FeatureDistance, GateSpec, fit_gate, gate_of_record
-from aptos_fastai.metrics import MIDPOINTS, Calibration, PredictionSets, thresholds_or_midpoints, upper_quantile
-from aptos_fastai.recipe import parse_thresholds
+from aptos_fastai.inference.referral import fit_decision
+from aptos_fastai.metrics import (
+    MIDPOINTS,
+    Calibration,
+    PredictionSets,
+    stratified_group_parts,
+    thresholds_or_midpoints,
+    upper_quantile,
+)
+from aptos_fastai.recipe import Refer, parse_thresholds
 from aptos_fastai.run_folder import FEATURES, FINISHED, NOT_IN_FINGERPRINT, PREDS, WEIGHTS
 from aptos_fastai.training.model import body_stats, create_model
 
@@ -55,11 +64,26 @@ class ModelSpec:
     kappa: str = ''                          # out-of-fold, with its interval and what that interval resamples
     warnings: tuple[str, ...] = ()           # that every figure of the model needs
     gate: GateSpec = GateSpec()              # what counts as a gradable fundus image
+    decision: DecisionSpec = DecisionSpec()  # which images are referred, and the probabilities of the grades
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Short hashes of what predictions depend on: weights, thresholds, gate, operating_point, and all as `model`.
+
+        They are equal for a run and its bundle, and different for two models of one name.
+        """
+        members = [{k: v for k, v in asdict(m).items() if k not in ('file', 'distance')} for m in self.members]
+        decision = asdict(self.decision)
+        decision['points'] = [[o.lowest_grade, o.threshold] for o in self.decision.points]
+        parts = dict(weights=[members, asdict(self.prep)], gate=asdict(self.gate), operating_point=decision,
+                     thresholds=[self.thresholds, self.coverage, self.calibration])
+        short = {name: digest(value)[:12] for name, value in parts.items()}
+        return dict(model=digest(short)[:12], **short)
 
     @property
     def key(self) -> str:
-        "A short hash of everything in the specification"
-        return digest(asdict(self))[:12]
+        "A short hash of everything that the predictions depend on"
+        return self.digests['model']
 
     @property
     def prediction_sets(self) -> PredictionSets:
@@ -94,8 +118,8 @@ def _fold_member(root: Path, folder: Path, weight: float) -> tuple[MemberSpec, d
 
 
 def _folds_model(root: Path, name: str, folds: dict[str, float], thresholds: Iterable[float],
-                 sets: PredictionSets, gate: GateSpec, units: dict[str, float], kappa: str = '',
-                 warnings: Iterable[str] = ()) -> ModelSpec:
+                 sets: PredictionSets, gate: GateSpec, decision: DecisionSpec, units: dict[str, float],
+                 kappa: str = '', warnings: Iterable[str] = ()) -> ModelSpec:
     """Return the weighted mean of finished folds (folder relative to `root` -> weight).
 
     `units` are the units of feature distances of each stage.
@@ -111,7 +135,7 @@ def _folds_model(root: Path, name: str, folds: dict[str, float], thresholds: Ite
     return ModelSpec(
         name=name, prep=Prep(**records[0]['prep']), members=tuple(members), thresholds=tuple(map(float, thresholds)),
         coverage=sets.coverage, calibration=sets.calibration_, synthetic=records[0]['synthetic'], kappa=kappa,
-        warnings=tuple(warnings), gate=gate)
+        warnings=tuple(warnings), gate=gate, decision=decision)
 
 
 def read_model(path: str | Path) -> tuple[ModelSpec, Path]:
@@ -124,7 +148,7 @@ def read_model(path: str | Path) -> tuple[ModelSpec, Path]:
     bundle = read_record(root / BUNDLE)
     if bundle: return _bundle_model(bundle), root
     summary = read_record(root / 'summary.json')
-    if summary: return _run_model(root, summary), root
+    if summary: return run_model(root, summary), root
     if read_record(root / 'fold0' / FINISHED): return _stage_model(root), root.parent
     raise AptosError(f'{root}: no model here. Give a bundle ({BUNDLE}), a finished run (<runs>/<recipe>) '
                      'or the folder of a stage in it.')
@@ -133,16 +157,16 @@ def read_model(path: str | Path) -> tuple[ModelSpec, Path]:
 def _bundle_model(bundle: dict) -> ModelSpec:
     "Return the model of a bundle's record"
     o = bundle['model']
-    if 'gate' not in o: raise AptosError('bundle.json: written by an older version. Export the run again.')
+    if 'decision' not in o: raise AptosError('bundle.json: written by an older version. Export the run again.')
     parts = dict(prep=Prep(**o['prep']), members=tuple(MemberSpec(**m) for m in o['members']),
-                 gate=gate_of_record(o['gate']))
+                 gate=gate_of_record(o['gate']), decision=decision_of_record(o['decision']))
     return ModelSpec(**{**o, **parts})
 
 
-def _run_model(root: Path, summary: dict) -> ModelSpec:
+def run_model(root: Path, summary: dict) -> ModelSpec:
     "Return the model that made a run's submission. Raises `AptosError` if its stages were trained again since"
     s = summary['submission']
-    if 'gate' not in s:
+    if 'decision' not in s:
         raise AptosError(f'{root / "summary.json"}: written by an older version. Run `all` again.')
     name = f'{summary["recipe"]}/{s["node"]}'
     folds = Counter(folder.rpartition('/')[0] for folder in s['weights'])         # of each stage
@@ -150,8 +174,9 @@ def _run_model(root: Path, summary: dict) -> ModelSpec:
                for folder in s['weights']}
     sets = PredictionSets(s['coverage'], s['calibration'])
     gate = gate_of_record(s['gate'])
-    model = _folds_model(root, name, weights, s['thresholds'], sets, gate, s['distance_units'], s['kappa_text'],
-                         s['warnings'])
+    decision = decision_of_record(s['decision'])
+    model = _folds_model(root, name, weights, s['thresholds'], sets, gate, decision, s['distance_units'],
+                         s['kappa_text'], s['warnings'])
     for member, sha256 in zip(model.members, s['weights'].values(), strict=True):
         if member.sha256 == sha256: continue
         raise AptosError(f'{root}: {PurePosixPath(member.file).parent} was trained again after the submission was '
@@ -178,16 +203,19 @@ def _stage_model(folder: Path) -> ModelSpec:
     if result and is_reported:
         thresholds, kappa, warnings = result['thresholds'], result['kappa_text'], result['warnings']
         coverage, gate_keys = summary['submission']['coverage'], summary['submission']['gate']
+        decision = decision_of_record(result['decision'])
     else:
         first = next(iter(records.values()))
         thresholds, kappa, warnings = _own_thresholds(first['settings']['thresholds'], oof), '', [NOT_REPORTED]
         coverage, gate_keys = STAGE_COVERAGE, first['gate']
+        decision, notes = _own_decision(name, oof)
+        warnings += notes
     sets = PredictionSets(coverage).fit(oof.score, oof.diagnosis, oof.fold)
     unit = upper_quantile(oof.feature_distance, gate_keys['reject'])
     gate = fit_gate([r['gate']['rules'] for r in records.values()], oof.feature_distance / unit, oof.score,
                     gate_keys['reject'], gate_keys['ungradable'])
     weights = dict.fromkeys((f'{name}/{fold}' for fold in records), 1 / len(records))
-    return _folds_model(root, f'{root.name}/{name}', weights, thresholds, sets, gate, {name: unit}, kappa,
+    return _folds_model(root, f'{root.name}/{name}', weights, thresholds, sets, gate, decision, {name: unit}, kappa,
                         warnings)
 
 
@@ -217,11 +245,18 @@ def _own_thresholds(how: str, oof: pd.DataFrame) -> Iterable[float]:
     return parse_thresholds(how) or thresholds_or_midpoints(how, oof.score, oof.diagnosis)[0]
 
 
+def _own_decision(stage: str, oof: pd.DataFrame) -> tuple[DecisionSpec, list[str]]:
+    "Return what a stage without a summary decides, by the defaults of [refer]; its patients are not known here"
+    oof = oof.reset_index(drop=True).assign(group=oof.source.to_numpy() + ':' + oof.id_code.to_numpy())
+    parts = oof.fold.to_numpy() if oof.fold.nunique() > 2 else stratified_group_parts(oof.diagnosis, oof.group)
+    return fit_decision(Refer(), oof, parts, f'out-of-fold scores of {stage}, {len(oof)} images')
+
+
 def _read_preds(file: Path) -> pd.DataFrame:
     "Return the validation scores of a finished fold, their SHA-256 checked"
     record = read_record(file.parent / FINISHED)
     if not record: raise AptosError(NO_FOLD.format(file.parent))
-    return pd.read_csv(verify_file(file, record['files'][PREDS]['sha256'], 'Train again.'))
+    return pd.read_csv(verify_file(file, record['files'][PREDS]['sha256'], 'Train again.'), dtype=dict(id_code=str))
 
 
 def read_net(member: MemberSpec, root: Path) -> torch.nn.Module:

@@ -1,4 +1,5 @@
 "Results of a run: out-of-fold grades, summary.json, and the table on the terminal."
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
@@ -8,16 +9,21 @@ import pandas as pd
 
 from aptos_fastai.common.console import format_duration, say, table
 from aptos_fastai.common.disclaimer import DISCLAIMER
+from aptos_fastai.data.tables import table_contents
+from aptos_fastai.decisions import DecisionSpec, decision_of_record
+from aptos_fastai.inference.measures import auc_of, confusion_results, recall_results, set_results
+from aptos_fastai.inference.referral import decision_results, fit_decision
 from aptos_fastai.metrics import (
     GRADES,
     MIDPOINTS,
+    REFERABLE,
     PredictionSets,
     apply_thresholds,
     cross_fitted_grades,
     kappa_interval,
     quadratic_kappa,
 )
-from aptos_fastai.pipeline.clusters import cluster_results, cluster_warnings
+from aptos_fastai.pipeline.clusters import MAX_VALUES, cluster_results, cluster_warnings
 from aptos_fastai.recipe import Stage, parse_thresholds
 from aptos_fastai.run_folder import Run
 
@@ -30,7 +36,8 @@ SETS_CONDITION = 'from the same source as the training images (cameras, clinics,
 SETS_CAUTION = ('the submitted model was trained on pseudo-labels of these test images: their prediction sets can '
                 'contain the true grade less often')
 NEARLY_EQUAL = .1                            # thresholds closer than this leave a grade that is hardly ever predicted
-SUMMARY_FORMAT = 7                           # of summary.json and scores.csv; `all` replaces older ones
+SUMMARY_FORMAT = 9                           # of summary.json and scores.csv; `all` replaces older ones
+LARGEST_ERRORS = 12                          # that summary.json and the model card name
 KEYS = ['source', 'id_code', 'diagnosis', 'fold', 'group']
 
 
@@ -89,15 +96,18 @@ def summarise(run: Run, oof: pd.DataFrame) -> dict:
     """
     final = run.recipe.submit.final
     synthetic = bool(run.recipe.demo)
-    stages = [(stage_result if name in run.recipe.stages else ensemble_result)(run, name, validated(oof, name))
-              for name in run.recipe.order]
+    results = {name: stage_result if name in run.recipe.stages else ensemble_result for name in run.recipe.order}
+    stages = [result_of(run, name, validated(oof, name)) for name, result_of in results.items()]
     valid = validated(oof, final)
     result = next(o for o in stages if o['stage'] == final)
     clusters = cluster_results(run, with_carried(run, valid), threshold_setting(run, final))
     result['warnings'] += cluster_warnings(clusters)
-    return dict(recipe=run.recipe.name, synthetic=synthetic, note=SYNTHETIC if synthetic else '',
-                left_out=run.left_out, stages=stages,
-                submission=submission_result(run, valid, result), clusters=clusters)
+    return dict(recipe=run.recipe.name, date=time.strftime('%Y-%m-%d'), owner=run.recipe.owner,
+                contact=run.recipe.contact, synthetic=synthetic, note=SYNTHETIC if synthetic else '',
+                left_out=run.left_out, tables=table_results(run), stages=stages,
+                submission=submission_result(run, valid, result), clusters=clusters,
+                decision=validated_decisions(run, valid, result), prediction_sets=validated_sets(run, valid),
+                largest_errors=error_results(valid))
 
 
 def stage_result(run: Run, name: str, valid: pd.DataFrame) -> dict:
@@ -129,10 +139,84 @@ def kappa_result(run: Run, name: str, valid: pd.DataFrame) -> dict:
         kappa_interval=kappa_interval(valid.grade, valid.diagnosis, valid.group), resampled=run.grouped_by(valid),
         kappa_midpoints=quadratic_kappa(apply_thresholds(valid.score, MIDPOINTS), valid.diagnosis),
         thresholds=thresholds.tolist(), threshold_method=setting, weights=run.weight_hashes(name))
+    decision, no_point = node_decision(run, name, valid)
     notes = [*grade_warnings(valid), *patient_warnings(run, valid), *epoch_warnings(run, name),
-             *warnings(result, not_fitted)]
+             *relabel_warnings(run, valid),
+             *warnings(result, not_fitted), *no_point]
     text = interval_text(result['kappa'], result['kappa_interval'], result['resampled'])
-    return dict(result, kappa_text=text, warnings=notes)
+    return dict(result, kappa_text=text, warnings=notes, decision=asdict(decision), recall=recall_results(valid),
+                auc=auc_of(valid, REFERABLE), confusion=confusion_results(valid))
+
+
+def node_decision(run: Run, name: str, valid: pd.DataFrame) -> tuple[DecisionSpec, list[str]]:
+    "Return what a stage or ensemble decides, with cross-fitted figures, and warnings"
+    chosen_on = f'out-of-fold scores of {run.recipe.name}/{name}, {len(valid)} images'
+    return fit_decision(run.recipe.refer, valid, run.parts(valid), chosen_on)
+
+
+def validated_decisions(run: Run, valid: pd.DataFrame, result: dict) -> dict:
+    "Return the cross-fitted figures of the submitted model's decisions; `result` is its entry of `stages`"
+    from aptos_fastai.pipeline.run_gate import ungradable_validated  # imported here because it imports PyTorch
+    df = valid.assign(ungradable=ungradable_validated(run))
+    return decision_results(decision_of_record(result['decision']), df, run.parts(valid), run.recipe.submit.coverage)
+
+
+def validated_sets(run: Run, valid: pd.DataFrame) -> dict:
+    """Return coverage and size of the submitted model's prediction sets, with intervals.
+
+    The sets of each part are fitted on the other parts, to the score of one fold.
+    """
+    parts, coverage = run.parts(valid), run.recipe.submit.coverage
+    df = valid.assign(grade_low=0, grade_high=GRADES - 1, ungradable='')
+    for part in np.unique(parts):
+        test, fit = valid[parts == part], valid[parts != part]
+        if not len(fit): continue
+        low, high = PredictionSets(coverage).fit(fit.score, fit.diagnosis).predict(test.score, test.grade)
+        df.loc[test.index, ['grade_low', 'grade_high']] = np.c_[low, high]
+    return set_results(df, coverage)
+
+
+def largest_errors(valid: pd.DataFrame) -> pd.DataFrame:
+    "Return the `LARGEST_ERRORS` wrongly graded images whose scores are farthest from the true grade, largest first"
+    wrong = valid[valid.grade != valid.diagnosis]
+    return wrong.assign(error=(wrong.score - wrong.diagnosis).abs()).nlargest(LARGEST_ERRORS, 'error')
+
+
+def error_results(valid: pd.DataFrame) -> list[dict]:
+    "Return table, id, true grade, grade and score of the largest errors"
+    return [dict(table=o.source, id_code=o.id_code, diagnosis=int(o.diagnosis), grade=int(o.grade),
+                 score=round(float(o.score), 3)) for o in largest_errors(valid).itertuples()]
+
+
+def table_results(run: Run) -> list[dict]:
+    """Return what each table holds and what it is used for.
+
+    grades: images of each grade, None if ungraded; groups: number of what `grouped_by` names (patients, images …);
+    carried: for each carried column of few values how many images have each.
+    """
+    return [_table_result(run, name, frame) for name, frame in run.frames.items()]
+
+
+def _table_result(run: Run, name: str, frame: pd.DataFrame) -> dict:
+    "Return the entry of one table"
+    table = run.recipe.tables[name]
+    grades = [int((frame.diagnosis == grade).sum()) for grade in range(GRADES)] if table.graded else None
+    left_out = len(table_contents(table, run.data).ungradable) if table.ungradable or table.relabels else 0
+    carried = {column: frame[column].replace('', 'unknown').value_counts() for column in table.carried}
+    return dict(table=name, uses=table_uses(run, name), images=len(frame), grades=grades, grouped_by=table.grouped_by,
+                groups=int(frame.group.nunique()), ungradable_by_graders=left_out,
+                carried={column: {str(value): int(n) for value, n in counts.items()}
+                         for column, counts in carried.items() if len(counts) <= MAX_VALUES})
+
+
+def table_uses(run: Run, name: str) -> list[str]:
+    "Return what a run uses a table for: training, validation, pseudo-labels, test"
+    stages = run.recipe.stages.values()
+    uses = {'training': any(name in s.graded_tables for s in stages),
+            'validation': any(name in s.validated_tables for s in stages),
+            'pseudo-labels': any(teacher and table == name for s in stages for teacher, table in s.sources),
+            'test': name == run.recipe.submit.table}
+    return [use for use, used in uses.items() if used]
 
 
 def grade_warnings(valid: pd.DataFrame) -> list[str]:
@@ -154,6 +238,15 @@ def epoch_warnings(run: Run, node: str) -> list[str]:
     chosen = sorted({run.recipe.stages[m].keep for m in run.recipe.members(node)} - {'last'})
     if not chosen: return []
     return [f'the epoch was chosen on the validation images (keep = {" or ".join(chosen)}): slightly optimistic']
+
+
+def relabel_warnings(run: Run, valid: pd.DataFrame) -> list[str]:
+    "Return a warning if grades were changed where a model contradicted them: models then agree with them more"
+    counts = [o.counts() for name, o in run.relabels.items() if name in set(valid.source)]
+    regraded, lost = (sum(o[key] for o in counts) for key in ('regraded', 'ungradable'))
+    if not regraded + lost: return []
+    return [f'{regraded} images regraded and {lost} left out after a review of labels that a model contradicted: '
+            'optimistic']
 
 
 def warnings(result: dict, not_fitted: str = '') -> list[str]:
@@ -201,7 +294,8 @@ def submission_result(run: Run, valid: pd.DataFrame, result: dict) -> dict:
                 radius=[float(r) if np.isfinite(r) else None for r in sets.radius_], calibration=sets.calibration_,
                 thresholds=result['thresholds'], images=len(run.frames[submit.table]) if submit.table else 0,
                 kappa_text=result['kappa_text'],
-                gate=asdict(run_gate(run, submit.final)), distance_units={m: run.distance_unit(m) for m in members},
+                gate=asdict(run_gate(run, submit.final)), decision=result['decision'],
+                distance_units={m: run.distance_unit(m) for m in members},
                 warnings=result['warnings'],
                 cautions=[SETS_CAUTION] if trained_on(run, submit.final, submit.table) else [])
 
@@ -247,6 +341,17 @@ def clusters_text(clusters: Sequence[dict]) -> str:
     return ', '.join(drops) or 'fewer than two clusters of 30 images and two grades'
 
 
+def points_text(record: dict) -> str:
+    "Return the operating points of a decision's record in lines: from which score on, and its cross-fitted figures"
+    lines = []
+    for point in decision_of_record(record).points:
+        figures = [f'{key} {interval_text(o["value"], o["interval"])}' for key in ('sensitivity', 'specificity')
+                   if (o := getattr(point, key))['value'] is not None]
+        lines.append(f'{point.name.replace("_", "-")} (grade ≥ {point.lowest_grade}): score ≥ {point.threshold:.2f}, '
+                     f'chosen for {point.target_text}; cross-fitted {", ".join(figures)}.')
+    return '\n'.join(lines) or 'No operating point: grade 2 and above counts as referable.'
+
+
 def difference_text(value: float, low: float, high: float) -> str:
     "Return a difference with its interval: '+0.012 (-0.003 to +0.027)'"
     return f'{value:+.3f} ({low:+.3f} to {high:+.3f})'
@@ -263,7 +368,8 @@ def show_summary(run: Run, summary: dict) -> None:
     resampled = by_value({result['stage']: result['resampled'] for result in summary['stages']})
     say('images: training + validation of one fold. Thresholds are fixed, or fitted on other images;\n'
         f'Intervals: bootstrap over {resampled}.\n'
-        f'Drop of kappa between clusters of images: {clusters_text(summary["clusters"])}.', 'dim')
+        f'Drop of kappa between clusters of images: {clusters_text(summary["clusters"])}.\n'
+        f'Operating points of {submission["node"]}:\n{points_text(submission["decision"])}', 'dim')
     say(OUT_OF_FOLD, 'yellow')
     for text in [*all_warnings(summary['stages']), *submission['cautions']]: say(text, 'yellow')
     if summary['left_out']: say(summary['left_out'], 'yellow')

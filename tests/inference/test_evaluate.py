@@ -68,11 +68,12 @@ def test_recall_confusion_and_calibration_by_hand():
 
 def test_detection_and_referral_by_hand():
     df = graded(TRUE, grade=GIVEN, score=GIVEN)
-    found = detection_results(df, 2)
+    found = detection_results(df, df.grade >= 2, 2)
     assert found['positives'] == 4 and found['sensitivity']['value'] == 3 / 4
     assert found['specificity']['value'] == 4 / 6 and found['specificity']['images'] == 6
     assert found['auc']['value'] == pytest.approx(auc(GIVEN, np.array(TRUE) >= 2)[0])
-    assert detection_results(df, 3)['sensitivity']['value'] == 1 / 2 and detection_results(df, 3)['positives'] == 2
+    severe = detection_results(df, df.grade >= 3, 3)
+    assert severe['sensitivity']['value'] == 1 / 2 and severe['positives'] == 2
     df['ungradable'] = np.where(np.arange(10) == 7, 'blurred', '')     # the missed image is referred as ungradable
     found = referral_results(df, (df.grade >= 2) | (df.ungradable != ''), .4)
     assert found['sensitivity']['value'] == 1 and found['referred']['value'] == .6
@@ -103,7 +104,7 @@ def test_the_gate_is_counted_by_reason():
                                                 ([0, 1] * 3, 'no image has grade 2 or higher')])
 def test_a_metric_without_a_value_says_why(diagnosis, missing):
     df = graded(diagnosis, score=np.linspace(0, 4, 6))
-    found = detection_results(df, 2)
+    found = detection_results(df, df.grade >= 2, 2)
     assert found['auc']['value'] is None and found['auc']['reason'] == missing
     absent = 'specificity' if 3 in diagnosis else 'sensitivity'
     assert found[absent]['value'] is None and found[absent]['reason'] == missing
@@ -284,7 +285,9 @@ def test_the_report_shows_the_figures(evaluation):
     html = (evaluation / 'evaluation.html').read_text()
     for words in ('settings-demo/retrain_512 on grades', 'SYNTHETIC', '1 identical, 1 near copies (left out)',
                   'out-of-fold on its own tables', 'refer if', 'in-sample', 'site', 'bad: cannot be decoded',
-                  'Not a medical device', 'grade: diagnosis (by its name and values)', 'PPV'):
+                  'Not a medical device', 'grade: diagnosis (by its name and values)', 'PPV',
+                  'sensitivity of\nthe model', 'Reliability, referable (grade ≥ 2), n = 40 images', 'Brier score',
+                  'Net benefit of referring', read_strict(evaluation / 'evaluation.json')['model']['key']):
         assert words in html, words
     assert 'nan' not in html.lower().replace('alternan', '')
 
@@ -442,7 +445,7 @@ def exported(toy, clinic, tmp_path_factory):
     run = runs / toy.name
     evaluate(run, clinic)
     record = read_record(run / 'evaluations/grades/evaluation.json')
-    record['model']['weights'], record['table']['name'] = ['another'], 'stale'
+    record['model']['digests'], record['table']['name'] = dict(model='another'), 'stale'
     write_record(run / 'evaluations/stale/evaluation.json', record)
     main(['export', str(run)])
     return run

@@ -1,0 +1,280 @@
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.isotonic import IsotonicRegression
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import brier_score_loss
+
+from aptos_fastai.common.io import AptosError
+from aptos_fastai.decisions import (
+    DecisionSpec,
+    OperatingPoint,
+    Probabilities,
+    brier_score,
+    choose_threshold,
+    cross_fitted_probabilities,
+    cross_fitted_thresholds,
+    decision_of_record,
+    net_benefit,
+    reliability,
+)
+from aptos_fastai.inference.referral import decision_results, fit_decision, fit_points
+from aptos_fastai.metrics import stratified_group_parts, wilson_interval
+from aptos_fastai.recipe import ConfigError, Refer, read_recipe
+
+
+def scored(n: int, seed: int = 0, images_a_patient: int = 1) -> pd.DataFrame:
+    "Scores of `n` images: the grade plus noise that the images of a patient share in part"
+    rng = np.random.default_rng(seed)
+    patient = np.arange(n) // images_a_patient
+    grade = rng.choice(5, patient.max() + 1, p=[.5, .1, .2, .1, .1])[patient]
+    score = .8 * grade + .3 + .3 * rng.normal(size=patient.max() + 1)[patient] + .4 * rng.normal(size=n)
+    df = pd.DataFrame(dict(diagnosis=grade, score=score, group=[f'p{k}' for k in patient], ungradable=''))
+    return df.assign(grade=np.digitize(df.score, [.5, 1.5, 2.5, 3.5]))
+
+
+# Operating points
+
+@pytest.mark.parametrize('target, value', [('sensitivity', .9), ('sensitivity', .5), ('specificity', .95)])
+def test_a_threshold_is_the_order_statistic_that_a_loop_finds(target, value):
+    df = scored(300, seed=3)
+    positive = df.diagnosis >= 2
+    threshold, note = choose_threshold(df.score, positive, target, value)
+    of_class = df.score[positive if target == 'sensitivity' else ~positive]
+    allowed = math.floor((1 - value) * (len(of_class) + 1)) - 1
+    def lost(t): return (of_class < t).sum() if target == 'sensitivity' else (of_class >= t).sum()
+    assert lost(threshold) == allowed and not note
+    tighter = of_class[of_class > threshold].min() if target == 'sensitivity' else of_class[of_class < threshold].max()
+    assert lost(tighter) == allowed + 1                      # the next place of a threshold is on the other side
+
+
+def test_a_target_holds_on_average_for_new_images():
+    rng, found = np.random.default_rng(0), []
+    for _ in range(3000):                                    # 25 positives, then one new: exchangeable
+        scores = rng.normal(size=26)
+        threshold, _ = choose_threshold(np.r_[scores[:25], -9], np.r_[np.ones(25), 0], 'sensitivity', .9)
+        found.append(scores[25] >= threshold)
+    share = np.mean(found)
+    assert share == pytest.approx(24 / 26, abs=.015)         # (26 - floor(2.6)) / 26
+
+
+def test_too_few_images_for_a_target_are_all_on_the_safe_side_and_said():
+    scores, positive = [.1, 2, 3, .5], [False, True, True, False]
+    threshold, note = choose_threshold(scores, positive, 'sensitivity', .95)
+    assert threshold == 2 and note == '2 images are too few for sensitivity 0.95: all of them are on the right side'
+    threshold, note = choose_threshold(scores, positive, 'specificity', .95)
+    assert .5 < threshold <= 2 and '2 images' in note
+
+
+def test_one_class_alone_has_no_threshold():
+    threshold, note = choose_threshold([1, 2], [True, True], 'sensitivity', .9)
+    assert np.isnan(threshold) and note == 'all 2 images are positive'
+    assert choose_threshold([1, 2], [False, False], 'threshold', 1.3) == (1.3, '')
+
+
+def test_equal_scores_are_called_alike():
+    threshold, _ = choose_threshold([1.] * 30 + [0.] * 30, [True] * 30 + [False] * 30, 'specificity', .9)
+    assert threshold > 0
+    threshold, _ = choose_threshold([1.] * 40, [True] * 30 + [False] * 10, 'specificity', .9)
+    assert (np.ones(40) >= threshold).sum() == 0             # no score tells them apart: none is called positive
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10_000), st.sampled_from(['sensitivity', 'specificity']), st.sampled_from([.6, .8, .9]))
+def test_nested_figures_are_those_of_a_plain_loop(seed, target, value):
+    df = scored(120, seed, images_a_patient=2)
+    parts = stratified_group_parts(df.diagnosis, df.group)
+    positive = (df.diagnosis >= 2).to_numpy()
+    refer = Refer(**{target: (value,)})
+    points, _ = fit_points(refer, df, parts, 'here')
+    called = np.zeros(len(df), bool)
+    for k in set(parts):                                     # fit on the others, call this part; both levels
+        limits = []
+        for level in (2, 3):
+            fit = df[parts != k]
+            limits.append(choose_threshold(fit.score, fit.diagnosis >= level, target, value)[0])
+        sight_first = 'lowered' in points[0].note
+        called[parts == k] = df.score[parts == k] >= (min(limits) if sight_first else limits[0])
+    assert points[0].sensitivity['value'] == pytest.approx(called[positive].mean())
+    assert points[0].specificity['value'] == pytest.approx((~called[~positive]).mean())
+    assert points[0].sensitivity['images'] == positive.sum()
+
+
+def test_a_patient_is_never_on_both_sides_of_a_nested_fit():
+    df = scored(400, images_a_patient=2)
+    parts = stratified_group_parts(df.diagnosis, df.group)
+    assert df.assign(part=parts).groupby('group').part.nunique().max() == 1
+    thresholds = cross_fitted_thresholds(df.score, df.diagnosis >= 2, parts, 'sensitivity', .9)
+    for k in range(5):
+        fit = df[parts != k]
+        expected = choose_threshold(fit.score, fit.diagnosis >= 2, 'sensitivity', .9)[0]
+        assert (thresholds[parts == k] == expected).all()
+
+
+def test_what_threatens_sight_is_referred():
+    df = scored(500)
+    parts = stratified_group_parts(df.diagnosis, df.group)
+    points, warnings = fit_points(Refer(sensitivity=(.5, .99)), df, parts, 'here')
+    assert points[0].threshold == points[1].threshold and 'lowered from' in points[0].note
+    assert any('lowered' in text for text in warnings)
+    assert points[0].sensitivity['value'] > .8                # that of the lower threshold, not of sensitivity 0.5
+
+
+def test_two_operating_points_stand_side_by_side():
+    df = scored(500)
+    spec, _ = fit_decision(Refer(sensitivity=(.95,), specificity=(.97,)), df, np.arange(500) % 5, 'here')
+    first, second = spec.point(2), spec.point(2, 1)
+    assert (first.target, second.target) == ('sensitivity', 'specificity') and first.threshold < second.threshold
+    found = spec.decide([first.threshold - .01, first.threshold, second.threshold], [1, 1, 3], [1, 1, 3])
+    assert found['referable'].tolist() == ['no', 'yes', 'yes']
+    assert found['referable_high_specificity'].tolist() == ['no', 'no', 'yes']
+
+
+def test_a_decision_is_apart_from_the_grade():
+    spec = DecisionSpec((OperatingPoint(2, 'threshold', 1.2, 1.2), OperatingPoint(3, 'threshold', 3, 3.)))
+    found = spec.decide([1.1, 1.2, 3.2], [1, 1, 4], [1, 2, 4])
+    assert found['decision'].tolist() == ['do not refer', 'refer', 'refer']
+    assert found['sight_threatening'].tolist() == ['no', 'no', 'yes']
+    assert np.isnan(found['p_referable']).all() and set(found['referable_high_specificity']) == {''}
+
+
+def test_uncertain_images_are_referred_if_the_recipe_says_so():
+    points = (OperatingPoint(2, 'threshold', 2, 2.),)
+    refer = DecisionSpec(points, uncertain='refer').decide([1, 1, 3], [1, 1, 3], [1, 2, 3])
+    assert refer['decision'].tolist() == ['do not refer', 'uncertain: refer', 'refer']
+    assert refer['referable'].tolist() == ['no', 'yes', 'yes']
+    assert DecisionSpec(points).decide([1], [1], [2])['decision'].tolist() == ['do not refer']
+
+
+def test_without_a_point_the_grade_decides():
+    assert DecisionSpec().decide([0, 0], [1, 2], [1, 2])['decision'].tolist() == ['do not refer', 'refer']
+    df = scored(60)
+    spec, warnings = fit_decision(Refer(), df[df.diagnosis < 2].reset_index(drop=True), np.arange(60)[:sum(
+        df.diagnosis < 2)] % 5, 'here')
+    assert spec.points == () and len(warnings) == 2
+    assert warnings[0].startswith('no operating point for referable retinopathy (all ')
+    assert warnings[0].endswith('grade 2 and above counts as referable')
+
+
+def test_all_rules_together_by_image_and_by_patient():
+    df = scored(400, images_a_patient=2)
+    df.loc[df.index[:7], 'ungradable'] = 'blurred'
+    parts = stratified_group_parts(df.diagnosis, df.group)
+    spec, _ = fit_decision(Refer(threshold=(1.4, 2.5)), df, parts, 'here')
+    found = decision_results(spec, df, parts, .9)['programme']
+    called = (df.score >= 1.4) | (df.index < 7)
+    positive = df.diagnosis >= 2
+    assert found['images']['sensitivity']['value'] == pytest.approx(called[positive].mean())
+    assert found['images']['referred']['value'] == pytest.approx(called.mean())
+    worst = [(called[df.group == name].any(), positive[df.group == name].any()) for name in df.group.unique()]
+    caught = [a for a, b in worst if b]
+    assert found['patients']['sensitivity']['value'] == pytest.approx(np.mean(caught))
+    assert found['patients']['sensitivity']['images'] == len(caught)
+
+
+# Probabilities
+
+def test_the_ordinal_model_finds_the_parameters_of_its_own_data():
+    rng = np.random.default_rng(0)
+    s = rng.uniform(-.5, 4.5, 40_000)
+    true = Probabilities(2.5, (1.5, 3.5, 6., 8.5), (.2,) * 5)
+    p = true.predict(s)
+    y = (rng.uniform(size=len(s))[:, None] > p.cumsum(1)).sum(1)
+    found = Probabilities.fit(s, y)
+    assert found.slope == pytest.approx(2.5, rel=.03)
+    assert found.intercepts == pytest.approx(true.intercepts, rel=.04)
+
+
+def test_each_question_agrees_with_its_share_and_the_four_never_cross():
+    df = scored(500, seed=5)
+    p = Probabilities.fit(df.score, df.diagnosis).predict(df.score)
+    assert p.sum(1) == pytest.approx(1) and (p >= 0).all()
+    for k in range(1, 5): assert p[:, k:].sum(1).mean() == pytest.approx((df.diagnosis >= k).mean(), abs=2e-3)
+
+
+def test_two_grades_give_the_logistic_regression_of_scikit_learn():
+    rng = np.random.default_rng(1)
+    s = rng.normal(size=800)
+    y = np.where(rng.uniform(size=800) < 1 / (1 + np.exp(-2 * s)), 4, 0)          # all four questions are the same one
+    reference = LogisticRegression(C=1e3).fit(s[:, None], y == 4).predict_proba(s[:, None])[:, 1]
+    assert Probabilities.fit(s, y).predict(s)[:, 4] == pytest.approx(reference, abs=2e-3)
+
+
+def test_the_probability_agrees_with_isotonic_regression_on_many_images():
+    df = scored(20_000, seed=2)
+    p = Probabilities.fit(df.score, df.diagnosis).predict(df.score)[:, 2:].sum(1)
+    isotonic = IsotonicRegression(out_of_bounds='clip').fit(df.score, df.diagnosis >= 2).predict(df.score)
+    assert np.abs(p - isotonic).mean() < .02
+
+
+def test_a_stated_prevalence_is_bayes_rule():
+    df = scored(1000)
+    fitted = Probabilities.fit(df.score, df.diagnosis)
+    own = (df.diagnosis >= 2).mean()
+    p, at = fitted.predict(df.score)[:, 2:].sum(1), fitted.predict(df.score, .05)[:, 2:].sum(1)
+    odds = p / (1 - p) * (.05 / .95) / (own / (1 - own))
+    assert at == pytest.approx(odds / (1 + odds))
+    assert fitted.predict(df.score, float(own)) == pytest.approx(fitted.predict(df.score))
+    assert fitted.predict([1.], .05).sum() == pytest.approx(1)
+
+
+def test_grades_without_images_and_a_single_grade_stay_finite():
+    df = scored(200)
+    some = df[df.diagnosis < 3]
+    p = Probabilities.fit(some.score, some.diagnosis).predict([0, 2, 9])
+    assert np.isfinite(p).all() and p[:, 3:].max() == 0
+    p = Probabilities.fit([1, 2, 3], [2, 2, 2]).predict([0, 5])
+    assert p.argmax(1).tolist() == [2, 2]
+    separate = Probabilities.fit(np.arange(20.), np.repeat([0, 4], 10)).predict([0, 19])
+    assert separate[0, 0] > .99 and separate[1, 4] > .99 and np.isfinite(separate).all()
+
+
+def test_cross_fitted_probabilities_come_from_the_other_parts():
+    df = scored(100)
+    parts = np.arange(100) % 4
+    p = cross_fitted_probabilities(df.score, df.diagnosis, parts)
+    fit = df[parts != 2]
+    expected = Probabilities.fit(fit.score, fit.diagnosis).predict(df.score[parts == 2])
+    assert p[parts == 2] == pytest.approx(expected)
+
+
+def test_brier_reliability_and_net_benefit_by_hand():
+    p, y = np.array([.1, .2, .8, .9]), np.array([False, True, True, True])
+    value, low, high = brier_score(p, y)
+    assert value == pytest.approx(brier_score_loss(y, p)) and low < value < high
+    first, second = reliability(p, y, bins=2)
+    assert (first['predicted'], first['observed'], first['images']) == (pytest.approx(.15), .5, 2)
+    assert second['interval'] == pytest.approx(wilson_interval(2, 2))
+    benefit = net_benefit([p >= .5, np.ones(4, bool), np.zeros(4, bool)], y, [.5, .5, .5])
+    assert benefit == pytest.approx([2 / 4, 3 / 4 - 1 / 4, 0])
+    assert net_benefit(np.ones(4, bool), y, [.2]) == pytest.approx([3 / 4 - 1 / 4 * .25])
+
+
+def test_a_specification_survives_json():
+    df = scored(200)
+    spec, _ = fit_decision(Refer(sensitivity=(.9, .8), specificity=(.95,), prevalence=.1), df, np.arange(200) % 5, 'x')
+    assert decision_of_record(asdict(spec)) == spec and spec.prevalence == .1
+
+
+# The recipe
+
+def test_a_recipe_says_which_points(tmp_path):
+    def refer(*lines):
+        file = tmp_path / 'r.ini'
+        file.write_text('[table.a]\ncsv = a.csv\ngrade = g\n[stage.s]\ntrain = a\n[submit]\nfinal = s\n[refer]\n'
+                        + '\n'.join(lines))
+        return read_recipe(file).refer
+    assert refer().targets((2, 3)) == [('sensitivity', 2, .9), ('sensitivity', 3, .9)]
+    assert refer('sensitivity = 0.95 0.9').targets((2, 3)) == [('sensitivity', 2, .95), ('sensitivity', 3, .9)]
+    assert refer('specificity = 0.95').targets((2, 3)) == [('specificity', 2, .95), ('specificity', 3, .95)]
+    both = refer('sensitivity = 0.9', 'specificity = 0.95').targets((2, 3))
+    assert [o[0] for o in both] == ['sensitivity'] * 2 + ['specificity'] * 2
+    assert refer('threshold = 1.2').targets((2, 3)) == [('threshold', 2, 1.2), ('threshold', 3, 1.2)]
+    with pytest.raises(ConfigError, match='one number, or two'): refer('sensitivity = 0.9 0.9 0.9')
+    with pytest.raises(ConfigError, match='no target'): refer('threshold = 1.2', 'specificity = 0.9')
+    with pytest.raises(AptosError, match='a number from 0.5 to 0.999'): refer('sensitivity = 90')
