@@ -8,7 +8,9 @@ import numpy as np
 import pandas as pd
 
 from aptos_fastai.common.io import AptosError, digest, is_trusted, read_record, verify_file
+from aptos_fastai.data.relabels import Relabels, read_relabels
 from aptos_fastai.data.retina import Prep, get_prep
+from aptos_fastai.data.tables import find_folder
 from aptos_fastai.metrics import stratified_group_parts, thresholds_or_midpoints, upper_quantile
 from aptos_fastai.recipe import Recipe, Stage, parse_thresholds
 
@@ -46,6 +48,12 @@ class Run:
     def prep(self) -> Prep:
         "How images are prepared"
         return get_prep(self.recipe)
+
+    @property
+    def relabels(self) -> dict[str, Relabels]:
+        "The decisions of readers that replace grades, of each table that has any"
+        tables = [t for t in self.recipe.used_tables if t.relabels]
+        return {t.name: read_relabels(t, find_folder(t, self.data)) for t in tables}
 
     def fold_dir(self, stage: str, fold: int) -> Path:
         "Return the folder of a fold of a stage"

@@ -36,7 +36,8 @@ def jpeg_hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _stored_path(folder: Path, id_code: str, sha: str, prep: Prep) -> Path:
+def stored_path(folder: Path, id_code: str, sha: str, prep: Prep) -> Path:
+    "Return the path of a prepared image; `sha` is its hash, the column `stored` of prepared.csv."
     safe_id = id_code.replace('/', '_').replace(os.sep, '_')
     return folder / f'{safe_id}.{sha}{prep.suffix}'
 
@@ -114,9 +115,9 @@ def _prepare_one(row, folder: Path, prep: Prep, known: dict[str, dict]) -> dict:
         state = dict(bytes=stat.st_size, mtime=stat.st_mtime_ns)
         if old and _is_up_to_date(old, state, folder, prep): return old
         jpeg, found = prepare(path.read_bytes(), prep)
-        out = _stored_path(folder, row.id_code, jpeg_hash(jpeg), prep)
+        out = stored_path(folder, row.id_code, jpeg_hash(jpeg), prep)
         write_bytes(out, jpeg)
-        if old and old['stored']: _remove_replaced(_stored_path(folder, row.id_code, old['stored'], prep), out)
+        if old and old['stored']: _remove_replaced(stored_path(folder, row.id_code, old['stored'], prep), out)
     except ImageError as e: return dict(id_code=row.id_code, **state, **NOT_PREPARED, error=str(e))
     except OSError as e:
         return dict(id_code=row.id_code, bytes=0, mtime=0, **NOT_PREPARED, error=f'cannot be read ({e.strerror})')
@@ -125,7 +126,7 @@ def _prepare_one(row, folder: Path, prep: Prep, known: dict[str, dict]) -> dict:
 
 def _is_up_to_date(record: dict, state: dict, folder: Path, prep: Prep) -> bool:
     "Return whether a record's image is stored and its original has the same size and modification time as before."
-    if record['error'] or not _stored_path(folder, record['id_code'], record['stored'], prep).exists(): return False
+    if record['error'] or not stored_path(folder, record['id_code'], record['stored'], prep).exists(): return False
     return all(record[k] == v for k, v in state.items())
 
 
@@ -210,7 +211,7 @@ def prepared_already(frame: pd.DataFrame, store: Path, prep: Prep, *, skip_unrea
 
 def _with_stored(frame: pd.DataFrame, folder: Path, prep: Prep, record: pd.DataFrame) -> pd.DataFrame:
     "Add the columns `stored` and those of `FOUND`; drop the rows of unreadable images."
-    stored = [str(_stored_path(folder, i, h, prep)) for i, h in zip(frame.id_code, record.stored, strict=True)]
+    stored = [str(stored_path(folder, i, h, prep)) for i, h in zip(frame.id_code, record.stored, strict=True)]
     df = frame.assign(stored=stored, **{name: record[name].to_numpy() for name in FOUND})
     readable = (record.error == '').to_numpy()
     return df[readable].reset_index(drop=True)

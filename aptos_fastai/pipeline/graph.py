@@ -28,9 +28,10 @@ from aptos_fastai.data.folds import add_folds, write_folds
 from aptos_fastai.data.spreadsheet import first_few
 from aptos_fastai.data.store import prepare_table, prepared_already
 from aptos_fastai.data.tables import read_contents, read_order, read_tables, with_present_tables
+from aptos_fastai.decisions import NOT_GRADABLE, UNGRADABLE
 from aptos_fastai.inference.training_images import write_run_images
 from aptos_fastai.metrics import GRADES, PredictionSets, apply_thresholds, grade_scores
-from aptos_fastai.pipeline.summary import SUMMARY_FORMAT, SYNTHETIC, tables_text
+from aptos_fastai.pipeline.summary import SUMMARY_FORMAT, SYNTHETIC, node_decision, tables_text
 from aptos_fastai.recipe import ConfigError, Recipe, Stage, did_you_mean, read_recipe
 from aptos_fastai.run_folder import Run
 
@@ -150,7 +151,9 @@ def start_run(run: Run, nodes: Iterable[str] = ()) -> Iterator[tuple[Run, Bars]]
         warn_missing_grades(run)
         if run.recipe.demo: write_bytes(run.root / 'SYNTHETIC.txt', f'{SYNTHETIC}.\n'.encode())
         write_record(run.root / 'run.json', dict(
-            data=_relative_to_root(run.root, run.data), recipe=run.recipe.path.name, synthetic=bool(run.recipe.demo)))
+            data=_relative_to_root(run.root, run.data), recipe=run.recipe.path.name, synthetic=bool(run.recipe.demo),
+            relabels={name: dict(file=_relative_to_root(run.root, o.file), **o.record())
+                      for name, o in run.relabels.items()}))
         yield run, bars
 
 
@@ -299,8 +302,8 @@ def score_test_table(run: Run, bars: Bars) -> pd.DataFrame:
     """Score the submission's table with each submitted stage and ensemble; write and return scores.csv.
 
     Columns: id_code; a score for each stage and ensemble; then of the final one score, grade, grade_low and grade_high
-    (the prediction set at [submit] coverage) and score_sd (standard deviation over views, folds and members), and why
-    the gate finds the image ungradable.
+    (the prediction set at [submit] coverage), score_sd (standard deviation over views, folds and members), why the gate
+    finds the image ungradable, and the columns of `DecisionSpec.decide`.
     """
     from aptos_fastai.pipeline.run_gate import ungradable_test
     from aptos_fastai.pipeline.scores import fold_scores, node_scores
@@ -316,6 +319,10 @@ def score_test_table(run: Run, bars: Bars) -> pd.DataFrame:
         final.score, thresholds, sets, np.stack(by_fold, axis=1))
     df['score_sd'] = final.score_sd
     df['ungradable'] = ungradable_test(run, final.score, bars)
+    decision, _ = node_decision(run, submit.final, oof.assign(group=run.groups(oof)))
+    df = df.assign(**decision.decide(df.score, df.grade, df.grade_high))
+    ungradable = df.ungradable != ''
+    df.loc[ungradable, ['decision', 'referable', 'sight_threatening']] = NOT_GRADABLE, UNGRADABLE, UNGRADABLE
     df = in_submission_order(run, df)
     write_csv(run.root / 'scores.csv', df)
     return df
@@ -374,5 +381,5 @@ def inputs_digest(run: Run) -> str:
     r = run.recipe
     records = [[run.record(name, k) for k in range(s.folds)] for name, s in r.stages.items()]
     files = [[o and o['files'] for o in folds] for folds in records]
-    recipe = repr([r.submit, r.ensembles, r.stages, r.tables, r.gate])
+    recipe = repr([r.submit, r.ensembles, r.stages, r.tables, r.gate, r.refer, r.owner, r.contact])
     return digest([SUMMARY_FORMAT, run.table_hashes.get(r.submit.table, ''), recipe, files])
