@@ -18,6 +18,7 @@ MANY_ZEROS = .4                              # of every second byte: UTF-16 with
 SPREADSHEETS = '.xlsx', '.xlsm'
 ZIP = b'PK\x03\x04'                        # how a workbook begins, whatever its suffix
 SAVE_AS = 'Save it as comma-separated UTF-8.'
+FORMULA_STARTS = '=+-@\t\r'               # a spreadsheet runs a cell that begins with one of these
 
 
 class TableError(AptosError):
@@ -32,6 +33,16 @@ def first_few(items) -> str:
 def count(items: Sized, noun: str) -> str:
     "Return '1 id' or '3 ids'"
     return f'{len(items)} {noun}' if len(items) == 1 else f'{len(items)} {noun}s'
+
+
+def safe_cell(text: str) -> str:
+    "Return a text that a spreadsheet does not run as a formula: an apostrophe is put before one that it would run"
+    return f"'{text}" if isinstance(text, str) and text.startswith(tuple(FORMULA_STARTS)) else text
+
+
+def unsafe_cell(text: str) -> str:
+    "Return the text that `safe_cell` was given"
+    return text[1:] if text.startswith(tuple(f"'{start}" for start in FORMULA_STARTS)) else text
 
 
 def read_spreadsheet(file: Path, *, header: bool = True, keep_blank: bool = False) -> pd.DataFrame:

@@ -8,9 +8,11 @@ import numpy as np
 import pandas as pd
 
 from aptos_fastai.common.console import say
+from aptos_fastai.data.dicom import DEVICE, EYE, PATIENT, with_tags
 from aptos_fastai.data.grades import grade_texts, is_ungradable, read_grade, read_grades
 from aptos_fastai.data.groups import ROW, eyes, find_groups, patients_text
 from aptos_fastai.data.locate import ImageLocator, files_below, is_image, without_suffix
+from aptos_fastai.data.relabels import apply_relabels
 from aptos_fastai.data.spreadsheet import TableError, count, first_few, read_spreadsheet, require_column
 from aptos_fastai.metrics import GRADES
 from aptos_fastai.recipe import Recipe, Table
@@ -85,16 +87,22 @@ def table_contents(table: Table, data: Path) -> TableContents:
         df, texts = (o[~ungradable].reset_index(drop=True) for o in (df, texts))
     ids = df[table.id].rename(table.id)
     paths = _match_images(csv, ids, locator)
+    df = with_tags(df, paths, [table.patient, table.eye, *table.carry_columns])
     groups, note = find_groups(csv, df, ids, table)
     if note: notes.append(note)
     notes += _image_notes(locator, len(ids), table)
     grades = read_grades(csv, texts, ids, table) if table.graded else np.full(len(df), np.nan, np.float32)
-    missing = sorted(set(range(GRADES)) - set(grades)) if table.graded else []
-    if missing: notes.append(f'no image has grade {", ".join(map(str, missing))}: the model cannot learn it')
     frame = pd.DataFrame(dict(id_code=ids, diagnosis=grades, path=paths, group=groups, source=table.name))
     for column in table.carry_columns: frame[column] = df[column]
     if table.eye: frame['eye'] = eyes(csv, df, ids, table)
-    return TableContents(frame, notes, not_graded) if table.graded else TableContents(frame, notes)
+    if not table.graded: return TableContents(frame, notes)
+    if table.relabels:
+        frame, ungradable_now, note = apply_relabels(frame, table, folder)
+        not_graded = pd.concat([not_graded, ungradable_now[['id_code', 'path']]], ignore_index=True)
+        notes.append(note)
+    missing = sorted(set(range(GRADES)) - set(frame.diagnosis))
+    if missing: notes.append(f'no image has grade {", ".join(map(str, missing))}: the model cannot learn it')
+    return TableContents(frame, notes, not_graded)
 
 
 def describe(table: Table, contents: TableContents) -> str:
@@ -132,7 +140,8 @@ def _read_rows(csv: Path, table: Table) -> pd.DataFrame:
     "Return the rows of a table's CSV that `where` chooses. Raises `TableError` if it lacks a column of the recipe"
     df = read_spreadsheet(csv, header=table.header == 'yes')
     needed = [*table.id_columns, *table.grade_columns, *table.carry_columns, *filter(None, [table.patient])]
-    for column in needed: require_column(csv, df, column, RENAME)
+    for column in needed:
+        if column not in (PATIENT, EYE, DEVICE): require_column(csv, df, column, RENAME)
     if not len(df): raise TableError(f'{csv}: no rows. Write one row per image.')
     if len(table.id_columns) > 1: df[ROW] = 'row ' + (df.index + 2).astype(str)
     if table.where:

@@ -3,7 +3,7 @@ import glob
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from aptos_fastai.common.console import say
@@ -24,6 +24,7 @@ class ImageEntry:
     name: str = ''                           # the value in the CSV that names its file
     id: str = ''                             # the CSV's id of the row: its id_code, or else `name`
     id_column: str = ''                      # the CSV's column of `id`; empty for a file, folder or glob
+    cells: dict[str, str] = field(default_factory=dict, compare=False)       # the row of the CSV: column -> text
 
     def __str__(self) -> str:
         return str(self.path) if self.path else self.name
@@ -88,6 +89,6 @@ def _entries_of_csv(table: Path, root: Path) -> Iterator[ImageEntry]:
     locate = ImageLocator(root)
     id_column = ID if ID in df else column
     for name in (column, id_column): require_column(table, df, name, '')
-    for name, own_id in zip(df[column], df[id_column], strict=True):
-        try: yield ImageEntry(locate(name), '', name, own_id, id_column)
-        except LookupError as e: yield ImageEntry(None, str(e), name, own_id, id_column)
+    for name, own_id, cells in zip(df[column], df[id_column], df.to_dict('records'), strict=True):
+        try: yield ImageEntry(locate(name), '', name, own_id, id_column, cells)
+        except LookupError as e: yield ImageEntry(None, str(e), name, own_id, id_column, cells)

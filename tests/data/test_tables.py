@@ -3,7 +3,7 @@ import shutil
 
 import pandas as pd
 import pytest
-from conftest import ROOT, expect_error, write_table
+from conftest import ROOT, expect_error, write_dicom, write_table
 
 from aptos_fastai.cli import main
 from aptos_fastai.data.demo import write_demo
@@ -175,3 +175,30 @@ def test_bad_tables(tables, small_recipe, tmp_path, capsys, name):
     runs = tmp_path / 'runs'
     expect_error(capsys, ['all', '--recipe', small_recipe, '--data', tables, '--runs', runs], *words)
     assert not runs.exists()
+
+
+# DICOM
+
+def dicom_table(folder):
+    "A table of four DICOM images of two patients, and the recipe's section that reads their tags"
+    (folder / 'images').mkdir()
+    for i, (patient, side) in enumerate([('7', 'L'), ('7', 'R'), ('8', 'L'), ('8', 'R')]):
+        write_dicom(folder / f'images/i{i}', PatientID=patient, ImageLaterality=side, Manufacturer='Topcon',
+                    ManufacturerModelName='NW400')
+    (folder / 'a.csv').write_text('id_code,diagnosis\ni0,0\ni1,1\ni2,2\ni3,3\n')
+    return Table('t', csv='a.csv', images='images', grade='diagnosis', patient='dicom:patient', eye='dicom:eye',
+                 carry='dicom:device')
+
+
+def test_patients_eyes_and_cameras_come_from_dicom_tags(tmp_path):
+    frame = read_table(dicom_table(tmp_path), tmp_path)
+    assert frame.group.tolist() == ['t:7', 't:7', 't:8', 't:8'] and frame.eye.tolist() == ['left', 'right'] * 2
+    assert frame['dicom:device'].tolist() == ['Topcon NW400'] * 4
+    assert 'DOE' not in frame.to_csv() and '1950' not in frame.drop(columns='path').to_csv()
+
+
+def test_dicom_tags_of_other_images_are_an_error(tmp_path):
+    table = dicom_table(tmp_path)
+    for file in (tmp_path / 'images').iterdir(): file.write_bytes(b'\xff\xd8\xff')
+    with pytest.raises(TableError, match='patient = dicom:patient: the column is empty in all 4 rows'):
+        read_table(table, tmp_path)

@@ -1,0 +1,55 @@
+"""Leave out who the images show: numbers instead of ids, file names, patients and hashes.
+
+The order of rows is kept: row N is image N of the input, so that only who has the input can tell whose row it is.
+"""
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+if TYPE_CHECKING:                            # the modules that these are of import PyTorch
+    from aptos_fastai.inference.evaluate import Evaluation
+
+ERROR = 'cannot be found or read'            # instead of an error's text, which can name files
+ID_RANGE = 'id range'                        # kind of clusters that are named by ids
+NOTE = ('De-identified: rows are numbered in the order of the table; ids, patients, hashes and carried columns are '
+        'left out')
+HASHES = 'image_sha256', 'pixel_sha256'      # whoever has an image finds it by its hash
+
+
+def pseudonyms(keys: pd.Series, letter: str) -> pd.Series:
+    "Return P001, P002, … for patients (`letter` P) in the order of their first image; '' stays empty"
+    names = {key: f'{letter}{i:03}' for i, key in enumerate(keys[keys != ''].drop_duplicates(), 1)}
+    return keys.map(names | {'': ''})
+
+
+def without_names(df: pd.DataFrame, id_column: str) -> pd.DataFrame:
+    "Return rows with their number in `id_column`, no hashes, and errors that name no file; all texts"
+    numbers = pd.Series(range(1, len(df) + 1), df.index).astype(str)
+    changed = dict.fromkeys((name for name in HASHES if name in df), '')
+    return df.assign(**{id_column: numbers}, **changed, error=df.error.where(df.error == '', ERROR))
+
+
+def without_people(evaluation: 'Evaluation') -> 'Evaluation':
+    """Return an evaluation without ids, patients and hashes of images, and without the columns that its table carries.
+
+    Ids become numbers behind a hash of the table's place, so that `compare` matches images of the same table only.
+    """
+    from aptos_fastai.inference.evaluate import COLUMNS
+    rows = without_names(evaluation.predictions[COLUMNS], 'id_code')
+    rows = rows.assign(id_code=evaluation.record['table']['place'][:6] + '-' + rows.id_code,
+                       group=pseudonyms(rows.group, 'G'))
+    record = dict(evaluation.record, unreadable=[], notes=[NOTE])
+    return replace(evaluation, record=record, predictions=rows, reasons=[])
+
+
+def without_ids(summary: dict) -> dict:
+    "Return a run's summary without the ids of images: ranges of ids are numbered, the largest errors have none"
+    clusters = [dict(o, clusters=_numbered(o['clusters'])) if o['kind'] == ID_RANGE else o for o in summary['clusters']]
+    errors = [dict(o, id_code='') for o in summary.get('largest_errors', [])]
+    return dict(summary, clusters=clusters, largest_errors=errors)
+
+
+def _numbered(ranges: list[dict]) -> list[dict]:
+    "Return ranges of ids called 'range 1', 'range 2', …"
+    return [dict(o, name=f'range {i}') for i, o in enumerate(ranges, 1)]

@@ -1,0 +1,121 @@
+"What --deidentify leaves out of reports and evaluations, and what each file says that it holds of patients."
+import re
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import open_toy_run, toy_args
+
+from aptos_fastai.cli import main
+from aptos_fastai.common.io import read_record
+from aptos_fastai.data.demo import CAMERAS, generate_fundus
+from aptos_fastai.inference import deidentify
+from aptos_fastai.inference.deidentify import pseudonyms, without_ids, without_names, without_people
+from aptos_fastai.inference.evaluate import COLUMNS, Evaluation
+from aptos_fastai.pipeline import clusters
+from aptos_fastai.pipeline.compare import matched
+from aptos_fastai.reports.run_report import report_privacy_text
+
+
+def read(file): return pd.read_csv(file, dtype=str, keep_default_na=False)
+
+
+def test_pseudonyms_are_in_the_order_of_the_first_image():
+    keys = pd.Series(['z', '', 'a', 'z', 'b'])
+    assert pseudonyms(keys, 'P').tolist() == ['P001', '', 'P002', 'P001', 'P003']
+
+
+def test_rows_keep_their_order_and_lose_their_names():
+    df = pd.DataFrame(dict(file=['b.png', 'a.png'], score=['1', '2'], image_sha256=['ff', 'ee'],
+                           error=['', 'no such image: did you mean anna.png']))
+    assert without_names(df, 'file').to_dict('list') == dict(
+        file=['1', '2'], score=['1', '2'], image_sha256=['', ''], error=['', deidentify.ERROR])
+
+
+def test_ranges_of_ids_are_numbered_and_nothing_else_changes():
+    assert deidentify.ID_RANGE == clusters.ID_RANGE
+    kinds = [dict(kind='camera', clusters=[dict(name='big', kappa=.1)]),
+             dict(kind=clusters.ID_RANGE, drop=.2, clusters=[dict(name='t: anna to bert', kappa=.5)])]
+    summary = dict(clusters=kinds, largest_errors=[dict(id_code='anna', score=1.)], recipe='r')
+    assert without_ids(summary) == dict(recipe='r', largest_errors=[dict(id_code='', score=1.)], clusters=[
+        kinds[0], dict(kind=clusters.ID_RANGE, drop=.2, clusters=[dict(name='range 1', kappa=.5)])])
+
+
+def test_a_deidentified_report_has_no_image_and_no_id(toy_copy):
+    run = open_toy_run(toy_copy)
+    ids = [name for frame in run.frames.values() for name in frame.id_code]
+    before = (toy_copy / 'report.html').read_text(encoding='utf-8')
+    files = {name: (toy_copy / name).read_bytes() for name in ('oof.csv', 'summary.json', 'submission.csv')}
+    main(['report', *toy_args(toy_copy), '--deidentify'])
+    after = (toy_copy / 'report.html').read_text(encoding='utf-8')
+    assert sum(name in before for name in ids) > 10 and 'data:image/jpeg' in before
+    assert [name for name in ids if name in after] == [] and 'data:image/jpeg' not in after
+    assert 'Largest errors' not in after and 'range 1' in after and 'quadratic weighted kappa' in after
+    figures = [re.findall(r'<svg.*?</svg>', text, re.DOTALL) for text in (before, after)]
+    assert len(figures[0]) == len(figures[1]) > 8                     # every plot is still there
+    assert files == {name: (toy_copy / name).read_bytes() for name in files}
+    main(['report', *toy_args(toy_copy)])
+    main(['all', *toy_args(toy_copy), '--deidentify'])                # up to date: writes only the report again
+    assert 'data:image/jpeg' not in (toy_copy / 'report.html').read_text(encoding='utf-8')
+    assert files == {name: (toy_copy / name).read_bytes() for name in files}
+
+
+def test_a_report_says_what_it_holds(tmp_path):
+    run = SimpleNamespace(root=tmp_path, recipe=SimpleNamespace(demo=None))
+    assert report_privacy_text(run, 24, False) == (
+        f'{tmp_path}/report.html: embeds 24 images, their heat maps and ids; treat as patient data '
+        '(--deidentify leaves them out)')
+    assert report_privacy_text(run, 0, True) == f'{tmp_path}/report.html: de-identified, without ids and images'
+    run.recipe.demo = object()
+    assert 'generated images' in report_privacy_text(run, 24, False)
+
+
+@pytest.fixture
+def clinic(tmp_path):
+    "A graded table with patients, names of theirs that `carry` would take along, and an unreadable image"
+    rng, images = np.random.default_rng(7), tmp_path / 'eye_images'
+    images.mkdir()
+    df = pd.DataFrame(dict(id_code=[f'eye{i:03}' for i in range(40)], diagnosis=[i % 5 for i in range(40)]))
+    for row in df.itertuples():
+        im, _ = generate_fundus(rng, row.diagnosis, list(CAMERAS)[row.Index % len(CAMERAS)], True)
+        cv2.imwrite(str(images / f'{row.id_code}.png'), im[..., ::-1])
+    df['patient'] = [f'subject{i // 2}' for i in range(len(df))]
+    df['nurse'] = ['Anna', 'Bert'] * 20
+    df.to_csv(tmp_path / 'eye.csv', index=False)
+    (images / 'eye007.png').write_bytes(b'no image')
+    return tmp_path
+
+
+def test_a_deidentified_evaluation_names_nobody_and_has_the_same_figures(toy, clinic, capsys):
+    found = {}
+    for name, more in dict(plain=[], hidden=['--deidentify']).items():
+        folder = clinic / name
+        main(['evaluate', str(toy), str(clinic / 'eye.csv'), str(clinic / 'eye_images'), '-o', str(folder),
+              '--by', 'nurse', *more])
+        printed = ' '.join(capsys.readouterr().out.split())
+        assert ('treat as patient data' in printed) == (not more)
+        found[name] = read_record(folder / 'evaluation.json'), read(folder / 'predictions.csv')
+    (plain, rows), (hidden, numbered) = found.values()
+    differing = {key for key in plain if plain[key] != hidden[key]}
+    assert differing == {'notes', 'unreadable', 'predictions_sha256'}
+    assert 'nurse' in rows and 'nurse' not in numbered
+    same = [o for o in numbered if o not in ('id_code', 'group', 'pixel_sha256', 'image_sha256', 'error')]
+    assert numbered[same].equals(rows[same])
+    assert numbered.id_code.str.fullmatch(rf'{plain["table"]["place"][:6]}-\d+').all()
+    assert numbered.groupby('group').size().tolist() == [2] * 20      # patients stay together, as in the table
+    text = ''.join((clinic / 'hidden' / o.name).read_text() for o in (clinic / 'hidden').iterdir())
+    for word in ('eye00', 'eye01', 'subject', *rows.pixel_sha256[:3]): assert word not in text, word
+    assert 'De-identified' in (clinic / 'hidden/evaluation.html').read_text(encoding='utf-8')
+
+
+def test_deidentified_evaluations_of_one_table_can_be_compared_and_those_of_two_cannot(tmp_path):
+    def deidentified(place, grade):
+        rows = pd.DataFrame(dict(id_code=['x', 'y', 'z'], diagnosis=[0, 1, 2], grade=grade, group=['a', 'a', 'b'],
+                                 pixel_sha256=['p', 'q', 'r'], seen='', error='')).reindex(columns=COLUMNS)
+        return without_people(Evaluation(tmp_path, dict(table=dict(place=place)), rows, [])).predictions
+    both = matched(deidentified('one-table', [0, 1, 1]), deidentified('one-table', [2, 1, 0]))
+    assert both[['diagnosis', 'diagnosis_b', 'grade', 'grade_b']].to_numpy().tolist() == [
+        [0, 0, 0, 2], [1, 1, 1, 1], [2, 2, 1, 0]]
+    assert len(matched(deidentified('one-table', [0, 1, 1]), deidentified('another', [0, 1, 1]))) == 0
