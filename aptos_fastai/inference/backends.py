@@ -14,6 +14,8 @@ from aptos_fastai.inference.views import view_scores, views
 from aptos_fastai.training.precision import has_bf16
 
 PRECISIONS = 'f32', 'bf16'
+PACKAGES = dict(torch='torch', onnx='onnxruntime', openvino='openvino')
+MAX_DIFFERENCE = dict(f32=.01, bf16=.1)      # of a score, from PyTorch f32
 OPENVINO_BATCH = 8                           # images; a fixed batch is 10 % faster than a variable one
 
 # squares (n, side, side, 3) uint8 RGB -> scores (n, views) float32, pooled features (n, C) of the first view
@@ -108,14 +110,25 @@ BACKENDS: dict[str, Callable[[MemberSpec, Path, torch.device, str, GetNet], Runn
     torch=torch_runner, onnx=onnx_runner, openvino=openvino_runner)
 
 
+def changed_text(parity: dict, what: str) -> str:
+    "Return how many `grades` or `referrals` an entry of parity has changed: '8 of 200 grades (95 % CI 2–8 %)'"
+    low, high = (100 * share for share in parity[f'{what}_interval'])
+    return f'{parity[f"{what}_changed"]} of {parity["images"]} {what} (95 % CI {low:.0f}–{high:.0f} %)'
+
+
 def check_backend(root: Path, backend: str, precision: str) -> None:
     "Raise `AptosError` for an unknown backend or precision, and for one whose scores `export` found to differ too much"
     if backend not in BACKENDS: raise AptosError(f'backend {backend}: choose one of {", ".join(BACKENDS)}')
     if precision not in PRECISIONS: raise AptosError(f'precision {precision}: choose one of {", ".join(PRECISIONS)}')
-    bundle = read_record(root / BUNDLE) or {}
-    for o in bundle.get('parity', []):
+    parity = (read_record(root / BUNDLE) or {}).get('parity', [])
+    compared = [(o['backend'], o['precision']) for o in parity]
+    if parity and (backend, precision) not in [*compared, ('torch', 'f32')]:
+        say(f'{backend} {precision}: `export` did not compare it with PyTorch f32 where this bundle was made. Export '
+            'the run on this device to know which grades it changes.', 'yellow')
+    for o in parity:
         if (o['backend'], o['precision']) == (backend, precision) and not o['within_bounds']:
-            raise AptosError(f'{root}: {backend} {precision} changes scores by up to {o["max_difference"]:.2f} '
-                             f'and {o["grades_changed"]} of {o["images"]} grades. Use f32.')
+            raise AptosError(f'{root}: {backend} {precision} changes {changed_text(o, "grades")} and '
+                             f'{changed_text(o, "referrals")}, scores by up to {o["max_difference"]:.2f}: '
+                             'more than export allows. Use f32.')
     if precision == 'bf16' and not has_bf16():
         say('bf16: not supported by this device. PyTorch is slower in bf16 than in f32; OpenVINO uses f32.', 'yellow')

@@ -4,6 +4,7 @@ import glob
 import io
 import os
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -11,68 +12,115 @@ import pandas as pd
 from aptos_fastai.common.console import Bars, say
 from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.io import AptosError, digest, file_lock, write_bytes
-from aptos_fastai.data.spreadsheet import SPREADSHEETS
+from aptos_fastai.data.spreadsheet import SPREADSHEETS, safe_cell
+from aptos_fastai.inference.audit import (
+    audit_file,
+    audit_record,
+    check_audit_free,
+    note_start,
+    processed_text,
+    write_audit,
+)
 from aptos_fastai.inference.find_images import ImageEntry, find_images
 from aptos_fastai.inference.grader import COLUMNS, Grader, load_grader
 from aptos_fastai.inference.model_spec import SYNTHETIC_MODEL
+from aptos_fastai.inference.patients import (
+    DEFAULTS,
+    Choices,
+    check_patients_free,
+    find_people,
+    privacy_text,
+    write_with_people,
+)
 
-FORMULA_STARTS = '=+-@\t\r'               # a spreadsheet runs a cell that begins with one of these
+STARTS = '.starts'                           # suffix of the hidden file of the times at which a call began or resumed
 
 
 def grade_files(model: str, paths: Iterable[str], output: str, backend: str = 'torch', precision: str = 'f32', *,
-                root: str | None = None, overwrite: bool = False) -> pd.DataFrame:
+                root: str | None = None, overwrite: bool = False, choices: Choices = DEFAULTS,
+                prevalence: float | None = None) -> pd.DataFrame:
     """`predict MODEL IMAGES`: write a CSV with a row (`COLUMNS`) for each image, and return it.
 
     A CSV of images gives a row for each of its rows, in order, with its own id column first. Rows are added to a hidden
     file beside `output` as they are made; `output` appears when all are there, so that an interrupted call can resume.
     Raises `AptosError` if `output` exists, unless `overwrite`, or if another process is writing it; and at the end if
-    images could not be read; their rows say why.
+    images could not be read; their rows say why. `choices` are about patients: patients.csv is written beside `output`.
+    grades.csv.json says what made the CSV: `verify` checks it.
     """
+    choices.check()
     out = Path(output)
     if not out.parent.is_dir(): raise AptosError(f'{out.parent}: no such folder. Make it, or choose another with -o.')
     if out.suffix.lower() in SPREADSHEETS:
         raise AptosError(f'{out}: predict writes CSV. Choose a name that ends in .csv.')
     _check_free(out, overwrite)
     paths = list(paths)
-    entries, grader = find_images(paths, root), load_grader(model, backend, precision)
+    entries, grader = find_images(paths, root), load_grader(model, backend, precision, prevalence)
+    audit = audit_record(grader)
     id_column = next((e.id_column for e in entries if e.id_column), '')
     columns = COLUMNS if id_column in ('', *COLUMNS) else [id_column, *COLUMNS]
     inputs = [*map(Path, paths), *(e.path for e in entries if e.path)]
     if out.exists() and any(out.samefile(path) for path in inputs if path.exists()):
         raise AptosError(f'{out}: is one of the inputs. Choose another file with -o.')
-    part = out.with_name(f'.{out.name}.{_digest_of(entries, grader.model.key, backend, precision)}.part')
+    people = find_people(entries, choices)
+    check_patients_free(out, people, overwrite)
+    part = out.with_name(f'.{out.name}.{_digest_of(entries, audit)}.part')
+    options = _options(model, paths, root, overwrite, choices)
     with file_lock(out, 'Wait for it, or choose another file with -o.'):
         _grade_into(part, grader, entries, columns)
         _check_free(out, overwrite)
-        os.replace(part, out)
-        for stale in out.parent.glob(f'.{glob.escape(out.name)}.*.part'): stale.unlink(missing_ok=True)
-    df = pd.read_csv(out, dtype=dict.fromkeys(['file', 'error', id_column], str), keep_default_na=False, na_values=[''])
-    _report(df, out, grader)
+        audit_file(out).unlink(missing_ok=True)            # if this stops now, the CSV has none rather than a wrong one
+        if people is None and not choices.deidentify: os.replace(part, out)
+        else: write_with_people(part, out, people, choices, grader.model.gate)
+        write_audit(out, audit, part.with_suffix(STARTS), options)
+        _remove_parts(out)
+    say(privacy_text(out, people, choices), 'dim')
+    texts = ['file', 'error', id_column, 'patient']
+    df = pd.read_csv(out, dtype=dict.fromkeys(texts, str), keep_default_na=False, na_values=[''])
+    _report(df, out, grader, audit)
     return df
 
 
+def _remove_parts(out: Path) -> None:
+    "Remove the hidden files of this and of earlier, interrupted calls beside `out`"
+    for suffix in ('.part', STARTS):
+        for stale in out.parent.glob(f'.{glob.escape(out.name)}.*{suffix}'): stale.unlink(missing_ok=True)
+
+
 def _check_free(out: Path, overwrite: bool) -> None:
-    "Raise `AptosError` if `out` exists; with `overwrite`, if it is no earlier output of `predict`"
+    "Raise `AptosError` if `out` or its audit file exists; with `overwrite`, if it is no earlier output of `predict`"
+    if out.exists() and not overwrite:
+        raise AptosError(f'{out}: already exists. Choose another file with -o, or add --overwrite.')
+    check_audit_free(out, overwrite)
     if not out.exists(): return
-    if not overwrite: raise AptosError(f'{out}: already exists. Choose another file with -o, or add --overwrite.')
     with open(out, 'rb') as f: header = f.readline().decode(errors='replace').strip().split(',')
     if set(COLUMNS) <= set(header): return
     raise AptosError(f'{out}: is not a CSV that predict wrote, so it is not replaced. Choose another file with -o.')
 
 
-def _digest_of(entries: list[ImageEntry], *model: str) -> str:
-    "Return a hash of a model and of the images: their ids, files, sizes and times; a resumed call needs the same"
+def _options(model: str, paths: list[str], root: str | None, overwrite: bool, choices: Choices) -> dict:
+    "Return the options of a call for its audit file; de-identified, without names of files"
+    names = dict(images=paths, root=root) if not choices.deidentify else {}
+    return dict(model=model, **names, overwrite=overwrite, **asdict(choices))
+
+
+def _digest_of(entries: list[ImageEntry], audit: dict) -> str:
+    """Return a hash of what makes the predictions and of the images: their ids, files, sizes and times.
+
+    A resumed call needs the same, so that all rows of a CSV are of one model, program and machine.
+    """
     def state(path: Path | None) -> list:
         try: stat = path.stat() if path else None
         except OSError: return []
         return [stat.st_size, stat.st_mtime_ns] if stat else []
-    return digest([list(model), [[e.id, str(e), state(e.path)] for e in entries]])[:16]
+    made_by = {key: value for key, value in audit.items() if key != 'time'}
+    return digest([made_by, [[e.id, str(e), state(e.path)] for e in entries]])[:16]
 
 
 def _grade_into(part: Path, grader: Grader, entries: list[ImageEntry], columns: list[str]) -> None:
     "Append the rows that `part` lacks"
     names = [safe_cell(e.id if e.id_column == 'file' else str(e)) for e in entries]
     done = _resume(part, names, columns)
+    note_start(part.with_suffix(STARTS), resumed=bool(done))
     if done: say(f'{done} of {len(entries)} images are graded already; resuming')
     with Bars() as bars, bars(f'grading with {grader.model.name}', len(entries), 'images') as bar, \
             open(part, 'a', encoding='utf-8', newline='') as f:
@@ -88,15 +136,10 @@ def _grade_into(part: Path, grader: Grader, entries: list[ImageEntry], columns: 
             bar.to(done)
 
 
-def safe_cell(text: str) -> str:
-    "Return a text that a spreadsheet does not run as a formula: an apostrophe is put before one that it would run"
-    return f"'{text}" if isinstance(text, str) and text.startswith(tuple(FORMULA_STARTS)) else text
-
-
-def _report(df: pd.DataFrame, csv_file: Path, grader: Grader) -> None:
+def _report(df: pd.DataFrame, csv_file: Path, grader: Grader, audit: dict) -> None:
     "Say how many images were graded. Raises `AptosError` if some were not"
     bad = df[df.error.notna()]
-    say(f'{len(df) - len(bad)} images processed by {grader.model.name} -> {csv_file}')
+    say(f'{len(df) - len(bad)} images processed by {processed_text(audit)} -> {csv_file}')
     say(DISCLAIMER, 'dim')
     if grader.model.synthetic: say(SYNTHETIC_MODEL, 'yellow')
     for text in grader.model.warnings: say(f'warning: {text}', 'yellow')

@@ -45,11 +45,12 @@ class Autocast(Callback):
 
 def machine() -> str:
     "Return what timings depend on: GPU or CPU, threads, PyTorch's version"
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
     return f'{name}, {torch.get_num_threads()} threads, torch {torch.__version__}'
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    "Return the name of the processor"
     try: lines = Path('/proc/cpuinfo').read_text().splitlines()
     except OSError: lines = []               # not Linux
     names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]

@@ -46,7 +46,8 @@ def test_a_grader_gives_the_grades_of_its_run(toy, image_paths):
     assert np.allclose(df.score, expected.score, atol=1e-4)
     assert np.allclose(df.score_sd, expected.score_sd, atol=1e-3)
     for column in ('grade', 'grade_low', 'grade_high'): assert df[column].tolist() == expected[column].tolist()
-    assert ((df.referable == 'yes') == (df.grade >= 2)).all()
+    threshold = read_model(toy)[0].decision.point(2).threshold
+    assert ((df.referable == 'yes') == (df.score >= threshold)).all()
     assert (df.error == '').all()
     assert df.grade_name.tolist() == [GRADE_NAMES[g] for g in df.grade]
 
@@ -102,7 +103,7 @@ def test_unreadable_images_are_rows_with_their_error(toy, image_paths, tmp_path,
     assert df.loc[str(bad), 'score'] == '' and df.loc[str(bad), 'grade_name'] == ''
     assert 'the file is truncated' in df.loc[str(short), 'error']
     assert df.loc[str(good), 'grade_name']
-    assert sorted(os.listdir(tmp_path)) == ['a', 'out.csv']
+    assert sorted(os.listdir(tmp_path)) == ['a', 'out.csv', 'out.csv.json']
 
 
 def test_an_interrupted_prediction_resumes(toy, image_paths, tmp_path, monkeypatch, capsys):
