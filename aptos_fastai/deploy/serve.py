@@ -1,148 +1,50 @@
 "Serve a local web page and a JSON endpoint that grade images and keep none."
 import asyncio
-import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import asdict, dataclass
-from importlib.util import find_spec
+from contextlib import asynccontextmanager
 from pathlib import PurePath
-
-import pandas as pd
 
 from aptos_fastai.common.console import say
 from aptos_fastai.common.disclaimer import DISCLAIMER
-from aptos_fastai.common.io import AptosError
-from aptos_fastai.inference.explain import explain_image
-from aptos_fastai.inference.grader import COLUMNS, Grader, Prepared, load_grader, reader_threads
-from aptos_fastai.inference.model_spec import SYNTHETIC_MODEL, ModelSpec
-from aptos_fastai.pipeline.summary import OUT_OF_FOLD
-from aptos_fastai.reports.html import data_uri, render
+from aptos_fastai.data.spreadsheet import FORMULA_STARTS
+from aptos_fastai.deploy import about, pairing
+from aptos_fastai.deploy.batching import MEGABYTE, BatchingQueue
+from aptos_fastai.deploy.openapi import openapi_document
+from aptos_fastai.deploy.request_log import RequestLog
+from aptos_fastai.deploy.web import (
+    HEADERS,
+    RequestError,
+    get_application,
+    json_reply,
+    require_packages,
+    run_server,
+    server_url,
+    trusted_hosts,
+)
+from aptos_fastai.inference.audit import audit_record, now
+from aptos_fastai.inference.grader import Grader, load_grader
+from aptos_fastai.inference.model_spec import SYNTHETIC_MODEL
+from aptos_fastai.inference.patients import COLUMNS as PATIENT_COLUMNS
+from aptos_fastai.reports.colours import GRADES_DARK, GRADES_LIGHT
+from aptos_fastai.reports.html import render
 
 PACKAGES = 'starlette', 'uvicorn', 'python_multipart'
-MAX_MEGABYTES = 50                           # of one image
-MAX_IMAGES = 20                              # in one request
-MEGABYTE = 2 ** 20
-MAX_PIXELS = 36_000_000                      # of one image; a single one above this is refused before it is decoded
-MAX_PENDING = 200                            # images that wait for their grade; further requests get status 503
 UPLOAD_SECONDS = 120                         # for one request to arrive
-MAX_HELD = 1024                              # MB of the requests that are being read or graded
-BATCH_SIZE = 16                              # images that are graded together, at most
-MAX_WAIT = .02                               # seconds that the first image of a batch waits for others
-JPEG_QUALITY = 88
-BUSY = 'the server is busy; try again in a few seconds'
-CSP = ("default-src 'none'; img-src 'self' data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-       "connect-src 'self'; form-action 'none'; base-uri 'none'")
-HEADERS = {'Content-Security-Policy': CSP, 'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'no-referrer',
-           'Cache-Control': 'no-store'}
+LOG_FAILED = 'the request log cannot be written ({}); the grades are withheld'
 
 
-class RequestError(Exception):
-    "A request that cannot be served: HTTP status and reason."
-    def __init__(self, status: int, reason: str): self.status, self.reason = status, reason
-
-
-@dataclass
-class Job:
-    "An image that waits for its grade"
-    name: str
-    data: bytes
-    heatmap: bool
-    row: asyncio.Future
-
-
-class BatchingQueue:
-    "Collect images from all requests, read them in parallel and grade them in batches"
-    def __init__(self, grader: Grader):
-        self.grader = grader
-        self.jobs: asyncio.Queue[Job] = asyncio.Queue()
-        self.pending = 0
-        self.held = 0                                  # bytes of the requests at work
-        self.readers = ThreadPoolExecutor(reader_threads())
-        self.networks = ThreadPoolExecutor(1)          # one batch at a time
-
-    async def grade(self, name: str, data: bytes, heatmap: bool = False) -> dict:
-        "Return the row (`COLUMNS`) of an image, with `image` and `heatmap` as data URIs if a heat map is asked for"
-        job = Job(name, data, heatmap, asyncio.get_running_loop().create_future())
-        await self.jobs.put(job)
-        return await job.row
-
-    @contextmanager
-    def reserve(self, size: int) -> Iterator[Callable[[int], None]]:
-        """Count the `size` bytes of a request and its images while it is served: one, until it is read.
-
-        Yields a function to call with their number. Both raise `RequestError` if the server has enough to do.
-        """
-        images = 0
-
-        def received(n: int) -> None:
-            nonlocal images
-            if self.pending + n - images > MAX_PENDING: raise RequestError(503, BUSY)
-            self.pending += n - images
-            images = n
-        if self.held + size > MAX_HELD * MEGABYTE: raise RequestError(503, BUSY)
-        received(1)
-        self.held += size
-        try: yield received
-        finally:
-            self.held -= size
-            self.pending -= images
-
-    async def work(self) -> None:
-        "Grade batches until the task is cancelled"
-        while True: await self._grade_batch(await self._next_batch())
-
-    async def _next_batch(self) -> list[Job]:
-        "Wait for an image, then collect others for at most `MAX_WAIT` seconds"
-        batch = [await self.jobs.get()]
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + MAX_WAIT
-        while len(batch) < BATCH_SIZE and loop.time() < deadline:
-            try: batch.append(await asyncio.wait_for(self.jobs.get(), deadline - loop.time()))
-            except TimeoutError: break
-        return batch
-
-    async def _grade_batch(self, batch: list[Job]) -> None:
-        "Give each job its row, or the error that stopped the batch"
-        loop = asyncio.get_running_loop()
-        try:
-            images = await asyncio.gather(*(
-                loop.run_in_executor(self.readers, self.grader.prepare, job.data, MAX_PIXELS) for job in batch))
-            rows = await loop.run_in_executor(self.networks, self._rows, batch, images)
-        except Exception as e:               # any error: these requests must end and the next batch must start
-            for job in batch:
-                if not job.row.done(): job.row.set_exception(e)
-            return
-        for job, row in zip(batch, rows, strict=True):
-            if not job.row.done(): job.row.set_result(row)       # done: its request was cancelled
-
-    def _rows(self, batch: list[Job], images: list[Prepared]) -> list[dict]:
-        "Return the rows of a batch as JSON can hold them"
-        df = self.grader.grade([job.name for job in batch], images)
-        rows = []
-        for job, row in zip(batch, df.astype(object).to_dict('records'), strict=True):
-            row = {column: None if pd.isna(value) else value for column, value in row.items()}
-            if job.heatmap and not row['error']:
-                image, overlay, _ = explain_image(self.grader, job.data)
-                row |= dict(image=data_uri(image, JPEG_QUALITY), heatmap=data_uri(overlay, JPEG_QUALITY))
-            rows.append(row)
-        return rows
-
-    def close(self) -> None:
-        "Stop the threads"
-        self.readers.shutdown(cancel_futures=True)
-        self.networks.shutdown(cancel_futures=True)
-
-
-def content_length(request) -> int:
-    "Return the size of a request's body in bytes. Raises `RequestError` if it is unknown or too large"
+def content_length(request, limit: float, what: str) -> int:
+    "Return the size of a request's body in bytes. Raises `RequestError` if it is unknown or above `limit`, `what` fits"
     length = request.headers.get('content-length', '')
     if not length.isdigit(): raise RequestError(411, 'header Content-Length is missing')
-    if int(length) > MAX_MEGABYTES * MAX_IMAGES * MEGABYTE:
-        raise RequestError(413, f'at most {MAX_IMAGES} images of {MAX_MEGABYTES} MB in one request')
+    if int(length) > limit: raise RequestError(413, f'at most {what} in one request')
     return int(length)
+
+
+def uploads_length(request) -> int:
+    "Return the size of a request with images in bytes. Raises `RequestError`"
+    limit = about.MAX_MEGABYTES * about.MAX_IMAGES
+    return content_length(request, limit * MEGABYTE, f'{about.MAX_IMAGES} images of {about.MAX_MEGABYTES} MB')
 
 
 async def read_uploads(request) -> tuple[list[tuple[str, bytes]], bool]:
@@ -151,12 +53,12 @@ async def read_uploads(request) -> tuple[list[tuple[str, bytes]], bool]:
     if not request.headers.get('content-type', '').startswith('multipart/form-data'):
         raise RequestError(415, 'send the images as multipart/form-data, field `files`')
     try:
-        async with request.form(max_files=MAX_IMAGES, max_fields=10) as form:
+        async with request.form(max_files=about.MAX_IMAGES, max_fields=10) as form:
             files = [f for f in form.getlist('files') if hasattr(f, 'filename')]
             if not files: raise RequestError(400, 'no image in the field `files`')
             for f in files:
-                if f.size > MAX_MEGABYTES * MEGABYTE:
-                    raise RequestError(413, f'{_file_name(f.filename)} is larger than {MAX_MEGABYTES} MB')
+                if f.size > about.MAX_MEGABYTES * MEGABYTE:
+                    raise RequestError(413, f'{_file_name(f.filename)} is larger than {about.MAX_MEGABYTES} MB')
             uploads = [(_file_name(f.filename), await f.read()) for f in files]
             return uploads, form.get('heatmap', '') in ('1', 'true', 'yes', 'on')
     except HTTPException as e: raise RequestError(400, e.detail) from None
@@ -167,86 +69,130 @@ def _file_name(text: str) -> str:
     return PurePath(text.replace('\\', '/')).name[:200] or 'image'
 
 
-def describe_model(model: ModelSpec, url: str) -> dict:
-    "Return what the page and `/api` say about the model; `url` is that of the server"
-    return dict(
-        model=model.name, key=model.key, synthetic=model.synthetic, disclaimer=DISCLAIMER, gate=asdict(model.gate),
-        thresholds=list(model.thresholds),
-        coverage=model.coverage, kappa=model.kappa, figures=OUT_OF_FOLD, warnings=list(model.warnings),
-        networks=len(model.members), columns=COLUMNS, max_megabytes=MAX_MEGABYTES,
-        max_images=MAX_IMAGES, example=f'curl -F files=@eye.jpg -F heatmap=0 {url}api/predict')
+async def read_json(request):
+    "Return the JSON of a request. Raises `RequestError`; a form of another web site is none"
+    if request.headers.get('content-type', '').partition(';')[0].strip() != 'application/json':
+        raise RequestError(415, 'send application/json')
+    content_length(request, pairing.MAX_BODY, f'{pairing.MAX_BODY // 1_000_000} MB of JSON')
+    try: return await request.json()
+    except (ValueError, RecursionError): raise RequestError(400, 'no valid JSON') from None
 
 
-def get_app(grader: Grader, hosts: list[str]):
-    """Return the ASGI application: `/` the page, `/api/predict` (POST, multipart), `/api` its description, `/health`.
+class Pages:
+    "What each path of the server answers"
+    def __init__(self, grader: Grader, log: RequestLog | None = None):
+        self.grader, self.log = grader, log
+        self.queue = BatchingQueue(grader)
+        self.audit = audit_record(grader)
 
-    It accepts only requests to `hosts`, so that no other web site can reach it through a host name of its own.
-    """
-    from starlette.applications import Starlette
-    from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.responses import HTMLResponse, JSONResponse
-    from starlette.routing import Route
-    queue, model = BatchingQueue(grader), grader.model
+    def about(self, request) -> dict:
+        "Describe the model; addresses are those that the request used"
+        return about.describe_model(self.grader, str(request.base_url))
+
+    def openapi(self, request) -> dict:
+        "Return the OpenAPI document"
+        return openapi_document(self.about(request), str(request.base_url))
+
+    async def page(self, request):
+        "`/`: the page"
+        warning = SYNTHETIC_MODEL if self.grader.model.synthetic else ''
+        return _html('serve.html', title='Diabetic retinopathy grading', note='', warning=warning,
+                     about=self.about(request), patient_columns=PATIENT_COLUMNS, formula_starts=list(FORMULA_STARTS),
+                     grade_colours=list(zip(GRADES_LIGHT, GRADES_DARK, strict=True)))
+
+    async def docs(self, request):
+        "`/docs`: the documentation of the API"
+        return _html('api.html', title='API', note='', warning='', document=self.openapi(request))
+
+    async def describe(self, request):
+        "`/api`: the model"
+        return json_reply(self.about(request))
+
+    async def document(self, request):
+        "`/openapi.json`: the OpenAPI document"
+        return json_reply(self.openapi(request))
+
+    async def health(self, request):
+        "`/health`: whether the server works"
+        return json_reply(dict(status='ok', model=self.grader.model.name, pending=self.queue.pending))
+
+    async def patients(self, request):
+        "`/api/patients`: pair graded images of patients"
+        body = await read_json(request)
+        return json_reply(await asyncio.to_thread(pairing.patients_of, body))
+
+    async def predict(self, request):
+        "`/api/predict`: grade images, and log the request"
+        started, status, rows = time.monotonic(), 500, []
+        try:
+            rows = await self.graded_rows(request)
+            status = 200
+        except RequestError as e:
+            status = e.status
+            raise
+        finally: self.log_request(status, time.monotonic() - started, rows)
+        audit = dict(self.audit, time=now())
+        return json_reply(dict(model=self.grader.model.name, synthetic=self.grader.model.synthetic,
+                               disclaimer=DISCLAIMER, audit=audit, rows=rows))
+
+    async def graded_rows(self, request) -> list[dict]:
+        "Return the rows of the images of a request. Raises `RequestError`"
+        with self.queue.reserve(uploads_length(request)) as received:
+            try:
+                async with asyncio.timeout(UPLOAD_SECONDS): uploads, heatmap = await read_uploads(request)
+            except TimeoutError: raise RequestError(408, f'the upload took more than {UPLOAD_SECONDS} s') from None
+            received(len(uploads))
+            return await asyncio.gather(*(self.queue.grade(name, data, heatmap) for name, data in uploads))
+
+    def log_request(self, status: int, seconds: float, rows: list[dict]) -> None:
+        "Append a request to the log. Raises `RequestError` if that fails: no grade leaves without its line"
+        if not self.log: return
+        try: self.log.write(self.audit, status, seconds, rows)
+        except OSError as e:
+            reason = LOG_FAILED.format(e.strerror)
+            say(f'{self.log.file}: {reason}', 'red')
+            raise RequestError(500, reason) from None
 
     @asynccontextmanager
-    async def lifespan(app):
-        worker = asyncio.create_task(queue.work())
+    async def lifespan(self, app):
+        "Grade while the server runs"
+        worker = asyncio.create_task(self.queue.work())
         yield
         worker.cancel()
-        queue.close()
-
-    async def page(request):
-        html = render('serve.html', title='Diabetic retinopathy grading', note='',
-                      warning=SYNTHETIC_MODEL if model.synthetic else '',
-                      about=describe_model(model, str(request.base_url)))
-        return HTMLResponse(html, headers=HEADERS)
-
-    async def describe(request): return JSONResponse(describe_model(model, str(request.base_url)), headers=HEADERS)
-
-    async def health(request):
-        return JSONResponse(dict(status='ok', model=model.name, pending=queue.pending), headers=HEADERS)
-
-    async def predict(request):
-        try:
-            with queue.reserve(content_length(request)) as received:
-                async with asyncio.timeout(UPLOAD_SECONDS): uploads, heatmap = await read_uploads(request)
-                received(len(uploads))
-                rows = await asyncio.gather(*(queue.grade(name, data, heatmap) for name, data in uploads))
-        except TimeoutError:
-            return JSONResponse(dict(error=f'the upload took more than {UPLOAD_SECONDS} s'), 408, headers=HEADERS)
-        except RequestError as e:
-            retry = {'Retry-After': '5'} if e.status == 503 else {}
-            return JSONResponse(dict(error=e.reason), e.status, headers=HEADERS | retry)
-        reply = dict(model=model.name, synthetic=model.synthetic, disclaimer=DISCLAIMER, rows=rows)
-        return JSONResponse(reply, headers=HEADERS)
-
-    routes = [Route('/', page), Route('/api', describe), Route('/health', health),
-              Route('/api/predict', predict, methods=['POST'])]
-    return Starlette(routes=routes, lifespan=lifespan,
-                     middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)])
+        self.queue.close()
 
 
-def serve(model: str, host: str, port: int) -> None:
+def _html(template: str, **values):
+    "Return a page"
+    from starlette.responses import HTMLResponse
+    return HTMLResponse(render(template, **values), headers=HEADERS)
+
+
+def get_app(grader: Grader, hosts: list[str], log: RequestLog | None = None):
+    """Return the ASGI application: `/` the page; `/api` the model; `/api/predict` (POST, multipart) and `/api/patients`
+    (POST, JSON); `/openapi.json` and `/docs` their documentation; `/health`.
+
+    Every error is JSON. It accepts only requests to `hosts`, so that no other web site can reach it through a host name
+    of its own.
+    """
+    from starlette.routing import Route
+    pages = Pages(grader, log)
+    routes = [Route('/', pages.page), Route('/docs', pages.docs), Route('/openapi.json', pages.document),
+              Route('/health', pages.health), Route('/api', pages.describe),
+              Route('/api/predict', pages.predict, methods=['POST']),
+              Route('/api/patients', pages.patients, methods=['POST'])]
+    return get_application(routes, hosts, pages.lifespan)
+
+
+def serve(model: str, host: str, port: int, *, log: str = '', log_names: bool = False, backend: str = 'torch',
+          precision: str = 'f32', prevalence: float | None = None) -> None:
     "`serve MODEL`: serve the page until it is stopped"
-    if not all(find_spec(package) for package in PACKAGES):
-        raise AptosError('serve needs the extra serve. Run `pip install starlette uvicorn python-multipart`.')
-    import uvicorn
-    grader = load_grader(model)
-    public = host in ('0.0.0.0', '::')
-    hosts = ['*'] if public else ['127.0.0.1', 'localhost', '[::1]', host]
-    if public: say(f'{host}: everyone who can reach this machine can use the page; it asks for no password', 'yellow')
-    family = socket.AF_INET6 if ':' in host else socket.AF_INET
-    try: sock = socket.create_server((host, port), family=family, backlog=256)
-    except OSError as e:
-        raise AptosError(f'{host}:{port}: cannot listen ({e.strerror}). Choose another port with --port.') from None
-    config = uvicorn.Config(get_app(grader, hosts), host=host, port=port, log_level='warning', server_header=False)
-    server = uvicorn.Server(config)
-    threading.Thread(target=_announce, args=(server, f'http://{host}:{port}'), daemon=True).start()
-    with sock: server.run(sockets=[sock])
-
-
-def _announce(server, url: str) -> None:
-    "Say the page's address once the server has started"
-    while not server.started and not server.should_exit: time.sleep(.05)
-    if server.started: say(f'serving {url} (stop with Ctrl-C); images are not kept')
+    require_packages('serve', PACKAGES)
+    grader = load_grader(model, backend, precision, prevalence)
+    request_log = RequestLog(log, log_names) if log else None
+    app = get_app(grader, trusted_hosts(host), request_log)
+    notes = ['images are not kept', f'example: {about.example(server_url(host, port) + "/")}']
+    if request_log: notes.append(request_log.describe())
+    try: run_server(app, host, port, *notes)
+    finally:
+        if request_log: request_log.close()

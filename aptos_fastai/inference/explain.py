@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from aptos_fastai.common.console import Bars, say
 from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.io import AptosError, write_bytes, write_csv
+from aptos_fastai.common.privacy import patient_data
 from aptos_fastai.data.decode import decode
 from aptos_fastai.data.retina import Circle, crop_box
 from aptos_fastai.data.spreadsheet import read_spreadsheet
@@ -30,6 +31,7 @@ HEATMAP_SIDE = 112                           # pixels
 MAX_REDUCTION = 8
 DISPLAY_SIDE = 1024                          # longest side of a drawn image, pixels
 INDEX = 'index.csv'
+Box = tuple[int, int, int, int]              # x0, x1, y0, y1 in an image, pixels
 CAPTION_HEIGHT = 30                          # pixels
 
 
@@ -77,20 +79,25 @@ def heatmap(grader: Grader, squares: Squares) -> np.ndarray:
     return total.cpu().numpy()
 
 
-def overlay_heatmap(im: np.ndarray, hot: np.ndarray, box: tuple[int, int, int, int], score: float) -> np.ndarray:
-    """Draw the places that raise the score over an image (uint8 RGB).
+def spread_heatmap(hot: np.ndarray, box: Box, shape: tuple[int, ...], score: float) -> np.ndarray:
+    """Return how much each pixel of an image of `shape` raises the score: (height, width) float32, 1 is the hottest.
 
-    The heat map `hot` covers `box` (x0, x1, y0, y1) of the image, which may reach beyond its edges. The hottest place
-    gets the full colour; a score below 1 makes all colours fainter.
+    The heat map `hot` covers `box` (x0, x1, y0, y1) of the image, which may reach beyond its edges. A score below 1
+    makes all of it fainter.
     """
     x0, x1, y0, y1 = box
-    height, width = im.shape[:2]
+    height, width = shape
     positive = np.maximum(hot, 0).astype(np.float32)
     scaled = cv2.resize(positive, (x1 - x0, y1 - y0), interpolation=cv2.INTER_CUBIC)
     left, right, top, bottom = max(x0, 0), min(x1, width), max(y0, 0), min(y1, height)
     heat = np.zeros((height, width), np.float32)
     heat[top:bottom, left:right] = scaled[top - y0:bottom - y0, left - x0:right - x0]
-    heat = (heat / max(float(hot.max()), 1e-9)).clip(0, 1) * np.clip(score, .2, 1)
+    return (heat / max(float(hot.max()), 1e-9)).clip(0, 1) * np.float32(np.clip(score, .2, 1))
+
+
+def overlay_heatmap(im: np.ndarray, hot: np.ndarray, box: Box, score: float) -> np.ndarray:
+    "Draw the places that raise the score over an image (uint8 RGB), as `spread_heatmap` places them"
+    heat = spread_heatmap(hot, box, im.shape[:2], score)
     colour = cv2.applyColorMap((255 * heat).astype(np.uint8), cv2.COLORMAP_VIRIDIS)[..., ::-1]
     opacity = .75 * heat[..., None] ** .8
     return (im * (1 - opacity) + colour * opacity).round().astype(np.uint8)
@@ -104,6 +111,16 @@ def explain_image(grader: Grader, data: bytes) -> tuple[np.ndarray, np.ndarray, 
     """
     squares, info = grader.prepare(data)
     if squares is None: raise AptosError(info['error'])
+    im, hot, box = locate_heatmap(grader, data, squares, info)
+    row = grader.grade([''], [(squares, info)]).iloc[0].to_dict()
+    return im, overlay_heatmap(im, hot, box, row['score']), row
+
+
+def locate_heatmap(grader: Grader, data: bytes, squares: Squares, info: dict) -> tuple[np.ndarray, np.ndarray, Box]:
+    """Return an image (uint8 RGB, its longest side `DISPLAY_SIDE`), its heat map, and the box of the image it covers.
+
+    `data` is the content of the image file, `squares` and `info` are what `Grader.prepare` gave for it.
+    """
     im, original_size = decode(data, DISPLAY_SIDE)
     shrink = DISPLAY_SIDE / max(im.shape[:2])
     if shrink < 1: im = cv2.resize(im, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
@@ -111,9 +128,7 @@ def explain_image(grader: Grader, data: bytes) -> tuple[np.ndarray, np.ndarray, 
     k = max(height, width) / max(original_size)
     circle = Circle(info['x'] * k, info['y'] * k, info['r'] * k, info['how'], info['stretch'])
     box = crop_box(height, width, circle, grader.model.prep)
-    hot = heatmap(grader, {side: square[None] for side, square in squares.items()})[0]
-    row = grader.grade([''], [(squares, info)]).iloc[0].to_dict()
-    return im, overlay_heatmap(im, hot, box, row['score']), row
+    return im, heatmap(grader, {side: square[None] for side, square in squares.items()})[0], box
 
 
 def grade_text(row: dict) -> str:
@@ -154,6 +169,7 @@ def explain_files(model: str, paths: Iterable[str], output: str, *, root: str | 
     write_csv(folder / INDEX, pd.DataFrame([*kept, *rows]))
     failed = [f'{row["file"]}: {row["error"]}' for row in rows if row['error']]
     say(f'{len(rows) - len(failed)} images -> {folder}; {INDEX} names the file of each')
+    say(patient_data(folder, 'holds copies of the images and their file names'), 'dim')
     say(DISCLAIMER, 'dim')
     if grader.model.synthetic: say(SYNTHETIC_MODEL, 'yellow')
     if failed: raise AptosError(f'{len(failed)} of {len(rows)} images could not be explained: {"; ".join(failed[:3])}')

@@ -1,18 +1,32 @@
 "The page and the endpoint of `serve`, used by programs and by people."
 import asyncio
+import base64
 import contextlib
+import hashlib
+import json
 import os
 import shutil
 import socket
+import stat
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
+import cv2
+import numpy as np
+import pandas as pd
 import pytest
 from conftest import ROOT, expect_error
 
-from aptos_fastai.deploy import serve
-from aptos_fastai.inference.grader import load_grader
+from aptos_fastai.common.io import AptosError
+from aptos_fastai.decisions import OperatingPoint
+from aptos_fastai.deploy import about, batching, pairing, serve, web
+from aptos_fastai.deploy.openapi import openapi_document
+from aptos_fastai.deploy.request_log import RequestLog
+from aptos_fastai.inference.explain import explain_image
+from aptos_fastai.inference.grader import COLUMNS, load_grader
+from aptos_fastai.inference.patients import patient_table
 from aptos_fastai.pipeline.summary import OUT_OF_FOLD, PATIENTS_UNKNOWN
 
 httpx = pytest.importorskip('httpx')
@@ -40,9 +54,26 @@ def test_the_endpoint_gives_the_grades_of_the_grader(server_url, toy, image_path
 
 def test_the_endpoint_gives_a_heatmap_if_asked(server_url, image_paths):
     row = post_images(server_url, image_paths[0], data=dict(heatmap='1')).json()['rows'][0]
-    assert row['heatmap'].startswith('data:image/jpeg;base64,')
+    assert row['heatmap'].startswith('data:image/png;base64,')
     assert row['image'].startswith('data:image/jpeg;base64,')
-    assert row['heatmap'] != row['image']
+
+
+def decoded(uri):
+    "The pixels of a data URI, as they are stored"
+    data = base64.b64decode(uri.partition(',')[2])
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+
+
+def test_the_heatmap_is_bright_where_the_overlay_of_explain_differs_from_the_image(server_url, toy, image_paths):
+    row = post_images(server_url, image_paths[0], data=dict(heatmap='1')).json()['rows'][0]
+    image, heat = decoded(row['image']), decoded(row['heatmap'])
+    assert heat.ndim == 2 and max(heat.shape) <= batching.HEATMAP_SIDE
+    assert image.shape[0] / image.shape[1] == pytest.approx(heat.shape[0] / heat.shape[1], rel=.02)
+    im, overlay, _ = explain_image(load_grader(toy), Path(image_paths[0]).read_bytes())
+    change = np.abs(overlay.astype(float) - im).sum(2)
+    small = cv2.resize(change, heat.shape[::-1], interpolation=cv2.INTER_AREA)
+    assert np.corrcoef(small.ravel(), heat.ravel())[0, 1] > .5
+    assert small[heat == 0].mean() < .05 * small[heat >= np.quantile(heat, .99)].mean()
 
 
 def test_unreadable_files_are_rows_with_their_error(server_url, image_paths, tmp_path):
@@ -57,15 +88,13 @@ def test_unreadable_files_are_rows_with_their_error(server_url, image_paths, tmp
 
 def test_requests_out_of_bounds_are_refused(server_url, image_paths, monkeypatch):
     url = server_url + '/api/predict'
-    too_many = post_images(server_url, *image_paths[:1] * (serve.MAX_IMAGES + 1))
+    too_many = post_images(server_url, *image_paths[:1] * (about.MAX_IMAGES + 1))
     assert too_many.status_code == 400 and 'Too many files' in too_many.json()['error']
     assert httpx.post(url, content=b'x', headers={'content-type': 'text/plain'}).status_code == 415
     assert post_images(server_url).status_code == 415
     assert httpx.post(url, content=iter([b'x'])).status_code == 411
     assert httpx.post(url, files={'other': b'x'}).json()['error'] == 'no image in the field `files`'
-    assert httpx.get(server_url + '/nothing').status_code == 404
-    assert httpx.get(url).status_code == 405
-    monkeypatch.setattr(serve, 'MAX_MEGABYTES', 1e-5)
+    monkeypatch.setattr(about, 'MAX_MEGABYTES', 1e-5)
     too_large = post_images(server_url, image_paths[0])
     assert too_large.status_code == 413 and 'MB' in too_large.json()['error']
 
@@ -74,12 +103,12 @@ def test_a_decompression_bomb_is_refused(server_url, tmp_path, monkeypatch):
     from PIL import Image
     bomb = tmp_path / 'bomb.tif'
     Image.new('L', (3000, 3000)).save(bomb, compression='tiff_lzw')
-    monkeypatch.setattr(serve, 'MAX_PIXELS', 1000)
+    monkeypatch.setattr(batching, 'MAX_PIXELS', 1000)
     assert 'too large' in post_images(server_url, bomb).json()['rows'][0]['error']
 
 
 def test_a_busy_server_says_so(server_url, image_paths, monkeypatch):
-    monkeypatch.setattr(serve, 'MAX_PENDING', 0)
+    monkeypatch.setattr(batching, 'MAX_PENDING', 0)
     response = post_images(server_url, image_paths[0])
     assert response.status_code == 503 and response.headers['retry-after'] and 'busy' in response.json()['error']
 
@@ -102,7 +131,7 @@ def test_fifty_requests_at_once_all_get_their_grade(server_url, toy, image_paths
 
 def test_after_an_error_in_a_batch_the_next_batch_is_graded(toy, image_paths):
     grader = load_grader(toy)
-    queue, grade = serve.BatchingQueue(grader), grader.grade
+    queue, grade = batching.BatchingQueue(grader), grader.grade
     data = Path(image_paths[0]).read_bytes()
 
     async def fail_then_grade():
@@ -135,7 +164,9 @@ def test_the_page_loads_nothing_from_other_hosts(server_url):
 
 
 def test_other_host_names_are_refused_and_no_session_is_kept(server_url):
-    assert httpx.get(server_url, headers=dict(host='evil.example')).status_code == 400
+    for path in ('/', '/api', '/api/predict', '/docs'):
+        refused = httpx.get(server_url + path, headers=dict(host='evil.example'))
+        assert refused.status_code == 400 and 'evil.example' in refused.json()['error']
     reply = httpx.get(server_url + '/api')
     assert reply.json()['columns'][0] == 'file' and 'set-cookie' not in reply.headers
     assert reply.json()['example'].endswith(f'{server_url}/api/predict')
@@ -158,6 +189,269 @@ def test_a_bad_port_is_an_error(toy, capsys):
     expect_error(capsys, ['serve', toy, '--port', '70000'], '--port 70000', '1 to 65535')
 
 
+WORDS = 'Refer', 'Uncertain: refer', 'Do not refer', 'Not gradable: re-photograph', 'Cannot be read'
+
+
+# Errors
+
+@pytest.mark.parametrize('method, path, status', [
+    ('GET', '/api/unknown', 404), ('GET', '/api/', 404), ('GET', '/nothing', 404), ('GET', '/api/predict', 405),
+    ('DELETE', '/api', 405), ('POST', '/api/predict/', 404), ('PUT', '/api/patients', 405)])
+def test_every_error_is_json(server_url, method, path, status):
+    reply = httpx.request(method, server_url + path)
+    assert reply.status_code == status and reply.headers['content-type'] == 'application/json'
+    assert list(reply.json()) == ['error'] and reply.json()['error']
+    assert "default-src 'none'" in reply.headers['content-security-policy']
+    if status == 405: assert reply.headers['allow']
+
+
+def served(app):
+    "A client of an application, without a server"
+    from starlette.testclient import TestClient
+    return TestClient(app, base_url='http://localhost:8000', raise_server_exceptions=False)
+
+
+def test_an_internal_error_is_json_and_tells_nothing_of_the_image(toy, image_paths, tmp_path):
+    grader = load_grader(toy)
+    grader.grade = lambda *args: 1 / 0
+    log = RequestLog(str(tmp_path / 'log.jsonl'), names=True)
+    with served(serve.get_app(grader, ['localhost'], log)) as client:
+        reply = client.post('/api/predict', files=[upload(image_paths[0], 'secret.png')])
+    assert reply.status_code == 500 and 'ZeroDivisionError' in reply.json()['error'] and 'secret' not in reply.text
+    record = json.loads((tmp_path / 'log.jsonl').read_text())
+    assert record['status'] == 500 and record['results'] == [] and record['error'] == 'Internal Server Error'
+
+
+@pytest.mark.parametrize('header, name', [
+    ('localhost:8000', 'localhost'), ('[::1]:8000', '::1'), ('[::1]', '::1'), ('a.b', 'a.b'), ('[::1', ''), ('', '')])
+def test_host_names_are_read_without_their_port(header, name):
+    assert web.host_name(header) == name
+
+
+# What the API says of itself
+
+def test_the_example_names_the_address_that_was_asked(toy):
+    with served(serve.get_app(load_grader(toy), ['*'])) as client:
+        for url in ('https://clinic.example:8443', 'http://192.0.2.7:9000'):
+            client.base_url = url
+            assert client.get('/api').json()['example'].endswith(f' {url}/api/predict')
+            assert f'{url}/api/predict' in client.get('/').text and f'{url}/api/predict' in client.get('/docs').text
+            assert client.get('/openapi.json').json()['servers'] == [dict(url=url)]
+    assert web.server_url('::1', 8000) == 'http://[::1]:8000'
+    assert web.server_url('0.0.0.0', 8000) == f'http://{socket.gethostname()}:8000'
+
+
+def check(value, schema, schemas, where='answer'):
+    "Compare a value with its schema: types, enums, limits, and exactly the documented properties"
+    if '$ref' in schema: return check(value, schemas[schema['$ref'].rpartition('/')[2]], schemas, where)
+    if 'anyOf' in schema:
+        for part in schema['anyOf']:
+            with contextlib.suppress(AssertionError): return check(value, part, schemas, where)
+        raise AssertionError(f'{where}: fits none')
+    types = [schema['type']] if isinstance(schema['type'], str) else schema['type']
+    known = dict(string=str, number=(int, float), integer=int, boolean=bool, object=dict, array=list, null=type(None))
+    assert any(isinstance(value, known[t]) for t in types), f'{where}: {value!r} is no {types}'
+    if 'enum' in schema: assert value in schema['enum'], f'{where}: {value!r}'
+    if value is not None and 'maximum' in schema: assert schema['minimum'] <= value <= schema['maximum'], where
+    if isinstance(value, dict) and 'maxProperties' in schema: assert len(value) <= schema['maxProperties'], where
+    if isinstance(value, dict) and 'properties' in schema:
+        assert set(schema['required']) <= set(value), where
+        if schema.get('additionalProperties') is False: assert set(value) <= set(schema['properties']), where
+        for name, part in schema['properties'].items():
+            if name in value: check(value[name], part, schemas, f'{where}.{name}')
+    if isinstance(value, list) and 'items' in schema:
+        for i, part in enumerate(value): check(part, schema['items'], schemas, f'{where}[{i}]')
+
+
+def test_the_openapi_document_describes_the_answers_that_are_given(server_url, image_paths, tmp_path):
+    document = httpx.get(server_url + '/openapi.json').json()
+    schemas = document['components']['schemas']
+    assert document['openapi'] == '3.1.0' and document['info']['version']
+    assert document['servers'] == [dict(url=server_url)]
+    bad = tmp_path / 'bad.png'
+    bad.write_bytes(b'no image')
+    graded = post_images(server_url, *image_paths[:2], bad, data=dict(heatmap='1'))
+    rows = [dict(row, patient='a', eye='left') for row in graded.json()['rows']]
+    paired = httpx.post(server_url + '/api/patients', json=dict(rows=rows))
+    gets = {path: httpx.get(server_url + path) for path, o in document['paths'].items() if 'get' in o}
+    answers = {'/api/predict': graded, '/api/patients': paired, **gets}
+    assert set(answers) == set(document['paths'])
+    for path, reply in answers.items():
+        operation, = document['paths'][path].values()
+        assert reply.status_code == 200 and operation['summary'] and operation['operationId']
+        check(reply.json(), operation['responses']['200']['content']['application/json']['schema'], schemas)
+    check(dict(rows=rows), schemas['PatientsRequest'], schemas)
+    assert list(schemas['Image']['properties'])[:len(COLUMNS)] == COLUMNS
+    assert set(schemas['Image']['properties']) == set(graded.json()['rows'][0])
+    refused = httpx.get(server_url + '/api/predict')
+    check(refused.json(), document['paths']['/api/predict']['post']['responses']['405']['content']['application/json'][
+        'schema'], schemas)
+
+
+def test_every_reference_of_the_document_leads_to_a_schema_and_every_field_has_a_meaning(toy):
+    document = openapi_document(about.describe_model(load_grader(toy), 'http://localhost/'), 'http://localhost/')
+    schemas, names = document['components']['schemas'], []
+
+    def walk(o):
+        if isinstance(o, list): [walk(part) for part in o]
+        if not isinstance(o, dict): return
+        if '$ref' in o: names.append(o['$ref'].removeprefix('#/components/schemas/'))
+        [walk(part) for part in o.values()]
+    walk(document)
+    assert set(names) == set(schemas)
+    for schema in schemas.values():
+        for name, field in schema['properties'].items(): assert '$ref' in field or field['description'], name
+    upload_schema = document['paths']['/api/predict']['post']['requestBody']['content']['multipart/form-data']['schema']
+    assert upload_schema['required'] == ['files'] and upload_schema['properties']['files']['type'] == 'array'
+
+
+def test_the_documentation_page_shows_every_path_and_field_and_loads_nothing(server_url):
+    text, document = httpx.get(server_url + '/docs').text, httpx.get(server_url + '/openapi.json').json()
+    for path in document['paths']: assert f'<code>{path}</code>' in text
+    for schema in document['components']['schemas'].values():
+        for name in schema['properties']: assert f'<code>{name}</code>' in text
+    others = text.replace(server_url, '')
+    assert 'http://' not in others and 'https://' not in others and '<script' not in text
+
+
+def test_api_describes_operating_points_and_what_made_the_grades(server_url, toy, image_paths):
+    described, model = httpx.get(server_url + '/api').json(), load_grader(toy).model
+    assert described['digests'] == model.digests and described['key'] == model.key
+    assert (described['backend'], described['precision'], described['prevalence']) == ('torch', 'f32', None)
+    assert [o['threshold'] for o in described['operating_points']] == [o.threshold for o in model.decision.points]
+    reply = post_images(server_url, image_paths[0]).json()
+    assert reply['audit']['digests'] == model.digests and reply['audit']['precision'] == 'f32'
+    assert datetime.fromisoformat(reply['audit']['time']).utcoffset().total_seconds() == 0
+    sha256 = hashlib.sha256(Path(image_paths[0]).read_bytes()).hexdigest()
+    assert reply['rows'][0]['image_sha256'] == sha256
+
+
+def test_an_operating_point_as_a_sentence():
+    figure = dict(value=.9123, interval=[.87, .94], images=180, reason='')
+    nothing = dict(value=None, interval=None, images=0, reason='no images')
+    point = OperatingPoint(2, 'sensitivity', .9, 1.534, 'scores of 480 images', figure, nothing)
+    assert about.point_text(point) == (
+        'referable (grade 2 or above) from score 1.53, chosen for sensitivity 0.90 on scores of 480 images. Measured '
+        'on held-out images: sensitivity 0.912 (0.87–0.94) on 180 images; specificity unknown (no images)')
+    assert about.point_text(OperatingPoint(3, 'threshold', 2.5, 2.5)) == (
+        'sight-threatening (grade 3 or above) from score 2.50')
+
+
+# Patients
+
+def image_row(file, decision, patient='', eye='', grade=None, p=None, ungradable=''):
+    answers = dict.fromkeys(('referable', 'sight_threatening'), 'no' if decision == 'do not refer' else '')
+    if decision == 'refer': answers = dict(referable='yes', sight_threatening='no')
+    return dict(file=file, decision=decision, patient=patient, eye=eye, grade=grade, p_referable=p,
+                ungradable=ungradable, **answers)
+
+
+ROWS = [
+    image_row('a1', 'do not refer', 'a', 'OD', 0, .1), image_row('b1', 'do not refer', 'b', 'left', 1, .2),
+    image_row('a2', 'refer', 'a', 'os', 3, .9), image_row('c1', 'do not refer', 'c', 'L', 0, .1),
+    image_row('c2', 'not gradable', 'c', 'R', None, None, 'blurred'), image_row('x', 'refer', grade=2, p=.7),
+    image_row('y', 'do not refer', grade=0, p=.05)]
+
+
+def test_patients_get_the_result_of_the_worse_eye(server_url):
+    reply = httpx.post(server_url + '/api/patients', json=dict(rows=ROWS)).json()
+    assert [(p['patient'], p['decision'], p['rows']) for p in reply['patients']] == [
+        ('a', 'refer', [0, 2]), ('b', 'not gradable', [1]), ('c', 'not gradable', [3, 4]), ('image x', 'refer', [5]),
+        ('image y', 'do not refer', [6])]
+    a, b, c = reply['patients'][:3]
+    assert (a['right_grade'], a['left_grade'], a['grade'], a['p_referable']) == (0, 3, 3, .9)
+    assert b['missing'] == 'right' and c['ungradable'] == 'right: blurred'
+    assert reply['counts'] == {
+        'patients': 5, 'refer': 2, 'uncertain: refer': 0, 'do not refer': 1, 'not gradable': 2}
+    other = httpx.post(server_url + '/api/patients', json=dict(rows=ROWS, missing_eye='ignore')).json()
+    decisions = [p['decision'] for p in other['patients']]
+    assert decisions == ['refer', 'do not refer', 'do not refer', 'refer', 'do not refer']
+    assert httpx.post(server_url + '/api/patients', json=dict(rows=[])).json()['counts']['patients'] == 0
+
+
+def test_patients_of_the_endpoint_are_those_of_predict(toy, server_url, image_paths):
+    paths = image_paths[:6]
+    df = load_grader(toy).predict(paths)
+    df = df.assign(patient=['p', 'p', 'q', 'q', 'r', ''], eye=['left', 'right', 'left', 'left', '', ''])
+    expected = patient_table(df)
+    rows = post_images(server_url, *paths).json()['rows']
+    rows = [dict(row, patient=p, eye=e, file=f) for row, p, e, f in zip(rows, df.patient, df.eye, df.file, strict=True)]
+    found = pd.DataFrame(httpx.post(server_url + '/api/patients', json=dict(rows=rows)).json()['patients'])
+    for column in ('patient', 'images', 'decision', 'referable', 'missing', 'ungradable'):
+        assert found[column].tolist() == expected[column].tolist(), column
+
+
+@pytest.mark.parametrize('body, status, words', [
+    ([], 400, 'rows'), (dict(rows=[1]), 400, 'rows[0]'), (dict(rows=[dict(eye='up')]), 400, 'rows[0].eye'),
+    (dict(rows=[dict(decision='maybe')]), 400, 'rows[0].decision'), (dict(rows=[dict(grade=5)]), 400, 'rows[0].grade'),
+    (dict(rows=[dict(grade=1.5)]), 400, 'rows[0].grade'), (dict(rows=[dict(p_referable='x')]), 400, 'p_referable'),
+    (dict(rows=[dict(file=3)]), 400, 'rows[0].file'), (dict(rows=[], missing_eye='no'), 400, 'missing_eye'),
+    (dict(rows=[{}] * (pairing.MAX_ROWS + 1)), 413, 'rows')])
+def test_what_cannot_be_paired_is_named(server_url, body, status, words):
+    reply = httpx.post(server_url + '/api/patients', json=body)
+    assert reply.status_code == status and words in reply.json()['error']
+
+
+def test_patients_are_asked_for_in_json(server_url):
+    url = server_url + '/api/patients'
+    assert httpx.post(url, content=b'{"rows": []}', headers={'content-type': 'text/plain'}).status_code == 415
+    broken = httpx.post(url, content=b'{"rows"', headers={'content-type': 'application/json'})
+    assert broken.status_code == 400 and 'JSON' in broken.json()['error']
+
+
+# The request log
+
+def logged_requests(toy, file, image_paths, **options):
+    "The records of a log after a request with an image and a text, and one that fails"
+    with served(serve.get_app(load_grader(toy), ['localhost'], RequestLog(str(file), **options))) as client:
+        letter = 'files', ('letter.png', b'dear doctor')
+        client.post('/api/predict', files=[upload(image_paths[0], 'anna.png'), letter])
+        client.post('/api/predict', content=b'x', headers={'content-type': 'text/plain'})
+        client.get('/api')
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_the_log_has_a_line_for_each_request_without_images_and_names(toy, image_paths, tmp_path):
+    first, second = logged_requests(toy, tmp_path / 'log.jsonl', image_paths)
+    row = load_grader(toy).predict(image_paths[0]).iloc[0]
+    image, letter = first['results']
+    assert image['image_sha256'] == hashlib.sha256(Path(image_paths[0]).read_bytes()).hexdigest()
+    assert (image['grade'], image['decision']) == (row.grade, row.decision)
+    assert image['score'] == pytest.approx(row.score, abs=1e-3)
+    assert 'unknown image format' in letter['error'] and letter['grade'] is None
+    assert first['status'] == 200 and first['images'] == 2 and 0 < first['seconds'] < 60
+    assert first['model'] == load_grader(toy).model.key and first['precision'] == 'f32'
+    assert datetime.fromisoformat(first['time']).utcoffset().total_seconds() == 0
+    assert second['status'] == 415 and second['error'] == 'Unsupported Media Type' and second['images'] == 0
+    text = (tmp_path / 'log.jsonl').read_text()
+    assert 'anna' not in text and 'letter.png' not in text and 'base64' not in text
+    assert stat.S_IMODE((tmp_path / 'log.jsonl').stat().st_mode) == 0o600
+
+
+def test_the_log_names_files_if_asked_and_is_appended_to(toy, image_paths, tmp_path):
+    logged_requests(toy, tmp_path / 'log.jsonl', image_paths)
+    records = logged_requests(toy, tmp_path / 'log.jsonl', image_paths, names=True)
+    assert len(records) == 4 and [r['file'] for r in records[2]['results']] == ['anna.png', 'letter.png']
+    assert 'file names' in RequestLog(str(tmp_path / 'log.jsonl'), names=True).describe()
+
+
+def test_no_grade_leaves_without_its_line_in_the_log(toy, image_paths, tmp_path, monkeypatch):
+    log = RequestLog(str(tmp_path / 'log.jsonl'))
+
+    def full(*args): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(log, 'write', full)
+    with served(serve.get_app(load_grader(toy), ['localhost'], log)) as client:
+        reply = client.post('/api/predict', files=[upload(image_paths[0])])
+    assert reply.status_code == 500 and 'No space left' in reply.json()['error'] and 'rows' not in reply.json()
+
+
+def test_a_log_that_cannot_be_written_stops_the_server_at_its_start(toy, tmp_path, capsys):
+    with pytest.raises(AptosError, match='--log .*cannot write this file'): RequestLog(str(tmp_path))
+    expect_error(capsys, ['serve', toy, '--log', tmp_path / 'none' / 'log.jsonl'], '--log', 'Choose another one')
+    expect_error(capsys, ['serve', toy, '--log-names'], '--log-names', '--log FILE')
+    expect_error(capsys, ['serve', toy, '--prevalence', '2'], 'prevalence 2')
+
+
 @pytest.fixture(scope='module')
 def browser():
     chromium = shutil.which('chromium') or shutil.which('google-chrome')
@@ -169,53 +463,269 @@ def browser():
         b.close()
 
 
+@pytest.fixture
+def clinic(server_url, browser):
+    "A function that opens the page in a window of a width; no error and no other host is allowed"
+    requests, errors, pages = [], [], []
+
+    def open_page(width=1100):
+        page = browser.new_page(viewport=dict(width=width, height=800))
+        page.on('request', lambda r: requests.append(r.url))
+        page.on('pageerror', lambda e: errors.append(str(e)))
+        page.on('console', lambda m: errors.append(m.text) if m.type == 'error' else None)
+        page.goto(server_url)
+        pages.append(page)
+        return page
+    yield open_page
+    for page in pages: page.close()
+    assert not errors
+    assert all(url.startswith((server_url, 'data:', 'blob:')) for url in requests)
+
+
+def grade_on(page, *files):
+    "Choose files on the page and wait until all are graded and shown"
+    before = page.locator('.result').count()
+    page.set_input_files('#files', [str(f) for f in files])
+    page.wait_for_selector('#busy', state='hidden')
+    page.locator('.result').nth(before + len(files) - 1).wait_for()
+    page.wait_for_timeout(400)                                         # the list is drawn soon after the last answer
+
+
+def download(page, button):
+    "The text of a file that a button saves"
+    with page.expect_download() as saved: page.click(button)
+    return Path(saved.value.path()).read_text()
+
+
+@pytest.fixture
+def pair_of_eyes(image_paths, tmp_path):
+    "Files: both eyes of patient 12, one of 13, an image without a patient, a letter and an image without a retina"
+    names = ['12_left.png', '12_right.png', '13_OD.png', 'other.png']
+    for name, path in zip(names, image_paths, strict=False): shutil.copy(path, tmp_path / name)
+    (tmp_path / 'letter.png').write_bytes(b'dear doctor')
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+    cv2.imwrite(str(tmp_path / 'noise.png'), noise)
+    return [tmp_path / name for name in (*names, 'letter.png', 'noise.png')]
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize('width', [1100, 390])
-def test_a_person_grades_images(server_url, browser, image_paths, tmp_path, width):
+def test_a_person_grades_images(clinic, image_paths, tmp_path, width):
     letter = tmp_path / 'letter.png'
     letter.write_bytes(b'dear doctor')
-    page = browser.new_page(viewport=dict(width=width, height=800))
-    requests, errors = [], []
-    page.on('request', lambda r: requests.append(r.url))
-    page.on('pageerror', lambda e: errors.append(str(e)))
-    page.on('console', lambda m: errors.append(m.text) if m.type == 'error' else None)
-    page.goto(server_url)
+    page = clinic(width)
     page.keyboard.press('Tab')
     assert page.evaluate('document.activeElement.id') == 'files'       # the keyboard is enough
-    page.set_input_files('#files', [*image_paths[:2], str(letter)])
-    page.wait_for_selector('#busy', state='hidden')
-    page.wait_for_selector('.result.bad')
-    assert page.locator('.result').count() == 3
-    assert 'unknown image format' in page.inner_text('.result.bad')
+    grade_on(page, *image_paths[:2], letter)
+    assert 'unknown image format' in page.inner_text('.result.error')
     first = page.locator('.result').first
-    image, button = first.locator('img'), first.locator('button')
-    assert 'grade' in first.locator('h2').inner_text() and 'Prediction set' in first.inner_text()
-    original = image.get_attribute('src')
-    button.click()
-    assert image.get_attribute('src') != original and button.get_attribute('aria-pressed') == 'true'
-    with page.expect_download() as download: page.click('#csv')
-    text = Path(download.value.path()).read_text()
-    assert text.startswith('file,score,grade') and len(text.splitlines()) == 4 and 'letter.png' in text
+    assert first.locator('h3').inner_text() in WORDS[:-1]
+    text = download(page, '#csv')
+    assert text.splitlines()[0] == ','.join(COLUMNS) and len(text.splitlines()) == 4 and 'letter.png' in text
     assert page.evaluate('document.documentElement.scrollWidth') <= width
     folder = os.environ.get('SHOTS', str(tmp_path))
     page.screenshot(path=f'{folder}/serve-{width}.png', full_page=True)
     page.click('#clear')
-    assert page.locator('.result').count() == 0 and not errors
-    assert all(url.startswith((server_url, 'data:', 'blob:')) for url in requests)
-    page.close()
+    assert page.locator('.result').count() == 0
+
+
+@pytest.mark.browser
+def test_the_saved_csv_holds_the_rows_of_predict(clinic, image_paths, toy, tmp_path):
+    page = clinic()
+    grade_on(page, *image_paths[:4])
+    (tmp_path / 'page.csv').write_text(download(page, '#csv'))
+    load_grader(toy).predict(image_paths[:4]).to_csv(tmp_path / 'predict.csv', index=False, float_format='%.4f')
+    saved, expected = pd.read_csv(tmp_path / 'page.csv'), pd.read_csv(tmp_path / 'predict.csv')
+    assert list(saved) == list(expected)
+    for column in COLUMNS:
+        if column == 'file': continue
+        if pd.api.types.is_float_dtype(expected[column]):
+            assert np.allclose(saved[column], expected[column], atol=2e-3, equal_nan=True), column
+        else: assert saved[column].fillna('').tolist() == expected[column].fillna('').tolist(), column
+    record = json.loads(download(page, '#json'))
+    assert [row['image_sha256'] for row in record['rows']] == saved.image_sha256.tolist()
+    assert record['rows'][0]['audit']['digests'] == load_grader(toy).model.digests
+
+
+def graded_row(page, **values):
+    "The texts of a card that the page draws for a row with these values"
+    row = dict(file='a.png', score=1.2, grade=1, grade_name='mild', decision='do not refer', referable='no',
+               sight_threatening='no', referable_high_specificity='', p_referable=.2, p_sight_threatening=.01, p_0=.3,
+               p_1=.5, p_2=.19, p_3=.005, p_4=.005, ungradable='', score_sd=.1, grade_low=1, grade_high=1, flags='',
+               image_sha256='0', error='') | values
+    return page.evaluate('''row => {
+        const card = createCard({ id: 99, row });
+        document.body.append(card);
+        const text = card.innerText + ' ' + card.querySelector('.score')?.ariaLabel;
+        card.remove();
+        return text; }''', row)
+
+
+@pytest.mark.browser
+def test_a_card_says_what_the_decision_rests_on(clinic):
+    page = clinic()
+    point = page.evaluate("about.operating_points.find(o => o.name == 'referable').threshold")
+    plain = graded_row(page)
+    assert plain.startswith('Do not refer') and 'Mild (grade 1)' in plain and '20\u00a0%' in plain
+    assert f'refer from {point:.2f}' in plain and 'score 1.20' in plain and 'aution' not in plain
+    assert 'Uncertain: prediction set reaches grade 2.' in graded_row(page, grade_high=2)
+    assert 'below the operating point: the decision counts' in graded_row(page, grade=2, grade_name='moderate')
+    referred = graded_row(page, decision='refer', referable='yes')
+    assert referred.startswith('Refer') and 'has reached the operating point: the decision counts' in referred
+    uncertain = graded_row(page, decision='uncertain: refer', referable='yes', grade_high=3)
+    assert uncertain.startswith('Uncertain: refer') and 'prediction set: grades 1 to 3' in uncertain
+    assert 'At high specificity: do not refer.' in graded_row(page, referable_high_specificity='no')
+    assert 'robability' not in graded_row(page, p_referable=None, p_sight_threatening=None, p_0=None)
+    ungradable = graded_row(page, decision='not gradable', ungradable='blurred', grade=None, grade_low=None)
+    assert ungradable.startswith('Not gradable: re-photograph') and 'No grade: blurred.' in ungradable
+
+
+@pytest.mark.browser
+def test_eyes_are_paired_sorted_and_filtered(clinic, pair_of_eyes):
+    page = clinic()
+    grade_on(page, *pair_of_eyes)
+    assert page.is_checked('#pair')
+    headings = page.locator('.patient header h2').all_inner_texts()
+    assert headings == ['Patient 12', 'Patient 13']
+    pair = page.locator('.patient').first
+    assert pair.locator('.file').all_inner_texts() == ['12_right.png', '12_left.png']      # as if facing the patient
+    assert 'missing: left eye' in page.locator('.patient').nth(1).locator('header').inner_text()
+    assert page.locator('#summary button').first.inner_text().split() == ['5', 'All']
+    assert '6 images' in page.inner_text('#summary')
+    rows = download(page, '#patients_csv').splitlines()
+    assert rows[0].startswith('patient,images,left_grade') and len(rows) == 6
+    page.uncheck('#pair')
+    page.wait_for_selector('.patient', state='detached')
+    assert page.locator('#summary button').first.inner_text().split() == ['6', 'All']
+    page.select_option('#sort', 'file')
+    page.wait_for_timeout(300)
+    files = page.locator('.file').all_inner_texts()
+    assert files == ['12_left.png', '12_right.png', '13_OD.png', 'letter.png', 'noise.png', 'other.png']
+    page.select_option('#sort', 'decision')
+    page.wait_for_timeout(300)
+    places = [WORDS.index(text) for text in page.locator('.result h3').all_inner_texts()]
+    assert places == sorted(places)
+    page.get_by_role('button', name='Errors').click()
+    page.wait_for_timeout(300)
+    assert page.locator('.file').all_inner_texts() == ['letter.png']
+    page.get_by_role('button', name='All').click()
+    page.fill('#search', '12_')
+    page.wait_for_timeout(300)
+    assert page.locator('.result').count() == 2
+
+
+@pytest.mark.browser
+def test_results_survive_a_reload_until_they_are_cleared(clinic, pair_of_eyes):
+    page = clinic()
+    grade_on(page, *pair_of_eyes)
+    texts, csv = page.locator('.result h3').all_inner_texts(), download(page, '#csv')
+    page.reload()
+    page.wait_for_selector('.result')
+    assert page.locator('.result h3').all_inner_texts() == texts and download(page, '#csv') == csv
+    assert page.locator('.result img').count() == 5                    # all but the letter
+    page.click('#clear')
+    page.reload()
+    page.wait_for_timeout(300)
+    assert page.locator('.result').count() == 0
+    assert page.evaluate("Object.keys(sessionStorage).filter(key => /result|image|model/.test(key))") == []
+
+
+@pytest.mark.browser
+def test_results_of_another_model_are_not_mixed_with_new_ones(clinic, pair_of_eyes):
+    page = clinic()
+    grade_on(page, pair_of_eyes[0])
+    page.evaluate('''const kept = JSON.parse(sessionStorage.getItem('model')); kept.digests.model = 'other';
+        sessionStorage.setItem('model', JSON.stringify(kept))''')
+    page.reload()
+    page.wait_for_selector('.result')
+    assert 'another model' in page.inner_text('#notice') and page.is_disabled('#files')
+    page.click('#clear')
+    assert not page.is_visible('#notice') and page.is_enabled('#files')
+
+
+@pytest.mark.browser
+def test_the_queue_stops_after_the_image_at_work(clinic, image_paths):
+    page = clinic()
+    page.route('**/api/predict', lambda route: (page.wait_for_timeout(150), route.continue_()))
+    page.set_input_files('#files', image_paths[:8])
+    page.wait_for_selector('.result')
+    page.click('#cancel')
+    page.wait_for_selector('#busy', state='hidden')
+    page.wait_for_timeout(400)
+    n = page.locator('.result').count()
+    assert 1 <= n < 8 and f'{8 - n} images of 8 not graded' in page.inner_text('#status')
+    page.unroute('**/api/predict')
+    grade_on(page, image_paths[0])
+    assert page.locator('.result').count() == n + 1
+
+
+@pytest.mark.browser
+def test_the_keyboard_moves_shows_heat_maps_and_enlarges(clinic, image_paths):
+    page = clinic()
+    grade_on(page, *image_paths[:3])
+    def focused(): return page.evaluate("document.activeElement.querySelector('.file')?.textContent")
+    names = [Path(p).name for p in image_paths[:3]]
+    page.keyboard.press('j')
+    assert focused() == names[0]
+    page.keyboard.press('j')
+    page.keyboard.press('ArrowDown')
+    assert focused() == names[2]
+    page.keyboard.press('k')
+    assert focused() == names[1]
+    card = page.locator('.result').nth(1)
+    if card.locator('.heatmap').count():
+        page.keyboard.press('h')
+        card.locator('canvas').wait_for()
+        assert 'raises the score more' in card.inner_text()
+        card.locator('.strength').fill('20')
+        assert card.locator('canvas').evaluate('node => getComputedStyle(node).opacity') == '0.2'
+        card.focus()
+    page.keyboard.press('z')
+    page.wait_for_selector('#zoom[open]')
+    assert names[1] in page.inner_text('#zoom_title') and page.inner_text('#zoom_factor') == '100 %'
+    page.keyboard.press('+')
+    assert page.inner_text('#zoom_factor') == '140 %'
+    page.keyboard.press('0')
+    page.mouse.move(500, 400)
+    page.mouse.wheel(0, -400)
+    page.wait_for_timeout(100)
+    assert int(page.inner_text('#zoom_factor').split()[0]) > 200
+    before = page.evaluate('view.x')
+    page.mouse.down()
+    page.mouse.move(560, 400)
+    page.mouse.up()
+    assert page.evaluate('view.x') == pytest.approx(before + 60, abs=2)
+    page.keyboard.press('Escape')
+    page.wait_for_selector('#zoom', state='hidden')
+    assert focused() == names[1]
+    page.keyboard.press('?')
+    assert page.is_visible('#help')
+    page.keyboard.press('Escape')
+    page.locator('.frame').first.click()
+    page.wait_for_selector('#zoom[open]')
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize('name, patient, eye', [
+    ('12_left.jpeg', '12', 'left'), ('P003-OD.png', 'P003', 'OD'), ('1234R.jpg', '1234', 'R'),
+    ('a b right-2.png', 'a b', 'right'), ('IMG_l', 'IMG', 'l'), ('smoker.jpg', '', ''), ('doctor.png', '', ''),
+    ('00cb6555d108.png', '', '')])
+def test_patients_and_eyes_in_file_names(clinic, name, patient, eye):
+    page = clinic()
+    assert page.evaluate('name => parse(PATTERNS[0], name)', name) == dict(patient=patient, eye=eye)
 
 
 def test_images_at_work_are_bounded_before_they_are_graded(toy):
-    queue = serve.BatchingQueue(load_grader(toy))
+    queue = batching.BatchingQueue(load_grader(toy))
     with contextlib.ExitStack() as requests:
-        for _ in range(serve.MAX_PENDING // 20):
+        for _ in range(batching.MAX_PENDING // 20):
             received = requests.enter_context(queue.reserve(1000))
             received(20)
-        assert queue.pending == serve.MAX_PENDING
-        with pytest.raises(serve.RequestError) as e: requests.enter_context(queue.reserve(1000))
+        assert queue.pending == batching.MAX_PENDING
+        with pytest.raises(web.RequestError) as e: requests.enter_context(queue.reserve(1000))
         assert e.value.status == 503
     assert queue.pending == queue.held == 0
-    with contextlib.suppress(serve.RequestError), queue.reserve(1000) as received:
-        received(serve.MAX_PENDING + 1)
+    with contextlib.suppress(web.RequestError), queue.reserve(1000) as received:
+        received(batching.MAX_PENDING + 1)
         pytest.fail('too many images in one request')
     assert queue.pending == queue.held == 0

@@ -1,0 +1,53 @@
+"The request log of `serve --log FILE`: one line of JSON for each request, never an image."
+import json
+import os
+from datetime import UTC, datetime
+from http import HTTPStatus
+from pathlib import Path
+
+from aptos_fastai.common.io import AptosError
+from aptos_fastai.common.privacy import patient_data
+
+LOGGED = 'image_sha256', 'grade', 'decision', 'score', 'ungradable', 'flags', 'error'     # of each image
+AUDITED = 'aptos_fastai', 'backend', 'precision', 'prevalence'                            # of each request
+DIGITS = 4                                   # of a score
+
+
+class RequestLog:
+    """Append a line for each request of `/api/predict` to a file. Raises `AptosError` if it cannot be written.
+
+    Only its owner may read it. A line is written at once, so that several servers may share a file.
+    """
+    def __init__(self, file: str, names: bool = False):
+        self.file, self.names = Path(file), names
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        try: self._fd = os.open(self.file, flags, 0o600)
+        except OSError as e:
+            raise AptosError(f'--log {file}: cannot write this file ({e.strerror}). Choose another one.') from None
+
+    def describe(self) -> str:
+        "Return the line that says where the log goes and what it holds"
+        names = 'file names, ' if self.names else ''
+        return 'request log -> ' + patient_data(
+            self.file, f'times and, for each image, {names}SHA-256, grade, decision and score, but no image')
+
+    def write(self, audit: dict, status: int, seconds: float, rows: list[dict]) -> None:
+        "Append the line of a request. Raises `OSError`"
+        os.write(self._fd, (json.dumps(self.record(audit, status, seconds, rows)) + '\n').encode())
+
+    def record(self, audit: dict, status: int, seconds: float, rows: list[dict]) -> dict:
+        "Return what is logged of a request: `audit` of its grader, HTTP status, duration, its rows"
+        time = datetime.now(UTC).isoformat(timespec='milliseconds')
+        failed = {} if status < 400 else dict(error=HTTPStatus(status).phrase)
+        model = dict(model=audit['digests']['model'], name=audit['model'], **{key: audit[key] for key in AUDITED})
+        return dict(time=time, status=status, **failed, images=len(rows), seconds=round(seconds, 3), **model,
+                    results=[self._image(row) for row in rows])
+
+    def _image(self, row: dict) -> dict:
+        logged = {key: row[key] for key in LOGGED}
+        if logged['score'] is not None: logged['score'] = round(float(logged['score']), DIGITS)
+        return dict(file=row['file'], **logged) if self.names else logged
+
+    def close(self) -> None:
+        "Close the file"
+        os.close(self._fd)
