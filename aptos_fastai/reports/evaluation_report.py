@@ -5,16 +5,26 @@ import pandas as pd
 from aptos_fastai.common.console import say, table
 from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.io import file_hash, write_csv, write_record
+from aptos_fastai.decisions import LEVELS, OperatingPoint
 from aptos_fastai.inference.evaluate import Evaluation, differences_text
 from aptos_fastai.inference.grade_files import safe_cell
 from aptos_fastai.inference.measures import EVALUATION, HTML, PREDICTIONS
 from aptos_fastai.inference.model_spec import SYNTHETIC_MODEL
 from aptos_fastai.inference.subgroups import ALPHA, MIN_IMAGES
 from aptos_fastai.metrics import REFERABLE
-from aptos_fastai.pipeline.summary import SETS_CONDITION, interval_text
+from aptos_fastai.pipeline.summary import SETS_CONDITION
 from aptos_fastai.reports import plots
+from aptos_fastai.reports.grade_report import recall_figure
 from aptos_fastai.reports.html import Bar, Figure, Section, Table, write_html
-from aptos_fastai.reports.run_report import figure, percent, thresholds_text
+from aptos_fastai.reports.parts import card, figure, measure_text, percent, thresholds_text
+from aptos_fastai.reports.referral_report import (
+    brier_table,
+    decision_curve_section,
+    level_text,
+    reliability_figures,
+    rules,
+    threshold_figure,
+)
 
 IN_SAMPLE = 'in-sample: the best thresholds for these very images, a bound that no other thresholds exceed'
 LARGEST_ERRORS = 12
@@ -30,13 +40,6 @@ def write_evaluation(evaluation: Evaluation) -> None:
 
 
 # Texts
-
-def measure_text(measure: dict, over: str = '') -> str:
-    "Return a metric as text, '0.833 (0.80–0.86)', or why it is undefined"
-    if measure['value'] is None: return f'undefined: {measure["reason"]}'
-    if measure['interval'] is None: return f'{measure["value"]:.3f}'
-    return interval_text(measure['value'], measure['interval'], over)
-
 
 def images_text(record: dict) -> str:
     "Return which images are evaluated: '300 of 302 images; left out: 2 that cannot be read'"
@@ -74,7 +77,7 @@ def prevalence_text(record: dict) -> str:
 
 def metric_rows(record: dict) -> list[tuple[str, dict]]:
     "Return the metrics of the terminal and the report: label and measure"
-    kappa, programme = record['kappa'], record['referral']['grade_or_ungradable']
+    kappa, programme = record['kappa'], record['referral']['programme']
     rows = [('kappa, thresholds as deployed, all images', kappa['deployed']),
             ('kappa of the images that the gate accepts', kappa['accepted']),
             ('kappa, midpoints 0.5 1.5 2.5 3.5', kappa['midpoints']),
@@ -84,7 +87,7 @@ def metric_rows(record: dict) -> list[tuple[str, dict]]:
         name = f'{key.replace("_", "-")} (grade ≥ {part["lowest_grade"]})'
         rows += [(f'AUC, {name}', part['auc']), (f'sensitivity, {name}', part['sensitivity']),
                  (f'specificity, {name}', part['specificity'])]
-    rows += [(f'{name}, refer if grade ≥ {REFERABLE} or ungradable', programme[name.lower()])
+    rows += [(f'{name}, all rules: operating point or ungradable', programme[name.lower()])
              for name in ('sensitivity', 'specificity', 'PPV', 'NPV')]
     return [*rows, ('coverage of prediction sets', record['prediction_sets']['coverage']),
             ('their mean size, of 5 grades', record['prediction_sets']['mean_size']),
@@ -116,9 +119,10 @@ def write_report(evaluation: Evaluation) -> None:
     record, df = evaluation.record, evaluated(evaluation)
     model, name = record['model'], record['table']['name']
     sections = [Section('Kappa', kappa_section(record)),
-                Section('Detection', detection_section(record, df)),
+                Section('Detection', detection_section(record, df), grid=True),
                 Section('Confusion matrix and per-grade recall', grade_section(record, df), grid=True),
-                Section('Calibration', calibration_section(record, df), grid=True),
+                *probability_sections(record, df),
+                Section('Calibration of the score', calibration_section(record, df), grid=True),
                 Section('Prediction sets', set_section(record)),
                 Section('Ungradable images', gate_section(record)),
                 Section('Subgroups', subgroup_section(record)),
@@ -129,8 +133,8 @@ def write_report(evaluation: Evaluation) -> None:
         f'{images_text(record)}.', own_kappa_text(record), DISCLAIMER])
     warnings = [*record['warnings'], *(f'{text} (of the model)' for text in model['warnings'])]
     write_html(evaluation.folder / HTML, 'evaluation.html', title=f'{model["name"]} on {name}: evaluation', note=note,
-               warning=SYNTHETIC_MODEL if record['synthetic'] else '', cards=cards(record), warnings=warnings,
-               sections=sections)
+               warning=SYNTHETIC_MODEL if record['synthetic'] else '', cards=cards(record), facts=facts(record),
+               warnings=warnings, sections=sections)
 
 
 def evaluated(evaluation: Evaluation) -> pd.DataFrame:
@@ -145,16 +149,21 @@ def cards(record: dict) -> list[tuple[str, str]]:
     "Return the (figure, label) pairs at the top"
     over, referable, gate = record['table']['grouped_by'], record['referable'], record['gate']['rejected']
     kappa, sets = record['kappa']['deployed'], record['prediction_sets']
-    def parts(measure: dict, label: str) -> tuple[str, str]:
-        if measure['value'] is None: return 'none', f'{label}: {measure["reason"]}'
-        value, _, interval = measure_text(measure, over).partition(' ')
-        return value, f'{label} {interval}'
-    return [parts(kappa, f'quadratic weighted kappa, n = {kappa["images"]}'),
-            parts(referable['auc'], f'AUC, referable DR (grade ≥ {REFERABLE})'),
-            parts(referable['sensitivity'], 'sensitivity, referable DR'),
-            parts(referable['specificity'], 'specificity, referable DR'),
-            parts(gate, 'share rejected by the gate'),
-            parts(sets['coverage'], f'coverage of the {percent(sets["target"])} prediction sets')]
+    return [card(kappa, 'quadratic weighted kappa', over),
+            card(referable['auc'], f'AUC, referable DR (grade ≥ {REFERABLE})', over),
+            card(referable['sensitivity'], f'sensitivity, {rule_text("operating_point", record)}', over),
+            card(referable['specificity'], f'specificity, {rule_text("operating_point", record)}', over),
+            card(gate, 'share rejected by the gate', over),
+            card(sets['coverage'], f'coverage of the {percent(sets["target"])} prediction sets', over)]
+
+
+def facts(record: dict) -> list[tuple[str, str]]:
+    "Return what the figures belong to: date, model and its digest, thresholds, version"
+    model = record['model']
+    return [('evaluated', record['date']), ('table', record['table']['name']),
+            ('model', f'{model["name"]}, digest {model["key"]}'),
+            ('thresholds of the grades', thresholds_text(model['thresholds'])),
+            ('evaluated by', f'aptos_fastai {record["aptos_fastai"]}')]
 
 
 def _intervals(record: dict) -> str: return f'95 % CI over {record["table"]["grouped_by"]}'
@@ -183,16 +192,45 @@ def detection_section(record: dict, df: pd.DataFrame) -> list[Figure | Table | s
              *(measure_text(o[key]) for key in ('auc', 'sensitivity', 'specificity'))]
             for name, o in zip(('referable', 'sight-threatening'), parts, strict=True)]
     keys = 'sensitivity', 'specificity', 'ppv', 'npv', 'referred'
-    rules = {f'grade ≥ {REFERABLE}': record['referral']['grade'],
-             f'grade ≥ {REFERABLE} or ungradable': record['referral']['grade_or_ungradable']}
+    rules = {rule_text(name, record): o for name, o in record['referral'].items()}
     over = f'In parentheses: {_intervals(record)}'
-    return [Table(['retinopathy', 'images with it', 'images', 'AUC', 'sensitivity', 'specificity'], rows,
-                  f'By the thresholds as deployed; every image counts. {over}. Macular oedema is not graded.'),
+    return [*points_table(record),
+            Table(['retinopathy', 'images with it', 'images', 'AUC', 'sensitivity', 'specificity'], rows,
+                  f'By the operating points as deployed, without the gate. {over}. Macular oedema is not graded.',
+                  whole=True),
             Table(['refer if', *('PPV' if k == 'ppv' else 'NPV' if k == 'npv' else k for k in keys)],
                   [[rule, *(measure_text(o[key]) for key in keys)] for rule, o in rules.items()],
                   f'PPV and NPV by Bayes at a prevalence of referable retinopathy of {prevalence_text(record)}; their '
-                  'intervals have the ends of those of sensitivity and specificity. referred: share of these images.'),
+                  'intervals have the ends of those of sensitivity and specificity. referred: share of these images.',
+                  whole=True),
             *_roc(df, record)]
+
+
+def points_table(record: dict) -> list[Table | str]:
+    "Return the operating points: what they promise by the model's own images, and what they do here"
+    points = record['model']['operating_points']
+    here = {level: [record[name]] for level, name in LEVELS.items()}           # of the first point of each level …
+    here[REFERABLE].append(record['referral'].get('high_specificity'))         # … and of the second
+    rows = []
+    for o in points:
+        found = here[o['lowest_grade']].pop(0) if here[o['lowest_grade']] else None
+        if not found: continue
+        figures = [measure_text(of[key]) for key in ('sensitivity', 'specificity') for of in (o, found)]
+        rows.append([level_text(o['lowest_grade']), f'score ≥ {o["threshold"]:.2f}', *figures])
+    if not rows: return ['The model has no operating point: it refers by its grades.']
+    return [Table(['detects', 'positive if', 'sensitivity of\nthe model', 'sensitivity\nhere',
+                   'specificity of\nthe model', 'specificity\nhere'], rows,
+                  'Of the model: cross-fitted on its validation images. Here: this table. In parentheses: '
+                  f'{_intervals(record)} (Wilson).', whole=True)]
+
+
+def rule_text(name: str, record: dict) -> str:
+    "Return in words which images a rule of `referral` refers"
+    referable = [o for o in record['model']['operating_points'] if o['lowest_grade'] == REFERABLE]
+    by_score = f'score ≥ {referable[0]["threshold"]:.2f}' if referable else f'grade ≥ {REFERABLE}'
+    return dict(grade=f'grade ≥ {REFERABLE}', operating_point=by_score,
+                programme=f'{by_score}, uncertain or ungradable',
+                high_specificity=f'score ≥ {referable[-1]["threshold"]:.2f}' if referable else '')[name]
 
 
 def _roc(df: pd.DataFrame, record: dict) -> list[Figure]:
@@ -201,22 +239,39 @@ def _roc(df: pd.DataFrame, record: dict) -> list[Figure]:
     area, found = record['referable']['auc'], record['referable']
     if area['value'] is None: return []
     fpr, tpr, _ = roc_curve(df.diagnosis >= REFERABLE, df.score)
-    point = 1 - found['specificity']['value'], found['sensitivity']['value'], f'grade ≥ {REFERABLE}'
-    return [figure(f'ROC curve of referable DR: AUC {measure_text(area)}', plots.roc_curve(fpr, tpr, [point]),
-                   'The dot: the thresholds as deployed.')]
+    rates = {'operating_point': found} | {name: record['referral'][name] for name in ('high_specificity', 'grade')
+                                          if name in record['referral']}
+    points = [plots.RocPoint(o['specificity'], o['sensitivity'], rule_text(name, record)) for name, o in rates.items()]
+    return [figure(f'ROC curve of referable DR: AUC {measure_text(area)}', plots.roc_curve(fpr, tpr, points),
+                   f'The marks: rules as deployed, with their {_intervals(record)} (Wilson).'),
+            threshold_figure(df, [OperatingPoint(**o) for o in record['model']['operating_points']], 'Scores')]
+
+
+def probability_sections(record: dict, df: pd.DataFrame) -> list[Section]:
+    "Return the sections on the probabilities of the model, and its decision curve; nothing if it has none"
+    found = record['probabilities']
+    if not found: return []
+    p = {name: df[f'p_{name}'].astype(float).to_numpy() for name in found}
+    over = record['table']['grouped_by']
+    referred = rules(p['referable'], called_by_score(record, df), rule_text('operating_point', record))
+    return [Section('Probabilities', [brier_table(found, over), *reliability_figures(df, p, over)], grid=True),
+            Section('Decision curve', decision_curve_section(
+                referred, df.diagnosis, 'Probabilities and rules as deployed, without the gate.'), grid=True)]
+
+
+def called_by_score(record: dict, df: pd.DataFrame) -> pd.Series:
+    "Return which images the operating point calls referable; without one, those of grade 2 and above"
+    first = next((o for o in record['model']['operating_points'] if o['lowest_grade'] == REFERABLE), None)
+    return df.score >= first['threshold'] if first else df.grade >= REFERABLE
 
 
 def grade_section(record: dict, df: pd.DataFrame) -> list[Figure]:
     "Return the confusion matrix and the recall of each grade"
     recall = record['recall']
     n = len(df)
-    intervals = [o['interval'] or (np.nan, np.nan) for o in recall]
-    values = [np.nan if o['value'] is None else o['value'] for o in recall]
     return [figure(f'Confusion matrix, n = {n} images', plots.confusion_matrix(np.array(record['confusion'])),
                    'Number of images and proportion of the true grade (row).'),
-            figure(f'Per-grade recall, n = {n} images',
-                   plots.recall_bars(values, intervals, [o['images'] for o in recall]),
-                   f'Proportion of each true grade that is predicted correctly. Lines: {_intervals(record)} (Wilson).')]
+            recall_figure(recall, n, record['table']['grouped_by'])]
 
 
 def calibration_section(record: dict, df: pd.DataFrame) -> list[Figure]:

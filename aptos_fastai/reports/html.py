@@ -10,10 +10,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from aptos_fastai.common.io import write_bytes
+from aptos_fastai.reports.colours import GRADES_DARK, GRADES_LIGHT
 
 _environment = Environment(loader=PackageLoader('aptos_fastai.reports'),
                            autoescape=select_autoescape(['html']), undefined=StrictUndefined,
                            trim_blocks=True, lstrip_blocks=True)
+_environment.globals['grade_colours'] = list(zip(GRADES_LIGHT, GRADES_DARK, strict=True))
 
 
 @dataclass
@@ -22,6 +24,7 @@ class Table:
     columns: list[str]
     rows: list[list]
     caption: str = ''
+    whole: bool = False                      # as wide as the page, in a section whose parts stand side by side
 
 
 @dataclass
@@ -36,6 +39,7 @@ class Figure:
     title: str
     svg: Markup
     caption: str = ''
+    whole: bool = False
 
 
 @dataclass
@@ -59,6 +63,12 @@ def data_uri(im: np.ndarray, quality: int = 85) -> str:
     "Return the uint8 RGB image as the data URI of a JPEG of `quality` 0-100."
     jpeg = cv2.imencode('.jpg', im[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
     return 'data:image/jpeg;base64,' + base64.b64encode(jpeg.tobytes()).decode()
+
+
+def png_uri(im: np.ndarray) -> str:
+    "Return the uint8 grey image (height, width) as the data URI of a PNG."
+    png = cv2.imencode('.png', im, [cv2.IMWRITE_PNG_COMPRESSION, 9])[1]
+    return 'data:image/png;base64,' + base64.b64encode(png.tobytes()).decode()
 
 
 def embed_image(im: np.ndarray, alt: str, quality: int = 85) -> EmbeddedImage:

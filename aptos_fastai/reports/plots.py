@@ -2,6 +2,7 @@
 import io
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -15,10 +16,11 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 from aptos_fastai.metrics import GRADES
+from aptos_fastai.reports.colours import BLUE, GRADES_LIGHT, GREEN, ORANGE, RED
 
 INK = '#010203'                              # replaced by `currentColor`
-GRADE_COLOURS = ('#3b82c4', '#35a79c', '#d8a31a', '#e8743b', '#c93a5b')
-BLUE, GREEN, ORANGE, RED = (GRADE_COLOURS[i] for i in (0, 1, 3, 4))
+PAGE_INK = '#010209'                         # replaced by the colour of the page
+GRADE_INKS = tuple(f'#01020{4 + grade}' for grade in range(GRADES))            # replaced by the colours of the page
 PIXELS_PER_INCH = 125
 WIDE = 900                                   # pixels: on a phone, a figure wider than this scrolls
 MIN_WIDTH = 680                              # and does not shrink further
@@ -62,6 +64,8 @@ def to_svg(fig: Figure, title: str) -> Markup:
     fig.savefig(buffer, format='svg', metadata={'Date': None})
     text = buffer.getvalue()
     text = text[text.index('<svg'):].replace(INK, 'currentColor')
+    text = text.replace(PAGE_INK, 'var(--page, #fff)')
+    for grade, ink in enumerate(GRADE_INKS): text = text.replace(ink, f'var(--grade-{grade}, {GRADES_LIGHT[grade]})')
     text = re.sub(r'<metadata>.*?</metadata>|<style type="text/css">.*?</style>', '', text, flags=re.S)
     for size in ('width', 'height'):
         text = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r'\1', text, count=1)
@@ -83,7 +87,10 @@ def interval_dots(names: Sequence[str], values: Sequence[float], intervals: Arra
         ax.annotate(f'{value:.3f}', (right, row), (5, 0), textcoords='offset points', va='center')
     ax.set_yticks(y, names)
     ax.set_xlabel(label)
-    ax.set_xlim(max(-1, low.min() - .05), min(1.08, high.max() + .1))
+    span = max(high.max() - low.min(), .05)
+    left, right = max(-1.02, low.min() - .15 * span), high.max() + .3 * span                # room for the numbers
+    ax.set_xticks([tick for tick in MaxNLocator(6).tick_values(left, right) if left <= tick <= min(right, 1)])
+    ax.set_xlim(left, right)
     ax.set_ylim(-.6, len(names) - .4)
     return fig
 
@@ -109,27 +116,86 @@ def recall_bars(recall: ArrayLike, intervals: ArrayLike, counts: Sequence[int]) 
     "Draw the recall of each grade (5,), its interval (5, 2) and the number of images (5,)."
     fig, ax = subplots(4.6, 3.4)
     x = np.arange(GRADES)
-    ax.bar(x, np.nan_to_num(recall), .62, color=GRADE_COLOURS, alpha=.85)
+    ax.bar(x, np.nan_to_num(recall), .62, color=GRADE_INKS)
     low, high = np.array(intervals).T
+    ax.vlines(x, low, high, color=PAGE_INK, lw=3.4)                    # a rim, so that it shows on a dark bar
     ax.vlines(x, low, high, color=INK, lw=1.3)
     ax.set_xticks(x, [f'{grade}\nn = {n}' for grade, n in enumerate(counts)])
     ax.set(ylim=(0, 1), xlabel='true grade', ylabel='recall')
     return fig
 
 
+@dataclass
+class RocPoint:
+    "An operating point on a ROC curve; the intervals are those of specificity and sensitivity."
+    specificity: dict
+    sensitivity: dict
+    label: str
+
+
 @styled
-def roc_curve(fpr: ArrayLike, tpr: ArrayLike, points: Sequence[tuple[float, float, str]]) -> Figure:
-    "Draw the ROC curve and labelled operating points (1 - specificity, sensitivity, label)."
-    fig, ax = subplots(4.6, 3.7)
+def roc_curve(fpr: ArrayLike, tpr: ArrayLike, points: Sequence[RocPoint]) -> Figure:
+    "Draw the ROC curve and the operating points with their intervals, named in a legend."
+    fig, ax = subplots(4.6, 4.2)
     fpr, tpr = np.asarray(fpr), np.asarray(tpr)
     drawn = np.linspace(0, len(fpr) - 1, min(len(fpr), CURVE_POINTS)).astype(int)
     ax.plot([0, 1], [0, 1], color=INK, alpha=.3, lw=1)
     ax.plot(fpr[drawn], tpr[drawn], color=BLUE)
-    label_offsets = (-4, -16, -28)           # points; labels of close operating points do not overlap
-    for (x, y, label), dy in zip(points, label_offsets, strict=False):
-        ax.plot(x, y, 'o', color=RED, ms=5)
-        ax.annotate(label, (x, y), (10, dy), textcoords='offset points', va='top', fontsize=8.5)
+    for point, (marker, colour) in zip(points, zip('os^D', (RED, ORANGE, GREEN, INK), strict=True), strict=False):
+        x, y = 1 - point.specificity['value'], point.sensitivity['value']
+        across, up = point.specificity['interval'], point.sensitivity['interval']
+        if across: ax.hlines(y, 1 - across[1], 1 - across[0], color=colour, lw=1, alpha=.7)
+        if up: ax.vlines(x, *up, color=colour, lw=1, alpha=.7)
+        ax.plot(x, y, marker, color=colour, ms=5.5, ls='', label=point.label)
     ax.set(xlim=(-.02, 1.02), ylim=(-.02, 1.02), xlabel='1 - specificity', ylabel='sensitivity')
+    if points: ax.legend(loc='lower right', fontsize=8.5)
+    return fig
+
+
+@styled
+def threshold_curves(thresholds: ArrayLike, curves: dict[str, np.ndarray], points: dict[str, float]) -> Figure:
+    "Draw proportions (k,) against the score threshold (k,), and named operating points as vertical lines."
+    fig, ax = subplots(4.6, 4.4)
+    for (name, values), colour in zip(curves.items(), (BLUE, ORANGE, INK), strict=True):
+        ax.plot(thresholds, values, color=colour, label=name, lw=1.1 if colour == INK else 1.6)
+    for (name, threshold), dashes in zip(points.items(), ('--', ':', '-.', '-'), strict=False):
+        ax.axvline(threshold, color=RED, ls=dashes, lw=1.2, label=name)
+    ax.set(xlim=(np.min(thresholds), np.max(thresholds)), ylim=(-.02, 1.02), xlabel='referable if score ≥',
+           ylabel='proportion')
+    fig.legend(fontsize=8.5, loc='outside lower center', ncols=2)
+    return fig
+
+
+@styled
+def reliability(bins: Sequence[dict], p: ArrayLike, name: str) -> Figure:
+    """Draw the observed share against the mean predicted probability of each bin, with intervals.
+
+    `bins` are those of `decisions.reliability`, `p` (n,) the probabilities, whose histogram stands below.
+    """
+    fig, (ax, below) = subplots(4.6, 4.4, 2, 1, sharex=True, height_ratios=(4, 1))
+    x, y = ([o[key] for o in bins] for key in ('predicted', 'observed'))
+    low, high = np.array([o['interval'] for o in bins]).T
+    ax.plot([0, 1], [0, 1], color=INK, alpha=.3, lw=1)
+    ax.vlines(x, low, high, color=BLUE, lw=1.2)
+    ax.plot(x, y, 'o-', color=BLUE, ms=4.5)
+    ax.set(xlim=(-.02, 1.02), ylim=(-.02, 1.02), ylabel=f'observed share of {name}')
+    below.hist(np.asarray(p), np.linspace(0, 1, 21), color=INK, alpha=.45)
+    below.set(xlabel=f'predicted probability of {name}', ylabel='images')
+    below.yaxis.set_major_locator(MaxNLocator(2, integer=True))
+    return fig
+
+
+@styled
+def decision_curve(p: ArrayLike, benefits: dict[str, np.ndarray]) -> Figure:
+    "Draw the net benefit (k,) of each rule against the threshold probability `p` (k,)."
+    fig, ax = subplots(5.2, 4.2)
+    styles = zip((BLUE, RED, INK, INK, ORANGE), ('-', '-', '--', ':', '-.'), strict=True)
+    for (name, benefit), (colour, dashes) in zip(benefits.items(), styles, strict=False):
+        ax.plot(100 * np.asarray(p), benefit, color=colour, ls=dashes, label=name)
+    top = max(float(np.max(o)) for o in benefits.values())
+    ax.set(xlim=(0, 100 * np.max(p)), ylim=(-.12 * top - .01, 1.08 * top + .01))
+    ax.set(xlabel='threshold probability, %', ylabel='net benefit')
+    ax.legend(fontsize=8.5)
     return fig
 
 
@@ -158,10 +224,10 @@ def score_histograms(scores: ArrayLike, grades: ArrayLike, thresholds: Iterable[
     edges = np.linspace(min(-.5, scores.min()), max(4.5, scores.max()), 51)
     for grade, ax in enumerate(axes):
         of_grade = scores[grades == grade]
-        ax.hist(of_grade, edges, color=GRADE_COLOURS[grade], alpha=.85)
+        ax.hist(of_grade, edges, color=GRADE_INKS[grade])
         for t in thresholds: ax.axvline(t, color=INK, lw=1, ls='--', alpha=.65)
-        ax.set_ylabel(f'{grade}\nn = {len(of_grade)}', rotation=0, ha='right', va='center')
-        ax.yaxis.set_major_locator(MaxNLocator(2, integer=True))
+        ax.set_ylabel(f'grade {grade}\nn = {len(of_grade)}', rotation=0, ha='right', va='center')
+        ax.set_yticks([0, max(1, int(ax.get_ylim()[1]))])
     axes[-1].set_xlabel('score (number of images; one row per true grade; dashed: thresholds)')
     return fig
 
@@ -170,7 +236,7 @@ def score_histograms(scores: ArrayLike, grades: ArrayLike, thresholds: Iterable[
 def learning_curves(histories: dict[str, list[pd.DataFrame]]) -> Figure:
     "Draw loss, kappa and learning rate of each stage, one line per fold; `histories`: stage -> frames of history.csv."
     columns = len(histories)
-    fig, axes = subplots(max(3.4, 2.3 * columns), 5.4, 3, columns, sharex='col', squeeze=False)
+    fig, axes = subplots(max(min(7.1, 3.8 * columns), 2.3 * columns), 5.4, 3, columns, sharex='col', squeeze=False)
     for column, (stage, folds) in zip(axes.T, histories.items(), strict=True): _stage_curves(column, stage, folds)
     for ax, label in zip(axes[:, 0], ('loss', 'kappa', 'learning rate'), strict=True): ax.set_ylabel(label)
     return fig
@@ -186,24 +252,28 @@ def _stage_curves(axes: np.ndarray, stage: str, folds: list[pd.DataFrame]):
         loss_ax.plot(epoch, h.valid_loss, color=ORANGE, **line)
         kappa_ax.plot(epoch, h.kappa, color=GREEN, **line)
         kappa_ax.plot(epoch[h.kept], h.kappa[h.kept], 'o', color=RED, ms=4)
-        rate_ax.step(epoch, h.lr, where='mid', color=INK, lw=1.1)
+        rate_ax.stairs(h.lr, np.arange(len(h) + 1) + .5, baseline=None, color=INK, lw=1.1)
     losses = np.concatenate([h[key] for h in folds for key in ('valid_loss', 'train_loss')])
     loss_ax.set_title(stage)
     loss_ax.set_ylim(0, 1.1 * np.nanquantile(losses, .97))               # an outlier does not flatten the curves
-    rate_ax.set_xlabel('epoch')
-    rate_ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    kappas = np.concatenate([h.kappa for h in folds])
+    middle, half = (np.nanmin(kappas) + np.nanmax(kappas)) / 2, .55 * max(np.nanmax(kappas) - np.nanmin(kappas), .1)
+    kappa_ax.set_ylim(middle - half, middle + half)
+    rate_ax.set_ylim(0, 1.15 * max(h.lr.max() for h in folds) or 1)
+    rate_ax.set(xlabel='epoch', xlim=(.5, max(len(h) for h in folds) + .5))
+    rate_ax.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
     rate_ax.ticklabel_format(axis='y', style='sci', scilimits=(0, 0))
 
 
 @styled
 def grade_distribution(groups: dict[str, np.ndarray]) -> Figure:
     "Draw the proportion of each grade in each of `groups` (name -> grades)."
-    fig, ax = subplots(5.6, 3.2)
+    fig, ax = subplots(7.1, 2.8)
     width = .8 / len(groups)
     for i, (name, grades) in enumerate(groups.items()):
         shares = np.bincount(grades, minlength=GRADES)[:GRADES] / max(1, len(grades))
         x = np.arange(GRADES) + (i - (len(groups) - 1) / 2) * width
-        colour, alpha = (INK, .45) if i == 0 else (GRADE_COLOURS[i - 1], .85)
+        colour, alpha = (INK, .45) if i == 0 else ((BLUE, ORANGE)[i - 1], .85)
         ax.bar(x, shares, width * .92, color=colour, alpha=alpha, label=f'{name}, n = {len(grades)}')
     ax.set(xlabel='grade', ylabel='proportion of images', xticks=range(GRADES))
     ax.set_ylim(0, 1.3 * ax.get_ylim()[1])   # room for the legend

@@ -8,6 +8,7 @@ import pandas as pd
 from aptos_fastai.common.console import say
 from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.io import AptosError, write_bytes
+from aptos_fastai.common.privacy import patient_data
 from aptos_fastai.data.decode import decode
 from aptos_fastai.data.duplicates import duplicates_table
 from aptos_fastai.data.groups import patients_text
@@ -63,6 +64,7 @@ def inspect_table(run: Run, name: str, count: int):
     sheet = contact_sheet(strips)
     write_bytes(file.with_suffix('.png'), cv2.imencode('.png', sheet[..., ::-1])[1].tobytes())
     say(f'{name}: {len(chosen)} of {len(df)} images -> {file} and {file.with_suffix(".png").name}')
+    if not run.recipe.demo: say(patient_data(file.parent, f'embeds {len(chosen)} images and their ids'), 'dim')
 
 
 def understood(run: Run, name: str, df: pd.DataFrame) -> list[str]:

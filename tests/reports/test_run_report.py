@@ -11,6 +11,7 @@ import pytest
 from conftest import expect_error, toy_args
 
 from aptos_fastai.cli import main
+from aptos_fastai.inference.grader import load_grader
 from aptos_fastai.pipeline.summary import (
     EPOCH_CHOSEN,
     OUT_OF_FOLD,
@@ -20,11 +21,13 @@ from aptos_fastai.pipeline.summary import (
     interval_text,
 )
 from aptos_fastai.reports import plots
+from aptos_fastai.reports.conclusion import cards, conclusion
 from aptos_fastai.reports.shortcuts import forest_kappa
 
-HEADINGS = ['Results by stage', 'Kappa by cluster', 'Thresholds', 'Confusion matrix and per-grade recall',
-            'Referable DR (grade ≥ 2)', 'Calibration', 'Prediction sets', 'Learning curves', 'Shortcut check',
-            'Ungradable images', 'Tables', 'Largest errors', 'Most uncertain predictions', 'Settings and versions']
+HEADINGS = ['Confusion matrix and per-grade recall', 'Scores and grades', 'Prediction sets', 'Kappa by cluster',
+            'Referral', 'Probabilities', 'Decision curve', 'Results by stage', 'Thresholds', 'Learning curves',
+            'Shortcut check', 'Ungradable images', 'Tables', 'Largest errors', 'Most uncertain predictions',
+            'Settings and versions']
 
 
 @pytest.fixture(scope='module')
@@ -37,7 +40,9 @@ def test_report_has_every_section(html):
     assert len({anchor for anchor, _ in headings}) == len(HEADINGS)
     for text in ('SYNTHETIC', 'Out-of-fold quadratic weighted kappa', 'ROC curve: AUC', 'Per-grade recall',
                  'Learning curves', 'Grade distribution', 'empirical coverage\n(target 90 %)', 'mean set size',
-                 'with conflicting grades', 'sqr_mom'):
+                 'with conflicting grades', 'sqr_mom', 'Reliability, sight-threatening (grade ≥ 3)', 'Brier score',
+                 'Net benefit (Vickers and Elkin 2006)', 'How to read it', 'chosen for sensitivity 0.90',
+                 'counted by'):
         assert text in html, text
 
 
@@ -47,6 +52,38 @@ def test_report_begins_with_what_it_is(html):
                  'aptos_test (20 images)', OUT_OF_FOLD, PATIENTS_UNKNOWN,
                  'Research use only. Not a medical device.'):
         assert text in top, text
+
+
+def test_report_begins_with_its_conclusion_figures_and_model(toy, html):
+    summary = json.loads((toy / 'summary.json').read_text())
+    top = html[html.index('<h1>'):html.index('<nav>')]
+    sentences = re.findall(r'<p>(.*?)</p>', top[top.index('class=conclusion'):top.index('class=cards')])
+    assert sentences == conclusion(summary)
+    assert re.findall(r'<div class=card><b>(.*?)</b>', top) == [value for value, _ in cards(summary)]
+    for text in (load_grader(toy).model.key, summary['date'], 'settings-demo (settings.ini)', 'aptos_fastai'):
+        assert text in top, text
+
+
+def test_summary_holds_what_the_card_needs(toy):
+    summary = json.loads((toy / 'summary.json').read_text())
+    oof = pd.read_csv(toy / 'oof.csv')
+    valid = oof[oof.retrain_512.notna()]
+    final = next(s for s in summary['stages'] if s['stage'] == 'retrain_512')
+    for o in final['recall']:
+        of_grade = valid[valid.diagnosis == o['grade']]
+        assert o['images'] == len(of_grade)
+        if len(of_grade): assert o['value'] == pytest.approx((of_grade.retrain_512_grade == o['grade']).mean())
+    expected = pd.crosstab(valid.diagnosis, valid.retrain_512_grade).reindex(index=range(5), columns=range(5))
+    assert final['confusion'] == expected.fillna(0).astype(int).values.tolist()
+    tables = {o['table']: o for o in summary['tables']}
+    assert tables['aptos_train']['uses'] == ['training', 'validation'] and sum(tables['aptos_train']['grades']) == 60
+    assert tables['aptos_test']['uses'] == ['pseudo-labels', 'test'] and tables['aptos_test']['grades'] is None
+    errors = (valid.retrain_512 - valid.diagnosis).abs()[valid.retrain_512_grade != valid.diagnosis]
+    assert summary['largest_errors'][0]['id_code'] == valid.id_code[errors.idxmax()]
+    assert len(summary['largest_errors']) == min(12, len(errors))
+    sets = summary['prediction_sets']
+    assert sets['coverage']['images'] == len(valid) == sum(o['images'] for o in sets['by_grade'])
+    assert 1 <= sets['mean_size']['value'] <= 5
 
 
 def test_report_is_self_contained(html):
@@ -120,6 +157,30 @@ def test_report_opens_from_disk(toy, tmp_path, width):
     im = cv2.imread(str(screenshot))
     assert im.shape[1] == width
     assert im.std() > 10
+
+
+@pytest.mark.browser
+def test_nothing_is_cut_on_a_phone_and_on_paper(toy, tmp_path):
+    playwright = pytest.importorskip('playwright.sync_api')
+    chromium = shutil.which('chromium') or shutil.which('google-chrome')
+    if not chromium: pytest.skip('Chromium is not installed')
+    inner = """() => [...document.querySelectorAll('body *')].filter(e => !e.closest('.scroll') && !e.closest('svg')
+        && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))"""
+    clipped = """() => [...document.querySelectorAll('.scroll > *')]
+        .filter(e => e.scrollWidth > e.parentElement.clientWidth + 1).map(e => e.outerHTML.slice(0, 80))"""
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
+        page = browser.new_page(viewport=dict(width=390, height=800))
+        page.goto(f'file://{toy / "report.html"}')
+        assert page.evaluate('document.documentElement.scrollWidth') <= 390
+        assert page.evaluate(inner) == []
+        assert page.evaluate(clipped) != []                            # wide tables are there, and scroll …
+        assert page.locator('.wide').is_visible()                      # … and the page says so
+        page.set_viewport_size(dict(width=700, height=1000))           # the width of an A4 page without its margins
+        page.emulate_media(media='print')
+        assert page.evaluate(clipped) == []
+        assert page.evaluate(inner) == []
+        browser.close()
 
 
 def test_scores_csv_holds_prediction_sets_and_score_sd(toy):

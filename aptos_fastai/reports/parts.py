@@ -1,0 +1,43 @@
+"Texts and figures that all reports make in the same way."
+from collections.abc import Iterable
+
+from matplotlib.figure import Figure as Plot
+
+from aptos_fastai.decisions import OperatingPoint
+from aptos_fastai.pipeline.summary import interval_text
+from aptos_fastai.reports import plots
+from aptos_fastai.reports.html import Figure
+
+
+def figure(title: str, plot: Plot, caption: str = '', whole: bool = False) -> Figure:
+    "Return a plot with its title and caption, as SVG; `whole`: as wide as the page."
+    return Figure(title, plots.to_svg(plot, title), caption, whole)
+
+
+def percent(share: float) -> str:
+    "Return 0.153 as '15 %'."
+    return f'{100 * share:.0f} %'
+
+
+def thresholds_text(thresholds: Iterable[float]) -> str:
+    "Return the thresholds with two decimals, separated by spaces."
+    return ' '.join(f'{t:.2f}' for t in thresholds)
+
+
+def measure_text(measure: dict, over: str = '') -> str:
+    "Return a metric as text, '0.833 (0.80–0.86)', or why it is undefined."
+    if measure['value'] is None: return f'undefined: {measure["reason"]}'
+    if measure['interval'] is None: return f'{measure["value"]:.3f}'
+    return interval_text(measure['value'], measure['interval'], over)
+
+
+def chosen_for(point: OperatingPoint) -> str:
+    "Return how an operating point was chosen: 'chosen for sensitivity 0.90'."
+    return 'fixed in the recipe' if point.target == 'threshold' else f'chosen for {point.target_text}'
+
+
+def card(measure: dict, label: str, over: str = '') -> tuple[str, str]:
+    "Return the (figure, label) pair of a card: the value, and the label with interval and number of images."
+    if measure['value'] is None: return 'none', f'{label}: {measure["reason"]}'
+    value, _, interval = measure_text(measure, over).partition(' ')
+    return value, f'{label} {interval}, n = {measure["images"]}'.replace(' ,', ',')
