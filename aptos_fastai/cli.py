@@ -53,6 +53,8 @@ RunPath = Annotated[str, argument('RUN', 'A run folder <runs>/<recipe>, or a sta
 Model = Annotated[str, argument('MODEL', 'A bundle, a run folder <runs>/<recipe>, or a stage folder in it.')]
 Root = Annotated[str | None, typer.Option(
     metavar='FOLDER', help='Base folder of relative paths in a CSV. Default: the folder of the CSV.')]
+Deidentify = Annotated[bool, typer.Option(
+    '--deidentify', help='Leave ids, file names, patients and images out of what is written.')]
 Images = Annotated[list[str], argument('IMAGES', 'Files, folders, a glob in quotes, or a CSV that names files.')]
 
 
@@ -188,8 +190,9 @@ def main(argv: list[str] | None = None) -> None:
     "Run the command in `argv` (default: the program's arguments). Raises `SystemExit` if it fails"
     parser, program = typer.main.get_command(app), PROGRAM
     arguments = sys.argv[1:] if argv is None else argv
-    if arguments and arguments[0] in COMMANDS:     # parse its arguments alone: those of the program import pydantic
-        name, *arguments = arguments
+    name = arguments[0].replace('-', '_') if arguments else ''          # operating-point is operating_point
+    if name in COMMANDS:                     # parse its arguments alone: those of the program import pydantic
+        arguments = arguments[1:]
         parser, program = parser.commands[name], f'{PROGRAM} {name}'
     try: status = parser.main(args=arguments, prog_name=program, standalone_mode=False)
     except UsageError as e:
@@ -215,14 +218,14 @@ def program(version: Annotated[bool, typer.Option(
 
 
 @command
-def all(options: RunOptions) -> None:
+def all(options: RunOptions, deidentify: Deidentify = False) -> None:
     """Train every stage and write submission.csv. Finished stages are skipped.
 
     python run.py all
     python run.py all --data ~/kaggle --runs ~/aptos-runs
     """
     from aptos_fastai import commands
-    commands.run_all(options.load())
+    commands.run_all(options.load(), deidentify)
 
 
 Column = Annotated[str, typer.Option(metavar='COLUMN', help='Default: found by names and contents.')]
@@ -352,13 +355,49 @@ def predict(model: Model, images: Images,
             precision: Annotated[str, typer.Option(
                 metavar='NAME', help='f32 or bf16, which is faster on CPUs that support it.')] = 'f32',
             root: Root = None, overwrite: Annotated[bool, typer.Option(
-                '--overwrite', help='Replace the output if an earlier predict wrote it.')] = False) -> None:
-    """Grade new images with a trained model. Writes a CSV. An interrupted command resumes.
+                '--overwrite', help='Replace the output if an earlier predict wrote it.')] = False,
+            patient: Annotated[str, typer.Option(
+                metavar='COLUMN|PATTERN|dicom', help='Write patients.csv, too: a column of the CSV, a regular '
+                'expression with a group in parentheses for file names, or the DICOM tags. Default: these, if all '
+                'images have them.')] = '',
+            eye: Annotated[str, typer.Option(
+                metavar='COLUMN|PATTERN|dicom', help='The same for the eye: L, R, OS, OD, left, right.')] = '',
+            missing_eye: Annotated[str, typer.Option(
+                metavar='NAME', help='A patient with a missing or ungradable eye who is not referred. ungradable: is '
+                'not gradable; ignore: the other eye decides.')] = 'ungradable',
+            prevalence: Annotated[float | None, typer.Option(
+                metavar='P', help='Share of referable images where the model is used, 0 to 1: re-weights the '
+                'probabilities. Default: as validated, or [refer] prevalence.')] = None,
+            deidentify: Deidentify = False) -> None:
+    """Grade new images with a trained model. Writes a CSV and what made it. An interrupted command resumes.
 
     python run.py predict runs/one_table ~/clinic/images -o grades.csv
+    python run.py predict runs/one_table ~/clinic/images --patient "^(\\d+)_" --eye "_([LR])[.]"
     """
     from aptos_fastai.inference.grade_files import grade_files
-    grade_files(model, images, output, backend, precision, root=root, overwrite=overwrite)
+    from aptos_fastai.inference.patients import Choices
+    choices = Choices(patient, eye, missing_eye, deidentify)
+    grade_files(model, images, output, backend, precision, root=root, overwrite=overwrite, choices=choices,
+                prevalence=prevalence)
+
+
+@command
+def verify(model: Model, grades: Annotated[str, argument('GRADES', 'A CSV that `predict` wrote.')],
+           sample: Annotated[int, typer.Option(
+               metavar='N', help='Predict so many images again.', parser=whole_number)] = 20,
+           every: Annotated[bool, typer.Option('--all', help='Predict every image again.')] = False,
+           images: Annotated[list[str] | None, typer.Option(
+               metavar='IMAGES', help='The images as they were given to `predict`: a folder, a CSV, a file. May be '
+               'repeated. Default: the files that the column file names.')] = None,
+           root: Root = None) -> None:
+    """Check that predictions came from a model. Compares the model with the CSV's audit file, the rows with the model's
+    thresholds, and predicts a sample of the images again. Exit status 0 only if everything agrees.
+
+    python run.py verify runs/one_table grades.csv
+    python run.py verify runs/one_table/bundle grades.csv --images ~/clinic/images --all
+    """
+    from aptos_fastai.inference.verify import verify_grades
+    verify_grades(model, grades, None if every else sample, images or [], root)
 
 
 @command
@@ -382,14 +421,14 @@ def submit(options: RunOptions) -> None:
 
 
 @command
-def report(options: RunOptions) -> None:
+def report(options: RunOptions, deidentify: Deidentify = False) -> None:
     """Write report.html of a finished run again. Shows kappa, errors, ROC, calibration and learning curves; `all`
     writes it too.
 
     python run.py report
     """
     from aptos_fastai import commands
-    commands.report_run(options.load())
+    commands.report_run(options.load(), deidentify)
 
 
 @command
@@ -426,7 +465,7 @@ def evaluate(model: Model,
                  '--include-seen', help='Count images that the model was trained on, too: optimistic.')] = False,
              output: Annotated[str, typer.Option(
                  '-o', '--output', metavar='FOLDER', help='The folder to write to. Default: '
-                 'MODEL/evaluations/TABLE.')] = '') -> None:
+                 'MODEL/evaluations/TABLE.')] = '', deidentify: Deidentify = False) -> None:
     """Evaluate a model on graded images. Shows kappa, AUC, sensitivity, specificity, calibration and subgroups with
     intervals; leaves out images that the model was trained on; writes a report.
 
@@ -437,18 +476,57 @@ def evaluate(model: Model,
     from aptos_fastai.inference.evaluate import Choices
     keys = given(id=id, grade=grade, patient=patient, eye=eye, ungradable=ungradable)
     choices = Choices(prevalence, by or (), include_seen, output)
-    commands.evaluate_model(model, table, choices, images=images, recipe=recipe, data=data, ask=ask_user(), **keys)
+    commands.evaluate_model(model, table, choices, deidentify, images=images, recipe=recipe, data=data, ask=ask_user(),
+                            **keys)
 
 
 @command
-def export(run: RunPath) -> None:
+def export(run: RunPath,
+           parity: Annotated[int | None, typer.Option(
+               metavar='N', help='Compare backends on N images. Default: 200.', parser=whole_number)] = None) -> None:
     """Write a bundle that predicts without the run. It holds weights (safetensors, ONNX), bundle.json and a model card;
-    ONNX is compared with PyTorch.
+    ONNX and bf16 are compared with PyTorch f32.
 
     python run.py export runs/one_table
     """
     from aptos_fastai.deploy.bundle import export_run
-    export_run(run)
+    export_run(run, parity)
+
+
+@command
+def operating_point(model: Model,
+                    sensitivity: Annotated[str, typer.Option(
+                        metavar='S', help='The sensitivity to reach, 0.5 to 0.999; two numbers in quotes: for '
+                        'referable and for sight-threatening retinopathy.')] = '',
+                    specificity: Annotated[str, typer.Option(
+                        metavar='S', help='The specificity to reach; beside --sensitivity: a second point.')] = '',
+                    threshold: Annotated[str, typer.Option(
+                        metavar='SCORE', help='A fixed score instead.')] = '',
+                    table: Annotated[str, typer.Option(
+                        metavar='TABLE', help="Choose on these graded images, as for `evaluate`. Default: the model's "
+                        'out-of-fold scores.')] = '',
+                    images: Annotated[str, typer.Option(
+                        metavar='FOLDER', help='The folder of its images. Default: the folder of the CSV.')] = '',
+                    recipe: Annotated[str, typer.Option(
+                        metavar='FILE', help='The recipe that has the table TABLE.')] = '',
+                    data: Annotated[str, typer.Option(
+                        metavar='FOLDER', help='The folder of the table, for a preset or a table of the recipe.')] = '',
+                    id: Column = '', grade: Column = '', patient: Column = '', eye: Column = '',
+                    ungradable: Ungradable = '',
+                    output: Annotated[str, typer.Option(
+                        '-o', '--output', metavar='FOLDER', help='The bundle to write. Default: a new folder in the '
+                        'run, or beside the bundle.')] = '') -> None:
+    """Choose another operating point for a model. It is the score from which on an image is referred. Writes a new
+    bundle; weights and grades stay the same.
+
+    python run.py operating_point runs/one_table --sensitivity 0.95
+    python run.py operating_point runs/one_table/bundle --specificity 0.9 --table clinic.csv --images photos/
+    """
+    from aptos_fastai.deploy.operating_point import write_operating_point
+    from aptos_fastai.recipe import parse_refer
+    refer = parse_refer(given(sensitivity=sensitivity, specificity=specificity, threshold=threshold))
+    keys = given(id=id, grade=grade, patient=patient, eye=eye, ungradable=ungradable)
+    write_operating_point(model, refer, output, table, images=images, recipe=recipe, data=data, ask=ask_user(), **keys)
 
 
 @command
@@ -465,18 +543,63 @@ def explain(model: Model, images: Images,
 
 
 @command
+def review(run: RunPath,
+           share: Annotated[float, typer.Option(
+               metavar='FRACTION', help='List this fraction of the validated images.')] = .1,
+           reviewer: Annotated[str, typer.Option(
+               metavar='NAME', help='Who decides. Default: the page asks.')] = '',
+           host: Annotated[str, typer.Option(metavar='ADDRESS', help='Listen on this address.')] = '127.0.0.1',
+           port: Annotated[int, typer.Option(
+               metavar='PORT', help='Listen on this port.', parser=whole_number)] = 8001) -> None:
+    """Serve a local web page to review labels. It shows the images whose labels the out-of-fold scores contradict most,
+    and duplicates with unequal grades; decisions go to relabels.csv in the run folder.
+
+    python run.py review runs/one_table --reviewer "A. Reader"
+    """
+    if not 0 < port < 65536: fail(f'--port {port}: choose a port from 1 to 65535')
+    from aptos_fastai.deploy.review import review
+    review(run, host, port, share, reviewer)
+
+
+@command
+def dicom_report(model: Model,
+                 image: Annotated[str, argument('IMAGE', 'A fundus image as a DICOM file.')],
+                 output: Annotated[str, typer.Option(
+                     '-o', '--output', metavar='FILE', help='The DICOM file to write.')] = 'report.dcm') -> None:
+    """Write the grade of a DICOM image as DICOM. The structured report (TID 1500) belongs to the image's study and holds
+    score, grade, decision and model; names are not copied.
+
+    python run.py dicom_report runs/one_table ~/clinic/IM000001 -o report.dcm
+    """
+    from aptos_fastai.deploy.structured_report import write_dicom_report
+    write_dicom_report(model, image, output)
+
+
+@command
 def serve(model: Model,
           host: Annotated[str, typer.Option(metavar='ADDRESS', help='Listen on this address.')] = '127.0.0.1',
           port: Annotated[int, typer.Option(
-              metavar='PORT', help='Listen on this port.', parser=whole_number)] = 8000) -> None:
-    """Serve a local web page that grades images. The page shows grade, score and heat map and saves a CSV; programs
-    use /api/predict.
+              metavar='PORT', help='Listen on this port.', parser=whole_number)] = 8000,
+          log: Annotated[str, typer.Option(
+              metavar='FILE', help='Append a line of JSON for each request to FILE: hashes, grades and decisions, no '
+              'images.')] = '',
+          log_names: Annotated[bool, typer.Option('--log-names', help='Log the file names of images, too.')] = False,
+          backend: Annotated[str, typer.Option(
+              metavar='NAME', help='torch; for a bundle also onnx or openvino.')] = 'torch',
+          precision: Annotated[str, typer.Option(metavar='NAME', help='f32 or bf16.')] = 'f32',
+          prevalence: Annotated[float | None, typer.Option(
+              metavar='P', help='Prevalence of referable retinopathy where the model is used, 0 to 1: re-weights the '
+              'probabilities.')] = None) -> None:
+    """Serve a local web page that grades images. The page shows decisions, grades, probabilities, heat maps and
+    patients and saves a CSV; programs use /api/predict, which /docs describes.
 
     python run.py serve runs/one_table
+    python run.py serve runs/one_table --log requests.jsonl
     """
     if not 0 < port < 65536: fail(f'--port {port}: choose a port from 1 to 65535')
+    if log_names and not log: fail('--log-names: name the log with --log FILE')
     from aptos_fastai.deploy.serve import serve
-    serve(model, host, port)
+    serve(model, host, port, log=log, log_names=log_names, backend=backend, precision=precision, prevalence=prevalence)
 
 
 @command

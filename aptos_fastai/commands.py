@@ -17,6 +17,7 @@ from aptos_fastai.common.console import Bars, format_duration, say, table
 from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.distributed import world_size
 from aptos_fastai.common.io import AptosError, file_hash, read_record, write_csv, write_record
+from aptos_fastai.common.privacy import LEAVE_OUT, patient_data
 from aptos_fastai.data.store import read_prepared, store_folder
 from aptos_fastai.data.tables import describe
 from aptos_fastai.data.understand import Ask
@@ -44,18 +45,22 @@ if TYPE_CHECKING:
     from aptos_fastai.inference.evaluate import Choices
 
 
-def run_all(run: Run) -> None:
-    "Prepare, train, label, score, submit and report; do nothing if every output is up to date"
+def run_all(run: Run, deidentify: bool = False) -> None:
+    """Prepare, train, label, score, submit and report; do nothing if every output is up to date.
+
+    `deidentify` leaves ids and images out of the report, and writes one that is up to date again.
+    """
     start = time.monotonic()
     if run.recipe.demo: say(SYNTHETIC, 'yellow')
     if world_size() > 1: say(f'{world_size()} processes share preparing, training and scoring')
     with start_run(run, run.recipe.stages) as (run, bars):
         if outputs_up_to_date(run):
             say(f'Nothing to do: every stage is up to date in {run.root}')
+            if deidentify: write_report_again(run, bars, deidentify)
             show_summary(run, read_record(run.root / 'summary.json') or {})
             return
         train_nodes(run, run.recipe.stages, bars)
-        summary = write_outputs(run, bars, start)
+        summary = write_outputs(run, bars, start, deidentify)
     show_summary(run, summary)
     say(f'{format_duration(time.monotonic() - start)} in all')
 
@@ -107,7 +112,7 @@ def name_of(csv: str | Path) -> str:
     return re.sub(r'\W+', '_', Path(csv).resolve().stem)
 
 
-def write_outputs(run: Run, bars: Bars, start: float) -> dict:
+def write_outputs(run: Run, bars: Bars, start: float, deidentify: bool = False) -> dict:
     """Write oof.csv, scores.csv, submissions, report.html and, last, summary.json, which is returned.
 
     Without a test table there are no scores and no submissions.
@@ -123,8 +128,11 @@ def write_outputs(run: Run, bars: Bars, start: float) -> dict:
     hashes = {name: file_hash(run.root / name) for name in output_files(run)}
     summary = dict(summarise(run, oof), gate=gate_result(run, scores), seconds=round(time.monotonic() - start, 1),
                    inputs_digest=inputs_digest(run), outputs=hashes)
-    write_report(run, summary, oof, scores, bars)
+    write_report(run, summary, oof, scores, bars, deidentify)
     write_record(run.root / 'summary.json', summary)
+    if not run.recipe.demo:
+        say(patient_data(run.root, 'its CSV files name images and patients by their ids'), 'dim')
+        say(patient_data(run.store, 'holds copies of the images and their ids'), 'dim')
     return summary
 
 
@@ -142,6 +150,7 @@ def prepare_run(run: Run) -> None:
           right=('images', 'unreadable'), wrap=('flags',))
     for name, frame in prepared.frames.items():
         say(f'{name}: {Path(frame.stored.iloc[0]).parent / "prepared.csv"}')
+    if not run.recipe.demo: say(patient_data(run.store, 'holds copies of the images and their ids'), 'dim')
 
 
 def counts_text(values: pd.Series) -> str:
@@ -220,16 +229,21 @@ def thresholds_text(thresholds: Iterable[float] | np.ndarray) -> str:
     return ' '.join(f'{t:.3g}' for t in thresholds)
 
 
-def report_run(run: Run) -> None:
-    "Write report.html again from the results of `all`"
-    from aptos_fastai.reports.run_report import write_report
+def report_run(run: Run, deidentify: bool = False) -> None:
+    "Write report.html again from the results of `all`; `deidentify` leaves out ids and images"
     with start_run(run) as (run, bars):
-        summary = read_record(run.root / 'summary.json')
-        if not summary or not outputs_up_to_date(run):
+        if not (run.root / 'summary.json').is_file() or not outputs_up_to_date(run):
             raise AptosError(f'{run.root}: not finished, or the recipe has changed. Run `all`; it writes the report.')
-        files = {name: pd.read_csv(run.root / name, dtype=dict(id_code=str)) for name in output_files(run)}
-        write_report(run, summary, files['oof.csv'], files.get('scores.csv'), bars)
+        write_report_again(run, bars, deidentify)
     say(f'{run.recipe.name} -> {run.root / "report.html"}')
+
+
+def write_report_again(run: Run, bars: Bars, deidentify: bool) -> None:
+    "Write report.html from the files of a finished run"
+    from aptos_fastai.reports.run_report import write_report
+    files = {name: pd.read_csv(run.root / name, dtype=dict(id_code=str)) for name in output_files(run)}
+    summary = read_record(run.root / 'summary.json') or {}
+    write_report(run, summary, files['oof.csv'], files.get('scores.csv'), bars, deidentify)
 
 
 def find_learning_rate(run: Run, stage: str) -> None:
@@ -268,18 +282,23 @@ def write_demo_folder(recipe: str, sets: Iterable[str], folder: str) -> None:
     say(f'synthetic images -> {folder}')
 
 
-def evaluate_model(model: str, table: str, choices: 'Choices', **where: Any) -> None:
+def evaluate_model(model: str, table: str, choices: 'Choices', deidentify: bool = False, **where: Any) -> None:
     """Evaluate a model on a graded table; write and show the evaluation, and put it into the bundle's model card.
 
-    `where` are the arguments of `evaluate_table` that say what the table is.
+    `where` are the arguments of `evaluate_table` that say what the table is. `deidentify` leaves out who is on its
+    images.
     """
     from aptos_fastai.deploy.bundle import update_card
+    from aptos_fastai.inference.deidentify import NOTE, without_people
     from aptos_fastai.inference.evaluate import evaluate_table
     from aptos_fastai.reports.evaluation_report import show_evaluation, write_evaluation
     evaluation = evaluate_table(model, table, choices=choices, **where)
+    if deidentify: evaluation = without_people(evaluation)
     write_evaluation(evaluation)
     update_card(Path(model))
     show_evaluation(evaluation)
+    holds = 'predictions.csv and evaluation.html name images by their ids, predictions.csv also patients and hashes'
+    say(f'{evaluation.folder}: {NOTE}' if deidentify else patient_data(evaluation.folder, holds, LEAVE_OUT), 'dim')
 
 
 def show_keys() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from aptos_fastai.cli import main
+from aptos_fastai.deploy import parity
 from aptos_fastai.pipeline.graph import load_run
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +29,7 @@ TOY_KEYS = [
 TOY = [option for key in TOY_KEYS for option in ('--set', key)]
 
 torch.set_num_threads(1)
+parity.PARITY_IMAGES = 24                    # each export compares four backends on so many images
 
 
 # Images and tables
@@ -79,6 +81,18 @@ def dicom(a, photometric, stored, frames=None, signed=0, syntax=None):
     f = io.BytesIO()
     ds.save_as(f, enforce_file_format=True)
     return f.getvalue()
+
+
+def write_dicom(file, pixels=None, **tags):
+    "Write a DICOM file of RGB pixels, with a name, a birth date and further tags; return its path"
+    pydicom = pytest.importorskip('pydicom')
+    pixels = np.zeros((8, 8, 3), np.uint8) if pixels is None else pixels
+    ds = pydicom.dcmread(io.BytesIO(dicom(np.ascontiguousarray(pixels), 'RGB', 8)))
+    tags = dict(PatientName='DOE^JANE', PatientBirthDate='19500131') | tags
+    with pydicom.config.disable_value_validation():
+        for name, value in tags.items(): setattr(ds, name, value)
+        ds.save_as(file)
+    return file
 
 
 @pytest.fixture

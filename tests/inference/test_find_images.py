@@ -177,7 +177,8 @@ def test_an_image_that_was_replaced_is_graded_again(toy, image_paths, tmp_path, 
     main([*args, '-o', str(tmp_path / 'first.csv')])
     with monkeypatch.context() as patch:
         patch.setattr('aptos_fastai.inference.grade_files._report', lambda *a: None)
-        patch.setattr('os.replace', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        stop = (_ for _ in ()).throw
+        patch.setattr('aptos_fastai.inference.grade_files.audit_file', lambda file: stop(KeyboardInterrupt))
         with pytest.raises(SystemExit): main([*args, '-o', str(out)])
     assert list(tmp_path.glob('.out.csv.*.part')) and not out.exists()
     shutil.copy(image_paths[1], files[0])
