@@ -566,8 +566,8 @@ def dicom_report(model: Model,
                  image: Annotated[str, argument('IMAGE', 'A fundus image as a DICOM file.')],
                  output: Annotated[str, typer.Option(
                      '-o', '--output', metavar='FILE', help='The DICOM file to write.')] = 'report.dcm') -> None:
-    """Write the grade of a DICOM image as DICOM. The structured report (TID 1500) belongs to the image's study and holds
-    score, grade, decision and model; names are not copied.
+    """Write the grade of a DICOM image as DICOM. The structured report (TID 1500) belongs to the image's study. It
+    holds score, grade, decision and model; names are not copied.
 
     python run.py dicom_report runs/one_table ~/clinic/IM000001 -o report.dcm
     """

@@ -138,7 +138,7 @@ class Table:
     ungradable: str = _key('', 'values of `grade` that mean ungradable, separated by |; blank: an empty cell. These '
                            'images are counted and left out')
     relabels: str = _key('', 'file of decisions about labels that `review` wrote (relabels.csv): a path from the '
-                         'folder of the table, or a full path. Its grades replace those of the CSV, unchanged itself')
+                         'folder of the table, or a full path. Its grades replace those of the CSV')
     folder: str = _key('.', 'folders inside --data to search, separated by |; the first one with the CSV is used')
     optional: str = _key('no', 'yes: if neither CSV nor images are there, leave the table out, with the stages that '
                          'need it', choices=('no', 'yes'))
