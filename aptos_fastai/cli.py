@@ -243,7 +243,7 @@ def fit(csv: Annotated[str, argument('CSV', 'A CSV or .xlsx with a grade for eac
         ungradable: Ungradable = '',
         name: Annotated[str, typer.Option(metavar='NAME', help='Name of the run. Default: that of the CSV.')] = '',
         runs: Annotated[str, typer.Option(metavar='FOLDER', help='Results go to FOLDER/NAME/.')] = 'runs',
-        sets: Sets = None) -> None:
+        sets: Sets = None, deidentify: Deidentify = False) -> None:
     """Train on a graded table without a recipe. Says which column it takes for id, grade, patient and eye, and why;
     writes the recipe that it uses into the run folder. The run folder grades new images.
 
@@ -252,7 +252,8 @@ def fit(csv: Annotated[str, argument('CSV', 'A CSV or .xlsx with a grade for eac
     """
     from aptos_fastai import commands
     keys = given(id=id, grade=grade, patient=patient, eye=eye, ungradable=ungradable)
-    commands.fit(csv, images, unlabelled, name=name, runs=runs, sets=sets or [], ask=ask_user(), **keys)
+    commands.fit(csv, images, unlabelled, name=name, runs=runs, sets=sets or [], ask=ask_user(),
+                 deidentify=deidentify, **keys)
 
 
 def given(**values: str) -> dict[str, str]:
@@ -483,14 +484,15 @@ def evaluate(model: Model,
 @command
 def export(run: RunPath,
            parity: Annotated[int | None, typer.Option(
-               metavar='N', help='Compare backends on N images. Default: 200.', parser=whole_number)] = None) -> None:
+               metavar='N', help='Compare backends on N images. Default: 200.', parser=whole_number)] = None,
+           deidentify: Deidentify = False) -> None:
     """Write a bundle that predicts without the run. It holds weights (safetensors, ONNX), bundle.json and a model card;
     ONNX and bf16 are compared with PyTorch f32.
 
     python run.py export runs/one_table
     """
     from aptos_fastai.deploy.bundle import export_run
-    export_run(run, parity)
+    export_run(run, parity, deidentify)
 
 
 @command

@@ -66,17 +66,19 @@ def run_all(run: Run, deidentify: bool = False) -> None:
 
 
 def fit(csv: str | Path, images: str | Path = '', unlabelled: str | Path = '', *, name: str = '',
-        runs: str | Path = 'runs', sets: Iterable[str] = (), ask: Ask | None = None, **keys: str) -> PreparedRun:
+        runs: str | Path = 'runs', sets: Iterable[str] = (), ask: Ask | None = None, deidentify: bool = False,
+        **keys: str) -> PreparedRun:
     """Train on a graded table without a recipe; return the run: `run.grader.predict(files)` grades new images.
 
     `csv` is a CSV or .xlsx with a row for each image in the folder `images`, or a folder with a sub-folder for each
     grade; `unlabelled` is a folder of ungraded images to predict and train on, too. Columns are understood by their
     names and contents and printed; `keys` (id, grade, patient, eye, group, ungradable, carry, where, header) override
-    that. Writes the recipe <runs>/<name>/<name>.ini and everything that `all` writes. Raises `AptosError`, also where
+    that. Writes the recipe <runs>/<name>/<name>.ini and everything that `all` writes; with `deidentify` the report has
+    no ids and no images. Raises `AptosError`, also where
     two columns would do and there is no `ask` to choose one.
     """
     recipe, data = understand_and_write(csv, images, unlabelled, name, runs, sets, ask, keys)
-    run_all(load_run(recipe, data, runs))
+    run_all(load_run(recipe, data, runs), deidentify)
     return as_prepared(load_run(recipe, data, runs))
 
 

@@ -72,10 +72,11 @@ def lineage(root: Path, member: MemberSpec) -> dict:
     return {key: record[key] for key in keys}
 
 
-def run_metrics(root: Path, model: ModelSpec) -> dict:
+def run_metrics(root: Path, model: ModelSpec, deidentify: bool = False) -> dict:
     """Return what a run measured of the stage or ensemble that a model is; {} if the run does not report it.
 
-    What is measured of the submission only (`OF_SUBMISSION`) is missing for another stage.
+    What is measured of the submission only (`OF_SUBMISSION`) is missing for another stage. A bundle is passed on: it
+    names no ids but those of the largest errors, and with `deidentify` not even these.
     """
     summary = read_record(root / 'summary.json')
     if not summary or not model.kappa: return {}
@@ -83,13 +84,15 @@ def run_metrics(root: Path, model: ModelSpec) -> dict:
         raise AptosError(f'{root / "summary.json"}: written by an older version. Run `all` again.')
     name = model.name.rpartition('/')[2]
     stage = next(s for s in summary['stages'] if s['stage'] == name)
-    summary['clusters'] = without_ids(summary)['clusters']             # a bundle names the largest errors only
+    largest_errors = summary['largest_errors']
+    summary = without_ids(summary)
+    if not deidentify: summary['largest_errors'] = largest_errors
     keys = OF_RUN | OF_SUBMISSION if name == summary['submission']['node'] else OF_RUN
     return {key: stage[key] for key in OF_STAGE} | {key: summary[key] for key in sorted(keys)} | dict(
         node=name, points=[o['threshold'] for o in stage['decision']['points']])
 
 
-def export_run(path: str, parity: int | None = None) -> None:
+def export_run(path: str, parity: int | None = None, deidentify: bool = False) -> None:
     """`export RUN`: write the bundle of a run's submission, or of a stage, to the folder `bundle` in it.
 
     Compares backends on `parity` images (default `PARITY_IMAGES`). Raises `AptosError` if one in f32 differs from
@@ -103,7 +106,7 @@ def export_run(path: str, parity: int | None = None) -> None:
     try:
         images = parity_images(root, model.prep, parity or 0)
         copy_evaluations(Path(path), out, temp)
-        compared = build_bundle(model, root, temp, images, validation_scores(path))
+        compared = build_bundle(model, root, temp, images, validation_scores(path), deidentify=deidentify)
         shutil.rmtree(out, ignore_errors=True)
         temp.rename(out)
     finally: shutil.rmtree(temp, ignore_errors=True)
@@ -113,7 +116,7 @@ def export_run(path: str, parity: int | None = None) -> None:
 
 
 def build_bundle(model: ModelSpec, root: Path, folder: Path, images: ParityImages, scores: pd.DataFrame,
-                 changed_from: dict | None = None) -> list[dict]:
+                 changed_from: dict | None = None, deidentify: bool = False) -> list[dict]:
     """Write a bundle to `folder` and return its parity. Raises `AptosError` if an f32 backend is not within bounds.
 
     `changed_from` are the digests of the model whose operating point was changed, if it was.
@@ -124,7 +127,7 @@ def build_bundle(model: ModelSpec, root: Path, folder: Path, images: ParityImage
         for i, (original, copied) in enumerate(zip(model.members, bundled.members, strict=True), 1):
             write_onnx(grader.net(original), copied, (folder / copied.file).with_suffix('.onnx'))
             bar.to(i)
-    origins, metrics = [lineage(root, m) for m in model.members], run_metrics(root, model)
+    origins, metrics = [lineage(root, m) for m in model.members], run_metrics(root, model, deidentify)
     known, unknown = training_images(model, root)
     if known is not None: write_csv(folder / BUNDLE_IMAGES, known)
     write_csv(folder / BUNDLE_SCORES, scores)

@@ -185,7 +185,8 @@ def _without_folders(texts: Iterable[str], folders: Iterable[Path]) -> list[str]
 def _predict(grader: Grader, frame: pd.DataFrame) -> pd.DataFrame:
     """Return `frame` with score, grade, prediction set, gate, hashes and error of each image in its column `path`.
 
-    The grade is that of the thresholds, also where the gate rejects the image. Raises `AptosError` if none is readable.
+    Grade and probabilities are those of the score, also where the gate rejects the image. Raises `AptosError` if none
+    is readable.
     """
     parts, done = [], 0
     with Bars() as bars, bars(f'grading with {grader.model.name}', len(frame), 'images') as bar:
@@ -200,9 +201,11 @@ def _predict(grader: Grader, frame: pd.DataFrame) -> pd.DataFrame:
     readable = rows.error == ''
     if not readable.any():
         raise AptosError(f'all {len(rows)} images cannot be read: {first_few(_errors(rows))}. Check the files.')
-    grade = apply_thresholds(rows.score[readable].astype(float), grader.model.thresholds)
-    rows['grade'] = pd.Series(grade, index=rows.index[readable]).reindex(rows.index).astype('Int64')
-    return rows
+    score = rows.score[readable].astype(float)
+    grade = apply_thresholds(score, grader.model.thresholds)
+    rows['grade'] = pd.Series(grade, index=score.index).reindex(rows.index).astype('Int64')
+    decided = pd.DataFrame(grader.model.decision.decide(score, grade, grade), index=score.index)
+    return rows.assign(**decided[list(P_COLUMNS)].reindex(rows.index))
 
 
 def _errors(rows: pd.DataFrame) -> list[str]:

@@ -231,3 +231,10 @@ def test_a_bundle_carries_the_validation_scores_of_its_run(bundle, toy, bundle_c
     file = bundle_copy / 'validation_scores.csv'
     file.write_text(file.read_text().replace('0.', '1.'))
     with pytest.raises(AptosError, match='validation_scores.csv: content changed'): validation_scores(bundle_copy)
+
+
+def test_a_de_identified_bundle_names_no_image(toy_copy):
+    main(['export', str(toy_copy), '--deidentify', '--parity', '4'])
+    ids = {o['id_code'] for o in read_record(toy_copy / 'summary.json')['largest_errors']}
+    texts = [(toy_copy / 'bundle' / name).read_text() for name in ('bundle.json', 'MODEL_CARD.md')]
+    assert ids and not [i for i in ids for text in texts if i in text]

@@ -487,3 +487,17 @@ def test_a_bundle_of_an_older_version_does_not_know_its_training_images(exported
     write_record(tmp_path / 'bundle/bundle.json', record)
     found = evaluate_table(str(tmp_path / 'bundle'), str(clinic / 'grades.csv'), str(clinic / 'grades_images'))
     assert found.record['seen_unknown'] and 'Export the run again' in found.record['warnings'][0]
+
+
+def test_probabilities_are_of_the_score_also_where_the_gate_rejects(toy_copy, tmp_path):
+    graded = write_table(tmp_path, n=20, seed=5, name='other')
+    file = toy_copy / 'summary.json'                         # a gate that rejects every image
+    summary = read_record(file)
+    summary['submission']['gate']['limit'] = 1e-9
+    write_record(file, summary)
+    evaluation = evaluate_table(str(toy_copy), str(tmp_path / 'other.csv'))
+    df, spec = evaluation.predictions, read_model(toy_copy)[0].decision
+    assert (df.ungradable != '').all() and len(df) == len(graded)
+    expected = spec.probabilities.predict(df.score.astype(float))[:, 2:].sum(1)
+    assert df.p_referable.astype(float).to_numpy() == pytest.approx(expected)
+    assert set(df.decision) == {'not gradable'} and evaluation.record['referral']['programme']['referred']['value'] == 1
