@@ -3,8 +3,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike
 
+from aptos_fastai.common.io import AptosError
 from aptos_fastai.metrics import GRADES, REFERABLE, SIGHT_THREATENING, bootstrap, proportion_interval
 
 LEVELS = {REFERABLE: 'referable', SIGHT_THREATENING: 'sight_threatening'}     # lowest grade -> name
@@ -46,21 +48,34 @@ class OperatingPoint:
 def choose_threshold(scores: ArrayLike, positive: ArrayLike, target: str, value: float) -> tuple[float, str]:
     """Return the score threshold with a sensitivity or specificity of at least `value`, and a note.
 
-    `scores` (n,) from the threshold on are called positive. For a sensitivity it is the j-th lowest score of the m
-    positives, j = floor((1 - value) (m + 1)): a new one, exchangeable with these, is below it with probability
-    j / (m + 1), at most 1 - value (an order statistic, as in conformal prediction: Vovk 2012). For a specificity it is
-    just above the j-th highest score of the negatives. Where m is too small for that, all of them are on the right
-    side, and the note says so. nan without a class.
+    `scores` (n,) from the threshold on are called positive. For a sensitivity it is at most the j-th lowest score of
+    the m positives, j = floor((1 - value) (m + 1)): a new one, exchangeable with these, is below that with probability
+    j / (m + 1), at most 1 - value (an order statistic, as in conformal prediction: Vovk 2012). Of the thresholds with
+    the highest specificity, which lie between two negatives, it is the one with the highest sensitivity. For a
+    specificity the same holds with the classes exchanged. Where m is too small for the target, all m are called
+    rightly, and the note says so. nan without a class.
     """
     if target == 'threshold': return float(value), ''
     s, pos = np.asarray(scores, float), np.asarray(positive, bool)
     if not pos.any() or pos.all(): return np.nan, f'all {len(s)} images are {"positive" if pos.any() else "negative"}'
     of_class = np.sort(s[pos]) if target == 'sensitivity' else np.sort(s[~pos])[::-1]
     j = int(np.floor((1 - value) * (len(of_class) + 1) + 1e-9))
-    few = f'{len(of_class)} images are too few for {target} {value:g}: all of them are on the right side'
-    threshold = of_class[max(j, 1) - 1]
-    if target == 'specificity': threshold = np.nextafter(threshold, np.inf)
-    return float(threshold), '' if j else few
+    few = f'{len(of_class)} images are too few for {target} {value:g}: the threshold calls all of them rightly'
+    return _widest_gap(s[pos], s[~pos], of_class[max(j, 1) - 1], target), '' if j else few
+
+
+def _widest_gap(positives: np.ndarray, negatives: np.ndarray, limit: float, target: str) -> float:
+    """Return the threshold between the highest negative below and the lowest positive above it.
+
+    The positive from `limit` down (sensitivity), or the negative from `limit` up (specificity), stays on its side.
+    """
+    if target == 'sensitivity':
+        below = negatives[negatives < limit]
+        if not len(below): return float(positives.min())
+        return float((below.max() + positives[positives > below.max()].min()) / 2)
+    above = positives[positives > limit]
+    if not len(above): return float(np.nextafter(max(negatives.max(), limit), np.inf))
+    return float((above.min() + negatives[negatives < above.min()].max()) / 2)
 
 
 def cross_fitted_thresholds(scores: ArrayLike, positive: ArrayLike, parts: ArrayLike, target: str,
@@ -78,8 +93,9 @@ def cross_fitted_thresholds(scores: ArrayLike, positive: ArrayLike, parts: Array
 
 @dataclass(frozen=True)
 class Probabilities:
-    """Probabilities of the grades given a score: ordinal logistic regression (proportional odds, McCullagh 1980).
+    """Probabilities of the grades given a score: an ordinal logistic model with one slope (McCullagh 1980).
 
+    It is fitted as pooled logistic regressions, which needs no solver of its own: consistent, not maximum likelihood.
     P(grade >= k) = 1 / (1 + exp(`intercepts`[k - 1] - `slope` * score)), for k = 1 … 4. `shares` (5,) are the grades
     that it was fitted on.
     """
@@ -200,6 +216,7 @@ class DecisionSpec:
         `grade_high` is the highest grade of each prediction set. Without calibration the probabilities are nan.
         """
         s = np.asarray(scores, float)
+        if not np.isfinite(s).all(): raise AptosError(f'{(~np.isfinite(s)).sum()} scores are not finite numbers')
         by_score, sight = (self.positive(s, grades, level) for level in LEVELS)
         uncertain = ~by_score & (np.asarray(grade_high) >= REFERABLE) & (self.uncertain == 'refer')
         second = self.point(REFERABLE, 1)
@@ -213,6 +230,16 @@ class DecisionSpec:
 
 
 def _yes_or_no(condition: np.ndarray) -> np.ndarray: return np.where(condition, 'yes', 'no').astype(object)
+
+
+def without_ungradable(df: pd.DataFrame, ungradable: pd.Series) -> pd.DataFrame:
+    "Return graded images whose `ungradable` rows have no decision but that, and no probabilities"
+    df = df.copy()
+    df.loc[ungradable, list(P_COLUMNS)] = np.nan
+    df.loc[ungradable, ['referable', 'sight_threatening']] = UNGRADABLE
+    df.loc[ungradable & (df.referable_high_specificity != ''), 'referable_high_specificity'] = UNGRADABLE
+    df.loc[ungradable, 'decision'] = NOT_GRADABLE
+    return df
 
 
 def decision_of_record(record: dict) -> DecisionSpec:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from sklearn.isotonic import IsotonicRegression
+from sklearn.linear_model import LogisticRegression
 
 from aptos_fastai.common.console import say, table
 from aptos_fastai.common.io import read_record
@@ -36,6 +37,22 @@ class Isotonic:
         return -np.diff(at_least, axis=0).T
 
 
+class Separate:
+    "A logistic regression of each question `grade >= k`, each with its own slope; they can cross"
+    @classmethod
+    def fit(cls, scores, grades):
+        self = cls()
+        x = np.asarray(scores)[:, None]
+        self.fits = [LogisticRegression(C=1e3).fit(x, grades >= k) if 0 < (grades >= k).mean() < 1 else None
+                     for k in range(1, GRADES)]
+        return self
+
+    def predict(self, scores):
+        x, n = np.asarray(scores)[:, None], len(scores)
+        at_least = [np.zeros(n) if fit is None else fit.predict_proba(x)[:, 1] for fit in self.fits]
+        return -np.diff(np.stack([np.ones(n), *at_least, np.zeros(n)]), axis=0).T
+
+
 class Shares:
     "The share of each grade, whatever the score"
     @classmethod
@@ -47,7 +64,8 @@ class Shares:
     def predict(self, scores): return np.tile(self.shares, (len(scores), 1))
 
 
-WAYS = {'share of each grade': Shares.fit, 'ordinal logistic': Probabilities.fit, 'isotonic': Isotonic.fit}
+WAYS = {'share of each grade': Shares.fit, 'ordinal logistic': Probabilities.fit,
+        'logistic, own slopes': Separate.fit, 'isotonic': Isotonic.fit}
 
 
 def read_oof(run: Path, node: str) -> tuple[pd.DataFrame, np.ndarray]:
@@ -77,11 +95,11 @@ def compare(df: pd.DataFrame, parts: np.ndarray) -> None:
 
 
 def uncertain(df: pd.DataFrame, parts: np.ndarray) -> None:
-    spec, warnings = fit_decision(Refer(), df, parts, 'this run')
-    by_score, reaches = cross_fitted_referred(spec, df, parts), cross_fitted_uncertain(df, parts, .9)
+    spec, warnings = fit_decision(Refer(uncertain='refer'), df, parts, 'this run', .9)
+    (by_score, known), reaches = cross_fitted_referred(spec, df, parts), cross_fitted_uncertain(df, parts, .9)
     rows = []
     for name, called in (('decide', by_score), ('refer', by_score | reaches)):
-        found = detection(called, (df.diagnosis >= 2).to_numpy(), df.group)
+        found = detection(called, (df.diagnosis >= 2).to_numpy(), df.group, known)
         rows.append([name, *(measure_text(found[key]) for key in ('sensitivity', 'specificity')),
                      f'{100 * called.mean():.0f} %'])
     table('[refer] uncertain, operating point of sensitivity 0.9, sets of 90 %',

@@ -24,7 +24,7 @@ from aptos_fastai.decisions import (
     reliability,
 )
 from aptos_fastai.inference.referral import decision_results, fit_decision, fit_points
-from aptos_fastai.metrics import stratified_group_parts, wilson_interval
+from aptos_fastai.metrics import PredictionSets, stratified_group_parts, wilson_interval
 from aptos_fastai.recipe import ConfigError, Refer, read_recipe
 
 
@@ -45,28 +45,33 @@ def test_a_threshold_is_the_order_statistic_that_a_loop_finds(target, value):
     df = scored(300, seed=3)
     positive = df.diagnosis >= 2
     threshold, note = choose_threshold(df.score, positive, target, value)
-    of_class = df.score[positive if target == 'sensitivity' else ~positive]
-    allowed = math.floor((1 - value) * (len(of_class) + 1)) - 1
-    def lost(t): return (of_class < t).sum() if target == 'sensitivity' else (of_class >= t).sum()
-    assert lost(threshold) == allowed and not note
-    tighter = of_class[of_class > threshold].min() if target == 'sensitivity' else of_class[of_class < threshold].max()
-    assert lost(tighter) == allowed + 1                      # the next place of a threshold is on the other side
+    allowed = math.floor((1 - value) * ((positive if target == 'sensitivity' else ~positive).sum() + 1)) - 1
+
+    def wrong(t):
+        "Images of the class of the target, and of the other one, that are called wrongly"
+        missed, false = (df.score[positive] < t).sum(), (df.score[~positive] >= t).sum()
+        return (missed, false) if target == 'sensitivity' else (false, missed)
+    found = [wrong(t) for t in [*df.score, df.score.max() + 1]]          # each way to part the images
+    fewest = min((other, own) for own, other in found if own <= allowed)
+    assert wrong(threshold) == fewest[::-1] and not note
 
 
-def test_a_target_holds_on_average_for_new_images():
+@pytest.mark.parametrize('target', ['sensitivity', 'specificity'])
+def test_a_target_holds_on_average_for_new_images(target):
     rng, found = np.random.default_rng(0), []
-    for _ in range(3000):                                    # 25 positives, then one new: exchangeable
-        scores = rng.normal(size=26)
-        threshold, _ = choose_threshold(np.r_[scores[:25], -9], np.r_[np.ones(25), 0], 'sensitivity', .9)
-        found.append(scores[25] >= threshold)
-    share = np.mean(found)
-    assert share == pytest.approx(24 / 26, abs=.015)         # (26 - floor(2.6)) / 26
+    for _ in range(4000):                                    # 19 images of a class, then one new: exchangeable
+        scores = rng.normal(size=20)
+        classes = np.r_[np.full(19, target == 'sensitivity'), np.full(300, target != 'sensitivity')]
+        threshold, _ = choose_threshold(np.r_[scores[:19], rng.normal(size=300)], classes, target, .9)
+        found.append((scores[19] >= threshold) == (target == 'sensitivity'))
+    assert np.mean(found) == pytest.approx(.9, abs=.015)     # j = 2 of 20; with j = 1, it would be 0.95
 
 
 def test_too_few_images_for_a_target_are_all_on_the_safe_side_and_said():
     scores, positive = [.1, 2, 3, .5], [False, True, True, False]
     threshold, note = choose_threshold(scores, positive, 'sensitivity', .95)
-    assert threshold == 2 and note == '2 images are too few for sensitivity 0.95: all of them are on the right side'
+    assert .5 < threshold <= 2
+    assert note == '2 images are too few for sensitivity 0.95: the threshold calls all of them rightly'
     threshold, note = choose_threshold(scores, positive, 'specificity', .95)
     assert .5 < threshold <= 2 and '2 images' in note
 
@@ -98,8 +103,7 @@ def test_nested_figures_are_those_of_a_plain_loop(seed, target, value):
         for level in (2, 3):
             fit = df[parts != k]
             limits.append(choose_threshold(fit.score, fit.diagnosis >= level, target, value)[0])
-        sight_first = 'lowered' in points[0].note
-        called[parts == k] = df.score[parts == k] >= (min(limits) if sight_first else limits[0])
+        called[parts == k] = df.score[parts == k] >= min(limits)
     assert points[0].sensitivity['value'] == pytest.approx(called[positive].mean())
     assert points[0].specificity['value'] == pytest.approx((~called[~positive]).mean())
     assert points[0].sensitivity['images'] == positive.sum()
@@ -122,12 +126,31 @@ def test_what_threatens_sight_is_referred():
     points, warnings = fit_points(Refer(sensitivity=(.5, .99)), df, parts, 'here')
     assert points[0].threshold == points[1].threshold and 'lowered from' in points[0].note
     assert any('lowered' in text for text in warnings)
-    assert points[0].sensitivity['value'] > .8                # that of the lower threshold, not of sensitivity 0.5
+    called = np.zeros(500, bool)
+    for k in range(5):                                       # the lower threshold, chosen on the other parts
+        fit = df[parts != k]
+        limit = choose_threshold(fit.score, fit.diagnosis >= 3, 'sensitivity', .99)[0]
+        called[parts == k] = df.score[parts == k] >= limit
+    assert points[0].sensitivity['value'] == pytest.approx(called[df.diagnosis >= 2].mean())
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10_000), st.sampled_from([.5, .8, .9, .99]), st.sampled_from([.5, .9, .95, .99]))
+def test_a_second_point_never_contradicts_the_decision(seed, sensitivity, specificity):
+    df = scored(150, seed)
+    refer = Refer(sensitivity=(sensitivity,), specificity=(specificity,))
+    spec, warnings = fit_decision(refer, df, np.arange(150) % 5, 'here', .9)
+    found = spec.decide(df.score, df.grade, df.grade)
+    assert not ((found['referable'] == 'no') & (found['referable_high_specificity'] == 'yes')).any()
+    assert not ((found['referable'] == 'no') & (found['sight_threatening'] == 'yes')).any()
+    first, second = spec.point(2), spec.point(2, 1)
+    assert second.specificity['value'] >= first.specificity['value']
+    assert ('raised' in second.note) == any('raised' in text and 'referable' in text for text in warnings)
 
 
 def test_two_operating_points_stand_side_by_side():
     df = scored(500)
-    spec, _ = fit_decision(Refer(sensitivity=(.95,), specificity=(.97,)), df, np.arange(500) % 5, 'here')
+    spec, _ = fit_decision(Refer(sensitivity=(.95,), specificity=(.97,)), df, np.arange(500) % 5, 'here', .9)
     first, second = spec.point(2), spec.point(2, 1)
     assert (first.target, second.target) == ('sensitivity', 'specificity') and first.threshold < second.threshold
     found = spec.decide([first.threshold - .01, first.threshold, second.threshold], [1, 1, 3], [1, 1, 3])
@@ -155,7 +178,7 @@ def test_without_a_point_the_grade_decides():
     assert DecisionSpec().decide([0, 0], [1, 2], [1, 2])['decision'].tolist() == ['do not refer', 'refer']
     df = scored(60)
     spec, warnings = fit_decision(Refer(), df[df.diagnosis < 2].reset_index(drop=True), np.arange(60)[:sum(
-        df.diagnosis < 2)] % 5, 'here')
+        df.diagnosis < 2)] % 5, 'here', .9)
     assert spec.points == () and len(warnings) == 2
     assert warnings[0].startswith('no operating point for referable retinopathy (all ')
     assert warnings[0].endswith('grade 2 and above counts as referable')
@@ -165,8 +188,8 @@ def test_all_rules_together_by_image_and_by_patient():
     df = scored(400, images_a_patient=2)
     df.loc[df.index[:7], 'ungradable'] = 'blurred'
     parts = stratified_group_parts(df.diagnosis, df.group)
-    spec, _ = fit_decision(Refer(threshold=(1.4, 2.5)), df, parts, 'here')
-    found = decision_results(spec, df, parts, .9)['programme']
+    spec, _ = fit_decision(Refer(threshold=(1.4, 2.5)), df, parts, 'here', .9)
+    found = decision_results(spec, df, parts, .9, 'refer')['programme']
     called = (df.score >= 1.4) | (df.index < 7)
     positive = df.diagnosis >= 2
     assert found['images']['sensitivity']['value'] == pytest.approx(called[positive].mean())
@@ -175,6 +198,58 @@ def test_all_rules_together_by_image_and_by_patient():
     caught = [a for a, b in worst if b]
     assert found['patients']['sensitivity']['value'] == pytest.approx(np.mean(caught))
     assert found['patients']['sensitivity']['images'] == len(caught)
+    without = decision_results(spec, df, parts, .9, 'exclude')['programme']['images']
+    assert without['referred']['value'] == pytest.approx((df.score[7:] >= 1.4).mean())
+
+
+def test_uncertain_images_of_a_programme_are_judged_by_sets_of_the_other_parts():
+    df = scored(600)
+    parts = stratified_group_parts(df.diagnosis, df.group)
+    spec, warnings = fit_decision(Refer(threshold=(1.8,), uncertain='refer'), df, parts, 'here', .9)
+    found = decision_results(spec, df, parts, .9, 'refer')['programme']['images']['referred']['value']
+    called = np.zeros(600, bool)
+    for k in range(5):
+        inside = parts == k
+        sets = PredictionSets(.9).fit(df.score[~inside], df.diagnosis[~inside])
+        high = sets.predict(df.score[inside], df.grade[inside])[1]
+        called[inside] = (df.score[inside] >= 1.8) | (high >= 2)
+    assert found == pytest.approx(called.mean()) and called.mean() > (df.score >= 1.8).mean() and not warnings
+
+
+def test_a_grade_of_few_images_makes_all_uncertain_and_is_said():
+    df = scored(300)
+    few = df[(df.diagnosis < 4) | (df.groupby('diagnosis').cumcount() < 5)].reset_index(drop=True)
+    _, warnings = fit_decision(Refer(uncertain='refer'), few, np.arange(len(few)) % 5, 'here', .9)
+    assert len(warnings) == 1 and 'too few images of grade 4' in warnings[0]
+    assert fit_decision(Refer(), few, np.arange(len(few)) % 5, 'here', .9)[1] == []
+
+
+def test_intervals_are_of_patients():
+    df = scored(400, images_a_patient=4)
+    parts = stratified_group_parts(df.diagnosis, df.group)
+    alone = df.assign(group=np.arange(400))
+    def width(rows): 
+        low, high = fit_points(Refer(), rows, parts, 'here')[0][0].specificity['interval']
+        return high - low
+    assert width(df) > 1.05 * width(alone)
+    p, positive = 1 / (1 + np.exp(1.5 - df.score)), df.diagnosis >= 2
+    by_patient, by_image = (brier_score(p, positive, o.group)[1:] for o in (df, alone))
+    assert by_patient[1] - by_patient[0] > 1.1 * (by_image[1] - by_image[0])
+    bins = [reliability(p, positive, o.group, 4)[1]['interval'] for o in (df, alone)]
+    assert bins[0][1] - bins[0][0] > bins[1][1] - bins[1][0]
+
+
+def test_a_class_that_shares_one_part_has_no_figure_and_a_reason():
+    df, first = scored(100), np.arange(100) < 6
+    df = df.assign(diagnosis=np.where(first, 4, 0), group=np.where(first, 'p', df.group))
+    parts = np.r_[np.zeros(6, int), np.arange(94) % 5]
+    point = fit_points(Refer(), df, parts, 'here')[0][0]
+    assert point.sensitivity['value'] is None and point.sensitivity['reason'] == 'all images of a class share a part'
+    assert point.specificity['images'] == (parts != 0).sum()
+
+
+def test_a_score_that_is_no_number_is_refused():
+    with pytest.raises(AptosError, match='1 scores are not finite'): DecisionSpec().decide([np.nan, 1], [0, 1], [0, 1])
 
 
 # Probabilities
@@ -257,7 +332,8 @@ def test_brier_reliability_and_net_benefit_by_hand():
 
 def test_a_specification_survives_json():
     df = scored(200)
-    spec, _ = fit_decision(Refer(sensitivity=(.9, .8), specificity=(.95,), prevalence=.1), df, np.arange(200) % 5, 'x')
+    spec, _ = fit_decision(Refer(sensitivity=(.9, .8), specificity=(.95,), prevalence=.1), df, np.arange(200) % 5, 'x',
+                           .9)
     assert decision_of_record(asdict(spec)) == spec and spec.prevalence == .1
 
 

@@ -14,7 +14,7 @@ from aptos_fastai.common.distributed import cores
 from aptos_fastai.common.io import AptosError
 from aptos_fastai.data.decode import MAX_PIXELS, ImageError
 from aptos_fastai.data.retina import prepare, square_of
-from aptos_fastai.decisions import DECISION_COLUMNS, NOT_GRADABLE, P_COLUMNS, UNGRADABLE
+from aptos_fastai.decisions import DECISION_COLUMNS, P_COLUMNS, UNGRADABLE, without_ungradable
 from aptos_fastai.inference.backends import BACKENDS, check_backend
 from aptos_fastai.inference.find_images import ImageEntry
 from aptos_fastai.inference.model_spec import MemberSpec, ModelSpec, read_distance, read_model, read_net
@@ -126,12 +126,10 @@ class Grader:
         integers = ['grade', 'grade_low', 'grade_high']
         df[integers] = df[integers].astype('Int64')
         ungradable = df.ungradable != ''
-        df.loc[ungradable, [*integers, *P_COLUMNS]] = pd.NA
+        df.loc[ungradable, integers] = pd.NA
         df['grade_name'] = ['' if pd.isna(g) else GRADE_NAMES[g] for g in df.grade]
-        df.loc[ungradable, ['grade_name', 'referable', 'sight_threatening']] = UNGRADABLE
-        df.loc[ungradable & (df.referable_high_specificity != ''), 'referable_high_specificity'] = UNGRADABLE
-        df.loc[ungradable, 'decision'] = NOT_GRADABLE
-        return df
+        df.loc[ungradable, 'grade_name'] = UNGRADABLE
+        return without_ungradable(df, ungradable)
 
     def stream(self, files: Iterable[str | Path | ImageEntry], batch: int = 16) -> Iterator[pd.DataFrame]:
         "Yield the rows of `batch` images at a time, in the order of `files`"

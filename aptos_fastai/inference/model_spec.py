@@ -249,7 +249,8 @@ def _own_decision(stage: str, oof: pd.DataFrame) -> tuple[DecisionSpec, list[str
     "Return what a stage without a summary decides, by the defaults of [refer]; its patients are not known here"
     oof = oof.reset_index(drop=True).assign(group=oof.source.to_numpy() + ':' + oof.id_code.to_numpy())
     parts = oof.fold.to_numpy() if oof.fold.nunique() > 2 else stratified_group_parts(oof.diagnosis, oof.group)
-    return fit_decision(Refer(), oof, parts, f'out-of-fold scores of {stage}, {len(oof)} images')
+    chosen_on = f'out-of-fold scores of {stage}, {len(oof)} images'
+    return fit_decision(Refer(), oof, parts, chosen_on, STAGE_COVERAGE)
 
 
 def _read_preds(file: Path) -> pd.DataFrame:

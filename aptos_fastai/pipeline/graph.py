@@ -28,7 +28,7 @@ from aptos_fastai.data.folds import add_folds, write_folds
 from aptos_fastai.data.spreadsheet import first_few
 from aptos_fastai.data.store import prepare_table, prepared_already
 from aptos_fastai.data.tables import read_contents, read_order, read_tables, with_present_tables
-from aptos_fastai.decisions import NOT_GRADABLE, UNGRADABLE
+from aptos_fastai.decisions import without_ungradable
 from aptos_fastai.inference.training_images import write_run_images
 from aptos_fastai.metrics import GRADES, PredictionSets, apply_thresholds, grade_scores
 from aptos_fastai.pipeline.summary import SUMMARY_FORMAT, SYNTHETIC, node_decision, tables_text
@@ -320,10 +320,8 @@ def score_test_table(run: Run, bars: Bars) -> pd.DataFrame:
     df['score_sd'] = final.score_sd
     df['ungradable'] = ungradable_test(run, final.score, bars)
     decision, _ = node_decision(run, submit.final, oof.assign(group=run.groups(oof)))
-    df = df.assign(**decision.decide(df.score, df.grade, df.grade_high))
-    ungradable = df.ungradable != ''
-    df.loc[ungradable, ['decision', 'referable', 'sight_threatening']] = NOT_GRADABLE, UNGRADABLE, UNGRADABLE
-    df = in_submission_order(run, df)
+    df = in_submission_order(run, df.assign(**decision.decide(df.score, df.grade, df.grade_high)))
+    df = without_ungradable(df, df.ungradable != '')
     write_csv(run.root / 'scores.csv', df)
     return df
 

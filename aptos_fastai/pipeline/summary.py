@@ -36,7 +36,7 @@ SETS_CONDITION = 'from the same source as the training images (cameras, clinics,
 SETS_CAUTION = ('the submitted model was trained on pseudo-labels of these test images: their prediction sets can '
                 'contain the true grade less often')
 NEARLY_EQUAL = .1                            # thresholds closer than this leave a grade that is hardly ever predicted
-SUMMARY_FORMAT = 9                           # of summary.json and scores.csv; `all` replaces older ones
+SUMMARY_FORMAT = 10                          # of summary.json and scores.csv; `all` replaces older ones
 LARGEST_ERRORS = 12                          # that summary.json and the model card name
 KEYS = ['source', 'id_code', 'diagnosis', 'fold', 'group']
 
@@ -151,14 +151,15 @@ def kappa_result(run: Run, name: str, valid: pd.DataFrame) -> dict:
 def node_decision(run: Run, name: str, valid: pd.DataFrame) -> tuple[DecisionSpec, list[str]]:
     "Return what a stage or ensemble decides, with cross-fitted figures, and warnings"
     chosen_on = f'out-of-fold scores of {run.recipe.name}/{name}, {len(valid)} images'
-    return fit_decision(run.recipe.refer, valid, run.parts(valid), chosen_on)
+    return fit_decision(run.recipe.refer, valid, run.parts(valid), chosen_on, run.recipe.submit.coverage)
 
 
 def validated_decisions(run: Run, valid: pd.DataFrame, result: dict) -> dict:
     "Return the cross-fitted figures of the submitted model's decisions; `result` is its entry of `stages`"
     from aptos_fastai.pipeline.run_gate import ungradable_validated  # imported here because it imports PyTorch
     df = valid.assign(ungradable=ungradable_validated(run))
-    return decision_results(decision_of_record(result['decision']), df, run.parts(valid), run.recipe.submit.coverage)
+    recipe, spec = run.recipe, decision_of_record(result['decision'])
+    return decision_results(spec, df, run.parts(valid), recipe.submit.coverage, recipe.gate.ungradable)
 
 
 def validated_sets(run: Run, valid: pd.DataFrame) -> dict:
@@ -295,6 +296,7 @@ def submission_result(run: Run, valid: pd.DataFrame, result: dict) -> dict:
                 thresholds=result['thresholds'], images=len(run.frames[submit.table]) if submit.table else 0,
                 kappa_text=result['kappa_text'],
                 gate=asdict(run_gate(run, submit.final)), decision=result['decision'],
+                refer=asdict(run.recipe.refer),
                 distance_units={m: run.distance_unit(m) for m in members},
                 warnings=result['warnings'],
                 cautions=[SETS_CAUTION] if trained_on(run, submit.final, submit.table) else [])

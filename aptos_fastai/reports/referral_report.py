@@ -149,7 +149,7 @@ def reliability_figures(df: pd.DataFrame, positive: dict[str, ArrayLike], over: 
 def cross_fitted_rules(valid: pd.DataFrame, parts: np.ndarray, spec: DecisionSpec) -> dict[str, np.ndarray]:
     "Return which images each rule refers, (k, n) for k threshold probabilities; probabilities and points cross-fitted."
     p = cross_fitted_probabilities(valid.score, valid.diagnosis, parts)[:, REFERABLE:].sum(1)
-    referred = cross_fitted_referred(spec, valid, parts)
+    referred, _ = cross_fitted_referred(spec, valid, parts)
     return rules(p, referred, 'operating point' if spec.point(REFERABLE) else f'grade ≥ {REFERABLE}')
 
 

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from aptos_fastai.cli import main
 from aptos_fastai.common.distributed import cores
 from aptos_fastai.common.io import AptosError
+from aptos_fastai.decisions import DECISION_COLUMNS, P_COLUMNS
 from aptos_fastai.inference.grader import load_grader
+from aptos_fastai.inference.model_spec import read_model
 from aptos_fastai.metrics import apply_thresholds
 from aptos_fastai.pipeline.graph import load_run
 from aptos_fastai.pipeline.pseudo_labels import read_labels
@@ -62,7 +64,15 @@ def test_submission_has_ids_and_order_of_the_sample_submission(toy):
 
 def test_scores(toy):
     df, run = pd.read_csv(toy / 'scores.csv'), open_toy_run(toy)
-    assert list(df)[-6:] == ['score', 'grade', 'grade_low', 'grade_high', 'score_sd', 'ungradable']
+    last = ['score', 'grade', 'grade_low', 'grade_high', 'score_sd', 'ungradable', *DECISION_COLUMNS, *P_COLUMNS]
+    assert list(df)[-len(last):] == last
+    decision = read_model(toy)[0].decision
+    gradable = df.ungradable.isna()
+    expected = pd.DataFrame(decision.decide(df.score, df.grade, df.grade_high))
+    assert (df.referable[gradable] == expected.referable[gradable]).all()
+    assert np.allclose(df.p_referable[gradable], expected.p_referable[gradable], atol=1e-5)
+    refused = df[~gradable]
+    assert refused[list(P_COLUMNS)].isna().all(axis=None) and (refused.decision == 'not gradable').all()
     assert np.allclose(df.ensemble, (df.finetune_dense + df.finetune_256 + df.finetune_512) / 3, atol=1e-5)
     assert np.allclose(df.score, df.retrain_512)
     assert (df.grade == apply_thresholds(df.score, run.thresholds('retrain_512', run.recipe.submit.thresholds))).all()
