@@ -5,7 +5,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from aptos_fastai.api import PreparedRun, as_prepared
 from aptos_fastai.common.console import Bars, format_duration, say, table
 from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.distributed import world_size
-from aptos_fastai.common.io import AptosError, file_hash, read_record, write_csv, write_record
+from aptos_fastai.common.io import AptosError, digest, file_hash, read_record, write_csv, write_record
 from aptos_fastai.common.privacy import LEAVE_OUT, patient_data
 from aptos_fastai.data.store import read_prepared, store_folder
 from aptos_fastai.data.tables import describe
@@ -220,6 +220,9 @@ def submit_run(run: Run) -> None:
     say(f'{submit.final}, thresholds {thresholds_text(thresholds)} -> {run.root / "submission.csv"}\n'
         f'each submitted stage and ensemble -> {run.root / "submissions"}')
     say(DISCLAIMER, 'dim')
+    if summary and digest(summary['submission'].get('refer')) != digest(asdict(run.recipe.refer)):
+        say('[refer] has changed since the last `all`: report and predict still use its operating points. Run `all`, '
+            'which trains nothing.', 'yellow')
     if not summary or summary['submission']['thresholds'] == thresholds.tolist(): return
     say('report.html and the commands predict, export, serve and kaggle still use the thresholds of the last `all`:\n'
         f'{thresholds_text(summary["submission"]["thresholds"])}. '

@@ -21,6 +21,7 @@ from aptos_fastai.metrics import stratified_group_parts
 from aptos_fastai.recipe import Refer
 from aptos_fastai.reports.parts import measure_text
 
+USELESS = .5                                 # a specificity below it is warned of
 OF_POINTS = 'operating point'                # begins every warning of an operating point
 
 
@@ -47,7 +48,7 @@ def write_operating_point(model: str, refer: Refer, output: str = '', graded: st
     scores = table_scores(model, graded, **where) if graded else own_scores(model)
     points, warnings = fit_points(refer, scores.df, scores.parts, scores.origin)
     if not points: raise AptosError(f'{model}: {"; ".join(warnings)}. Choose on a table that has both.')
-    changed = with_points(spec, points, warnings)
+    changed = with_points(spec, points, [*warnings, *useless(points)])
     temp = folder.with_name(f'.{folder.name}.tmp')
     shutil.rmtree(temp, ignore_errors=True)
     try:
@@ -72,7 +73,8 @@ def default_folder(model: Path, refer: Refer) -> Path:
 def own_scores(model: str) -> Scores:
     "Return the out-of-fold scores of a model's validation images"
     df = validation_scores(model)
-    return Scores(df, df.part.to_numpy(), f'out-of-fold scores of its {len(df)} validation images', 'groups')
+    origin = f'out-of-fold scores of its {len(df)} validation images'
+    return Scores(df, df.part.to_numpy(), origin, 'patients where known')
 
 
 def table_scores(model: str, graded: str, **where) -> Scores:
@@ -82,6 +84,10 @@ def table_scores(model: str, graded: str, **where) -> Scores:
     used = (rows.error == '') & rows.diagnosis.notna() & (rows.seen == '')
     df = rows[used].reset_index(drop=True).astype(dict(diagnosis=int, score=float))
     table_record = evaluation.record['table']
+    ungradable = int((df.ungradable != '').sum())
+    if ungradable:
+        say(f'{graded}: the gate rejects {ungradable} of {len(df)} images: they are referred as ungradable, whatever '
+            'their score, and count here all the same', 'yellow')
     origin = f'scores of {len(df)} images of {table_record["name"]} ({table_record["csv"] or "class folders"})'
     if evaluation.record['seen_unknown']: origin += f'; {evaluation.record["seen_unknown"]}'
     return Scores(df, stratified_group_parts(df.diagnosis, df.group), origin, table_record['grouped_by'])
@@ -93,6 +99,13 @@ def with_points(spec: ModelSpec, points: Sequence[OperatingPoint], warnings: Seq
     return replace(spec, decision=replace(spec.decision, points=tuple(points)), warnings=(*kept, *warnings))
 
 
+def useless(points: Sequence[OperatingPoint]) -> list[str]:
+    "Return a warning of each operating point that tells little apart: it calls most of the negative images positive"
+    found = [(o.name.replace('_', '-'), o.specificity['value']) for o in points]
+    return [f'{OF_POINTS} for {name} retinopathy: specificity {value:.2f}, so that most images without it are called '
+            'positive' for name, value in found if value is not None and value < USELESS]
+
+
 def show_points(before: ModelSpec, after: ModelSpec, scores: Scores) -> None:
     "Print the operating points before and after"
     rows = [[when, o.name.replace('_', '-'), o.target_text, f'{o.threshold:.3f}', measure_text(o.sensitivity),
@@ -100,7 +113,7 @@ def show_points(before: ModelSpec, after: ModelSpec, scores: Scores) -> None:
             for when, model in (('before', before), ('now', after)) for o in model.decision.points]
     columns = ['', 'retinopathy', 'chosen for', 'score ≥', 'sensitivity (95 % CI)', 'specificity (95 % CI)']
     table(f'operating points of {after.name}', columns, rows, wrap=columns[-2:])
-    say(f'Chosen on {scores.origin}. Sensitivity and specificity are cross-fitted: the {scores.over} of an image had '
-        'no part in the threshold that calls it. A referral is apart from the grade: grades are unchanged.', 'dim')
+    say(f'Chosen on {scores.origin}. Sensitivity and specificity are cross-fitted over {scores.over}: an image had no '
+        'part in the threshold that calls it. A referral is apart from the grade: grades are unchanged.', 'dim')
     for text in after.warnings: say(f'warning: {text}', 'yellow')
     say(DISCLAIMER, 'dim')

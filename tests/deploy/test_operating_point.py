@@ -6,8 +6,9 @@ from conftest import expect_error, write_table
 
 from aptos_fastai.cli import main
 from aptos_fastai.common.io import read_record
-from aptos_fastai.decisions import choose_threshold
+from aptos_fastai.decisions import OperatingPoint, choose_threshold
 from aptos_fastai.deploy import parity as parity_module
+from aptos_fastai.deploy.operating_point import useless
 from aptos_fastai.inference.grader import load_grader
 from aptos_fastai.inference.model_spec import read_model
 from aptos_fastai.inference.validation_scores import validation_scores
@@ -89,3 +90,9 @@ def test_a_table_of_ones_own_chooses(changed, toy, image_paths, tmp_path, capsys
 def test_mistakes_end_in_one_line(args, words, toy, capsys):
     args = [str(toy) if word == 'RUN' else word for word in args]
     expect_error(capsys, ['operating_point', toy, *args], *words)
+
+
+def test_a_useless_point_is_warned_of():
+    def point(specificity): return OperatingPoint(2, 'sensitivity', .95, .1, specificity=dict(value=specificity))
+    assert useless([point(.5), point(None)]) == []
+    assert 'specificity 0.00' in useless([point(0.)])[0] and len(useless([point(.07), point(.9)])) == 1
