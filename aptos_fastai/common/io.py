@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -135,6 +136,17 @@ def remove_stale_temp_files(folder: str | Path, hours: float = 1.) -> None:
         try:
             if f.is_file() and time.time() - f.stat().st_mtime >= hours * 3600: f.unlink()
         except OSError: pass                 # another process removed it first
+
+
+def make_private(descriptor: int) -> bool:
+    """Let only its owner read an open file. Return whether that is so; a device or a pipe stays as it is.
+
+    It fails for a file of another owner, and where the file system or Windows knows no such permission.
+    """
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode): return True
+    try: os.fchmod(descriptor, 0o600)
+    except (OSError, AttributeError): pass   # Windows has no fchmod
+    return not stat.S_IMODE(os.fstat(descriptor).st_mode) & 0o077
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:

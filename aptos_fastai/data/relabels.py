@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +15,15 @@ import pandas as pd
 from aptos_fastai.common.io import file_hash, write_bytes
 from aptos_fastai.data.grades import read_grade
 from aptos_fastai.data.spreadsheet import TableError, count, first_few, read_spreadsheet, require_column
+from aptos_fastai.decisions import UNGRADABLE
 from aptos_fastai.recipe import Table
 
 RELABELS = 'relabels.csv'
 COLUMNS = ['table', 'id_code', 'original', 'grade', 'reviewer', 'time', 'shown_label', 'note']
 NEEDED = COLUMNS[:4]
-UNGRADABLE = 'ungradable'                    # in the column grade; an empty cell: skipped, the grade stays
-UNDONE = 'undone'                            # a note: the decision before this one was taken back
+HEADER = ','.join(COLUMNS)                   # first line of a file to which rows are appended
+UNDONE = 'undone'                            # a note: the decision before this row was taken back
+SKIPPED = 'skipped'                          # a note after UNDONE: the earlier decision, brought back, was to skip
 EXAMPLE = 'Write a grade from 0 to 4, ungradable, or nothing for a skipped image.'
 
 
@@ -57,7 +59,7 @@ class Relabels:
 def read_decisions(file: Path) -> pd.DataFrame:
     """Return the rows of relabels.csv as text, in the order of time: table, id_code, original, grade, …
 
-    Grades are '0' to '4', 'ungradable' or '' (skipped). Raises `TableError`.
+    Grades are '0' to '4', 'ungradable' or '' (skipped: the grade stays). Raises `TableError`.
     """
     df = read_spreadsheet(file)
     for column in NEEDED: require_column(file, df, column, f'Columns of such a file: {", ".join(COLUMNS)}.')
@@ -91,6 +93,12 @@ def _times(file: Path, times: pd.Series) -> pd.Series:
 def last_decisions(decisions: pd.DataFrame) -> pd.DataFrame:
     "Return the last row on each image"
     return decisions.drop_duplicates(['table', 'id_code'], keep='last')
+
+
+def decision_of(grade: str, note: str) -> str | None:
+    "Return the decision of a row: '0' to '4', 'ungradable', '' (skipped); None where undo left the image to do"
+    notes = [o.strip() for o in note.split(';')]
+    return None if UNDONE in notes and SKIPPED not in notes and not grade else grade
 
 
 # Applying
@@ -137,17 +145,32 @@ def apply_relabels(frame: pd.DataFrame, table: Table, folder: Path) -> tuple[pd.
 
 # Writing
 
-def now() -> str:
-    "Return the time as relabels.csv has it: ISO 8601, UTC, seconds"
-    return datetime.now(UTC).isoformat(timespec='seconds')
-
-
 def append_decisions(file: Path, rows: Iterable[dict]) -> None:
-    "Append decisions (`COLUMNS`) to relabels.csv atomically, keeping every byte that is there. Raises `AptosError`"
+    """Append decisions (`COLUMNS`) to relabels.csv atomically. Raises `AptosError`.
+
+    Every byte that is there stays. A file that another program saved with another separator, encoding or header is
+    rewritten with `COLUMNS` first: its rows, their order and its other columns stay.
+    """
     old = file.read_bytes() if file.is_file() else b''
+    if old and not _can_grow(old): old = _converted(file)
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
     if not old: writer.writeheader()
     elif not old.endswith(b'\n'): text.write('\n')
     writer.writerows(rows)
     write_bytes(file, old + text.getvalue().encode())
+
+
+def _can_grow(data: bytes) -> bool:
+    "Whether rows of `COLUMNS` can be appended to the bytes of a file: its header begins with them, and it is UTF-8"
+    try: first = data.decode().partition('\n')[0].rstrip('\r')
+    except UnicodeDecodeError: return False
+    return first == HEADER or first.startswith(f'{HEADER},')
+
+
+def _converted(file: Path) -> bytes:
+    "Return a readable relabels.csv as comma-separated UTF-8 with `COLUMNS` first. Raises `TableError`"
+    read_decisions(file)                     # nothing is rewritten that could not be read again
+    df = read_spreadsheet(file)
+    others = [column for column in df if column not in COLUMNS]
+    return df.reindex(columns=[*COLUMNS, *others], fill_value='').to_csv(index=False, lineterminator='\n').encode()

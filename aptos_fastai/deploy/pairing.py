@@ -6,7 +6,7 @@ import pandas as pd
 from aptos_fastai.data.groups import EYES, UNKNOWN
 from aptos_fastai.decisions import DO_NOT_REFER, NOT_GRADABLE, REFER, UNCERTAIN_REFER
 from aptos_fastai.deploy.batching import as_json
-from aptos_fastai.deploy.web import RequestError
+from aptos_fastai.deploy.web import RequestError, text_of
 from aptos_fastai.inference.patients import MISSING_EYE, patient_table
 from aptos_fastai.metrics import GRADES
 
@@ -39,23 +39,15 @@ def patients_of(body: Any) -> dict:
 def read_row(row: Any, name: str) -> dict:
     "Return what pairing needs of a row. Raises `RequestError` that names row and key"
     if not isinstance(row, dict): raise RequestError(400, f'{name}: is no JSON object')
-    out = {key: text_of(row, key, name) for key in (*TEXTS, *CHOICES)}
+    out = {key: text_of(row, key, f'{name}.') for key in (*TEXTS, *CHOICES)}
     for key, accepted in CHOICES.items():
         if out[key] not in accepted: raise RequestError(400, f'{name}.{key}: {out[key]!r} is none of {accepted}')
-    eye = text_of(row, 'eye', name).strip().casefold()
+    eye = text_of(row, 'eye', f'{name}.').strip().casefold()
     if eye not in EYES and eye not in UNKNOWN:
         raise RequestError(400, f'{name}.eye: {eye!r} is none of {", ".join(EYES)}; empty where it is unknown')
     grade = number_of(row, 'grade', name, GRADES - 1)
     if grade is not None and grade != int(grade): raise RequestError(400, f'{name}.grade: {grade} is no whole number')
     return dict(out, eye=EYES.get(eye, ''), grade=grade, p_referable=number_of(row, 'p_referable', name, 1))
-
-
-def text_of(row: dict, key: str, name: str) -> str:
-    "Return a text of a row; '' if it is missing or null"
-    value = row.get(key)
-    if value is None: return ''
-    if not isinstance(value, str): raise RequestError(400, f'{name}.{key}: is no text')
-    return value
 
 
 def number_of(row: dict, key: str, name: str, highest: float) -> float | None:

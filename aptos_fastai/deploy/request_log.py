@@ -5,7 +5,8 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
 
-from aptos_fastai.common.io import AptosError
+from aptos_fastai.common.console import say
+from aptos_fastai.common.io import AptosError, make_private
 from aptos_fastai.common.privacy import patient_data
 
 LOGGED = 'image_sha256', 'grade', 'decision', 'score', 'ungradable', 'flags', 'error'     # of each image
@@ -16,7 +17,8 @@ DIGITS = 4                                   # of a score
 class RequestLog:
     """Append a line for each request of `/api/predict` to a file. Raises `AptosError` if it cannot be written.
 
-    Only its owner may read it. A line is written at once, so that several servers may share a file.
+    Only its owner may read it, also if it is there already; where that cannot be set, a line says so. A line is written
+    at once, so that several servers may share a file.
     """
     def __init__(self, file: str, names: bool = False):
         self.file, self.names = Path(file), names
@@ -24,6 +26,9 @@ class RequestLog:
         try: self._fd = os.open(self.file, flags, 0o600)
         except OSError as e:
             raise AptosError(f'--log {file}: cannot write this file ({e.strerror}). Choose another one.') from None
+        if make_private(self._fd): return
+        say(f'warning: --log {file}: others may read this file, and that cannot be changed. Choose another one.',
+            'yellow')
 
     def describe(self) -> str:
         "Return the line that says where the log goes and what it holds"

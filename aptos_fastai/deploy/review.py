@@ -12,14 +12,17 @@ from aptos_fastai.common.console import say
 from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.io import AptosError, file_lock
 from aptos_fastai.common.privacy import patient_data
-from aptos_fastai.data.relabels import UNDONE, UNGRADABLE
+from aptos_fastai.data.relabels import SKIPPED, UNDONE
+from aptos_fastai.decisions import UNGRADABLE
 from aptos_fastai.deploy.web import (
     HEADERS,
     RequestError,
     get_application,
     json_reply,
+    read_json,
     require_packages,
     run_server,
+    text_of,
     trusted_hosts,
 )
 from aptos_fastai.metrics import GRADE_NAMES, GRADES
@@ -43,7 +46,7 @@ class ReviewSession:
         self.review, self.images, self.reviewer = review, images, reviewer
         self.labels_seen: set[int] = set()             # numbers of images whose label was shown
         self.heatmaps_seen: set[int] = set()
-        self.history: list[int] = []                   # numbers of images decided since the start, the last one last
+        self.history: list[tuple[int, str | None]] = []          # since the start: image decided, its decision before
         self.worker = ThreadPoolExecutor(1)            # of networks and files: one request at a time
 
     def item(self, number: int) -> ReviewItem:
@@ -81,15 +84,20 @@ class ReviewSession:
         "Append a decision to relabels.csv; return the state. Raises `RequestError` for an invalid one"
         item = self.item(number)
         if grade not in ANSWERS: raise RequestError(400, f'grade {grade!r}: enter 0 to 4, ungradable, or "" to skip')
+        earlier = item.decision
         self._append(item, number, grade, reviewer)
-        self.history.append(number)
+        self.history.append((number, earlier))
         return self.state()
 
     def undo(self, reviewer: str) -> dict:
-        "Take the last decision since the start back, by a row that says so; return the state, its image next"
+        """Take the last decision since the start back, by a row that says so and holds the decision before it.
+
+        Return the state, the image next.
+        """
         if not self.history: raise RequestError(409, 'nothing to undo')
-        number = self.history[-1]
-        self._append(self.item(number), number, '', reviewer, UNDONE)
+        number, earlier = self.history[-1]
+        notes = [UNDONE, SKIPPED] if earlier == '' else [UNDONE]
+        self._append(self.item(number), number, earlier or '', reviewer, *notes)
         self.history.pop()
         return dict(self.state(), next=number)
 
@@ -110,26 +118,19 @@ def jpeg(pixels: np.ndarray) -> bytes:
 # Requests
 
 async def read_decision(request) -> dict[str, Any]:
-    "Return the JSON object of a request. Raises `RequestError`; a form of another web site is none"
-    if request.headers.get('content-type', '').partition(';')[0].strip() != 'application/json':
-        raise RequestError(415, 'send the decision as application/json')
-    length = request.headers.get('content-length', '')
-    if not length.isdigit(): raise RequestError(411, 'header Content-Length is missing')
-    if int(length) > MAX_BODY: raise RequestError(413, f'at most {MAX_BODY} bytes')
-    try: body = await request.json()
-    except ValueError: raise RequestError(400, 'no valid JSON') from None
+    "Return the JSON object of a request. Raises `RequestError`"
+    body = await read_json(request, MAX_BODY, f'{MAX_BODY} bytes of JSON')
     if not isinstance(body, dict): raise RequestError(400, 'send a JSON object')
     return body
 
 
-def text_of(body: dict, key: str) -> str:
-    "Return a text of a request, '' if it is missing. Raises `RequestError` for another type"
-    value = body.get(key, '')
-    if isinstance(value, str): return value
-    raise RequestError(400, f'{key}: send a text')
+def grade_of(body: dict) -> str:
+    "Return the grade of a decision. Raises `RequestError`, also if it is missing: only '' skips an image"
+    if body.get('grade') is None: raise RequestError(400, 'grade: send a text; "" skips the image')
+    return text_of(body, 'grade')
 
 
-def number_of(body: dict) -> int:
+def image_of(body: dict) -> int:
     "Return the number of the image that a decision is about. Raises `RequestError`"
     number = body.get('image')
     if isinstance(number, int) and not isinstance(number, bool): return number
@@ -177,7 +178,7 @@ class Pages:
     async def decide(self, request):
         "POST `/api/decision`"
         body = await read_decision(request)
-        args = number_of(body), text_of(body, 'grade'), text_of(body, 'reviewer')
+        args = image_of(body), grade_of(body), text_of(body, 'reviewer')
         return await self._reply(self.session.decide, *args)
 
     async def undo(self, request):

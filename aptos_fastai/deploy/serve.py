@@ -4,6 +4,7 @@ import time
 from contextlib import asynccontextmanager
 from pathlib import PurePath
 
+from aptos_fastai.common.clock import now
 from aptos_fastai.common.console import say
 from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.data.spreadsheet import FORMULA_STARTS
@@ -14,14 +15,17 @@ from aptos_fastai.deploy.request_log import RequestLog
 from aptos_fastai.deploy.web import (
     HEADERS,
     RequestError,
+    content_length,
     get_application,
+    is_unicode,
     json_reply,
+    read_json,
     require_packages,
     run_server,
     server_url,
     trusted_hosts,
 )
-from aptos_fastai.inference.audit import audit_record, now
+from aptos_fastai.inference.audit import audit_record
 from aptos_fastai.inference.grader import Grader, load_grader
 from aptos_fastai.inference.model_spec import SYNTHETIC_MODEL
 from aptos_fastai.inference.patients import COLUMNS as PATIENT_COLUMNS
@@ -31,14 +35,6 @@ from aptos_fastai.reports.html import render
 PACKAGES = 'starlette', 'uvicorn', 'python_multipart'
 UPLOAD_SECONDS = 120                         # for one request to arrive
 LOG_FAILED = 'the request log cannot be written ({}); the grades are withheld'
-
-
-def content_length(request, limit: float, what: str) -> int:
-    "Return the size of a request's body in bytes. Raises `RequestError` if it is unknown or above `limit`, `what` fits"
-    length = request.headers.get('content-length', '')
-    if not length.isdigit(): raise RequestError(411, 'header Content-Length is missing')
-    if int(length) > limit: raise RequestError(413, f'at most {what} in one request')
-    return int(length)
 
 
 def uploads_length(request) -> int:
@@ -62,20 +58,13 @@ async def read_uploads(request) -> tuple[list[tuple[str, bytes]], bool]:
             uploads = [(_file_name(f.filename), await f.read()) for f in files]
             return uploads, form.get('heatmap', '') in ('1', 'true', 'yes', 'on')
     except HTTPException as e: raise RequestError(400, e.detail) from None
+    except ValueError: raise RequestError(400, 'the charset of Content-Type does not fit: send UTF-8') from None
 
 
 def _file_name(text: str) -> str:
-    "Return the name of an uploaded file without its folders"
+    "Return the name of an uploaded file without its folders. Raises `RequestError` if it is no Unicode"
+    if not is_unicode(text): raise RequestError(400, 'the name of a file is no Unicode: send UTF-8')
     return PurePath(text.replace('\\', '/')).name[:200] or 'image'
-
-
-async def read_json(request):
-    "Return the JSON of a request. Raises `RequestError`; a form of another web site is none"
-    if request.headers.get('content-type', '').partition(';')[0].strip() != 'application/json':
-        raise RequestError(415, 'send application/json')
-    content_length(request, pairing.MAX_BODY, f'{pairing.MAX_BODY // 1_000_000} MB of JSON')
-    try: return await request.json()
-    except (ValueError, RecursionError): raise RequestError(400, 'no valid JSON') from None
 
 
 class Pages:
@@ -118,7 +107,7 @@ class Pages:
 
     async def patients(self, request):
         "`/api/patients`: pair graded images of patients"
-        body = await read_json(request)
+        body = await read_json(request, pairing.MAX_BODY, f'{pairing.MAX_BODY // 1_000_000} MB of JSON')
         return json_reply(await asyncio.to_thread(pairing.patients_of, body))
 
     async def predict(self, request):

@@ -1,11 +1,12 @@
-"What every local page needs: headers, JSON errors, a check of the host name, a server that says its address."
+"What every local page needs: headers, JSON, errors, checks of where a request comes from, a server."
+import json
+import re
 import socket
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
-from urllib.parse import urlsplit
 
 from aptos_fastai.common.console import say
 from aptos_fastai.common.io import AptosError
@@ -15,6 +16,10 @@ CSP = ("default-src 'none'; img-src 'self' data: blob:; style-src 'unsafe-inline
 HEADERS = {'Content-Security-Policy': CSP, 'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'no-referrer',
            'Cache-Control': 'no-store'}
 PUBLIC = '0.0.0.0', '::'                     # addresses that listen to every network
+HOST = re.compile(r'(\[[0-9a-f:.]+\]|[\w.-]+)(?::(\d{1,5}))?', re.ASCII | re.IGNORECASE)      # name[:port]
+PORTS = dict(http='80', https='443')         # which an address leaves out
+OWN_SITES = '', 'same-origin', 'none'        # Sec-Fetch-Site: of no browser, of this page, entered by a person
+FOREIGN = 'requests of other web sites are refused: enter the address of the page in the address bar'
 
 
 class RequestError(Exception):
@@ -28,14 +33,14 @@ def get_application(routes: Sequence, hosts: Sequence[str], lifespan: Any = None
     """Return a Starlette application whose errors are all JSON with the key `error`.
 
     It accepts only requests to `hosts` ('*': all), so that no other web site can reach it through a host name of its
-    own. A `RequestError` of a route becomes its status and reason.
+    own, and none that a page of another web site makes. A `RequestError` of a route becomes its status and reason.
     """
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
     handlers: dict = {RequestError: _refused, HTTPException: _http_error, Exception: _failed}
     app = Starlette(routes=list(routes), lifespan=lifespan, exception_handlers=handlers,
-                    middleware=[Middleware(AllowedHosts, hosts=hosts)])
+                    middleware=[Middleware(OwnRequests, hosts=hosts)])
     app.router.redirect_slashes = False      # /api/ is an error, too: a redirection is no JSON
     return app
 
@@ -60,25 +65,91 @@ async def _failed(request, e):
     return json_reply(dict(error=f'internal error ({type(e).__name__}); the terminal of the server shows it'), 500)
 
 
-class AllowedHosts:
-    "ASGI middleware: a request to another host name gets status 400"
+# Where a request comes from
+
+class OwnRequests:
+    "ASGI middleware: status 400 for requests to another host name, 403 for those of another web site"
     def __init__(self, app, hosts: Sequence[str]):
         self.app, self.hosts = app, {host.strip('[]').casefold() for host in hosts}
 
     async def __call__(self, scope, receive, send):
-        "Serve a request if its host is allowed"
-        if scope['type'] != 'http' or '*' in self.hosts: return await self.app(scope, receive, send)
-        header = dict(scope['headers']).get(b'host', b'').decode('latin-1')
-        if host_name(header) in self.hosts: return await self.app(scope, receive, send)
-        known = ', '.join(sorted(self.hosts))
-        reply = json_reply(dict(error=f'host name {header[:80]!r} is not served here; use one of: {known}'), 400)
-        return await reply(scope, receive, send)
+        "Serve a request if it may be made"
+        from starlette.datastructures import Headers
+        if scope['type'] != 'http': return await self.app(scope, receive, send)
+        headers = Headers(scope=scope)
+        host = ', '.join(headers.getlist('host'))
+        if not self.is_served(host): return await self._unknown(host)(scope, receive, send)
+        followed = headers.get('sec-fetch-mode') == 'navigate' and not scope['path'].startswith('/api')     # a link
+        if not followed and is_foreign(headers, host): return await json_reply(dict(error=FOREIGN), 403)(scope, receive, send)
+        await self.app(scope, receive, send)
+
+    def is_served(self, host: str) -> bool:
+        "Return whether requests with this header Host are served; HTTP/1.0 has none"
+        name = host_name(host)
+        return name in self.hosts or '*' in self.hosts and bool(name or not host)
+
+    def _unknown(self, host: str):
+        known = ', '.join(sorted(self.hosts - {'*'})) or 'HOST or HOST:PORT'
+        return json_reply(dict(error=f'host name {host[:80]!r} is not served here; use one of: {known}'), 400)
 
 
 def host_name(header: str) -> str:
     "Return the host name of a Host header without its port: 'localhost:8000' -> 'localhost'; '' for no valid one"
-    try: return urlsplit(f'//{header}').hostname or ''
-    except ValueError: return ''
+    found = HOST.fullmatch(header)
+    return found[1].strip('[]').casefold() if found else ''
+
+
+def is_foreign(headers: Mapping[str, str], host: str) -> bool:
+    "Return whether a browser sent a request for a page that does not come from the header Host; curl is no browser"
+    if headers.get('sec-fetch-site', '') not in OWN_SITES: return True
+    return 'origin' in headers and not is_own_origin(headers['origin'], host)
+
+
+def is_own_origin(origin: str, host: str) -> bool:
+    "Return whether the header Origin is host and port of the header Host, by http or https (a proxy may add TLS)"
+    scheme, _, address = origin.partition('://')
+    first, second = HOST.fullmatch(address), HOST.fullmatch(host)
+    if scheme not in PORTS or not first or not second: return False
+    (name, port), (own_name, own_port) = ((o[1].casefold(), o[2] or PORTS[scheme]) for o in (first, second))
+    return (name, port) == (own_name, own_port)
+
+
+# Requests
+
+def content_length(request, limit: float, what: str) -> int:
+    "Return the size of a request's body in bytes. Raises `RequestError` if it is unknown or above `limit`, `what` fits"
+    length = request.headers.get('content-length', '')
+    if not length.isdecimal(): raise RequestError(411, 'header Content-Length is missing')
+    if int(length) > limit: raise RequestError(413, f'at most {what} in one request')
+    return int(length)
+
+
+async def read_json(request, limit: int, what: str) -> Any:
+    "Return the JSON of a request of at most `limit` bytes. Raises `RequestError`; a form of another web site is none"
+    if request.headers.get('content-type', '').partition(';')[0].strip() != 'application/json':
+        raise RequestError(415, 'send application/json')
+    content_length(request, limit, what)
+    try:
+        body = await request.json()
+        encodable = is_unicode(json.dumps(body, ensure_ascii=False))
+    except (ValueError, RecursionError): raise RequestError(400, 'no valid JSON') from None
+    if not encodable: raise RequestError(400, 'a text is no Unicode: it has half of a surrogate pair')
+    return body
+
+
+def is_unicode(text: str) -> bool:
+    "Return whether UTF-8 can encode a text: JSON and some character sets can hold halves of surrogate pairs"
+    try: text.encode()
+    except UnicodeEncodeError: return False
+    return True
+
+
+def text_of(body: dict, key: str, where: str = '') -> str:
+    "Return a text of a request, '' if it is missing or null. Raises `RequestError` that names `where` and key"
+    value = body.get(key)
+    if value is None: return ''
+    if isinstance(value, str): return value
+    raise RequestError(400, f'{where}{key}: send a text')
 
 
 # Servers

@@ -1,6 +1,5 @@
 "The audit trail of predictions: which model, program and machine made them, and when."
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +8,8 @@ import pandas as pd
 import torch
 
 import aptos_fastai
-from aptos_fastai.common.io import AptosError, file_hash, read_record, write_bytes, write_record
+from aptos_fastai.common.clock import now
+from aptos_fastai.common.io import AptosError, file_hash, make_private, read_record, write_bytes, write_record
 from aptos_fastai.inference.backends import PACKAGES
 from aptos_fastai.training.precision import cpu_name
 
@@ -19,11 +19,6 @@ if TYPE_CHECKING:
 AUDIT_FORMAT = 1
 SUFFIX = '.json'                             # grades.csv -> grades.csv.json
 OWN_KEYS = {'csv', 'csv_sha256', 'digests'}  # of an audit file; no other JSON file is replaced
-
-
-def now() -> str:
-    "Return the time as ISO 8601 in UTC: '2026-01-31T12:00:00+00:00'"
-    return datetime.now(UTC).isoformat(timespec='seconds')
 
 
 def audit_record(grader: 'Grader') -> dict:
@@ -70,10 +65,11 @@ def note_start(file: Path, resumed: bool) -> None:
     "Add the present time to a hidden file of the times at which a prediction was started and `resumed`"
     earlier = file.read_text(encoding='utf-8') if resumed and file.is_file() else ''
     write_bytes(file, f'{earlier}{now()}\n'.encode())
+    with open(file, 'rb') as f: make_private(f.fileno())
 
 
-def write_audit(csv: Path, audit: dict, starts: Path, options: dict) -> None:
-    """Write the audit file of the finished `csv`: `audit`, the times in `starts`, counts, columns and hashes.
+def write_audit(csv: Path, audit: dict, starts: Path, options: dict, patients: Path | None = None) -> None:
+    """Write the audit file of the finished `csv` and `patients`: `audit`, times in `starts`, counts, columns, hashes.
 
     It is written after the CSV: a CSV without it was interrupted in between, or is not of this program.
     """
@@ -84,7 +80,8 @@ def write_audit(csv: Path, audit: dict, starts: Path, options: dict) -> None:
     made_by = {key: value for key, value in audit.items() if key != 'time'}
     write_record(audit_file(csv), dict(
         format=AUDIT_FORMAT, **made_by, started=started, resumed=resumed, finished=now(), **counts, options=options,
-        csv=csv.name, csv_sha256=file_hash(csv), columns=list(rows.columns)))
+        csv=csv.name, csv_sha256=file_hash(csv), columns=list(rows.columns),
+        **(dict(patients_sha256=file_hash(patients)) if patients else {})))
 
 
 def processed_text(audit: dict) -> str:

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from aptos_fastai.inference.subgroups import UNKNOWN
+
 if TYPE_CHECKING:                            # the modules that these are of import PyTorch
     from aptos_fastai.inference.evaluate import Evaluation
 
 ERROR = 'cannot be found or read'            # instead of an error's text, which can name files
 ID_RANGE = 'id range'                        # kind of clusters that are named by ids
 NOTE = ('De-identified: rows are numbered in the order of the table; ids, patients, hashes and carried columns are '
-        'left out')
+        'left out; subgroups are numbered')
 HASHES = 'image_sha256', 'pixel_sha256'      # whoever has an image finds it by its hash
 
 
@@ -34,22 +36,30 @@ def without_people(evaluation: 'Evaluation') -> 'Evaluation':
     """Return an evaluation without ids, patients and hashes of images, and without the columns that its table carries.
 
     Ids become numbers behind a hash of the table's place, so that `compare` matches images of the same table only.
+    Values of subgroups are numbered: 'site 1', 'site 2', …; 'unknown' stays.
     """
-    from aptos_fastai.inference.evaluate import COLUMNS
+    from aptos_fastai.inference.evaluate import COLUMNS, subgroup_warning
     rows = without_names(evaluation.predictions[COLUMNS], 'id_code')
     rows = rows.assign(id_code=evaluation.record['table']['place'][:6] + '-' + rows.id_code,
                        group=pseudonyms(rows.group, 'G'))
-    record = dict(evaluation.record, unreadable=[], notes=[NOTE])
+    before = evaluation.record['subgroups']
+    after = [dict(o, values=_numbered(o['values'], o['column'])) for o in before]
+    texts = {subgroup_warning(old['column'], a): subgroup_warning(old['column'], b)
+             for old, new in zip(before, after, strict=True)
+             for a, b in zip(old['values'], new['values'], strict=True)}
+    warnings = [texts.get(text, text) for text in evaluation.record['warnings']]
+    record = dict(evaluation.record, unreadable=[], notes=[NOTE], subgroups=after, warnings=warnings)
     return replace(evaluation, record=record, predictions=rows, reasons=[])
 
 
 def without_ids(summary: dict) -> dict:
     "Return a run's summary without the ids of images: ranges of ids are numbered, the largest errors have none"
-    clusters = [dict(o, clusters=_numbered(o['clusters'])) if o['kind'] == ID_RANGE else o for o in summary['clusters']]
+    clusters = [dict(o, clusters=_numbered(o['clusters'], 'range')) if o['kind'] == ID_RANGE else o
+                for o in summary['clusters']]
     errors = [dict(o, id_code='') for o in summary.get('largest_errors', [])]
     return dict(summary, clusters=clusters, largest_errors=errors)
 
 
-def _numbered(ranges: list[dict]) -> list[dict]:
-    "Return ranges of ids called 'range 1', 'range 2', …"
-    return [dict(o, name=f'range {i}') for i, o in enumerate(ranges, 1)]
+def _numbered(groups: list[dict], noun: str) -> list[dict]:
+    "Return groups of images called 'range 1', 'range 2', … (`noun` range)"
+    return [o if o['name'] == UNKNOWN else dict(o, name=f'{noun} {i}') for i, o in enumerate(groups, 1)]

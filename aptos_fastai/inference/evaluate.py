@@ -274,7 +274,7 @@ def _nothing_left(rows: pd.DataFrame, graded: pd.DataFrame, table: Table) -> str
     "Return the message for a table without images to evaluate"
     if len(graded):
         return (f'{table.name}: all {len(graded)} images were used to train or tune the model. Evaluate on other '
-                'images, or add --include-seen to see optimistic figures.')
+                'images; `evaluate --include-seen` shows optimistic figures.')
     return f'{table.name}: no graded image can be read: {first_few(_errors(rows))}. Check the images.'
 
 
@@ -298,9 +298,13 @@ def _warnings(counts: dict, table: Table, choices: Choices, subgroups: list[dict
         found.append(f'{counts["unreadable"]} of {counts["images"]} images cannot be read and are left out')
     if table.grouped_by != 'patients': found.append(PATIENTS)
     for subgroup in subgroups:
-        found += [f'{subgroup["column"]} = {o["name"]}: {differences_text(o)} than in the other images'
-                  for o in subgroup['values'] if o['differs']]
+        found += [subgroup_warning(subgroup['column'], o) for o in subgroup['values'] if o['differs']]
     return found
+
+
+def subgroup_warning(column: str, values: dict) -> str:
+    "Return the warning of a subgroup that differs: 'site = north: kappa lower (-0.210) than in the other images'"
+    return f'{column} = {values["name"]}: {differences_text(values)} than in the other images'
 
 
 def differences_text(values: dict) -> str:

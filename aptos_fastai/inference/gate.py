@@ -112,13 +112,14 @@ class GateSpec:
         return reasons
 
     def count_text(self, referable: Iterable[str]) -> str:
-        "Return the counts of a column `referable` as text: '3 referable, 5 not referable, 1 ungradable (…)'"
+        "Return the counts of a column `referable`: '3 referable, 5 not referable, 1 ungradable (…), 2 unreadable'"
         values = list(referable)
-        yes, no, ungradable = (values.count(o) for o in ('yes', 'no', 'ungradable'))
+        yes, no, ungradable, unreadable = (values.count(o) for o in ('yes', 'no', 'ungradable', ''))
         text = f'{yes} referable, {no} not referable, {ungradable} ungradable'
-        if not ungradable: return text
-        if self.ungradable == 'exclude': return f'{text} (not counted as referable: [gate] ungradable = exclude)'
-        return f'{text} (counted as referable, {yes + ungradable} in all: [gate] ungradable = refer)'
+        if ungradable and self.ungradable == 'exclude':
+            text += ' (not counted as referable: [gate] ungradable = exclude)'
+        elif ungradable: text += f' (counted as referable, {yes + ungradable} in all: [gate] ungradable = refer)'
+        return f'{text}, {unreadable} unreadable' if unreadable else text
 
 
 def gate_rules(images: pd.DataFrame) -> dict:

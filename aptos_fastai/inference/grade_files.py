@@ -11,7 +11,7 @@ import pandas as pd
 
 from aptos_fastai.common.console import Bars, say
 from aptos_fastai.common.disclaimer import DISCLAIMER
-from aptos_fastai.common.io import AptosError, digest, file_lock, write_bytes
+from aptos_fastai.common.io import AptosError, digest, file_lock, make_private, write_bytes
 from aptos_fastai.data.spreadsheet import SPREADSHEETS, safe_cell
 from aptos_fastai.inference.audit import (
     audit_file,
@@ -26,6 +26,7 @@ from aptos_fastai.inference.grader import COLUMNS, Grader, load_grader
 from aptos_fastai.inference.model_spec import SYNTHETIC_MODEL
 from aptos_fastai.inference.patients import (
     DEFAULTS,
+    PATIENTS,
     Choices,
     check_patients_free,
     find_people,
@@ -69,9 +70,10 @@ def grade_files(model: str, paths: Iterable[str], output: str, backend: str = 't
         _grade_into(part, grader, entries, columns)
         _check_free(out, overwrite)
         audit_file(out).unlink(missing_ok=True)            # if this stops now, the CSV has none rather than a wrong one
-        if people is None and not choices.deidentify: os.replace(part, out)
+        if people is None and not choices.deidentify: write_bytes(out, part.read_bytes())
         else: write_with_people(part, out, people, choices, grader.model.gate)
-        write_audit(out, audit, part.with_suffix(STARTS), options)
+        patients = None if people is None else out.with_name(PATIENTS)
+        write_audit(out, audit, part.with_suffix(STARTS), options, patients)
         _remove_parts(out)
     say(privacy_text(out, people, choices), 'dim')
     texts = ['file', 'error', id_column, 'patient']
@@ -98,9 +100,13 @@ def _check_free(out: Path, overwrite: bool) -> None:
 
 
 def _options(model: str, paths: list[str], root: str | None, overwrite: bool, choices: Choices) -> dict:
-    "Return the options of a call for its audit file; de-identified, without names of files"
-    names = dict(images=paths, root=root) if not choices.deidentify else {}
-    return dict(model=model, **names, overwrite=overwrite, **asdict(choices))
+    """Return the options of a call for its audit file.
+
+    De-identified, they name no files, and `patient` and `eye` are 'given' or empty: a pattern can name people.
+    """
+    if not choices.deidentify: return dict(model=model, images=paths, root=root, overwrite=overwrite, **asdict(choices))
+    given = {name: 'given' if getattr(choices, name) else '' for name in ('patient', 'eye')}
+    return dict(model=model, overwrite=overwrite, **asdict(choices) | given)
 
 
 def _digest_of(entries: list[ImageEntry], audit: dict) -> str:
@@ -124,6 +130,7 @@ def _grade_into(part: Path, grader: Grader, entries: list[ImageEntry], columns: 
     if done: say(f'{done} of {len(entries)} images are graded already; resuming')
     with Bars() as bars, bars(f'grading with {grader.model.name}', len(entries), 'images') as bar, \
             open(part, 'a', encoding='utf-8', newline='') as f:
+        make_private(f.fileno())             # it names images also where the CSV is de-identified
         if not done: f.write(','.join(columns) + '\n')
         for df in grader.stream(entries[done:]):
             if columns[0] != COLUMNS[0]: df.insert(0, columns[0], [e.id for e in entries[done:done + len(df)]])
@@ -142,7 +149,7 @@ def _report(df: pd.DataFrame, csv_file: Path, grader: Grader, audit: dict) -> No
     say(f'{len(df) - len(bad)} images processed by {processed_text(audit)} -> {csv_file}')
     say(DISCLAIMER, 'dim')
     if grader.model.synthetic: say(SYNTHETIC_MODEL, 'yellow')
-    for text in grader.model.warnings: say(f'warning: {text}', 'yellow')
+    for text in grader.model.warnings: say(f'warning of the model: {text}', 'yellow')
     say(grader.model.gate.count_text(df.referable.astype(object).fillna('')))
     if not len(bad): return
     first = '; '.join(f'{f"row {i + 1}" if pd.isna(file) else file}: {error}'
@@ -157,12 +164,12 @@ def _resume(part: Path, files: list[str], columns: list[str]) -> int:
     A file with other columns, other images or a damaged row counts as empty.
     """
     if not part.is_file(): return 0
-    text = part.read_text(encoding='utf-8')
-    complete = text[:text.rfind('\n') + 1]             # the last line may be half written
-    try: header, *rows = csv.reader(io.StringIO(complete))
+    data = part.read_bytes()
+    complete = data[:data.rfind(b'\n') + 1]            # the last line may be half written
+    try: header, *rows = csv.reader(io.StringIO(complete.decode(), newline=''))
     except (csv.Error, ValueError): header, rows = [], []
     at = columns.index('file')
     names = [row[at] for row in rows if len(row) == len(columns)]
     valid = header == columns and len(names) == len(rows) and names == files[:len(names)]
-    write_bytes(part, complete.encode() if valid and names else b'')
+    os.truncate(part, len(complete) if valid and names else 0)
     return len(names) if valid else 0

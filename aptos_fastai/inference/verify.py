@@ -1,9 +1,10 @@
 """Check that predictions came from a model: `verify MODEL grades.csv`.
 
-Three questions, each of which can refute: is the CSV the one that was written, by this very model (its audit file);
-does every row follow from its score by the model's thresholds and operating point; does the model give a sample of the
-images the same predictions again?
+Three questions, each of which can refute: are the CSV and patients.csv the ones that were written, by this very model
+(their audit file); does every row follow from its score by the model's thresholds and operating point; does the model
+give a sample of the images the same predictions again, and can unreadable images still not be read?
 """
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -28,8 +29,9 @@ from aptos_fastai.inference.audit import (
 )
 from aptos_fastai.inference.backends import MAX_DIFFERENCE
 from aptos_fastai.inference.find_images import ImageEntry, find_images
-from aptos_fastai.inference.grader import Grader, load_grader
+from aptos_fastai.inference.grader import COLUMNS, Grader, load_grader
 from aptos_fastai.inference.model_spec import ModelSpec, read_model
+from aptos_fastai.inference.patients import PATIENTS
 from aptos_fastai.metrics import GRADE_NAMES, apply_thresholds
 
 SAME_MACHINE = 1e-3                          # difference of a score in f32 with the same backend on the same device
@@ -37,11 +39,13 @@ ROUNDING = 5e-5                              # of a number with four decimals
 NEEDED = ['file', 'score', 'grade']          # columns of a CSV that can be verified
 NUMBERS = ['score', 'score_sd', 'grade', 'grade_low', 'grade_high', *P_COLUMNS]
 ALWAYS = ['flags', 'ungradable']             # of a repeated prediction must be equal, ...
-SETS = ['grade_low', 'grade_high']           # ... and these where its score is the same to `SAME_MACHINE`
+SETS = ['grade_low', 'grade_high']           # ... and these where its score is the same to `SAME_MACHINE`, or unproven
+NOT_FOUND = 'image not found; give what predict was given as --images'
+REPLACED = 'the image was changed or replaced (SHA-256 differs)'
 SHOWN = 10                                   # rows whose contradictions are printed
 NOT_KNOWN = ('no {}: an older version or another program wrote the CSV, or `predict` was stopped just before it wrote '
              'this file. Its model, version, backend and time are not known. Nor is the prevalence: probabilities are '
-             'not compared')
+             'not compared. Nor whether rows were removed')
 
 
 @dataclass
@@ -79,26 +83,31 @@ def verify_grades(model: str, grades: str, sample: int | None = 20, images: Sequ
     except AptosError as e: found.reasons.append(str(e).removesuffix('.'))
     if audit: check_audit(found, file, audit, spec)
     elif not found.reasons: found.notes.append(NOT_KNOWN.format(audit_file(file)))
+    entries = find_images(images, root) if images else []
+    if not audit: check_unproven(found, file, rows, entries)
     found.check_rows(rows, contradictions(rows, spec, audit),
                      f'of {len(rows)} rows do not follow from their scores by the thresholds and operating point',
                      f'all {len(rows)} rows follow from their scores')
-    chosen = sampled(rows, sample, file_hash(file))
-    repeat(found, model, rows, chosen, audit, find_again(rows, chosen, audit, images, root))
+    chosen, failed = sampled(rows, sample, file_hash(file)), np.flatnonzero(rows.score.isna())
+    grader, why_other = grader_of(model, audit)
+    if why_other: found.notes.append(why_other)
+    repeat(found, grader, rows, chosen, audit, find_again(rows, chosen, audit, entries))
+    read_again(found, grader, rows, find_again(rows, failed, audit, entries))
     if not audit and len(chosen) < rows.score.notna().sum():
         found.reasons.append('without its audit file the rows that were not predicted again may be of another model; '
                              'add --all')
-    conclude(found, file, spec)
+    conclude(found, file, spec, 'its predictions' if audit else f'the {len(rows)} rows that are there')
 
 
-def conclude(found: Findings, file: Path, spec: ModelSpec) -> None:
-    "Print the notes and the conclusion. Raises `AptosError` if there are reasons against it"
+def conclude(found: Findings, file: Path, spec: ModelSpec, what: str) -> None:
+    "Print the notes and the conclusion on `what`. Raises `AptosError` if there are reasons against it"
     for text in found.notes: say(f'note: {text}', 'yellow')
     for text in found.agreed: say(f'ok: {text}')
     for text in found.details: say(f'differs: {text}')
     if found.reasons:
         raise AptosError(f'{file}: not verified as predictions of {spec.name} ({spec.key}): '
                          f'{"; ".join(found.reasons)}.')
-    say(f'{file}: verified: its predictions came from {spec.name} ({spec.key})', 'bold')
+    say(f'{file}: verified: {what} came from {spec.name} ({spec.key})', 'bold')
 
 
 def read_grades(file: Path) -> pd.DataFrame:
@@ -133,6 +142,7 @@ def check_audit(found: Findings, file: Path, audit: dict, spec: ModelSpec) -> No
     unchanged = file_hash(file) == audit['csv_sha256']
     found.check('' if unchanged else f'the CSV was changed since predict wrote it ({audit["finished"]})',
                 f'the CSV is as predict wrote it ({audit["finished"]}) with {processed_text(audit)}')
+    check_patients(found, file.with_name(PATIENTS), audit.get('patients_sha256'))
     parts = differing_parts(audit['digests'], spec.digests)
     found.check(f'made by a model with other {", ".join(parts)} ({audit["model"]}, {audit["digests"]["model"]})'
                 if parts else '', 'weights, thresholds, gate and operating point are those of the model')
@@ -140,6 +150,31 @@ def check_audit(found: Findings, file: Path, audit: dict, spec: ModelSpec) -> No
     now = dict(aptos_fastai=aptos_fastai.__version__, torch=torch.__version__)
     found.notes.extend(f'made with {name} {audit[name]}; this is {current}' for name, current in now.items()
                        if audit[name] != current)
+
+
+def check_patients(found: Findings, patients: Path, recorded: str | None) -> None:
+    "Compare patients.csv with its recorded SHA-256; None: predict wrote none"
+    if recorded is None:
+        if patients.is_file(): found.notes.append(f'{patients} is of another call and is not verified')
+    elif not patients.is_file(): found.reasons.append(f'{PATIENTS}, which predict wrote beside it, is missing')
+    else:
+        same = file_hash(patients) == recorded
+        found.check('' if same else f'{PATIENTS} was changed or replaced since predict wrote it',
+                    f'{PATIENTS} is as predict wrote it')
+
+
+def check_unproven(found: Findings, csv: Path, df: pd.DataFrame, entries: Sequence[ImageEntry]) -> None:
+    "Check what only an audit file would prove: that no column is missing, and no row was copied or removed"
+    if missing := [name for name in COLUMNS if name not in df]:
+        found.reasons.append(f'without its audit file every column is needed; missing: {", ".join(missing)}')
+    again = df.index[df.file.map(os.path.abspath).duplicated() & (df.file != '')]
+    found.check_rows(df, dict.fromkeys(again, 'an earlier row has the same file'), f'of {len(df)} rows are duplicates',
+                     'no file has two rows')
+    if entries:
+        found.check(f'{len(df)} rows, but --images names {len(entries)} images' if len(entries) != len(df) else '',
+                    f'as many rows as images: {len(df)}')
+    patients = csv.with_name(PATIENTS)
+    if patients.is_file(): found.notes.append(f'{patients} is not verified: only the audit file would prove it')
 
 
 # Rows and their scores
@@ -156,6 +191,9 @@ def contradictions(df: pd.DataFrame, spec: ModelSpec, audit: dict | None) -> dic
         found[i] = 'has a score and an error' if error[i] else 'has no score and no error'
     empty = df[error | ungradable]
     for i in empty.index[empty.grade.notna()]: found.setdefault(i, f'grade {empty.grade[i]:g}, but no grade is due')
+    failed = df[error & df.score.isna()]
+    nothing = dict.fromkeys(('grade_name', *DECISION_COLUMNS), '')
+    _compare_texts(found, failed, [pd.DataFrame(nothing, failed.index)])
     refused = df[ungradable & ~error]
     _compare_texts(found, refused, [pd.DataFrame(_ungradable_texts(spec), refused.index)])
     graded = df[~error & ~ungradable & df.score.notna()]
@@ -220,11 +258,10 @@ def sampled(df: pd.DataFrame, n: int | None, seed: str) -> np.ndarray:
     return np.array([rng.choice(stretch) for stretch in np.array_split(rows, n)])
 
 
-def find_again(df: pd.DataFrame, chosen: np.ndarray, audit: dict | None, images: Sequence[str],
-               root: str | None) -> dict[int, Path | None]:
-    "Return the image file of each chosen row; None if it is not found"
-    if not images: return {i: _existing(df.file[i]) for i in chosen}
-    entries = find_images(images, root)
+def find_again(df: pd.DataFrame, chosen: np.ndarray, audit: dict | None,
+               entries: Sequence[ImageEntry]) -> dict[int, Path | None]:
+    "Return the image file of each chosen row, one of `entries` if there are any; None if it is not found"
+    if not entries: return {i: _existing(df.file[i]) for i in chosen}
     if audit and audit['options'].get('deidentify'):
         if len(entries) != len(df):
             raise AptosError(f'--images: {len(entries)} images, but the de-identified CSV has {len(df)} rows. Give '
@@ -249,24 +286,37 @@ def _entry_of(file: str, entries: Sequence[ImageEntry]) -> Path | None:
     return best.path if common(best) else None
 
 
-def repeat(found: Findings, model: str, df: pd.DataFrame, chosen: np.ndarray, audit: dict | None,
+def repeat(found: Findings, grader: Grader, df: pd.DataFrame, chosen: np.ndarray, audit: dict | None,
            files: dict[int, Path | None]) -> None:
     "Predict the chosen rows again and compare"
     if not len(chosen):
         found.reasons.append('no row has a score, so no prediction can be repeated')
         return
-    grader, why_other = grader_of(model, audit)
     tolerance, exact = tolerance_of(audit, audit_record(grader))
-    if why_other: found.notes.append(why_other)
-    wrong = {i: 'image not found; give what predict was given as --images' for i, file in files.items() if file is None}
+    wrong = {i: NOT_FOUND for i, file in files.items() if file is None}
     largest = 0.
     for i, new in predict_again(grader, {i: file for i, file in files.items() if file is not None}):
-        difference = difference_of(df.loc[i], new, tolerance, exact)
+        difference = difference_of(df.loc[i], new, tolerance, exact, ['score'] if audit else ['score', 'score_sd'])
         if difference: wrong[i] = difference
         else: largest = max(largest, abs(df.score[i] - new.score))
     how = f'{grader.backend} {grader.precision}; scores differ by up to {largest:.4f}, allowed is {tolerance:g}'
     found.check_rows(df, wrong, f'of {len(chosen)} repeated predictions differ',
                      f'{len(chosen)} of {int(df.score.notna().sum())} predictions repeated: equal ({how})')
+
+
+def read_again(found: Findings, grader: Grader, df: pd.DataFrame, files: dict[int, Path | None]) -> None:
+    "Read the images of rows without a score again: an error that is not there now is a reason"
+    if not files: return
+    wrong, recorded = {}, df.get('image_sha256', pd.Series('', df.index))
+    for i, file in files.items():
+        if file is None:
+            if recorded[i]: wrong[i] = NOT_FOUND               # else predict did not find it either
+            continue
+        squares, new = grader.read(file)
+        if recorded[i] and recorded[i] != new['image_sha256']: wrong[i] = REPLACED
+        elif squares is not None: wrong[i] = 'has no prediction, but its image can be read'
+    found.check_rows(df, wrong, f'of {len(files)} unreadable images differ',
+                     f'{len(files)} unreadable images cannot be read now, either')
 
 
 def predict_again(grader: Grader, files: dict[int, Path]) -> Iterator[tuple[int, pd.Series]]:
@@ -288,19 +338,27 @@ def grader_of(model: str, audit: dict | None) -> tuple[Grader, str]:
 
 
 def tolerance_of(audit: dict | None, current: dict) -> tuple[float, bool]:
-    "Return how much a score may differ, and whether all the rest must be equal: same machine and backend, in f32"
-    if not audit: return MAX_DIFFERENCE['f32'], False
+    """Return how much a score may differ, and whether prediction sets must be equal.
+
+    They must on the same machine and backend in f32, and without an audit file: decisions follow from them.
+    """
+    if not audit: return MAX_DIFFERENCE['f32'], True
     same = all(audit[key] == current[key] for key in ('backend', 'precision', 'device', 'processor'))
     if same and audit['precision'] == 'f32': return SAME_MACHINE, True
     return MAX_DIFFERENCE[audit['precision']], False
 
 
-def difference_of(old: pd.Series, new: pd.Series, tolerance: float, exact: bool) -> str:
-    "Return how a repeated prediction differs from its row; '' if it does not. Grades follow from scores: see above"
+def difference_of(old: pd.Series, new: pd.Series, tolerance: float, exact: bool,
+                  numbers: Sequence[str] = ('score',)) -> str:
+    """Return how a repeated prediction differs from its row; '' if it does not. Grades follow from scores: see above.
+
+    `numbers` are the columns that may differ by `tolerance`.
+    """
     if new.error: return f'the image {new.error}'
     if old.get('image_sha256') and old.image_sha256 != new.image_sha256:
-        return 'the image was changed or replaced (SHA-256 differs)'
-    if not abs(old.score - new.score) <= tolerance + ROUNDING: return f'score {old.score:.4f}, now {new.score:.4f}'
+        return REPLACED
+    for name in [o for o in numbers if o in old]:
+        if not abs(old[name] - new[name]) <= tolerance + ROUNDING: return f'{name} {old[name]:.4f}, now {new[name]:.4f}'
     for name in [o for o in ALWAYS + SETS * exact if o in old]:
         a, b = (_cell('' if pd.isna(o) else o) for o in (old[name], new[name]))
         if a != b: return f'{name} {a}, now {b}'

@@ -11,16 +11,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from aptos_fastai.common.clock import now
 from aptos_fastai.common.io import AptosError, read_record, verify_file
-from aptos_fastai.data.relabels import (
-    RELABELS,
-    UNDONE,
-    UNGRADABLE,
-    append_decisions,
-    last_decisions,
-    now,
-    read_decisions,
-)
+from aptos_fastai.data.relabels import RELABELS, append_decisions, decision_of, last_decisions, read_decisions
+from aptos_fastai.decisions import UNGRADABLE
 from aptos_fastai.metrics import GRADES, stratified_group_parts
 
 DISAGREEMENT, DUPLICATE = 'disagreement', 'duplicate'      # why an image is in the list
@@ -125,7 +119,7 @@ class Review:
         "Give the items the decisions of relabels.csv; before it exists, those that the run was trained on"
         files = [self.file] if self.file.is_file() else set(applied_files(self.root).values())
         rows = [row for file in files for row in last_decisions(read_decisions(file)).itertuples()]
-        found = {(row.table, row.id_code): row.grade for row in rows if UNDONE not in row.note}
+        found = {(row.table, row.id_code): decision_of(row.grade, row.note) for row in rows}
         for item in self.items: item.decision = found.get((item.table, item.id_code))
 
     @cached_property
@@ -144,16 +138,16 @@ class Review:
     def decide(self, item: ReviewItem, grade: str, reviewer: str, shown_label: bool, notes: Iterable[str] = ()) -> None:
         """Append a decision to relabels.csv: a grade '0' to '4', 'ungradable', or '' for a skipped image.
 
-        With `UNDONE` in `notes` the image is to do again. A new file begins with the decisions that the run was
-        trained on. Raises `AptosError` if the file cannot be written.
+        `notes` follow the reason in the column note (`decision_of` reads them). A new file begins with the decisions
+        that the run was trained on. Raises `AptosError` if the file cannot be written.
         """
-        notes = list(notes)
+        note = '; '.join([item.reason, *notes])
         row = dict(table=item.table, id_code=item.id_code, original=item.original, grade=grade, reviewer=reviewer,
-                   time=now(), shown_label='yes' if shown_label else 'no', note='; '.join([item.reason, *notes]))
+                   time=now(), shown_label='yes' if shown_label else 'no', note=note)
         earlier = [] if self.file.is_file() else set(applied_files(self.root).values())
         rows = [row for file in earlier for row in read_decisions(file).to_dict('records')]
         append_decisions(self.file, [*rows, row])
-        item.decision = None if UNDONE in notes else grade
+        item.decision = decision_of(grade, note)
 
 
 def open_results(path: Path) -> tuple[Path, str, dict]:

@@ -7,6 +7,7 @@ from aptos_fastai.data.relabels import (
     COLUMNS,
     append_decisions,
     apply_relabels,
+    decision_of,
     last_decisions,
     read_decisions,
     read_relabels,
@@ -97,6 +98,69 @@ def test_appending_keeps_every_byte_and_quotes(tmp_path):
     df = read_decisions(file)
     assert list(df) == COLUMNS and df.id_code.tolist() == ['a,"b"'] * 2 and df.grade.tolist() == ['2', '']
     assert last_decisions(df).grade.tolist() == ['']
+
+
+LINES = [COLUMNS, ['train', 'a', '0', '3', 'Müller, B', '2026-01-01T10:00:00+00:00', 'no', 'x'],
+         ['train', 'b', '1', 'ungradable', 'Müller, B', '2026-01-01T10:00:01+00:00', 'no', 'x']]
+
+
+def as_text(lines, separator=',', end='\n'):
+    return ''.join(separator.join(f'"{o}"' if ',' in o else o for o in line) + end for line in lines)
+
+
+OTHER_PROGRAMS = {
+    'semicolons': as_text(LINES, ';', '\r\n').encode(),
+    'a line sep=;': b'sep=;\r\n' + as_text(LINES, ';', '\r\n').encode(),
+    'tabs in UTF-16': as_text(LINES, '\t').encode('utf-16'),
+    'a byte order mark': as_text(LINES).encode('utf-8-sig'),
+    'Windows-1252': as_text(LINES).encode('cp1252'),
+    'old line ends': as_text(LINES, end='\r').encode(),
+    'a blank line first': b'\n' + as_text(LINES).encode(),
+    'another order': as_text([line[::-1] for line in LINES]).encode(),
+    'a column in front': as_text([[o, *line] for o, line in zip(['no', '1', '2'], LINES, strict=True)]).encode(),
+    'needed columns alone': as_text([line[:4] for line in LINES]).encode(),
+}
+
+
+@pytest.mark.parametrize('name', OTHER_PROGRAMS)
+def test_a_file_that_another_program_saved_gets_further_rows_and_keeps_its_own(tmp_path, name):
+    file = tmp_path / 'relabels.csv'
+    file.write_bytes(OTHER_PROGRAMS[name])
+    before = read_decisions(file)
+    values = ['train', 'a', 0, 4, 'Zoë, C', '2026-01-02T10:00:00+00:00', 'yes', 'y']
+    for grade in (4, 2): append_decisions(file, [dict(zip(COLUMNS, values, strict=True)) | dict(grade=grade)])
+    after = read_decisions(file)
+    pd.testing.assert_frame_equal(after[:2], before)
+    assert after.values[2:].tolist() == [[*values[:2], '0', grade, *values[4:]] for grade in '42']
+    strict = pd.read_csv(file, dtype=str, encoding='utf-8', keep_default_na=False)
+    assert list(strict)[:8] == COLUMNS and strict.id_code.tolist() == ['a', 'b', 'a', 'a']
+    if name == 'a column in front': assert strict['no'].tolist()[:2] == ['1', '2']
+
+
+def test_columns_after_the_known_ones_stay_byte_by_byte(tmp_path):
+    file = tmp_path / 'relabels.csv'
+    file.write_text(HEADER.replace('note\n', 'note,comment\n') + 'train,a,0,3,me,,no,x,blurred\n')
+    first = file.read_bytes()
+    append_decisions(file, [dict(zip(COLUMNS, ['train', 'b', 1, 2, 'me', '', 'no', 'x'], strict=True))])
+    assert file.read_bytes() == first + b'train,b,1,2,me,,no,x\n'
+    assert read_decisions(file).grade.tolist() == ['3', '2']
+
+
+@pytest.mark.parametrize('content', [
+    b'table;id_code;grade\ntrain;a;3\n', b'table;id_code;original;grade\ntrain;a;0;9\n'])
+def test_a_file_that_cannot_be_read_is_not_appended_to(tmp_path, content):
+    file = tmp_path / 'relabels.csv'
+    file.write_bytes(content)
+    with pytest.raises(TableError, match=r'relabels.csv'): append_decisions(file, [dict(table='train')])
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize('grade, note, decision', [
+    ('3', 'disagreement', '3'), ('', 'disagreement', ''), ('', 'disagreement; heat map seen', ''), ('', '', ''),
+    ('', 'disagreement; undone', None), ('3', 'duplicate; heat map seen; undone', '3'),
+    ('', 'disagreement; undone; skipped', '')])
+def test_a_row_holds_a_decision_unless_undo_left_the_image_to_do(grade, note, decision):
+    assert decision_of(grade, note) == decision
 
 
 def test_a_table_is_read_with_its_decisions_and_its_csv_stays(tmp_path):

@@ -67,6 +67,39 @@ def test_undo_takes_decisions_back_one_by_one_and_loses_nothing(client, session)
     assert decide(client, 0, '3').json()['next'] == 1
 
 
+@pytest.mark.parametrize('earlier', ['3', 'ungradable', ''])
+def test_undo_brings_the_earlier_decision_back_then_steps_further(client, session, earlier):
+    item = session.review.items[0]
+    decide(client, 0, earlier)
+    decide(client, 0, '0')
+    state = client.post('/api/undo', json={}).json()
+    assert (state['next'], state['reviewed'], state['can_undo']) == (0, 1, True) and item.decision == earlier
+    assert Review(session.review.root, .5).items[0].decision == earlier            # and in the file
+    assert decisions(session).grade.tolist() == [earlier, '0', earlier]
+    state = client.post('/api/undo', json={}).json()
+    assert (state['next'], state['reviewed'], state['can_undo']) == (0, 0, False) and item.decision is None
+    assert Review(session.review.root, .5).items[0].decision is None
+    assert decisions(session).grade.tolist() == [earlier, '0', earlier, '']
+
+
+def test_undo_brings_the_decision_of_an_earlier_session_back(client, session):
+    decide(client, 0, '3')
+    again = page.ReviewSession(Review(session.review.root, .5), session.images, 'B. Reader')
+    again.decide(0, '1', '')
+    again.undo('')
+    assert again.review.items[0].decision == '3' and not again.history
+    assert decisions(session)[['grade', 'reviewer']].values.tolist() == [
+        ['3', 'A. Reader'], ['1', 'B. Reader'], ['3', 'B. Reader']]
+
+
+def test_a_file_that_excel_saved_is_extended(client, session):
+    decide(client, 0, '3')
+    file = session.review.file
+    file.write_bytes(file.read_text().replace(',', ';').replace('\n', '\r\n').encode('utf-16'))
+    decide(client, 1, '0')
+    assert [item.decision for item in Review(session.review.root, .5).items[:3]] == ['3', '0', None]
+
+
 def test_a_new_session_resumes_where_the_last_one_was_left(client, session):
     for n in (0, 1): decide(client, n, '0')
     again = page.ReviewSession(Review(session.review.root, .5), session.images)
@@ -100,6 +133,8 @@ BAD_REQUESTS = {
     'no reviewer': (dict(image=0, grade='1'), 400, 'name of the reviewer'),
     'a formula as reviewer': (dict(image=0, grade='1', reviewer='=cmd()'), 400, 'name of the reviewer'),
     'a long reviewer': (dict(image=0, grade='1', reviewer='a' * 81), 400, 'name of the reviewer'),
+    'no grade': (dict(image=0, reviewer='me'), 400, 'grade: send a text'),
+    'null as a grade': (dict(image=0, grade=None, reviewer='me'), 400, 'grade: send a text'),
     'a list': ([1], 400, 'JSON object'),
 }
 
@@ -140,6 +175,38 @@ def test_other_hosts_are_refused_and_the_page_loads_nothing(client):
     reply = client.get('/')
     assert "default-src 'none'" in reply.headers['content-security-policy'] and 'SYNTHETIC' in reply.text
     assert 'http://' not in reply.text and 'https://' not in reply.text
+
+
+@pytest.mark.parametrize('headers', [
+    {'Sec-Fetch-Site': 'cross-site'}, {'Sec-Fetch-Site': 'same-site'}, dict(Origin='https://evil.example'),
+    dict(Origin='null'), {'Origin': 'http://testserver', 'Sec-Fetch-Site': 'cross-site'}])
+def test_requests_of_other_web_sites_change_nothing(client, session, headers):
+    replies = [client.get(f'/api/{path}', headers=headers) for path in ('label/0', 'heatmap/0', 'image/0', 'state')]
+    replies.append(client.post('/api/decision', json=dict(image=0, grade='1', reviewer='me'), headers=headers))
+    replies.append(client.post('/api/undo', json={}, headers=headers))
+    for reply in replies:
+        assert reply.status_code == 403 and 'other web sites' in reply.json()['error']
+        assert "default-src 'none'" in reply.headers['content-security-policy']
+    assert not session.labels_seen and not session.heatmaps_seen and not session.review.file.exists()
+
+
+@pytest.mark.parametrize('headers', [{}, {'Sec-Fetch-Site': 'none'}, {
+    'Sec-Fetch-Site': 'same-origin', 'Origin': 'http://testserver'}])
+def test_requests_of_the_page_and_of_programs_are_served(client, headers):
+    for path in ('/', '/api/label/0'): assert client.get(path, headers=headers).status_code == 200
+    decision = dict(image=0, grade='1', reviewer='me')
+    assert client.post('/api/decision', json=decision, headers=headers).json()['reviewed'] == 1
+
+
+def test_half_a_surrogate_pair_is_refused(client, session):
+    json = dict(headers={'content-type': 'application/json'})
+    for name in (rb'A\ud800', b'A\xed\xa0\x80'):
+        body = b'{"image": 0, "grade": "1", "reviewer": "' + name + b'"}'
+        reply = client.post('/api/decision', content=body, **json)
+        assert reply.status_code == 400 and 'Unicode' in reply.json()['error']
+    assert not session.review.file.exists()
+    whole = rb'{"image": 0, "grade": "1", "reviewer": "A\ud83d\ude00"}'
+    assert client.post('/api/decision', content=whole, **json).json()['reviewer'] == 'A\U0001f600'
 
 
 def test_bad_options_are_errors(toy, tmp_path, capsys):

@@ -223,9 +223,74 @@ def test_an_internal_error_is_json_and_tells_nothing_of_the_image(toy, image_pat
 
 
 @pytest.mark.parametrize('header, name', [
-    ('localhost:8000', 'localhost'), ('[::1]:8000', '::1'), ('[::1]', '::1'), ('a.b', 'a.b'), ('[::1', ''), ('', '')])
+    ('localhost:8000', 'localhost'), ('[::1]:8000', '::1'), ('[::1]', '::1'), ('a.b', 'a.b'), ('[::1', ''), ('', ''),
+    ('LOCALHOST', 'localhost'), ('me@localhost', ''), ('localhost/a', ''), ('localhost?a', ''), ('localhost#a', ''),
+    ('localhost"', ''), ("localhost'", ''), ('localhost:', ''), ('localhost:80a', ''), ('a:b@localhost:80', ''),
+    ('localhost, localhost', ''), ('localhost\n', ''), ('::1', ''), ('löcalhost', '')])
 def test_host_names_are_read_without_their_port(header, name):
     assert web.host_name(header) == name
+
+
+@pytest.mark.parametrize('host', ['x@localhost', 'localhost:8000/x', 'a"><b', "a'b", 'localhost:x'])
+def test_a_malformed_host_is_refused_even_where_every_name_is_served(toy, host):
+    for hosts in (['localhost'], ['*']):
+        with served(serve.get_app(load_grader(toy), hosts)) as client:
+            reply = client.get('/api', headers=dict(host=host))
+            assert reply.status_code == 400 and 'not served here' in reply.json()['error'], hosts
+
+
+@pytest.mark.parametrize('origin, host, own', [
+    ('http://localhost:8000', 'localhost:8000', True), ('http://LocalHost:8000', 'localhost:8000', True),
+    ('http://[::1]:8000', '[::1]:8000', True), ('http://[::1]', '[::1]:80', True),
+    ('http://clinic.example', 'clinic.example', True), ('https://clinic.example', 'clinic.example', True),
+    ('https://clinic.example', 'clinic.example:443', True),
+    ('https://clinic.example:8443', 'clinic.example:8443', True),
+    ('http://localhost:8001', 'localhost:8000', False), ('http://localhost', 'localhost:8000', False),
+    ('https://localhost', 'localhost:80', False), ('http://127.0.0.1:8000', 'localhost:8000', False),
+    ('http://[::2]:8000', '[::1]:8000', False), ('http://evil.example', 'clinic.example', False),
+    ('http://clinic.example.evil.example', 'clinic.example', False),
+    ('http://x@clinic.example', 'clinic.example', False),
+    ('http://clinic.example/', 'clinic.example', False), ('clinic.example', 'clinic.example', False),
+    ('file://', 'localhost', False), ('ftp://localhost', 'localhost', False), ('null', 'null', False),
+    ('null', 'localhost', False), ('', 'localhost', False), ('http://', '', False)])
+def test_the_own_origin_has_host_and_port_of_the_request(origin, host, own):
+    assert web.is_own_origin(origin, host) is own
+
+
+def test_images_of_other_web_sites_are_not_graded(toy, image_paths, tmp_path):
+    file = tmp_path / 'log.jsonl'
+    with served(serve.get_app(load_grader(toy), ['*'], RequestLog(str(file)))) as client:
+        def status(**headers):
+            return client.post('/api/predict', files=[upload(image_paths[0])], headers=headers).status_code
+        foreign = [{'Origin': 'https://evil.example'}, {'Origin': 'null'}, {'Origin': 'http://localhost:8001'},
+                   {'Sec-Fetch-Site': 'cross-site'}]
+        assert [status(**headers) for headers in foreign] == [403] * 4
+        assert not file.exists() or not file.read_text()
+        assert status(Origin='http://localhost:8000') == status() == 200
+        link = {'Sec-Fetch-Site': 'cross-site', 'Sec-Fetch-Mode': 'navigate'}
+        assert client.get('/', headers=link).status_code == 200        # a link on another page
+        assert client.get('/api', headers=link).status_code == 403
+
+
+def test_halves_of_surrogate_pairs_are_refused(toy):
+    bodies = b'{"rows": [{"patient": "%s"}]}', b'{"rows": [{"%s": 1}]}', b'{"rows": [], "missing_eye": "%s"}'
+    with served(serve.get_app(load_grader(toy), ['localhost'])) as client:
+        def post(body): return client.post('/api/patients', content=body, headers={'content-type': 'application/json'})
+        for text in (rb'\ud800', b'\xed\xa0\x80', rb'a\udc00b'):
+            for body in bodies:
+                reply = post(body % text)
+                assert reply.status_code == 400 and 'Unicode' in reply.json()['error'], (text, body)
+        assert post(b'{"rows": ' + b'[' * 100_000 + b']' * 100_000 + b'}').status_code == 400
+
+
+@pytest.mark.parametrize('charset, name, words', [
+    ('unicode_escape', rb'\ud800.png', 'no Unicode'), ('a\0b', b'a.png', 'charset')])
+def test_names_of_files_in_odd_character_sets_are_refused(toy, charset, name, words):
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="' + name + b'"\r\n\r\nimage\r\n--x--\r\n'
+    headers = {'content-type': f'multipart/form-data; boundary=x; charset={charset}'}
+    with served(serve.get_app(load_grader(toy), ['localhost'])) as client:
+        reply = client.post('/api/predict', content=body, headers=headers)
+    assert reply.status_code == 400 and words in reply.json()['error']
 
 
 # What the API says of itself
@@ -426,6 +491,23 @@ def test_the_log_has_a_line_for_each_request_without_images_and_names(toy, image
     text = (tmp_path / 'log.jsonl').read_text()
     assert 'anna' not in text and 'letter.png' not in text and 'base64' not in text
     assert stat.S_IMODE((tmp_path / 'log.jsonl').stat().st_mode) == 0o600
+
+
+def test_a_log_that_others_could_read_becomes_private_or_a_line_says_that_it_cannot(tmp_path, monkeypatch, capsys):
+    file = tmp_path / 'log.jsonl'
+    file.write_text('{}\n')
+    file.chmod(0o644)
+    with monkeypatch.context() as patch:
+        def refuse(*args): raise PermissionError(1, 'Operation not permitted')     # a file of another owner
+        patch.setattr(os, 'fchmod', refuse)
+        RequestLog(str(file)).close()
+    assert 'others may read this file' in ' '.join(capsys.readouterr().out.split())
+    assert stat.S_IMODE(file.stat().st_mode) == 0o644
+    RequestLog(str(file)).close()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600 and file.read_text() == '{}\n'
+    mode = os.stat(os.devnull).st_mode
+    RequestLog(os.devnull).close()                             # no file: it stays as it is
+    assert os.stat(os.devnull).st_mode == mode and capsys.readouterr().out == ''
 
 
 def test_the_log_names_files_if_asked_and_is_appended_to(toy, image_paths, tmp_path):

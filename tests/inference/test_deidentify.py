@@ -1,5 +1,6 @@
 "What --deidentify leaves out of reports and evaluations, and what each file says that it holds of patients."
 import re
+import stat
 from types import SimpleNamespace
 
 import cv2
@@ -14,6 +15,7 @@ from aptos_fastai.data.demo import CAMERAS, generate_fundus
 from aptos_fastai.inference import deidentify
 from aptos_fastai.inference.deidentify import pseudonyms, without_ids, without_names, without_people
 from aptos_fastai.inference.evaluate import COLUMNS, Evaluation
+from aptos_fastai.inference.grader import Grader
 from aptos_fastai.pipeline import clusters
 from aptos_fastai.pipeline.compare import matched
 from aptos_fastai.reports.run_report import report_privacy_text
@@ -99,22 +101,80 @@ def test_a_deidentified_evaluation_names_nobody_and_has_the_same_figures(toy, cl
         found[name] = read_record(folder / 'evaluation.json'), read(folder / 'predictions.csv')
     (plain, rows), (hidden, numbered) = found.values()
     differing = {key for key in plain if plain[key] != hidden[key]}
-    assert differing == {'notes', 'unreadable', 'predictions_sha256'}
+    assert differing == {'notes', 'unreadable', 'subgroups', 'predictions_sha256'}
+    (nurses,), (numbers,) = plain['subgroups'], hidden['subgroups']
+    assert [o['name'] for o in nurses['values']] == ['Anna', 'Bert']
+    assert [dict(o, name=name) for o, name in zip(numbers['values'], ['Anna', 'Bert'], strict=True)] == nurses['values']
+    assert [o['name'] for o in numbers['values']] == ['nurse 1', 'nurse 2']
     assert 'nurse' in rows and 'nurse' not in numbered
     same = [o for o in numbered if o not in ('id_code', 'group', 'pixel_sha256', 'image_sha256', 'error')]
     assert numbered[same].equals(rows[same])
     assert numbered.id_code.str.fullmatch(rf'{plain["table"]["place"][:6]}-\d+').all()
     assert numbered.groupby('group').size().tolist() == [2] * 20      # patients stay together, as in the table
     text = ''.join((clinic / 'hidden' / o.name).read_text() for o in (clinic / 'hidden').iterdir())
-    for word in ('eye00', 'eye01', 'subject', *rows.pixel_sha256[:3]): assert word not in text, word
+    for word in ('eye00', 'eye01', 'subject', 'Anna', 'Bert', *rows.pixel_sha256[:3]): assert word not in text, word
     assert 'De-identified' in (clinic / 'hidden/evaluation.html').read_text(encoding='utf-8')
+
+
+def test_warnings_of_subgroups_do_not_name_them(tmp_path):
+    def values(name): return dict(name=name, differs=['kappa'], differences=dict(kappa=dict(value=-.21)))
+    subgroups = [dict(column='site', note='', values=[values('Anna'), values('Anna: Bert'), values('unknown')])]
+    end = 'kappa lower (-0.210) than in the other images'
+    record = dict(table=dict(place='a'), subgroups=subgroups, warnings=[
+        'only 5 images', f'site = Anna: {end}', f'site = Anna: Bert: {end}', f'site = unknown: {end}'])
+    rows = pd.DataFrame(dict(id_code=['x'], group=['a'], error=[''])).reindex(columns=COLUMNS)
+    found = without_people(Evaluation(tmp_path, record, rows, [])).record
+    assert found['warnings'] == ['only 5 images', f'site = site 1: {end}', f'site = site 2: {end}',
+                                 f'site = unknown: {end}']
+    assert [o['name'] for o in found['subgroups'][0]['values']] == ['site 1', 'site 2', 'unknown']
+
+
+def test_a_stopped_prediction_keeps_names_from_other_users(toy, image_paths, tmp_path, monkeypatch):
+    def modes(): return {f.suffix: stat.S_IMODE(f.stat().st_mode) for f in tmp_path.glob('.g.csv.*')}
+    stream = Grader.stream
+
+    def stop_after_a_batch(self, files, batch=4):
+        for i, df in enumerate(stream(self, files, batch)):
+            if i == 1: raise KeyboardInterrupt
+            yield df
+    command = ['predict', str(toy), *image_paths[:6], '-o', str(tmp_path / 'g.csv'), '--deidentify']
+    with monkeypatch.context() as patch:
+        patch.setattr(Grader, 'stream', stop_after_a_batch)
+        with pytest.raises(SystemExit): main(command)
+    part = next(tmp_path.glob('.g.csv.*.part'))
+    assert image_paths[0] in part.read_text() and modes() == {'.part': 0o600, '.starts': 0o600}
+    part.chmod(0o644)                                                 # as an older build left it
+    with monkeypatch.context() as patch:
+        patch.setattr(Grader, 'stream', stop_after_a_batch)
+        patch.setattr('aptos_fastai.inference.grade_files.csv.reader', lambda f: [['damaged']])
+        with pytest.raises(SystemExit): main(command)
+    assert modes() == {'.part': 0o600, '.starts': 0o600}
+    main(command)
+    assert modes() == {} and image_paths[0] not in (tmp_path / 'g.csv').read_text()
+    plain = tmp_path / 'plain.csv'
+    main(['predict', str(toy), image_paths[0], '-o', str(plain)])
+    (tmp_path / 'new').touch()
+    assert plain.stat().st_mode == (tmp_path / 'new').stat().st_mode  # a finished CSV is an ordinary file
+
+
+def test_patterns_that_can_name_people_are_not_recorded(toy, image_paths, tmp_path):
+    command, pattern = ['predict', str(toy), *image_paths[:2], '--patient'], '(anna|bert|.+)[.]'
+    options = {}
+    for name, more in dict(plain=[], hidden=['--deidentify']).items():
+        (tmp_path / name).mkdir()
+        main([*command, pattern, '-o', str(tmp_path / name / 'g.csv'), *more])
+        options[name] = read_record(tmp_path / name / 'g.csv.json')['options']
+    assert options['plain']['patient'] == pattern and options['plain']['eye'] == ''
+    assert (options['hidden']['patient'], options['hidden']['eye']) == ('given', '')
+    assert 'anna' not in (tmp_path / 'hidden/g.csv.json').read_text()
 
 
 def test_deidentified_evaluations_of_one_table_can_be_compared_and_those_of_two_cannot(tmp_path):
     def deidentified(place, grade):
         rows = pd.DataFrame(dict(id_code=['x', 'y', 'z'], diagnosis=[0, 1, 2], grade=grade, group=['a', 'a', 'b'],
                                  pixel_sha256=['p', 'q', 'r'], seen='', error='')).reindex(columns=COLUMNS)
-        return without_people(Evaluation(tmp_path, dict(table=dict(place=place)), rows, [])).predictions
+        record = dict(table=dict(place=place), subgroups=[], warnings=[])
+        return without_people(Evaluation(tmp_path, record, rows, [])).predictions
     both = matched(deidentified('one-table', [0, 1, 1]), deidentified('one-table', [2, 1, 0]))
     assert both[['diagnosis', 'diagnosis_b', 'grade', 'grade_b']].to_numpy().tolist() == [
         [0, 0, 0, 2], [1, 1, 1, 1], [2, 2, 1, 0]]

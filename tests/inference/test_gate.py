@@ -186,9 +186,11 @@ def test_the_gate_is_the_same_after_json():
 def test_counts_say_how_ungradable_images_count():
     referable = ['yes', 'no', 'no', 'ungradable', '']
     assert GateSpec().count_text(referable) == (
-        '1 referable, 2 not referable, 1 ungradable (counted as referable, 2 in all: [gate] ungradable = refer)')
+        '1 referable, 2 not referable, 1 ungradable (counted as referable, 2 in all: [gate] ungradable = refer), '
+        '1 unreadable')
     assert GateSpec(ungradable='exclude').count_text(referable).endswith(
-        '1 ungradable (not counted as referable: [gate] ungradable = exclude)')
+        '1 ungradable (not counted as referable: [gate] ungradable = exclude), 1 unreadable')
+    assert GateSpec().count_text(['yes', '', '']) == '1 referable, 0 not referable, 0 ungradable, 2 unreadable'
     assert GateSpec().count_text(['no']) == '0 referable, 1 not referable, 0 ungradable'
 
 
@@ -410,7 +412,7 @@ def test_the_gate_travels_and_backends_agree(bundle, toy, mixed_images, image_pa
 
 def test_the_card_names_the_gate(bundle):
     card = (bundle / 'MODEL_CARD.md').read_text()
-    for words in (DISCLAIMER, 'ungradable', 'the validation\nimages'): assert words in card
+    for words in (DISCLAIMER, 'ungradable', '% of the validation images'): assert words in card
 
 
 def test_a_changed_feature_file_is_refused(bundle, tmp_path):

@@ -208,8 +208,61 @@ def test_unreadable_images_do_not_matter(toy, image_paths, tmp_path, capsys):
     assert read_record(tmp_path / 'g.csv.json')['errors'] == 1
     main(['verify', str(toy), str(tmp_path / 'g.csv')])
     assert '1 of 1 predictions repeated' in capsys.readouterr().out
+    shutil.copy(image_paths[1], tmp_path / 'bad.png')
+    expect_error(capsys, ['verify', toy, tmp_path / 'g.csv'], '1 of 1 unreadable images differ (row 1 (bad.png)',
+                 'SHA-256 differs')
+    (tmp_path / 'bad.png').unlink()
+    expect_error(capsys, ['verify', toy, tmp_path / 'g.csv'], 'row 1 (bad.png): image not found')
     edit(tmp_path / 'g.csv', 0, score='1.2', grade='1')
     expect_error(capsys, ['verify', toy, tmp_path / 'g.csv'], '1 of 2 rows do not follow', 'has a score and an error')
+
+
+def test_an_image_that_is_missing_still_is_no_contradiction(toy, image_paths, tmp_path, capsys):
+    shutil.copy(image_paths[0], tmp_path / 'good.png')
+    (tmp_path / 'list.csv').write_text('file\ngood.png\ngone.png\n')
+    expect_error(capsys, ['predict', toy, tmp_path / 'list.csv', '-o', tmp_path / 'g.csv'], '1 of 2 images')
+    command = ['verify', toy, tmp_path / 'g.csv', '--images', tmp_path / 'list.csv']
+    main([*map(str, command)])
+    assert 'ok: 1 unreadable images cannot be read now, either' in capsys.readouterr().out
+    shutil.copy(image_paths[1], tmp_path / 'gone.png')
+    expect_error(capsys, command, 'row 2 (gone.png): has no prediction, but its image can be read')
+
+
+def test_a_prediction_hidden_as_an_error_is_caught(toy, grades, capsys):
+    "Without the audit file only the image itself tells; with --sample 1 too, since every error is read again"
+    header = grades.read_text().splitlines()[0].split(',')
+    keep = 'file', 'image_sha256'
+    edit(grades, 3, **{name: '' for name in header if name not in keep} | dict(error='cannot be decoded'))
+    message = '(row 4 ', 'has no prediction, but its image can be read'
+    expect_error(capsys, ['verify', toy, grades, '--sample', '1'], 'changed since', *message)
+    grades.with_name('grades.csv.json').unlink()
+    expect_error(capsys, ['verify', toy, grades, '--all'], '1 of 1 unreadable images differ', *message)
+
+
+@pytest.fixture
+def people(toy, predicted, tmp_path):
+    "A CSV of predictions with its audit file and patients.csv"
+    main(['predict', str(toy), str(predicted.parent / 'images'), '-o', str(tmp_path / 'g.csv'), '--patient', '(.+)[.]'])
+    return tmp_path / 'g.csv'
+
+
+def test_patients_are_verified_and_an_edited_or_missing_file_is_caught(toy, people, capsys):
+    patients = people.with_name('patients.csv')
+    assert read_record(people.with_name('g.csv.json'))['patients_sha256'] == file_hash(patients)
+    command = ['verify', str(toy), str(people), '--sample', '1']
+    main(command)
+    assert 'ok: patients.csv is as predict wrote it' in capsys.readouterr().out
+    written = patients.read_text()
+    patients.write_text(written.replace('refer', 'do not refer', 1))
+    expect_error(capsys, command, 'not verified', 'patients.csv was changed or replaced')
+    patients.unlink()
+    expect_error(capsys, command, 'not verified', 'patients.csv, which predict wrote beside it, is missing')
+
+
+def test_patients_of_another_call_are_not_called_verified(toy, grades, people, capsys):
+    assert 'patients_sha256' not in read_record(grades.with_name('grades.csv.json'))
+    main(['verify', str(toy), str(grades), '--sample', '1'])
+    assert 'patients.csv is of another call and is not verified' in ' '.join(capsys.readouterr().out.split())
 
 
 # Another model, another file
@@ -281,7 +334,29 @@ def test_a_csv_without_its_audit_file_is_verified_only_as_a_whole(toy, grades, c
     expect_error(capsys, ['verify', toy, grades, '--sample', '7'], 'not verified', 'add --all')
     main(['verify', str(toy), str(grades), '--all'])
     out = capsys.readouterr().out
-    assert 'version, backend and time are not known' in out and 'allowed is 0.01)' in out and 'verified' in out
+    assert 'version, backend and time are not known' in out and 'allowed is 0.01)' in out
+    assert 'verified: the 8 rows that are there came from' in out and 'its predictions' not in out
+
+
+def test_without_its_audit_file_rows_and_columns_must_be_complete(toy, grades, predicted, capsys):
+    grades.with_name('grades.csv.json').unlink()
+    command, images = ['verify', toy, grades, '--all'], predicted.parent / 'images'
+    main([*map(str, command), '--images', str(images)])
+    assert 'ok: as many rows as images: 8' in capsys.readouterr().out
+    df = pd.read_csv(grades, dtype=str, keep_default_na=False)
+
+    def write(df): df.to_csv(grades, index=False)
+    write(df.iloc[:-1])
+    expect_error(capsys, [*command, '--images', images], '7 rows, but --images names 8 images')
+    write(pd.concat([df, df.iloc[[2]]]))
+    expect_error(capsys, command, '1 of 9 rows are duplicates (row 9')
+    write(pd.concat([df, df.iloc[[2]].assign(file=f'{images}/../images/{Path(df.file[2]).name}')]))
+    expect_error(capsys, command, '1 of 9 rows are duplicates (row 9')
+    write(df.drop(columns=['decision', 'grade_high']))
+    expect_error(capsys, command, 'every column is needed; missing: decision, grade_high')
+    write(df)
+    edit(grades, 1, score_sd=f'{float(df.score_sd[1]) + .02:.4f}')
+    expect_error(capsys, command, '1 of 8 repeated predictions differ (row 2', 'score_sd')
 
 
 def test_an_edited_audit_file_is_caught(toy, grades, capsys):
@@ -369,7 +444,8 @@ def test_a_prediction_set_must_hold_its_grade():
     (0, dict(grade=1)), (0, dict(grade_name='mild')), (1, dict(decision='do not refer')), (2, dict(referable='no')),
     (2, dict(sight_threatening='no')), (3, dict(score=1.3)), (0, dict(referable_high_specificity='yes')),
     (5, dict(grade=2)), (5, dict(decision='do not refer')), (5, dict(ungradable='')), (6, dict(error='')),
-    (6, dict(grade=0)), (0, dict(score=np.nan)), (1, dict(error='broken')),
+    (6, dict(grade=0)), (6, dict(decision='do not refer')), (6, dict(referable='no')),
+    (0, dict(score=np.nan)), (1, dict(error='broken')),
 ])
 def test_a_changed_cell_contradicts(row, cells):
     df = rows_by_hand()
