@@ -69,6 +69,7 @@ def read_source(file: Path) -> Any:
     Raises `AptosError` for another file, or one that belongs to no study.
     """
     import pydicom
+    if file.is_dir(): raise AptosError(f'{file}: is a folder. Name one image in it; each gets a report of its own.')
     if not file.is_file(): raise AptosError(f'{file}: no such file')
     if not is_dicom(file):
         raise AptosError(f'{file}: is no DICOM file, so there is no study that a report could belong to. Give a DICOM '

@@ -97,7 +97,8 @@ def _eyes(entries: Sequence[ImageEntry], source: str, tags: Sequence[DicomTags |
     if source == DICOM: return [o.eye if o else '' for o in tags]
     texts = _texts(entries, source, '--eye')
     found = [EYES.get(text.casefold(), '') for text in texts]
-    bad = sorted({text for text, eye in zip(texts, found, strict=True) if not eye and text.casefold() not in UNKNOWN})
+    bad = [f'{text} ({entry.id or entry})' for text, eye, entry in zip(texts, found, entries, strict=True)
+           if not eye and text.casefold() not in UNKNOWN]
     if bad or not any(found):
         raise AptosError(f'--eye {source}: found {first_few(bad) or "nothing"}. Expected are {", ".join(EYES)}.')
     return found
