@@ -2,6 +2,7 @@
 
 Names, birth dates and every other attribute of a person are never read.
 """
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,20 +35,21 @@ def is_dicom(file: Path) -> bool:
     except OSError: return False
 
 
-def read_tags(file: Path) -> DicomTags | None:
-    """Return the tags of a DICOM file; None for another or an unreadable file, and without pydicom.
+def read_tags(source: Path | bytes) -> DicomTags | None:
+    """Return the tags of a DICOM file or of its bytes; None for another or an unreadable file, and without pydicom.
 
     Pixels are not read. A deflated file, which `decode` refuses, is not inflated.
     """
     try:
         import pydicom
     except ImportError: return None
-    if not is_dicom(file): return None
     try:
-        with open(file, 'rb') as f: header = f.read(DICOM_HEADER)
-        if DEFLATED in header: return None
-        with open(file, 'rb') as f, pydicom.config.disable_value_validation():       # which would only warn
-            return tags_of(pydicom.dcmread(f, stop_before_pixels=True, specific_tags=TAGS))
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, 'rb') as f:
+            header = f.read(DICOM_HEADER)
+            if image_format(header[:HEADER_BYTES]) != 'DICOM' or DEFLATED in header: return None
+            f.seek(0)
+            with pydicom.config.disable_value_validation():                          # which would only warn
+                return tags_of(pydicom.dcmread(f, stop_before_pixels=True, specific_tags=TAGS))
     except Exception: return None            # pydicom raises anything on damaged files; `decode` says what is wrong
 
 

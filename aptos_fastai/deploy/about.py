@@ -11,6 +11,7 @@ from aptos_fastai.pipeline.summary import OUT_OF_FOLD, interval_text
 
 MAX_MEGABYTES = 50                           # of one image
 MAX_IMAGES = 20                              # in one request
+CROSS_FITTED = 'cross-fitted (each image by a threshold that was chosen on other images)'
 
 
 def describe_model(grader: Grader, url: str) -> dict:
@@ -46,7 +47,7 @@ def point_text(point: OperatingPoint) -> str:
     source = f' on {point.chosen_on}' if chosen and point.chosen_on else ''
     figures = '; '.join(figure_texts(point))
     text = f'{name} (grade {point.lowest_grade} or above) from score {point.threshold:.2f}{chosen}{source}'
-    return f'{text}. Measured on held-out images: {figures}' if figures else text
+    return f'{text}. {CROSS_FITTED.capitalize()}: {figures}' if figures else text
 
 
 def figure_texts(point: OperatingPoint) -> Iterable[str]:

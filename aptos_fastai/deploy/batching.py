@@ -9,6 +9,8 @@ import cv2
 import numpy as np
 import pandas as pd
 
+from aptos_fastai.data.dicom import DicomTags, read_tags
+from aptos_fastai.data.groups import UNKNOWN
 from aptos_fastai.deploy.web import RequestError
 from aptos_fastai.inference.explain import locate_heatmap, spread_heatmap
 from aptos_fastai.inference.grader import Grader, Prepared, reader_threads
@@ -45,7 +47,10 @@ class BatchingQueue:
         self.networks = ThreadPoolExecutor(1)          # one batch at a time
 
     async def grade(self, name: str, data: bytes, heatmap: bool = False) -> dict:
-        "Return the row (`COLUMNS`) of an image, with `image` and `heatmap` as data URIs if a heat map is asked for"
+        """Return the row of an image: `COLUMNS` and those of `person_of`.
+
+        It has `image` and `heatmap` as data URIs if a heat map is asked for.
+        """
         job = Job(name, data, heatmap, asyncio.get_running_loop().create_future())
         await self.jobs.put(job)
         return await job.row
@@ -103,6 +108,7 @@ class BatchingQueue:
         "Return the rows of a batch as JSON can hold them"
         rows = as_json(self.grader.grade([job.name for job in batch], images))
         for job, row, (squares, info) in zip(batch, rows, images, strict=True):
+            row |= person_of(read_tags(job.data))
             if not job.heatmap or squares is None: continue
             im, hot, box = locate_heatmap(self.grader, job.data, squares, info)
             heat = spread_heatmap(hot, box, im.shape[:2], row['score'])
@@ -113,6 +119,13 @@ class BatchingQueue:
         "Stop the threads"
         self.readers.shutdown(cancel_futures=True)
         self.networks.shutdown(cancel_futures=True)
+
+
+def person_of(tags: DicomTags | None) -> dict[str, str | None]:
+    "Return patient, issuer of the patient's key, and eye as DICOM tags name them; None where they name none"
+    tags = tags or DicomTags()
+    patient = '' if tags.patient.casefold() in UNKNOWN else tags.patient
+    return dict(patient=patient or None, issuer=(patient and tags.issuer) or None, eye=tags.eye or None)
 
 
 def as_json(df: pd.DataFrame) -> list[dict]:

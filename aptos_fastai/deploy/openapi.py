@@ -2,13 +2,15 @@
 from typing import Any
 
 import aptos_fastai
-from aptos_fastai.deploy.about import MAX_IMAGES, MAX_MEGABYTES
+from aptos_fastai.deploy.about import CROSS_FITTED, MAX_IMAGES, MAX_MEGABYTES
 from aptos_fastai.deploy.batching import HEATMAP_SIDE
 from aptos_fastai.deploy.pairing import ANSWERS, DECISIONS, MAX_ROWS
 from aptos_fastai.inference.explain import DISPLAY_SIDE
 from aptos_fastai.inference.patients import COLUMNS as PATIENT_COLUMNS
 from aptos_fastai.inference.patients import MISSING_EYE
 from aptos_fastai.metrics import GRADE_NAMES, GRADES
+
+NOTHING_KEPT = 'Nothing is kept on the server.'
 
 Schema = dict[str, Any]
 
@@ -18,6 +20,11 @@ Schema = dict[str, Any]
 def text(description: str, **more: Any) -> Schema:
     "Return the schema of a text"
     return dict(type='string', description=description, **more)
+
+
+def optional_text(description: str) -> Schema:
+    "Return the schema of a text, or null"
+    return dict(type=['string', 'null'], description=description)
 
 
 def number(description: str, **more: Any) -> Schema:
@@ -85,6 +92,13 @@ IMAGE: dict[str, Schema] = dict(
     image_sha256=text('SHA-256 of the bytes of the image file, hex'),
     error=text('why the image cannot be read; then it has no score and no grade'))
 
+PERSON: dict[str, Schema] = dict(
+    patient=optional_text('key of the patient, by Patient ID of a DICOM file; null for another file. No name is read'),
+    issuer=optional_text('who issued the key of the patient, by Issuer of Patient ID: the same key of two issuers is '
+                         'two patients; null for none'),
+    eye=optional_text('left or right, by the laterality of a DICOM file; null for another file or where the tags '
+                      'contradict each other'))
+
 HEATMAP: dict[str, Schema] = dict(
     image=text(f'the image as the data URI of a JPEG, its longest side {DISPLAY_SIDE} px; only with heatmap=1'),
     heatmap=text('which places raise the score: data URI of a grey PNG over the same frame as `image`, its longest '
@@ -124,8 +138,8 @@ POINT: dict[str, Schema] = dict(
     value=dict(type='number', description='of the target'),
     threshold=dict(type='number', description='lowest score that counts'),
     chosen_on=text('the images whose scores chose it'),
-    sensitivity=dict(anyOf=[reference('Figure'), EMPTY], description='on held-out images; empty for none'),
-    specificity=dict(anyOf=[reference('Figure'), EMPTY], description='on held-out images; empty for none'),
+    sensitivity=dict(anyOf=[reference('Figure'), EMPTY], description=f'{CROSS_FITTED}; empty for none'),
+    specificity=dict(anyOf=[reference('Figure'), EMPTY], description=f'{CROSS_FITTED}; empty for none'),
     note=text('what a reader must know of it'), text=text('all of this as a sentence'))
 
 MODEL: dict[str, Schema] = dict(
@@ -151,8 +165,8 @@ PREDICTION: dict[str, Schema] = dict(
     rows=array(reference('Image'), 'one for each file, in their order'))
 
 PAIRED: dict[str, Schema] = dict(
-    file=IMAGE['file'], patient=text('key of the patient; empty: the image is a patient of its own'),
-    eye=text('left, right, l, r, os, od, or empty where it is unknown'), decision=IMAGE['decision'],
+    file=IMAGE['file'], patient=optional_text('key of the patient; empty or null: the image is a patient of its own'),
+    eye=optional_text('left, right, l, r, os, od; empty or null where it is unknown'), decision=IMAGE['decision'],
     referable=IMAGE['referable'], sight_threatening=IMAGE['sight_threatening'], grade=IMAGE['grade'],
     p_referable=IMAGE['p_referable'], ungradable=IMAGE['ungradable'])
 
@@ -202,7 +216,8 @@ def schemas() -> dict[str, Schema]:
     counts = {'patients': dict(type='integer', description='all of them')} | {
         name: dict(type='integer', description=f'with the decision {name!r}') for name in DECISIONS}
     return dict(
-        Image=record('A graded image: the columns of `predict`', IMAGE | HEATMAP, optional=('image', 'heatmap')),
+        Image=record('A graded image: the columns of `predict`, and what DICOM tags say of the patient',
+                     IMAGE | PERSON | HEATMAP, optional=('image', 'heatmap')),
         Prediction=record('The grades of the images of a request', PREDICTION),
         Audit=record('What made the predictions', AUDIT),
         Model=record('The model and the limits of the server', MODEL),
@@ -222,10 +237,13 @@ def schemas() -> dict[str, Schema]:
         Error=record('Why a request failed', dict(error=text('one sentence'))))
 
 
-def openapi_document(about: dict, url: str) -> dict:
-    "Return the OpenAPI 3.1 document of the server at `url`; `about` is the answer of `/api`"
+def openapi_document(about: dict, url: str, kept: str = NOTHING_KEPT) -> dict:
+    """Return the OpenAPI 3.1 document of the server at `url`.
+
+    `about` is the answer of `/api`; `kept` says what the server keeps of a request.
+    """
     predict = dict(
-        operationId='predict', summary='Grade images', description='Nothing is kept on the server.',
+        operationId='predict', summary='Grade images', description=kept,
         requestBody=dict(required=True, content={'multipart/form-data': dict(schema=UPLOAD)}),
         responses=responses('the grades', reference('Prediction'), 405, 408, 411, 413, 415, 503))
     predict['x-example'] = about['example']

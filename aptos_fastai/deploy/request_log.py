@@ -32,9 +32,13 @@ class RequestLog:
 
     def describe(self) -> str:
         "Return the line that says where the log goes and what it holds"
+        return f'request log -> {patient_data(self.file, self.contents)}'
+
+    @property
+    def contents(self) -> str:
+        "What the log holds, in words"
         names = 'file names, ' if self.names else ''
-        return 'request log -> ' + patient_data(
-            self.file, f'times and, for each image, {names}SHA-256, grade, decision and score, but no image')
+        return f'times and, for each image, {names}SHA-256, grade, decision and score, but no image'
 
     def write(self, audit: dict, status: int, seconds: float, rows: list[dict]) -> None:
         "Append the line of a request. Raises `OSError`"

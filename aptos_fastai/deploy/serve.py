@@ -10,7 +10,7 @@ from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.data.spreadsheet import FORMULA_STARTS
 from aptos_fastai.deploy import about, pairing
 from aptos_fastai.deploy.batching import MEGABYTE, BatchingQueue
-from aptos_fastai.deploy.openapi import openapi_document
+from aptos_fastai.deploy.openapi import NOTHING_KEPT, openapi_document
 from aptos_fastai.deploy.request_log import RequestLog
 from aptos_fastai.deploy.web import (
     HEADERS,
@@ -73,6 +73,7 @@ class Pages:
         self.grader, self.log = grader, log
         self.queue = BatchingQueue(grader)
         self.audit = audit_record(grader)
+        self.logged = f'Its log keeps {log.contents}.' if log else ''
 
     def about(self, request) -> dict:
         "Describe the model; addresses are those that the request used"
@@ -80,13 +81,15 @@ class Pages:
 
     def openapi(self, request) -> dict:
         "Return the OpenAPI document"
-        return openapi_document(self.about(request), str(request.base_url))
+        kept = f'Images are not kept on the server. {self.logged}' if self.log else NOTHING_KEPT
+        return openapi_document(self.about(request), str(request.base_url), kept)
 
     async def page(self, request):
         "`/`: the page"
         warning = SYNTHETIC_MODEL if self.grader.model.synthetic else ''
         return _html('serve.html', title='Diabetic retinopathy grading', note='', warning=warning,
-                     about=self.about(request), patient_columns=PATIENT_COLUMNS, formula_starts=list(FORMULA_STARTS),
+                     about=self.about(request), logged=self.logged, patient_columns=PATIENT_COLUMNS,
+                     formula_starts=list(FORMULA_STARTS),
                      grade_colours=list(zip(GRADES_LIGHT, GRADES_DARK, strict=True)))
 
     async def docs(self, request):

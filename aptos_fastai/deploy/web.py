@@ -79,9 +79,9 @@ class OwnRequests:
         headers = Headers(scope=scope)
         host = ', '.join(headers.getlist('host'))
         if not self.is_served(host): return await self._unknown(host)(scope, receive, send)
-        followed = headers.get('sec-fetch-mode') == 'navigate' and not scope['path'].startswith('/api')     # a link
-        if not followed and is_foreign(headers, host): return await json_reply(dict(error=FOREIGN), 403)(scope, receive, send)
-        await self.app(scope, receive, send)
+        followed = headers.get('sec-fetch-mode') == 'navigate' and not scope['path'].startswith('/api')        # a link
+        served = self.app if followed or not is_foreign(headers, host) else json_reply(dict(error=FOREIGN), 403)
+        await served(scope, receive, send)
 
     def is_served(self, host: str) -> bool:
         "Return whether requests with this header Host are served; HTTP/1.0 has none"

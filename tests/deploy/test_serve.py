@@ -3,6 +3,7 @@ import asyncio
 import base64
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, expect_error
+from conftest import ROOT, expect_error, write_dicom
 
 from aptos_fastai.common.io import AptosError
 from aptos_fastai.decisions import OperatingPoint
@@ -26,6 +27,7 @@ from aptos_fastai.deploy.openapi import openapi_document
 from aptos_fastai.deploy.request_log import RequestLog
 from aptos_fastai.inference.explain import explain_image
 from aptos_fastai.inference.grader import COLUMNS, load_grader
+from aptos_fastai.inference.patients import COLUMNS as PATIENT_COLUMNS
 from aptos_fastai.inference.patients import patient_table
 from aptos_fastai.pipeline.summary import OUT_OF_FOLD, PATIENTS_UNKNOWN
 
@@ -396,8 +398,9 @@ def test_an_operating_point_as_a_sentence():
     nothing = dict(value=None, interval=None, images=0, reason='no images')
     point = OperatingPoint(2, 'sensitivity', .9, 1.534, 'scores of 480 images', figure, nothing)
     assert about.point_text(point) == (
-        'referable (grade 2 or above) from score 1.53, chosen for sensitivity 0.90 on scores of 480 images. Measured '
-        'on held-out images: sensitivity 0.912 (0.87–0.94) on 180 images; specificity unknown (no images)')
+        'referable (grade 2 or above) from score 1.53, chosen for sensitivity 0.90 on scores of 480 images. '
+        'Cross-fitted (each image by a threshold that was chosen on other images): '
+        'sensitivity 0.912 (0.87–0.94) on 180 images; specificity unknown (no images)')
     assert about.point_text(OperatingPoint(3, 'threshold', 2.5, 2.5)) == (
         'sight-threatening (grade 3 or above) from score 2.50')
 
@@ -632,8 +635,8 @@ def test_the_saved_csv_holds_the_rows_of_predict(clinic, image_paths, toy, tmp_p
 def graded_row(page, **values):
     "The texts of a card that the page draws for a row with these values"
     row = dict(file='a.png', score=1.2, grade=1, grade_name='mild', decision='do not refer', referable='no',
-               sight_threatening='no', referable_high_specificity='', p_referable=.2, p_sight_threatening=.01, p_0=.3,
-               p_1=.5, p_2=.19, p_3=.005, p_4=.005, ungradable='', score_sd=.1, grade_low=1, grade_high=1, flags='',
+               sight_threatening='no', referable_high_specificity='', p_referable=.1, p_sight_threatening=.01, p_0=.4,
+               p_1=.5, p_2=.09, p_3=.005, p_4=.005, ungradable='', score_sd=.1, grade_low=1, grade_high=1, flags='',
                image_sha256='0', error='') | values
     return page.evaluate('''row => {
         const card = createCard({ id: 99, row });
@@ -648,9 +651,9 @@ def test_a_card_says_what_the_decision_rests_on(clinic):
     page = clinic()
     point = page.evaluate("about.operating_points.find(o => o.name == 'referable').threshold")
     plain = graded_row(page)
-    assert plain.startswith('Do not refer') and 'Mild (grade 1)' in plain and '20\u00a0%' in plain
+    assert plain.startswith('Do not refer') and 'Mild (grade 1)' in plain and '10\u00a0%' in plain
     assert f'refer from {point:.2f}' in plain and 'score 1.20' in plain and 'aution' not in plain
-    assert 'Uncertain: prediction set reaches grade 2.' in graded_row(page, grade_high=2)
+    assert 'Uncertain: prediction set reaches grade 2.' in graded_row(page, grade_high=2, p_referable=.3)
     assert 'below the operating point: the decision counts' in graded_row(page, grade=2, grade_name='moderate')
     referred = graded_row(page, decision='refer', referable='yes')
     assert referred.startswith('Refer') and 'has reached the operating point: the decision counts' in referred
@@ -672,13 +675,13 @@ def test_eyes_are_paired_sorted_and_filtered(clinic, pair_of_eyes):
     pair = page.locator('.patient').first
     assert pair.locator('.file').all_inner_texts() == ['12_right.png', '12_left.png']      # as if facing the patient
     assert 'missing: left eye' in page.locator('.patient').nth(1).locator('header').inner_text()
-    assert page.locator('#summary button').first.inner_text().split() == ['5', 'All']
+    assert page.locator('#summary button').first.inner_text().split() == ['4', 'All', 'patients']
     assert '6 images' in page.inner_text('#summary')
     rows = download(page, '#patients_csv').splitlines()
-    assert rows[0].startswith('patient,images,left_grade') and len(rows) == 6
+    assert rows[0] == ','.join(PATIENT_COLUMNS) and len(rows) == 5
     page.uncheck('#pair')
     page.wait_for_selector('.patient', state='detached')
-    assert page.locator('#summary button').first.inner_text().split() == ['6', 'All']
+    assert page.locator('#summary button').first.inner_text().split() == ['6', 'All', 'images']
     page.select_option('#sort', 'file')
     page.wait_for_timeout(300)
     files = page.locator('.file').all_inner_texts()
@@ -694,6 +697,175 @@ def test_eyes_are_paired_sorted_and_filtered(clinic, pair_of_eyes):
     page.fill('#search', '12_')
     page.wait_for_timeout(300)
     assert page.locator('.result').count() == 2
+
+
+def chips(page):
+    "The counts above the results: words -> number"
+    texts = page.locator('#summary button').all_inner_texts()
+    return {' '.join(words): int(n) for n, *words in (text.split() for text in texts)}
+
+
+@pytest.mark.browser
+def test_the_saved_patients_are_those_of_patient_table(clinic, pair_of_eyes, toy):
+    page = clinic()
+    grade_on(page, *pair_of_eyes)
+    saved = pd.read_csv(io.StringIO(download(page, '#patients_csv')))
+    df = load_grader(toy).predict([str(file) for file in pair_of_eyes if file.name != 'letter.png'])
+    df = df.assign(file=df.file.map(lambda file: Path(file).name), patient=['12', '12', '13', '', ''],
+                   eye=['left', 'right', 'right', '', ''])
+    expected = pd.read_csv(io.StringIO(patient_table(df).to_csv(index=False)))
+    assert list(saved) == PATIENT_COLUMNS and saved.images.tolist() == [2, 1, 1, 1]
+    close = saved.pop('p_referable'), expected.pop('p_referable')
+    assert np.allclose(*close, atol=2e-3, equal_nan=True)
+    pd.testing.assert_frame_equal(saved, expected)
+
+
+@pytest.mark.browser
+def test_chips_name_their_unit_and_a_text_is_no_patient(clinic, pair_of_eyes):
+    page = clinic()
+    grade_on(page, *pair_of_eyes)
+    paired = chips(page)
+    assert list(paired) == ['All patients', 'Refer', 'Do not refer', 'Not gradable or incomplete', 'Errors (files)']
+    decided = [n for words, n in paired.items() if words not in ('All patients', 'Errors (files)')]
+    assert paired['All patients'] == sum(decided) == 4 and paired['Errors (files)'] == 1
+    assert 'letter.png' not in download(page, '#patients_csv')
+    assert 'letter.png' in page.locator('.file').all_inner_texts()     # it is still shown
+    page.uncheck('#pair')
+    page.wait_for_selector('.patient', state='detached')
+    single = chips(page)
+    assert single['All images'] == 6 and sum(single.values()) == 12
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize('patient, words', [
+    (dict(decision='not gradable', missing='right', ungradable=''), 'Incomplete: photograph the right eye'),
+    (dict(decision='not gradable', missing='left', ungradable=''), 'Incomplete: photograph the left eye'),
+    (dict(decision='not gradable', missing='left right', ungradable=''), 'Incomplete: photograph both eyes'),
+    (dict(decision='not gradable', missing='left', ungradable='right: blurred'), 'Not gradable: photograph both eyes'),
+    (dict(decision='not gradable', missing='', ungradable='right: blurred'), 'Not gradable: re-photograph'),
+    (dict(decision='refer', missing='right', ungradable=''), 'Refer')])
+def test_a_patient_without_an_image_of_an_eye_is_incomplete(clinic, patient, words):
+    assert clinic().evaluate('patientWords', patient) == words
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize('values, text', [
+    (dict(p_referable=.43), 'Probability of referable retinopathy 43\u00a0%: look at the image.'),
+    (dict(p_referable=.2), 'Probability of referable retinopathy 20\u00a0%: look at the image.'),
+    (dict(p_referable=.19), ''), (dict(p_referable=.9, decision='refer'), ''), (dict(p_referable=None), ''),
+    (dict(p_referable=.05, grade_high=3),
+     'Probability of referable retinopathy 5\u00a0%, but the prediction set reaches grade 3: look at the image.')])
+def test_a_doubtful_do_not_refer_asks_for_a_look(clinic, values, text):
+    row = dict(decision='do not refer', grade_high=1) | values
+    assert clinic().evaluate("row => lookCaution(row)?.textContent ?? ''", row) == text
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize('width', [1100, 390])
+def test_all_grades_are_named_where_no_line_crosses(clinic, image_paths, width):
+    page = clinic(width)
+    grade_on(page, image_paths[0])
+    boxes = page.evaluate("""() => {
+        const box = node => { const { left, right, top, bottom } = node.getBoundingClientRect();
+          return [left, right, top, bottom]; };
+        const all = selector => [...document.querySelector('.score').querySelectorAll(selector)];
+        return { texts: all('.names span, .numbers span').map(box), lines: all('.point, .needle, .marker').map(box),
+          names: all('.names span').map(node => node.innerText),
+          numbers: all('.numbers span').map(node => node.innerText) }; }""")
+    assert boxes['names'] == ['0 no DR', '1 mild', '2 moderate', '3 severe', '4 proliferative']
+    assert boxes['numbers'] == ['0', '1', '2', '3', '4'] and len(boxes['lines']) >= 2
+    for left, right, top, bottom in boxes['texts']:
+        assert 0 <= left < right <= width and top < bottom
+        for x0, x1, y0, y1 in boxes['lines']: assert x1 <= left or right <= x0 or y1 <= top + 1 or bottom - 1 <= y0
+
+
+@pytest.mark.browser
+def test_a_heat_map_that_shows_nothing_says_so(clinic, image_paths):
+    page = clinic()
+    grade_on(page, image_paths[0])
+    show = """colour => {
+        const canvas = element('canvas', { width: 8, height: 8 });
+        const context = canvas.getContext('2d');
+        context.fillStyle = colour;
+        context.fillRect(0, 0, 8, 8);
+        const result = [...results.values()][0];
+        Object.assign(result, { heatmap: canvas.toDataURL(), canvas: null });
+        Object.assign(result.row, { ungradable: '', error: '' });
+        const card = createCard(result);
+        document.body.append(card);
+        return showHeat(card, true).then(() => card.querySelector('.legend').innerText); }"""
+    def words(colour): return page.evaluate(show, colour)
+    assert words('#000') == 'No region raised the score.'
+    assert 'raises the score more' in words('#fff')
+
+
+def tagged(file, pixels, patient, side, **tags):
+    "Write a DICOM file of a patient's eye"
+    return write_dicom(file, cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), PatientID=patient, ImageLaterality=side, **tags)
+
+
+@pytest.fixture
+def tagged_images(image_paths, tmp_path):
+    "DICOM files: both eyes of P7, named as if of others, and one of P8"
+    pixels = [cv2.imread(str(path)) for path in image_paths[:3]]
+    return [tagged(tmp_path / name, im, *who) for name, im, who in zip(
+        ('1_left.dcm', '2_left.dcm', 'c.dcm'), pixels, (('P7', 'R'), ('P7', 'L'), ('P8', 'L')), strict=True)]
+
+
+def test_dicom_uploads_carry_patient_and_eye_and_no_name(server_url, tagged_images, image_paths, tmp_path):
+    other = tagged(tmp_path / 'd.dcm', cv2.imread(str(image_paths[0])), 'P8', 'L', IssuerOfPatientID='clinic A')
+    bare = write_dicom(tmp_path / 'e.dcm', cv2.imread(str(image_paths[0])), PatientID='unknown')
+    reply = post_images(server_url, *tagged_images, other, bare, image_paths[0])
+    found = [(row['patient'], row['issuer'], row['eye']) for row in reply.json()['rows']]
+    assert found == [('P7', None, 'right'), ('P7', None, 'left'), ('P8', None, 'left'), ('P8', 'clinic A', 'left'),
+                     (None, None, None), (None, None, None)]
+    assert 'JANE' not in reply.text and 'DOE' not in reply.text and '19500131' not in reply.text
+    rows = reply.json()['rows'][2:3]                                   # as they are: one eye makes no patient
+    patient, = httpx.post(server_url + '/api/patients', json=dict(rows=rows)).json()['patients']
+    assert patient['patient'] == 'P8' and patient['missing'] == 'right' and patient['decision'] != 'do not refer'
+    schemas = httpx.get(server_url + '/openapi.json').json()['components']['schemas']
+    for row in reply.json()['rows']: check(row, schemas['Image'], schemas)
+    check(dict(rows=reply.json()['rows']), schemas['PatientsRequest'], schemas)
+
+
+@pytest.mark.browser
+def test_the_page_pairs_dicom_images_by_their_tags(clinic, tagged_images, image_paths, tmp_path):
+    other = tagged(tmp_path / 'd.dcm', cv2.imread(str(image_paths[0])), 'P8', 'R', IssuerOfPatientID='clinic A')
+    page = clinic()
+    grade_on(page, *tagged_images)
+    assert page.is_checked('#pair')
+    assert page.locator('.patient header h2').all_inner_texts() == ['Patient P7', 'Patient P8']
+    first, second = page.locator('.patient').all()
+    assert first.locator('.file').all_inner_texts() == ['1_left.dcm', '2_left.dcm']         # right eye, left eye
+    header = second.locator('header').inner_text()
+    assert 'missing: right eye' in header
+    if 'Refer' not in header: assert 'Incomplete: photograph the right eye' in header
+    page.reload()
+    page.wait_for_selector('.patient header h2')
+    assert page.locator('.patient header h2').all_inner_texts() == ['Patient P7', 'Patient P8']
+    assert page.inner_text('#status') == '3 results from before the reload.'
+    grade_on(page, other)                                              # of another issuer: another patient
+    titles = page.locator('.patient header h2').all_inner_texts()
+    assert titles == ['Patient P7', 'Patient P8', 'Patient P8 (clinic A)']
+
+
+@pytest.mark.parametrize('names', [None, False, True])
+def test_page_and_documentation_say_what_the_log_keeps(toy, tmp_path, names):
+    log = None if names is None else RequestLog(str(tmp_path / 'log.jsonl'), names)
+    with served(serve.get_app(load_grader(toy), ['localhost'], log)) as client:
+        page, docs, described = client.get('/').text, client.get('/docs').text, client.get('/openapi.json').json()
+    text = described['paths']['/api/predict']['post']['description']
+    assert text in docs
+    assert (text == 'Nothing is kept on the server.') == (log is None)
+    for told in (page, text):
+        assert ('SHA-256, grade, decision and score, but no image' in told) == (log is not None)
+        assert ('file names, SHA-256' in told) == bool(names)
+
+
+def test_figures_of_operating_points_are_called_cross_fitted_everywhere(server_url):
+    for path in ('/', '/docs', '/openapi.json', '/api'):
+        assert 'held-out' not in httpx.get(server_url + path).text, path
+    assert 'cross-fitted (each image by a threshold' in httpx.get(server_url + '/docs').text
 
 
 @pytest.mark.browser

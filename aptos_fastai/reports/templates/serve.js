@@ -103,12 +103,14 @@ function refresh() {
   }, running ? 150 : 0);
 }
 
-// What is sorted, filtered and counted: patients if they are paired, else images.
+// What is sorted and filtered: images, or patients and the files that belong to none.
 function items() {
-  if (patients) return patients.map(patient => ({ ...patient, name: patient.patient, score: Math.max(...patient.images.map(
-    ({ row }) => row.score ?? -1)), hasError: patient.images.some(({ row }) => row.error) }));
-  return [...results.values()].map(result => ({ images: [result], decision: result.row.decision, name: result.row.file,
-    score: result.row.score ?? -1, hasError: Boolean(result.row.error) }));
+  const single = result => ({ results: [result], decision: result.row.decision, name: result.row.file });
+  const paired = new Set((patients ?? []).flatMap(patient => patient.results));
+  const rest = [...results.values()].filter(result => !paired.has(result)).map(single);
+  const found = [...(patients ?? []).map(patient => ({ ...patient, name: patient.patient, isPatient: true })), ...rest];
+  return found.map(item => ({ ...item, score: Math.max(...item.results.map(({ row }) => row.score ?? -1)),
+    errors: item.results.filter(({ row }) => row.error).length }));
 }
 
 const FILTERS = {
@@ -116,8 +118,24 @@ const FILTERS = {
   refer: ['Refer', 'refer', item => item.decision == 'refer' || item.decision == 'uncertain: refer'],
   no: ['Do not refer', 'no', item => item.decision == 'do not refer'],
   ungradable: ['Not gradable', 'ungradable', item => item.decision == 'not gradable'],
-  errors: ['Errors', 'error', item => item.hasError],
+  errors: ['Errors', 'error', item => item.errors > 0],
 };
+
+// Return the count of a filter with its words; the unit is that of `all` but for errors, which are always files.
+function countOf(key, everything, paired) {
+  const [words, , test] = FILTERS[key];
+  if (key == 'errors') return [everything.reduce((sum, item) => sum + item.errors, 0), `${words} (files)`];
+  const n = everything.filter(item => test(item) && Boolean(item.isPatient) == paired).length;
+  if (key == 'all') return [n, `All ${paired ? 'patients' : 'images'}`];
+  return [n, paired && key == 'ungradable' ? 'Not gradable or incomplete' : words];
+}
+
+// Return the words of the decision on a patient: an eye without an image is to be photographed.
+function patientWords({ decision, missing, ungradable }) {
+  if (decision != 'not gradable' || !missing) return DECISIONS[decision][1];
+  if (ungradable) return 'Not gradable: photograph both eyes';
+  return `Incomplete: photograph ${missing.includes(' ') ? 'both eyes' : `the ${missing} eye`}`;
+}
 const SORTS = {
   arrival: () => 0,
   decision: (a, b) => ORDER.indexOf(a.decision) - ORDER.indexOf(b.decision) || b.score - a.score,
@@ -127,7 +145,7 @@ const SORTS = {
 
 function fits(item) {
   const text = settings.search.trim().toLowerCase();
-  const names = [item.name, ...item.images.map(({ row }) => row.file)];
+  const names = [item.name, ...item.results.map(({ row }) => row.file)];
   return FILTERS[settings.filter][2](item) && (!text || names.some(name => name.toLowerCase().includes(text)));
 }
 
@@ -145,12 +163,14 @@ function eyeTexts(patient) {
 }
 
 function patientGroup(patient) {
-  const grid = element('div', { className: 'grid-of-results' }, ...patient.images.map(card));
+  const grid = element('div', { className: 'grid-of-results' }, ...patient.results.map(card));
   if (!patient.named) return element('div', { className: 'patient' }, grid);
-  const [name, words] = DECISIONS[patient.decision];
+  const [name] = DECISIONS[patient.decision];
+  const words = patientWords(patient);
   const title = `Patient ${patient.patient}`;
   const p = patient.p_referable == null ? '' : ` · probability of referable retinopathy ${percent(patient.p_referable)}`;
-  const header = element('header', {}, element('h2', { textContent: title }), decisionLine(patient.decision),
+  const header = element('header', {}, element('h2', { textContent: title }), decisionLine(patient.decision, 'p', words),
+    lookCaution(patient),
     element('p', { className: 'note', textContent: eyeTexts(patient) + p }));
   return element('section', { className: `patient ${name}`, ariaLabel: `${title}: ${words}` }, header, grid);
 }
@@ -163,7 +183,7 @@ function render() {
   byId('tools').hidden = !results.size;
   byId('pairing').hidden = byId('patients_csv').hidden = !settings.pair;
   if (paired) byId('results').replaceChildren(...shown.map(patientGroup));
-  else byId('results').replaceChildren(element('div', { className: 'grid-of-results' }, ...shown.map(o => card(o.images[0]))));
+  else byId('results').replaceChildren(element('div', { className: 'grid-of-results' }, ...shown.map(o => card(o.results[0]))));
   byId('nothing').hidden = Boolean(shown.length) || !results.size;
   const list = visible();
   for (const node of list) node.tabIndex = -1;
@@ -185,8 +205,8 @@ function showControls() {
 }
 
 function showSummary(everything, paired) {
-  const buttons = Object.entries(FILTERS).map(([key, [words, name, test]]) => {
-    const n = everything.filter(test).length;
+  const buttons = Object.entries(FILTERS).map(([key, [, name]]) => {
+    const [n, words] = countOf(key, everything, paired);
     const button = element('button', { className: name ?? '', ariaPressed: String(settings.filter == key) },
       name && icon(name), element('b', { textContent: n }), words);
     button.onclick = () => change({ filter: key });
@@ -199,7 +219,8 @@ function showSummary(everything, paired) {
     `${uncertain ? ` (${uncertain} uncertain)` : ''}, ` +
     `${count('do not refer')} do not refer, ${count('not gradable')} not gradable, ${plural(count(''), 'error')}`;
   const unit = paired
-    ? `The counts above are of ${plural(patients.length, 'patient')}, by the worse eye. In all ${images}.` : `${images}.`;
+    ? `The counts above are of ${plural(patients.length, 'patient')}, by the worse eye; errors are files, and an image ` +
+      `without a patient counts as one. In all ${images}.` : `${images}.`;
   const focused = [...byId('summary').children].indexOf(document.activeElement);
   byId('summary').replaceChildren(...buttons, element('p', { textContent: unit }));
   if (focused >= 0) byId('summary').children[focused].focus();
@@ -239,7 +260,7 @@ const rowsOf = () => [...results.values()].map(({ row }) => row);
 function saveJson() {
   const rows = [...results.values()].map(({ row, audit }) => ({ ...row, audit }));
   const record = { saved: new Date().toISOString(), model: shownModel(), rows };
-  if (patients) Object.assign(record, { patients: patients.map(({ images, named, ...patient }) => patient),
+  if (patients) Object.assign(record, { patients: patients.map(({ results: ofPatient, named, ...patient }) => patient),
     pattern: settings.pattern, missing_eye: settings.ignore ? 'ignore' : 'ungradable' });
   save('grades.json', JSON.stringify(record, null, 1) + '\n', 'application/json');
 }
@@ -369,7 +390,7 @@ function setUp() {
     byId('files').disabled = true;
   }
   if (results.size) {
-    say(`${plural(results.size, 'result')} of before the reload.`);
+    say(`${plural(results.size, 'result')} from before the reload.`);
     refresh();
   }
 }

@@ -32,8 +32,20 @@ function icon(name) {
   return svg;
 }
 
-function decisionLine(decision, tag = 'p') {
-  const [name, words] = DECISIONS[decision];
+const LOOK_FROM = .2;             // probability of referable retinopathy of an image that is not referred
+
+// What a person should look at although it is not referred: the probability is high, or the prediction set disagrees.
+function lookCaution({ decision, p_referable: p, grade_high: high }) {
+  if (decision != 'do not refer' || p == null) return null;
+  const likely = p >= LOOK_FROM;
+  if (!likely && !(high >= 2)) return null;
+  const cause = likely ? '' : `, but the prediction set reaches grade ${high}`;
+  return element('p', { className: 'caution look',
+    textContent: `Probability of referable retinopathy ${percent(p)}${cause}: look at the image.` });
+}
+
+function decisionLine(decision, tag = 'p', words = DECISIONS[decision][1]) {
+  const [name] = DECISIONS[decision];
   const unbroken = words.split(/(?<= )/).map(textContent => element('span', { className: 'unbroken', textContent }));
   return element(tag, { className: `decision ${name}` }, icon(name), element('span', {}, ...unbroken));
 }
@@ -41,7 +53,10 @@ function decisionLine(decision, tag = 'p') {
 // What a decision says against the grade or the prediction set, so that nobody takes it for an error.
 function cautions(row) {
   const texts = [];
-  if (row.decision == 'do not refer' && row.grade_high >= 2) texts.push('Uncertain: prediction set reaches grade 2.');
+  const said = row.p_referable < LOOK_FROM;            // by `lookCaution`
+  if (row.decision == 'do not refer' && row.grade_high >= 2 && !said) {
+    texts.push('Uncertain: prediction set reaches grade 2.');
+  }
   if (row.decision == 'do not refer' && row.grade >= 2) {
     texts.push(`Grade ${row.grade}, but the score is below the operating point: the decision counts.`);
   }
@@ -79,15 +94,20 @@ function setText(row) {
   return `grades ${row.grade_low} to ${row.grade_high}`;
 }
 
-// Ink that is readable on a colour '#rrggbb'.
-function inkOn(colour) {
-  const [r, g, b] = [1, 3, 5].map(i => (parseInt(colour.slice(i, i + 2), 16) / 255) ** 2.2);
-  return .2126 * r + .7152 * g + .0722 * b > .2 ? '#000' : '#fff';
-}
-
 // Place a text of a row above or below the bar so that it stays inside.
 function at(position, textContent) {
   return element('span', { textContent, style: `left:${position}%; transform:translateX(-${position}%)` });
+}
+
+// Name the grades in two rows that no line crosses: numbers above the bar, names with their colours below it.
+function gradeNumbers(ends) {
+  return element('div', { className: 'numbers' }, ...gradeColours.map((_, grade) => element('span', {
+    textContent: grade, style: `left:${(ends[grade] + ends[grade + 1]) / 2}%` })));
+}
+
+function gradeNames() {
+  return element('div', { className: 'names' }, ...gradeColours.map(([light, dark], grade) => element('span', {},
+    element('i', { style: `background:light-dark(${light}, ${dark})` }), `${grade} ${gradeName(grade)}`)));
 }
 
 // Draw the score on the bar of grades, with the prediction set as a bracket and the operating points as dashed lines.
@@ -101,10 +121,7 @@ function scoreBar(row) {
   const label = `score ${row.score.toFixed(2)}, grade ${row.grade} ${row.grade_name}, prediction set ${setText(row)}` +
     referable.map((point, i) => `, ${pointText(point, i)}`).join('');
   const bands = gradeColours.map(([light, dark], grade) => element('div', {
-    className: `band ${['tiny', 'short', 'long'][Math.floor(gradeName(grade).length / 6)] ?? 'long'}`,
-    style: `width:${ends[grade + 1] - ends[grade]}%; background:light-dark(${light}, ${dark}); ` +
-      `color:light-dark(${inkOn(light)}, ${inkOn(dark)})`,
-  }, element('div', {}, String(grade), element('span', { textContent: gradeName(grade) }))));
+    className: 'band', style: `width:${ends[grade + 1] - ends[grade]}%; background:light-dark(${light}, ${dark})` }));
   const set = [ends[row.grade_low], ends[row.grade_high + 1]];
   const lines = referable.map((point, i) => element('i', {
     className: i ? 'point second' : 'point', style: `left:${x(point.threshold)}%` }));
@@ -113,11 +130,12 @@ function scoreBar(row) {
   const labels = node => element('div', { className: 'labels' }, node);
   return element('div', { className: 'score', role: 'img', ariaLabel: label },
     ...referable.map((point, i) => labels(at(x(point.threshold), pointText(point, i)))).reverse(),
+    gradeNumbers(ends),
     element('div', {}, ...lines, element('i', { className: 'needle', style: `left:${x(row.score)}%` }),
       element('div', { className: 'bands' }, ...bands)),
     element('div', {}, element('i', { className: 'marker', style: `left:${x(row.score)}%` })), labels(score),
     element('div', { className: 'set' }, element('i', { style: `left:${set[0]}%; right:${100 - set[1]}%` })),
-    labels(at((set[0] + set[1]) / 2, `prediction set: ${setText(row)}`)));
+    labels(at((set[0] + set[1]) / 2, `prediction set: ${setText(row)}`)), gradeNames());
 }
 
 const pointText = (point, i) => `${i ? 'at high specificity ' : ''}refer from ${point.threshold.toFixed(2)}`;
@@ -133,18 +151,25 @@ function viridis(value) {
   return VIRIDIS[i].map((from, channel) => from + (position - i) * (VIRIDIS[i + 1][channel] - from));
 }
 
+const VISIBLE = 8;                // grey of 255 from which a place of a heat map can be seen
+const NO_REGION = 'No region raised the score.';
+
 // Draw a grey heat map in colour on a new canvas: bright where it raises the score, transparent where it does not.
+// `canvas.dataset.nothing` is 'yes' if none of it can be seen.
 async function heatCanvas(source) {
   const image = await loadImage(source);
   const canvas = element('canvas', { width: image.naturalWidth, height: image.naturalHeight, className: 'heat' });
   const context = canvas.getContext('2d');
   context.drawImage(image, 0, 0);
   const pixels = context.getImageData(0, 0, canvas.width, canvas.height);
+  let brightest = 0;
   for (let i = 0; i < pixels.data.length; i += 4) {
+    brightest = Math.max(brightest, pixels.data[i]);
     const value = pixels.data[i] / 255;
     pixels.data.set([...viridis(value), 255 * value ** .8], i);
   }
   context.putImageData(pixels, 0, 0);
+  if (brightest < VISIBLE) canvas.dataset.nothing = 'yes';
   return canvas;
 }
 
@@ -160,6 +185,8 @@ function legend() {
     element('label', {}, 'Strength ', strengthSlider()));
 }
 
+const nothingLegend = () => element('p', { className: 'legend', textContent: NO_REGION });
+
 const hasHeat = result => Boolean(result.heatmap) && !result.row.error && !result.row.ungradable;
 
 // Show or hide the heat map of a card.
@@ -172,9 +199,10 @@ async function showHeat(card, show) {
   card.querySelector('.legend')?.remove();
   card.querySelector('canvas')?.remove();
   if (!show) return;
-  card.querySelector('.picture').append(legend());
   result.canvas ??= await heatCanvas(result.heatmap);
-  if (card.dataset.heat && !card.querySelector('canvas')) card.querySelector('.frame').append(result.canvas);
+  if (!card.dataset.heat || card.querySelector('canvas')) return;
+  card.querySelector('.picture').append(result.canvas.dataset.nothing ? nothingLegend() : legend());
+  card.querySelector('.frame').append(result.canvas);
 }
 
 // Cards
@@ -230,7 +258,7 @@ function body(row) {
 function createCard(result) {
   const { row } = result;
   const [name, words] = DECISIONS[row.decision];
-  const text = element('div', {}, decisionLine(row.decision, 'h3'), element('p', { className: 'file', textContent: row.file }),
+  const text = element('div', {}, decisionLine(row.decision, 'h3'), lookCaution(row), element('p', { className: 'file', textContent: row.file }),
     ...body(row), actions(result), details(result));
   const card = element('article', { className: `result ${name}`, tabIndex: -1, ariaLabel: `${row.file}: ${words}` },
     picture(result), text);

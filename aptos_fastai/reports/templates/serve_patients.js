@@ -16,8 +16,21 @@ function parse(pattern, file) {
   return { patient: (patient ?? '').trim(), eye: (eye ?? '').trim() };
 }
 
+// Return patient and eye of an image: DICOM tags win over the pattern of file names.
+function person(pattern, row, several) {
+  const named = parse(pattern, row.file);
+  const patient = row.patient && several && row.issuer ? `${row.patient} (${row.issuer})` : row.patient;
+  return { patient: patient || named.patient, eye: row.eye || named.eye };
+}
+
+// Whether the tags of the results name several issuers: then the same key can be two patients.
+function severalIssuers() {
+  const rows = [...results.values()].map(({ row }) => row).filter(row => row.patient);
+  return new Set(rows.map(row => row.issuer ?? '')).size > 1;
+}
+
 function matches(pattern) {
-  return [...results.values()].filter(({ row }) => parse(pattern, row.file).eye).length;
+  return [...results.values()].filter(({ row }) => person(pattern, row).eye).length;
 }
 
 const detected = () => PATTERNS.map(pattern => [matches(pattern), pattern]).sort((a, b) => b[0] - a[0])[0];
@@ -38,11 +51,14 @@ async function pairEyes() {
   if (question == asked) patients = found;
 }
 
-// Return the results by patient: key -> list of result, patient and eye. A result without a patient stands alone.
+// Return the results by patient: key -> list of result, patient and eye. An image without a patient stands alone;
+// a file that cannot be read and names no patient is none.
 function byPatient() {
   const groups = new Map();
+  const several = severalIssuers();
   for (const result of results.values()) {
-    const { patient, eye } = parse(settings.pattern, result.row.file);
+    const { patient, eye } = person(settings.pattern, result.row, several);
+    if (result.row.error && !patient) continue;
     const key = patient || `image ${result.row.file}`;
     groups.set(key, [...groups.get(key) ?? [], { result, patient, eye }]);
   }
@@ -66,7 +82,7 @@ async function askPatients() {
   }
   const named = [...groups.values()].flat();
   byId('pairing_result').textContent = `${named.filter(o => o.patient).length} of ${plural(named.length, 'image')} ` +
-    `name a patient, ${named.filter(o => o.eye).length} an eye`;
+    `have a patient, ${named.filter(o => o.eye).length} an eye`;
   return [...groups].map(([key, group]) => withImages(known.get(key).answer, group));
 }
 
@@ -81,9 +97,9 @@ async function postPatients(groups) {
   return reply.patients;
 }
 
-// Return a patient with its results, the right eye first, as if facing the patient.
+// Return a patient with its results, the right eye first, as if facing the patient. `images` stays their number.
 function withImages({ rows, ...patient }, group) {
   const place = ({ eye }) => EYE_ORDER[eye.toLowerCase()] ?? 2;
-  const images = [...group].sort((a, b) => place(a) - place(b)).map(({ result }) => result);
-  return { ...patient, images, named: Boolean(group[0].patient) };
+  const shown = [...group].sort((a, b) => place(a) - place(b)).map(({ result }) => result);
+  return { ...patient, results: shown, named: Boolean(group[0].patient) };
 }

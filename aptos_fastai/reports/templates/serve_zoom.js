@@ -1,6 +1,6 @@
 // An enlarged image in a dialog: wheel, buttons, keys and two fingers change its size; dragging and arrows move it.
 
-const view = { id: null, scale: 1, x: 0, y: 0, fit: 1, width: 1, height: 1 };
+const view = { id: null, scale: 1, x: 0, y: 0, fit: 1, width: 1, height: 1, note: '' };
 const fingers = new Map();        // of a drag or pinch: pointer id -> position on the stage
 const MOST = 16;                  // times the size that fits
 
@@ -61,7 +61,8 @@ async function openZoom(id) {
   byId('sheet').replaceChildren(image);
   const words = DECISIONS[result.row.decision][1];
   byId('zoom_title').textContent = `${result.row.file}: ${words}`;
-  byId('zoom_note').textContent = `${view.width} × ${view.height} pixels. ${note}`;
+  view.note = `${view.width} × ${view.height} pixels. ${note}`;
+  byId('zoom_note').textContent = view.note;
   byId('zoom_heat').hidden = byId('zoom_strength').hidden = !hasHeat(result);
   if (!byId('zoom').open) byId('zoom').showModal();
   byId('stage').focus();
@@ -74,7 +75,11 @@ async function zoomHeat(show) {
   if (!result || !hasHeat(result)) return;
   byId('zoom_heat').ariaPressed = String(show);
   byId('sheet').querySelector('canvas')?.remove();
-  if (show) byId('sheet').append(await heatCanvas(result.heatmap));
+  byId('zoom_note').textContent = view.note;
+  if (!show) return;
+  const canvas = await heatCanvas(result.heatmap);
+  byId('sheet').append(canvas);
+  if (canvas.dataset.nothing) byId('zoom_note').textContent = `${NO_REGION} ${view.note}`;
 }
 
 const toggleZoomHeat = () => zoomHeat(byId('zoom_heat').ariaPressed != 'true');
