@@ -35,7 +35,7 @@ def save_page(browser: Browser, run_folder: Path) -> None:
         try:
             while 'http://' not in server.stdout.readline():
                 if server.poll() is not None: sys.exit(f'{" ".join(command)}: stopped')
-            page = browser.new_page(viewport=dict(width=1000, height=720))
+            page = browser.new_page(viewport=dict(width=1000, height=1080))
             page.goto(f'http://127.0.0.1:{PORT}')
             page.set_input_files('#files', frame.path[example.id_code])
             page.wait_for_selector('.result img')
