@@ -90,4 +90,4 @@ def open_run(recipe: str | Path = 'settings.ini', data: str | Path = 'demo', run
 
 def as_prepared(run: Run) -> PreparedRun:
     "Return a run whose images are prepared as a `PreparedRun`"
-    return PreparedRun(run.recipe, run.data, run.root, run.frames, run.left_out)
+    return PreparedRun(run.recipe, run.data, run.root, run.frames, run.left_out, run.ungradable)

@@ -55,6 +55,9 @@ Root = Annotated[str | None, typer.Option(
     metavar='FOLDER', help='Base folder of relative paths in a CSV. Default: the folder of the CSV.')]
 Deidentify = Annotated[bool, typer.Option(
     '--deidentify', help='Leave ids, file names, patients and images out of what is written.')]
+TableRecipe = Annotated[str, typer.Option(metavar='FILE', help='The recipe that has the table TABLE.')]
+TableData = Annotated[str, typer.Option(
+    metavar='FOLDER', help='The folder of the table, for a preset or a table of the recipe.')]
 Images = Annotated[list[str], argument('IMAGES', 'Files, folders, a glob in quotes, or a CSV that names files.')]
 
 
@@ -452,9 +455,7 @@ def evaluate(model: Model,
                  'TABLE', 'A CSV with grades, a folder of class folders, a preset, or a table of the recipe.')],
              images: Annotated[str, argument(
                  'IMAGES', "The folder of the CSV's images. Default: the folder of the CSV.")] = '',
-             recipe: Annotated[str, typer.Option(metavar='FILE', help='The recipe that has the table TABLE.')] = '',
-             data: Annotated[str, typer.Option(
-                 metavar='FOLDER', help='The folder of the table, for a preset or a table of the recipe.')] = '',
+             recipe: TableRecipe = '', data: TableData = '',
              id: Column = '', grade: Column = '', patient: Column = '', eye: Column = '', ungradable: Ungradable = '',
              prevalence: Annotated[float | None, typer.Option(
                  metavar='P', help='Prevalence of referable retinopathy for PPV and NPV, 0 to 1. Default: that of the '
@@ -509,10 +510,7 @@ def operating_point(model: Model,
                         'out-of-fold scores.')] = '',
                     images: Annotated[str, typer.Option(
                         metavar='FOLDER', help='The folder of its images. Default: the folder of the CSV.')] = '',
-                    recipe: Annotated[str, typer.Option(
-                        metavar='FILE', help='The recipe that has the table TABLE.')] = '',
-                    data: Annotated[str, typer.Option(
-                        metavar='FOLDER', help='The folder of the table, for a preset or a table of the recipe.')] = '',
+                    recipe: TableRecipe = '', data: TableData = '',
                     id: Column = '', grade: Column = '', patient: Column = '', eye: Column = '',
                     ungradable: Ungradable = '',
                     output: Annotated[str, typer.Option(

@@ -74,8 +74,7 @@ def fit(csv: str | Path, images: str | Path = '', unlabelled: str | Path = '', *
     grade; `unlabelled` is a folder of ungraded images to predict and train on, too. Columns are understood by their
     names and contents and printed; `keys` (id, grade, patient, eye, group, ungradable, carry, where, header) override
     that. Writes the recipe <runs>/<name>/<name>.ini and everything that `all` writes; with `deidentify` the report has
-    no ids and no images. Raises `AptosError`, also where
-    two columns would do and there is no `ask` to choose one.
+    no ids and no images. Raises `AptosError`, also where two columns would do and there is no `ask` to choose one.
     """
     recipe, data = understand_and_write(csv, images, unlabelled, name, runs, sets, ask, keys)
     run_all(load_run(recipe, data, runs), deidentify)

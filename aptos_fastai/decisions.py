@@ -20,6 +20,11 @@ NEVER = 1e6                                  # intercept of a question that no i
 PENALTY = 1e3                                # inverse strength of the ridge penalty: next to none, keeps the fit finite
 
 
+def level_label(lowest_grade: int) -> str:
+    "Return a level for people: referable or sight-threatening"
+    return LEVELS[lowest_grade].replace('_', '-')
+
+
 # Operating points
 
 @dataclass(frozen=True)
@@ -38,6 +43,11 @@ class OperatingPoint:
     def name(self) -> str:
         "What it detects: referable or sight_threatening"
         return LEVELS[self.lowest_grade]
+
+    @property
+    def label(self) -> str:
+        "The same for people: referable or sight-threatening"
+        return level_label(self.lowest_grade)
 
     @property
     def target_text(self) -> str:

@@ -38,6 +38,7 @@ class Run:
     root: Path
     frames: dict[str, pd.DataFrame] = field(repr=False)
     left_out: str = ''                       # which optional tables and stages are left out, and why
+    ungradable: dict[str, int] = field(default_factory=dict)      # table -> its images that readers called ungradable
 
     @property
     def store(self) -> Path:

@@ -18,10 +18,11 @@ from sklearn.linear_model import LogisticRegression
 from aptos_fastai.common.console import say, table
 from aptos_fastai.common.io import read_record
 from aptos_fastai.decisions import Probabilities, cross_fitted_probabilities
-from aptos_fastai.inference.referral import cross_fitted_referred, cross_fitted_uncertain, detection, fit_decision
+from aptos_fastai.inference.measures import detection
+from aptos_fastai.inference.referral import cross_fitted_referred, cross_fitted_sets, fit_decision
 from aptos_fastai.metrics import GRADES, bootstrap, stratified_group_parts
 from aptos_fastai.recipe import Refer
-from aptos_fastai.reports.evaluation_report import measure_text
+from aptos_fastai.reports.parts import measure_text
 
 
 class Isotonic:
@@ -96,10 +97,11 @@ def compare(df: pd.DataFrame, parts: np.ndarray) -> None:
 
 def uncertain(df: pd.DataFrame, parts: np.ndarray) -> None:
     spec, warnings = fit_decision(Refer(uncertain='refer'), df, parts, 'this run', .9)
-    (by_score, known), reaches = cross_fitted_referred(spec, df, parts), cross_fitted_uncertain(df, parts, .9)
+    by_score, known = cross_fitted_referred(spec, df, parts)
+    reaches = cross_fitted_sets(df, parts, .9).grade_high >= 2
     rows = []
     for name, called in (('decide', by_score), ('refer', by_score | reaches)):
-        found = detection(called, (df.diagnosis >= 2).to_numpy(), df.group, known)
+        found = detection(called[known], df.diagnosis[known] >= 2, df.group[known])
         rows.append([name, *(measure_text(found[key]) for key in ('sensitivity', 'specificity')),
                      f'{100 * called.mean():.0f} %'])
     table('[refer] uncertain, operating point of sensitivity 0.9, sets of 90 %',

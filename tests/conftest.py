@@ -5,6 +5,7 @@ import shutil
 import socket
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -156,16 +157,13 @@ def image_paths(toy):
     return open_toy_run(toy).frames['aptos_test'].path.tolist()
 
 
-@pytest.fixture(scope='session')
-def server_url(toy):
-    "The URL of a server of the toy run, in a thread"
+@contextmanager
+def url_of(app):
+    "Serve an ASGI application in a thread; yield its URL"
     uvicorn = pytest.importorskip('uvicorn')
-    from aptos_fastai.deploy import serve
-    from aptos_fastai.inference.grader import load_grader
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    app = serve.get_app(load_grader(toy), ['127.0.0.1'])
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level='warning'))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -173,6 +171,27 @@ def server_url(toy):
     yield f'http://127.0.0.1:{port}'
     server.should_exit = True
     thread.join(10)
+
+
+@pytest.fixture(scope='session')
+def server_url(toy):
+    "The URL of a server of the toy run"
+    pytest.importorskip('uvicorn')
+    from aptos_fastai.deploy import serve
+    from aptos_fastai.inference.grader import load_grader
+    with url_of(serve.get_app(load_grader(toy), ['127.0.0.1'])) as url: yield url
+
+
+@pytest.fixture(scope='module')
+def browser():
+    "Headless Chromium"
+    chromium = shutil.which('chromium') or shutil.which('google-chrome')
+    if not chromium: pytest.skip('no Chromium here')
+    playwright = pytest.importorskip('playwright.sync_api')
+    with playwright.sync_playwright() as p:
+        b = p.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
+        yield b
+        b.close()
 
 
 def open_toy_run(toy):

@@ -2,7 +2,7 @@
 import codecs
 import csv
 import io
-from collections.abc import Sized
+from collections.abc import Iterable, Sized
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,6 +33,12 @@ def first_few(items) -> str:
 def count(items: Sized, noun: str) -> str:
     "Return '1 id' or '3 ids'"
     return f'{len(items)} {noun}' if len(items) == 1 else f'{len(items)} {noun}s'
+
+
+def has_columns(csv: Path, columns: Iterable[str]) -> bool:
+    "Return whether the first line of a CSV names all of `columns`: whether this program wrote it"
+    with open(csv, 'rb') as f: header = f.readline().decode(errors='replace').strip().split(',')
+    return set(columns) <= set(header)
 
 
 def safe_cell(text: str) -> str:

@@ -42,11 +42,10 @@ def describe_point(point: OperatingPoint) -> dict:
 
 def point_text(point: OperatingPoint) -> str:
     "Return an operating point as a sentence: 'referable (grade 2 or above) from score 1.53, chosen for …'"
-    name = point.name.replace('_', '-')
     chosen = '' if point.target == 'threshold' else f', chosen for {point.target_text}'
     source = f' on {point.chosen_on}' if chosen and point.chosen_on else ''
     figures = '; '.join(figure_texts(point))
-    text = f'{name} (grade {point.lowest_grade} or above) from score {point.threshold:.2f}{chosen}{source}'
+    text = f'{point.label} (grade {point.lowest_grade} or above) from score {point.threshold:.2f}{chosen}{source}'
     return f'{text}. {CROSS_FITTED.capitalize()}: {figures}' if figures else text
 
 

@@ -19,6 +19,7 @@ from aptos_fastai.inference.referral import fit_points
 from aptos_fastai.inference.validation_scores import validation_scores
 from aptos_fastai.metrics import stratified_group_parts
 from aptos_fastai.recipe import Refer
+from aptos_fastai.reports.evaluation_report import evaluated
 from aptos_fastai.reports.parts import measure_text
 
 USELESS = .5                                 # a specificity below it is warned of
@@ -80,9 +81,7 @@ def own_scores(model: str) -> Scores:
 def table_scores(model: str, graded: str, **where) -> Scores:
     "Return a model's scores of the images of a graded table that it was not trained on"
     evaluation = evaluate_table(model, graded, choices=Choices(), **where)
-    rows = evaluation.predictions
-    used = (rows.error == '') & rows.diagnosis.notna() & (rows.seen == '')
-    df = rows[used].reset_index(drop=True).astype(dict(diagnosis=int, score=float))
+    df = evaluated(evaluation).reset_index(drop=True)
     table_record = evaluation.record['table']
     ungradable = int((df.ungradable != '').sum())
     if ungradable:
@@ -101,14 +100,14 @@ def with_points(spec: ModelSpec, points: Sequence[OperatingPoint], warnings: Seq
 
 def useless(points: Sequence[OperatingPoint]) -> list[str]:
     "Return a warning of each operating point that tells little apart: it calls most of the negative images positive"
-    found = [(o.name.replace('_', '-'), o.specificity['value']) for o in points]
+    found = [(o.label, o.specificity['value']) for o in points]
     return [f'{OF_POINTS} for {name} retinopathy: specificity {value:.2f}, so that most images without it are called '
             'positive' for name, value in found if value is not None and value < USELESS]
 
 
 def show_points(before: ModelSpec, after: ModelSpec, scores: Scores) -> None:
     "Print the operating points before and after"
-    rows = [[when, o.name.replace('_', '-'), o.target_text, f'{o.threshold:.3f}', measure_text(o.sensitivity),
+    rows = [[when, o.label, o.target_text, f'{o.threshold:.3f}', measure_text(o.sensitivity),
              measure_text(o.specificity)]
             for when, model in (('before', before), ('now', after)) for o in model.decision.points]
     columns = ['', 'retinopathy', 'chosen for', 'score ≥', 'sensitivity (95 % CI)', 'specificity (95 % CI)']

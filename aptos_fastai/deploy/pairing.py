@@ -7,7 +7,7 @@ from aptos_fastai.data.groups import EYES, UNKNOWN
 from aptos_fastai.decisions import DO_NOT_REFER, NOT_GRADABLE, REFER, UNCERTAIN_REFER
 from aptos_fastai.deploy.batching import as_json
 from aptos_fastai.deploy.web import RequestError, text_of
-from aptos_fastai.inference.patients import MISSING_EYE, patient_table
+from aptos_fastai.inference.patients import MISSING_EYE, by_patient, patient_table
 from aptos_fastai.metrics import GRADES
 
 MAX_ROWS = 5000                              # images in one request
@@ -62,8 +62,7 @@ def number_of(row: dict, key: str, name: str, highest: float) -> float | None:
 
 def image_numbers(df: pd.DataFrame) -> list[list[int]]:
     "Return the numbers of the images of each patient, from 0, in the order of `patient_table`"
-    keys = df.patient.where(df.patient != '', 'image ' + df.file)
-    return [group.index.tolist() for _, group in df.groupby(keys.to_numpy(), sort=False)]
+    return [group.index.tolist() for _, group in by_patient(df)]
 
 
 def count_decisions(decisions: list[str]) -> dict[str, int]:

@@ -1,10 +1,10 @@
 "The request log of `serve --log FILE`: one line of JSON for each request, never an image."
 import json
 import os
-from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
 
+from aptos_fastai.common.clock import now
 from aptos_fastai.common.console import say
 from aptos_fastai.common.io import AptosError, make_private
 from aptos_fastai.common.privacy import patient_data
@@ -46,11 +46,10 @@ class RequestLog:
 
     def record(self, audit: dict, status: int, seconds: float, rows: list[dict]) -> dict:
         "Return what is logged of a request: `audit` of its grader, HTTP status, duration, its rows"
-        time = datetime.now(UTC).isoformat(timespec='milliseconds')
         failed = {} if status < 400 else dict(error=HTTPStatus(status).phrase)
         model = dict(model=audit['digests']['model'], name=audit['model'], **{key: audit[key] for key in AUDITED})
-        return dict(time=time, status=status, **failed, images=len(rows), seconds=round(seconds, 3), **model,
-                    results=[self._image(row) for row in rows])
+        return dict(time=now('milliseconds'), status=status, **failed, images=len(rows), seconds=round(seconds, 3),
+                    **model, results=[self._image(row) for row in rows])
 
     def _image(self, row: dict) -> dict:
         logged = {key: row[key] for key in LOGGED}

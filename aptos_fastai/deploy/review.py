@@ -70,7 +70,7 @@ class ReviewSession:
         return dict(table=item.table, id_code=item.id_code, label=item.label, label_name=GRADE_NAMES[item.label],
                     original=item.original, score=item.score, reason=item.reason)
 
-    def picture(self, number: int, heat: bool) -> tuple[bytes, dict[str, str]]:
+    def image(self, number: int, heat: bool) -> tuple[bytes, dict[str, str]]:
         "Return the JPEG of an image, or of its heat map, and headers that say what it shows"
         item = self.item(number)
         try:
@@ -163,16 +163,16 @@ class Pages:
 
     async def image(self, request):
         "`/api/image/N`"
-        return await self._picture(request, False)
+        return await self._image(request, False)
 
     async def heatmap(self, request):
         "`/api/heatmap/N`"
-        return await self._picture(request, True)
+        return await self._image(request, True)
 
-    async def _picture(self, request, heat: bool):
+    async def _image(self, request, heat: bool):
         from starlette.responses import Response
         loop, session = asyncio.get_running_loop(), self.session
-        data, shown = await loop.run_in_executor(session.worker, session.picture, request.path_params['n'], heat)
+        data, shown = await loop.run_in_executor(session.worker, session.image, request.path_params['n'], heat)
         return Response(data, media_type='image/jpeg', headers=HEADERS | shown)
 
     async def decide(self, request):

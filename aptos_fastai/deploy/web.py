@@ -174,7 +174,7 @@ def server_url(host: str, port: int) -> str:
 
 
 def run_server(app, host: str, port: int, *notes: str) -> None:
-    "Serve an ASGI application until it is stopped; `notes` are said after its address. Raises `AptosError`"
+    "Serve an ASGI application until it is stopped; print `notes` after its address. Raises `AptosError`"
     import uvicorn
     family = socket.AF_INET6 if ':' in host else socket.AF_INET
     try: sock = socket.create_server((host, port), family=family, backlog=256)

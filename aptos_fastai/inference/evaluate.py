@@ -15,7 +15,7 @@ from aptos_fastai.data.duplicates import group_duplicates
 from aptos_fastai.data.spreadsheet import first_few
 from aptos_fastai.data.tables import TableContents, describe, find_folder
 from aptos_fastai.data.understand import Ask, Understood, find_table
-from aptos_fastai.decisions import DECISION_COLUMNS, LEVELS, P_COLUMNS, DecisionSpec
+from aptos_fastai.decisions import DECISION_COLUMNS, LEVELS, P_COLUMNS, UNGRADABLE, DecisionSpec
 from aptos_fastai.inference.grader import Grader, load_grader
 from aptos_fastai.inference.measures import (
     EVALUATION,
@@ -258,16 +258,14 @@ def _referral(df: pd.DataFrame, spec: DecisionSpec, prevalence: float) -> dict[s
     called = dict(grade=df.grade >= REFERABLE, operating_point=by_score)
     second = spec.point(REFERABLE, 1)
     if second: called['high_specificity'] = df.score >= second.threshold
-    uncertain = (df.grade_high.fillna(0) >= REFERABLE) & (spec.uncertain == 'refer')
-    called['programme'] = by_score | uncertain | (df.ungradable != '')
+    called['programme'] = df.referable.isin(['yes', UNGRADABLE])
     return {name: referral_results(df, rows, prevalence) for name, rows in called.items()}
 
 
 def _probabilities(df: pd.DataFrame, spec: DecisionSpec) -> dict[str, dict] | None:
     "Return how well the probabilities agree with the grades; None for a model that has none"
     if spec.probabilities is None: return None
-    p = spec.probabilities.predict(df.score, spec.prevalence)
-    return {name: probability_results(df, p[:, level:].sum(1), level) for level, name in LEVELS.items()}
+    return {name: probability_results(df, df[f'p_{name}'].to_numpy(float), level) for level, name in LEVELS.items()}
 
 
 def _nothing_left(rows: pd.DataFrame, graded: pd.DataFrame, table: Table) -> str:

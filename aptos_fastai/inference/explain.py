@@ -15,11 +15,10 @@ from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.io import AptosError, write_bytes, write_csv
 from aptos_fastai.common.privacy import patient_data
 from aptos_fastai.data.decode import decode
-from aptos_fastai.data.retina import Circle, crop_box
-from aptos_fastai.data.spreadsheet import read_spreadsheet
+from aptos_fastai.data.retina import Circle, Prep, crop_box
+from aptos_fastai.data.spreadsheet import read_spreadsheet, safe_cell
 from aptos_fastai.inference.backends import to_tensor
 from aptos_fastai.inference.find_images import find_images
-from aptos_fastai.inference.grade_files import safe_cell
 from aptos_fastai.inference.grader import Grader, Squares, load_grader
 from aptos_fastai.inference.model_spec import SYNTHETIC_MODEL
 from aptos_fastai.inference.views import undo_view, views
@@ -116,18 +115,26 @@ def explain_image(grader: Grader, data: bytes) -> tuple[np.ndarray, np.ndarray, 
     return im, overlay_heatmap(im, hot, box, row['score']), row
 
 
+def displayed(data: bytes, side: int, found: dict, prep: Prep) -> tuple[np.ndarray, Box]:
+    """Return an image (uint8 RGB, its longest side at most `side`) and the box of it that is prepared by `prep`.
+
+    `data` is the content of the image file, `found` the circle (x, y, r, how, stretch) that `prepare` found in it.
+    """
+    im, original_size = decode(data, side)
+    shrink = side / max(im.shape[:2])
+    if shrink < 1: im = cv2.resize(im, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
+    height, width = im.shape[:2]
+    k = max(height, width) / max(original_size)
+    circle = Circle(found['x'] * k, found['y'] * k, found['r'] * k, found['how'], found['stretch'])
+    return im, crop_box(height, width, circle, prep)
+
+
 def locate_heatmap(grader: Grader, data: bytes, squares: Squares, info: dict) -> tuple[np.ndarray, np.ndarray, Box]:
     """Return an image (uint8 RGB, its longest side `DISPLAY_SIDE`), its heat map, and the box of the image it covers.
 
     `data` is the content of the image file, `squares` and `info` are what `Grader.prepare` gave for it.
     """
-    im, original_size = decode(data, DISPLAY_SIDE)
-    shrink = DISPLAY_SIDE / max(im.shape[:2])
-    if shrink < 1: im = cv2.resize(im, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
-    height, width = im.shape[:2]
-    k = max(height, width) / max(original_size)
-    circle = Circle(info['x'] * k, info['y'] * k, info['r'] * k, info['how'], info['stretch'])
-    box = crop_box(height, width, circle, grader.model.prep)
+    im, box = displayed(data, DISPLAY_SIDE, info, grader.model.prep)
     return im, heatmap(grader, {side: square[None] for side, square in squares.items()})[0], box
 
 

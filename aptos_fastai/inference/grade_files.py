@@ -12,7 +12,7 @@ import pandas as pd
 from aptos_fastai.common.console import Bars, say
 from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.io import AptosError, digest, file_lock, make_private, write_bytes
-from aptos_fastai.data.spreadsheet import SPREADSHEETS, safe_cell
+from aptos_fastai.data.spreadsheet import SPREADSHEETS, has_columns, safe_cell
 from aptos_fastai.inference.audit import (
     audit_file,
     audit_record,
@@ -93,9 +93,7 @@ def _check_free(out: Path, overwrite: bool) -> None:
     if out.exists() and not overwrite:
         raise AptosError(f'{out}: already exists. Choose another file with -o, or add --overwrite.')
     check_audit_free(out, overwrite)
-    if not out.exists(): return
-    with open(out, 'rb') as f: header = f.readline().decode(errors='replace').strip().split(',')
-    if set(COLUMNS) <= set(header): return
+    if not out.exists() or has_columns(out, COLUMNS): return
     raise AptosError(f'{out}: is not a CSV that predict wrote, so it is not replaced. Choose another file with -o.')
 
 

@@ -108,10 +108,13 @@ def auc_of(df: pd.DataFrame, lowest: int) -> dict:
 
 def detected(df: pd.DataFrame, predicted: pd.Series, lowest: int) -> dict:
     "Return sensitivity and specificity of `predicted` for the grades from `lowest` on"
-    positive = df.diagnosis >= lowest
-    missing = _missing_class(df, lowest)
-    return dict(sensitivity=proportion(predicted[positive], df.group[positive], missing or 'no images'),
-                specificity=proportion(~predicted[~positive], df.group[~positive], missing or 'no images'))
+    return detection(predicted, df.diagnosis >= lowest, df.group, _missing_class(df, lowest) or 'no images')
+
+
+def detection(called: pd.Series, positive: pd.Series, groups: pd.Series, reason: str = 'no images') -> dict[str, dict]:
+    "Return sensitivity and specificity of the images `called` positive, with intervals over groups"
+    return dict(sensitivity=proportion(called[positive], groups[positive], reason),
+                specificity=proportion(~called[~positive], groups[~positive], reason))
 
 
 def detection_results(df: pd.DataFrame, predicted: pd.Series, lowest: int) -> dict:

@@ -199,7 +199,7 @@ def _stage_model(folder: Path) -> ModelSpec:
     is_reported = reported and all(current.get(fold) == sha256 for fold, sha256 in reported.items())
     if is_reported: records = {fold: r for fold, r in records.items() if f'{name}/{fold}' in reported}
     _check_trained_alike(folder, records)
-    oof = pd.concat([_read_preds(folder / fold / PREDS) for fold in records])
+    oof = pd.concat([pd.read_csv(preds_file(folder / fold), dtype=dict(id_code=str)) for fold in records])
     if result and is_reported:
         thresholds, kappa, warnings = result['thresholds'], result['kappa_text'], result['warnings']
         coverage, gate_keys = summary['submission']['coverage'], summary['submission']['gate']
@@ -253,11 +253,11 @@ def _own_decision(stage: str, oof: pd.DataFrame) -> tuple[DecisionSpec, list[str
     return fit_decision(Refer(), oof, parts, chosen_on, STAGE_COVERAGE)
 
 
-def _read_preds(file: Path) -> pd.DataFrame:
-    "Return the validation scores of a finished fold, their SHA-256 checked"
-    record = read_record(file.parent / FINISHED)
-    if not record: raise AptosError(NO_FOLD.format(file.parent))
-    return pd.read_csv(verify_file(file, record['files'][PREDS]['sha256'], 'Train again.'), dtype=dict(id_code=str))
+def preds_file(folder: Path) -> Path:
+    "Return the file of validation scores of a finished fold, its SHA-256 checked. Raises `AptosError`"
+    record = read_record(folder / FINISHED)
+    if not record: raise AptosError(NO_FOLD.format(folder))
+    return verify_file(folder / PREDS, record['files'][PREDS]['sha256'], 'Train again.')
 
 
 def read_net(member: MemberSpec, root: Path) -> torch.nn.Module:

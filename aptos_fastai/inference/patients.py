@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from pandas.core.groupby import DataFrameGroupBy
 
 from aptos_fastai.common.console import say
 from aptos_fastai.common.io import AptosError, write_csv
 from aptos_fastai.common.privacy import LEAVE_OUT, patient_data
 from aptos_fastai.data.dicom import EYE, PATIENT, DicomTags, is_dicom, patient_keys, read_tags
 from aptos_fastai.data.groups import EYES, UNKNOWN
-from aptos_fastai.data.spreadsheet import first_few, safe_cell
+from aptos_fastai.data.spreadsheet import first_few, has_columns, safe_cell
 from aptos_fastai.decisions import DO_NOT_REFER, NOT_GRADABLE, REFER, UNCERTAIN_REFER, UNGRADABLE
 from aptos_fastai.inference.deidentify import pseudonyms, without_names
 from aptos_fastai.inference.find_images import ImageEntry
@@ -155,13 +156,16 @@ def patient_table(images: pd.DataFrame, missing_eye: str = 'ungradable') -> pd.D
     unless another image is referred; with `missing_eye` = ignore the other eye decides. Where no image of a patient
     says which eye it shows, the images count as eyes, and none is missing.
     """
-    nobody = images.patient == ''
-    keys = images.patient.where(~nobody, 'image ' + images.file.astype(str))
-    groups = images.groupby(keys.to_numpy(), sort=False)
-    rows = [_patient_row(key, rows, missing_eye) for key, rows in groups]
+    rows = [_patient_row(key, rows, missing_eye) for key, rows in by_patient(images)]
     df = pd.DataFrame(rows, columns=COLUMNS)
     integers = ['left_grade', 'right_grade', 'grade', 'eyes_gradable']
     return df.astype(dict.fromkeys(integers, 'Int64') | dict(p_referable='Float64'))
+
+
+def by_patient(images: pd.DataFrame) -> DataFrameGroupBy:
+    "Group graded images by patient, in the order of their first image; an image without a patient is one of its own"
+    keys = images.patient.where(images.patient != '', 'image ' + images.file.astype(str))
+    return images.groupby(keys.to_numpy(), sort=False)
 
 
 def _patient_row(key: str, images: pd.DataFrame, missing_eye: str) -> list:
@@ -239,8 +243,7 @@ def check_patients_free(grades: Path, people: pd.DataFrame | None, overwrite: bo
     if not file.exists(): return
     if not overwrite:
         raise AptosError(f'{file}: already exists. Choose a file in another folder with -o, or add --overwrite.')
-    with open(file, 'rb') as f: header = f.readline().decode(errors='replace').strip().split(',')
-    if set(COLUMNS) <= set(header): return
+    if has_columns(file, COLUMNS): return
     raise AptosError(f'{file}: is not a CSV that predict wrote, so it is not replaced. Choose a file in another folder '
                      'with -o.')
 

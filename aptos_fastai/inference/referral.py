@@ -12,9 +12,10 @@ from aptos_fastai.decisions import (
     choose_threshold,
     cross_fitted_probabilities,
     cross_fitted_thresholds,
+    level_label,
 )
-from aptos_fastai.inference.measures import probability_results, proportion
-from aptos_fastai.metrics import REFERABLE, SIGHT_THREATENING, PredictionSets
+from aptos_fastai.inference.measures import detection, probability_results, proportion
+from aptos_fastai.metrics import GRADES, REFERABLE, SIGHT_THREATENING, PredictionSets
 from aptos_fastai.recipe import Refer
 
 
@@ -59,6 +60,7 @@ class Candidate:
         self.threshold, self.others = moved, pick(self.others, other.others)
 
 
+ONE_PART = 'all images of a class share a part'
 LOWERED = 'lowered from {:.2f} to the threshold of sight-threatening retinopathy'
 RAISED = 'raised from {:.2f} to the first operating point, which has this specificity already'
 
@@ -73,9 +75,10 @@ def fit_points(refer: Refer, df: pd.DataFrame, parts: np.ndarray,
     found, warnings = candidates(refer, df, parts)
     points = []
     for o in found:
-        name = LEVELS[o.level].replace('_', '-')
-        if o.note: warnings.append(f'operating point for {name} retinopathy, {o.target} {o.value:g}: {o.note}')
-        figures = detection(df.score >= o.others, (df.diagnosis >= o.level).to_numpy(), df.group, np.isfinite(o.others))
+        if o.note:
+            warnings.append(f'operating point for {level_label(o.level)} retinopathy, {o.target} {o.value:g}: {o.note}')
+        known = np.isfinite(o.others)        # the others are called by no threshold
+        figures = detection((df.score >= o.others)[known], df.diagnosis[known] >= o.level, df.group[known], ONE_PART)
         points.append(OperatingPoint(o.level, o.target, o.value, o.threshold, chosen_on, **figures, note=o.note))
     return tuple(points), warnings
 
@@ -89,7 +92,7 @@ def candidates(refer: Refer, df: pd.DataFrame, parts: np.ndarray) -> tuple[list[
         positive = (df.diagnosis >= level).to_numpy()
         threshold, note = choose_threshold(df.score, positive, target, value)
         if not np.isfinite(threshold):
-            name = LEVELS[level].replace('_', '-')
+            name = level_label(level)
             missing.append(f'no operating point for {name} retinopathy ({note}): grade {level} and above counts as '
                            f'{name}')
             continue
@@ -102,16 +105,6 @@ def candidates(refer: Refer, df: pd.DataFrame, parts: np.ndarray) -> tuple[list[
     return found, missing
 
 
-def detection(called: pd.Series, positive: np.ndarray, groups: pd.Series, known: np.ndarray) -> dict[str, dict]:
-    """Return sensitivity and specificity of the images `called` positive, with intervals over groups.
-
-    Only `known` images count: the others are called by no threshold, because all images of a class are in their part.
-    """
-    reason = 'all images of a class share a part'
-    return {name: proportion(correct[rows & known], groups[rows & known], reason)
-            for name, rows, correct in (('sensitivity', positive, called), ('specificity', ~positive, ~called))}
-
-
 def decision_results(spec: DecisionSpec, df: pd.DataFrame, parts: np.ndarray, coverage: float, ungradable: str) -> dict:
     """Return the cross-fitted figures of a model's decisions on its validation images, for summary.json.
 
@@ -121,7 +114,7 @@ def decision_results(spec: DecisionSpec, df: pd.DataFrame, parts: np.ndarray, co
     """
     p = cross_fitted_probabilities(df.score, df.diagnosis, parts)
     called, known = cross_fitted_referred(spec, df, parts)
-    if spec.uncertain == 'refer': called |= cross_fitted_uncertain(df, parts, coverage)
+    if spec.uncertain == 'refer': called |= cross_fitted_sets(df, parts, coverage).grade_high >= REFERABLE
     return dict(brier={name: probability_results(df, p[:, level:].sum(1), level) for level, name in LEVELS.items()},
                 programme=programme_results(called[known], df[known], ungradable))
 
@@ -135,14 +128,15 @@ def cross_fitted_referred(spec: DecisionSpec, df: pd.DataFrame, parts: np.ndarra
     return df.score >= others, np.isfinite(others)
 
 
-def cross_fitted_uncertain(df: pd.DataFrame, parts: np.ndarray, coverage: float) -> pd.Series:
-    "Return which images have a prediction set that reaches a referable grade, by sets of the other parts"
-    high = pd.Series(0, df.index)
+def cross_fitted_sets(df: pd.DataFrame, parts: np.ndarray, coverage: float) -> pd.DataFrame:
+    "Return `df` with grade_low and grade_high: the prediction set of each image by sets fitted on the other parts"
+    df = df.assign(grade_low=0, grade_high=GRADES - 1)                 # of an image that has no other part
     for k in np.unique(parts):
         fit, test = df[parts != k], df[parts == k]
         if not len(fit): continue
-        high[parts == k] = PredictionSets(coverage).fit(fit.score, fit.diagnosis).predict(test.score, test.grade)[1]
-    return high >= REFERABLE
+        low, high = PredictionSets(coverage).fit(fit.score, fit.diagnosis).predict(test.score, test.grade)
+        df.loc[test.index, ['grade_low', 'grade_high']] = np.c_[low, high]
+    return df
 
 
 def programme_results(referred: pd.Series, df: pd.DataFrame, ungradable: str) -> dict:
@@ -162,5 +156,4 @@ def programme_results(referred: pd.Series, df: pd.DataFrame, ungradable: str) ->
 
 def _programme(called: pd.Series, positive: pd.Series, groups: pd.Series) -> dict:
     "Return sensitivity, specificity and share of the rows `called` positive"
-    everyone = np.ones(len(called), bool)
-    return detection(called, positive.to_numpy(), groups, everyone) | dict(referred=proportion(called, groups))
+    return detection(called, positive, groups, ONE_PART) | dict(referred=proportion(called, groups))

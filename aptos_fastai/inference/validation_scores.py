@@ -4,13 +4,12 @@ from pathlib import Path
 import pandas as pd
 
 from aptos_fastai.common.io import AptosError, read_record, verify_file
-from aptos_fastai.inference.model_spec import BUNDLE, ModelSpec, read_model
+from aptos_fastai.inference.model_spec import BUNDLE, ModelSpec, preds_file, read_model
 from aptos_fastai.metrics import stratified_group_parts
-from aptos_fastai.run_folder import FINISHED, PREDS
 
 BUNDLE_SCORES = 'validation_scores.csv'      # of a bundle, with the columns `COLUMNS`
 COLUMNS = ['score', 'diagnosis', 'part', 'group']
-OOF = 'oof.csv'                              # of a run: it knows the patients
+OOF = 'oof.csv'                              # of a run
 
 
 def validation_scores(path: str | Path) -> pd.DataFrame:
@@ -39,27 +38,25 @@ def _of_run(root: Path) -> pd.DataFrame:
     "Return the columns score, diagnosis, fold and group of the images that validated a run's submission"
     summary = read_record(root / 'summary.json') or {}
     node = summary['submission']['node']
-    oof = _read(verify_file(root / OOF, summary['outputs'][OOF], 'Run `all` again.'))
+    oof = _read(oof_file(root, summary))
     return oof[oof[node].notna()].rename(columns={node: 'score'})
 
 
 def _of_stage(model: ModelSpec, root: Path) -> pd.DataFrame:
     "Return the same of the folds of a stage; an image that the run's oof.csv does not list is a group of its own"
-    preds = pd.concat([_preds(root / Path(m.file).parent) for m in model.members], ignore_index=True)
+    preds = pd.concat([_read(preds_file(root / Path(m.file).parent)) for m in model.members], ignore_index=True)
     preds['group'] = preds.source + ':' + preds.id_code
     summary = read_record(root / 'summary.json')
     if not summary: return preds
-    oof = _read(verify_file(root / OOF, summary['outputs'][OOF], 'Run `all` again.'))
+    oof = _read(oof_file(root, summary))
     known = oof[['source', 'id_code', 'group']].rename(columns=dict(group='known_group'))
     preds = preds.merge(known, on=['source', 'id_code'], how='left')
     return preds.assign(group=preds.known_group.fillna(preds.group))
 
 
-def _preds(folder: Path) -> pd.DataFrame:
-    "Return the validation scores of a finished fold"
-    record = read_record(folder / FINISHED)
-    if not record: raise AptosError(f'{folder}: no finished fold here. Run `all` or `train`.')
-    return _read(verify_file(folder / PREDS, record['files'][PREDS]['sha256'], 'Train again.'))
+def oof_file(root: Path, summary: dict) -> Path:
+    "Return oof.csv of a finished run, its SHA-256 checked; it knows the patients. Raises `AptosError`"
+    return verify_file(root / OOF, summary['outputs'][OOF], 'Run `all` again.')
 
 
 def _read(file: Path) -> pd.DataFrame:

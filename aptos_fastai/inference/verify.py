@@ -62,7 +62,7 @@ class Findings:
         else: self.agreed.append(right)
 
     def check_rows(self, df: pd.DataFrame, wrong: dict[int, str], what: str, right: str) -> None:
-        "Add the rows that are `wrong` as a reason, '3 of 20 … differ', with the first of them; more of them as details"
+        "Add the rows that are `wrong` as a reason, '3 of 20 … differ', with the first of them; others as details"
         rows = [f'row {i + 1} ({PurePath(df.file[i]).name}): {wrong[i]}' for i in sorted(wrong)]
         self.check(f'{len(rows)} {what} ({rows[0]})' if rows else '', right)
         self.details += rows[:SHOWN]

@@ -27,7 +27,7 @@ from aptos_fastai.data.duplicates import duplicates_table, group_duplicates, res
 from aptos_fastai.data.folds import add_folds, write_folds
 from aptos_fastai.data.spreadsheet import first_few
 from aptos_fastai.data.store import prepare_table, prepared_already
-from aptos_fastai.data.tables import read_contents, read_order, read_tables, with_present_tables
+from aptos_fastai.data.tables import TableContents, read_contents, read_order, with_present_tables
 from aptos_fastai.decisions import without_ungradable
 from aptos_fastai.inference.training_images import write_run_images
 from aptos_fastai.metrics import GRADES, PredictionSets, apply_thresholds, grade_scores
@@ -59,11 +59,18 @@ def load_run(recipe: str | Path = 'settings.ini', data: str | Path = 'demo', run
     if left_out:
         say(left_out, 'yellow')
         if node: require_name(parsed, node, parsed.nodes)
-    frames = read_tables(parsed, data_folder)
+    tables = read_contents(parsed, data_folder)
     if parsed.submit.table: read_order(parsed.tables[parsed.submit.table], data_folder)     # an error now, not later
     root = runs_folder / parsed.name
     check_same_data(root, data_folder, demo)
-    return with_folds(with_prepared(Run(parsed, data_folder, root, frames, left_out)))
+    frames = {name: contents.frame for name, contents in tables.items()}
+    run = Run(parsed, data_folder, root, frames, left_out, count_ungradable(tables))
+    return with_folds(with_prepared(run))
+
+
+def count_ungradable(tables: dict[str, TableContents]) -> dict[str, int]:
+    "Return how many images of each table readers called ungradable: they are in no frame"
+    return {name: len(contents.ungradable) for name, contents in tables.items()}
 
 
 def require_name(recipe: Recipe, name: str, names: Iterable[str]) -> str:
@@ -165,7 +172,7 @@ def prepare_images(run: Run, bars: Bars) -> Run:
         for note in contents.notes: say(f'{name}: {note}', 'yellow')
     frames = {name: prepare_table(contents.frame, run.store, run.prep, bars, skip_unreadable=skip)
               for name, contents in tables.items()}
-    return with_folds(replace(run, frames=frames))
+    return with_folds(replace(run, frames=frames, ungradable=count_ungradable(tables)))
 
 
 def report_duplicates(run: Run) -> None:

@@ -12,9 +12,10 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from aptos_fastai.common.clock import now
-from aptos_fastai.common.io import AptosError, read_record, verify_file
+from aptos_fastai.common.io import AptosError, read_record
 from aptos_fastai.data.relabels import RELABELS, append_decisions, decision_of, last_decisions, read_decisions
 from aptos_fastai.decisions import UNGRADABLE
+from aptos_fastai.inference.validation_scores import oof_file
 from aptos_fastai.metrics import GRADES, stratified_group_parts
 
 DISAGREEMENT, DUPLICATE = 'disagreement', 'duplicate'      # why an image is in the list
@@ -164,8 +165,7 @@ def open_results(path: Path) -> tuple[Path, str, dict]:
 
 def read_validated(root: Path, summary: dict, node: str) -> pd.DataFrame:
     "Return source, id_code, diagnosis, fold, group and score of the images that a stage or ensemble has validated"
-    file = verify_file(root / 'oof.csv', summary['outputs']['oof.csv'], 'Run `all` again.')
-    oof = pd.read_csv(file, dtype=dict(source=str, id_code=str, group=str), keep_default_na=False,
+    oof = pd.read_csv(oof_file(root, summary), dtype=dict(source=str, id_code=str, group=str), keep_default_na=False,
                       na_values={node: ['']})
     oof = oof[oof[node].notna()].reset_index(drop=True)
     oof = oof.assign(score=oof[node].astype(float), diagnosis=oof.diagnosis.astype(float).astype(int))

@@ -3,16 +3,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import pandas as pd
 
 from aptos_fastai.common.io import AptosError, read_record
-from aptos_fastai.data.decode import ImageError, decode
+from aptos_fastai.data.decode import ImageError
 from aptos_fastai.data.locate import relative_files, without_suffix
-from aptos_fastai.data.retina import Circle, crop_box, prepare
+from aptos_fastai.data.retina import prepare
 from aptos_fastai.data.store import read_prepared, read_square, stored_path
-from aptos_fastai.inference.explain import heatmap, overlay_heatmap
+from aptos_fastai.inference.explain import displayed, heatmap, overlay_heatmap
 from aptos_fastai.inference.grader import Grader
 from aptos_fastai.inference.model_spec import fold_model
 from aptos_fastai.inference.training_images import RUN_IMAGES
@@ -111,13 +110,7 @@ class ReviewImages:
         if data is None:
             side = self.prep.size
             return ShownImage(read_square(record['path'], self.prep, side), (0, side, 0, side), False)
-        im, size = decode(data, LONGEST_SIDE)
-        shrink = LONGEST_SIDE / max(im.shape[:2])
-        if shrink < 1: im = cv2.resize(im, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
-        height, width = im.shape[:2]
-        k = max(height, width) / max(size)
-        circle = Circle(record['x'] * k, record['y'] * k, record['r'] * k, record['how'], record['stretch'])
-        return ShownImage(im, crop_box(height, width, circle, self.prep), True)
+        return ShownImage(*displayed(data, LONGEST_SIDE, record, self.prep), True)
 
     def heatmap(self, item: ReviewItem) -> np.ndarray:
         "Return the image of an item with its heat map. Raises `AptosError` if no networks of its fold were trained"

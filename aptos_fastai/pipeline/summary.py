@@ -9,10 +9,9 @@ import pandas as pd
 
 from aptos_fastai.common.console import format_duration, say, table
 from aptos_fastai.common.disclaimer import DISCLAIMER
-from aptos_fastai.data.tables import table_contents
 from aptos_fastai.decisions import DecisionSpec, decision_of_record
 from aptos_fastai.inference.measures import auc_of, confusion_results, recall_results, set_results
-from aptos_fastai.inference.referral import decision_results, fit_decision
+from aptos_fastai.inference.referral import cross_fitted_sets, decision_results, fit_decision
 from aptos_fastai.metrics import (
     GRADES,
     MIDPOINTS,
@@ -141,8 +140,7 @@ def kappa_result(run: Run, name: str, valid: pd.DataFrame) -> dict:
         thresholds=thresholds.tolist(), threshold_method=setting, weights=run.weight_hashes(name))
     decision, no_point = node_decision(run, name, valid)
     notes = [*grade_warnings(valid), *patient_warnings(run, valid), *epoch_warnings(run, name),
-             *relabel_warnings(run, valid),
-             *warnings(result, not_fitted), *no_point]
+             *relabel_warnings(run, valid), *warnings(result, not_fitted), *no_point]
     text = interval_text(result['kappa'], result['kappa_interval'], result['resampled'])
     return dict(result, kappa_text=text, warnings=notes, decision=asdict(decision), recall=recall_results(valid),
                 auc=auc_of(valid, REFERABLE), confusion=confusion_results(valid))
@@ -167,14 +165,8 @@ def validated_sets(run: Run, valid: pd.DataFrame) -> dict:
 
     The sets of each part are fitted on the other parts, to the score of one fold.
     """
-    parts, coverage = run.parts(valid), run.recipe.submit.coverage
-    df = valid.assign(grade_low=0, grade_high=GRADES - 1, ungradable='')
-    for part in np.unique(parts):
-        test, fit = valid[parts == part], valid[parts != part]
-        if not len(fit): continue
-        low, high = PredictionSets(coverage).fit(fit.score, fit.diagnosis).predict(test.score, test.grade)
-        df.loc[test.index, ['grade_low', 'grade_high']] = np.c_[low, high]
-    return set_results(df, coverage)
+    coverage = run.recipe.submit.coverage
+    return set_results(cross_fitted_sets(valid.assign(ungradable=''), run.parts(valid), coverage), coverage)
 
 
 def largest_errors(valid: pd.DataFrame) -> pd.DataFrame:
@@ -202,10 +194,9 @@ def _table_result(run: Run, name: str, frame: pd.DataFrame) -> dict:
     "Return the entry of one table"
     table = run.recipe.tables[name]
     grades = [int((frame.diagnosis == grade).sum()) for grade in range(GRADES)] if table.graded else None
-    left_out = len(table_contents(table, run.data).ungradable) if table.ungradable or table.relabels else 0
     carried = {column: frame[column].replace('', 'unknown').value_counts() for column in table.carried}
     return dict(table=name, uses=table_uses(run, name), images=len(frame), grades=grades, grouped_by=table.grouped_by,
-                groups=int(frame.group.nunique()), ungradable_by_graders=left_out,
+                groups=int(frame.group.nunique()), ungradable_by_graders=run.ungradable.get(name, 0),
                 carried={column: {str(value): int(n) for value, n in counts.items()}
                          for column, counts in carried.items() if len(counts) <= MAX_VALUES})
 
@@ -349,7 +340,7 @@ def points_text(record: dict) -> str:
     for point in decision_of_record(record).points:
         figures = [f'{key} {interval_text(o["value"], o["interval"])}' for key in ('sensitivity', 'specificity')
                    if (o := getattr(point, key))['value'] is not None]
-        lines.append(f'{point.name.replace("_", "-")} (grade ≥ {point.lowest_grade}): score ≥ {point.threshold:.2f}, '
+        lines.append(f'{point.label} (grade ≥ {point.lowest_grade}): score ≥ {point.threshold:.2f}, '
                      f'chosen for {point.target_text}; cross-fitted {", ".join(figures)}.')
     return '\n'.join(lines) or 'No operating point: grade 2 and above counts as referable.'
 

@@ -5,9 +5,9 @@ import pandas as pd
 from aptos_fastai.common.console import say, table
 from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.io import file_hash, write_csv, write_record
-from aptos_fastai.decisions import LEVELS, OperatingPoint
+from aptos_fastai.data.spreadsheet import safe_cell
+from aptos_fastai.decisions import LEVELS, DecisionSpec, OperatingPoint
 from aptos_fastai.inference.evaluate import Evaluation, differences_text
-from aptos_fastai.inference.grade_files import safe_cell
 from aptos_fastai.inference.measures import EVALUATION, HTML, PREDICTIONS
 from aptos_fastai.inference.model_spec import SYNTHETIC_MODEL
 from aptos_fastai.inference.subgroups import ALPHA, MIN_IMAGES
@@ -244,7 +244,7 @@ def _roc(df: pd.DataFrame, record: dict) -> list[Figure]:
     points = [plots.RocPoint(o['specificity'], o['sensitivity'], rule_text(name, record)) for name, o in rates.items()]
     return [figure(f'ROC curve of referable DR: AUC {measure_text(area)}', plots.roc_curve(fpr, tpr, points),
                    f'The marks: rules as deployed, with their {_intervals(record)} (Wilson).'),
-            threshold_figure(df, [OperatingPoint(**o) for o in record['model']['operating_points']], 'Scores')]
+            threshold_figure(df, operating_points(record), 'Scores')]
 
 
 def probability_sections(record: dict, df: pd.DataFrame) -> list[Section]:
@@ -259,10 +259,14 @@ def probability_sections(record: dict, df: pd.DataFrame) -> list[Section]:
                 referred, df.diagnosis, 'Probabilities and rules as deployed, without the gate.'), grid=True)]
 
 
-def called_by_score(record: dict, df: pd.DataFrame) -> pd.Series:
+def called_by_score(record: dict, df: pd.DataFrame) -> np.ndarray:
     "Return which images the operating point calls referable; without one, those of grade 2 and above"
-    first = next((o for o in record['model']['operating_points'] if o['lowest_grade'] == REFERABLE), None)
-    return df.score >= first['threshold'] if first else df.grade >= REFERABLE
+    return DecisionSpec(operating_points(record)).positive(df.score, df.grade, REFERABLE)
+
+
+def operating_points(record: dict) -> tuple[OperatingPoint, ...]:
+    "Return the operating points of the evaluated model"
+    return tuple(OperatingPoint(**o) for o in record['model']['operating_points'])
 
 
 def grade_section(record: dict, df: pd.DataFrame) -> list[Figure]:

@@ -21,8 +21,9 @@ from aptos_fastai.pipeline.summary import (
     validated,
 )
 from aptos_fastai.reports import plots
+from aptos_fastai.reports.conclusion import submitted
 from aptos_fastai.reports.html import Bar, Figure, Table
-from aptos_fastai.reports.parts import figure, measure_text, percent
+from aptos_fastai.reports.parts import cluster_kappa, figure, percent, set_rows
 from aptos_fastai.run_folder import Run
 
 
@@ -76,11 +77,8 @@ def _grade_shares(grades: pd.Series) -> np.ndarray: return np.bincount(grades, m
 def prediction_sets(summary: dict, over: str, predictions: pd.DataFrame | None) -> list[Table | str]:
     "Return the empirical coverage and the size of the prediction sets; each part by sets fitted on the others."
     sets = summary['prediction_sets']
-    all_images = dict(sets['coverage'], grade='all', mean_size=sets['mean_size']['value'])
-    rows = [[str(o['grade']), o['images'], measure_text(o), f'{o["mean_size"]:.2f}']
-            for o in [all_images, *sets['by_grade']] if o['images']]
     columns = ['true grade', 'images', f'empirical coverage\n(target {percent(sets["target"])})', 'mean set size']
-    return [Table(columns, rows,
+    return [Table(columns, set_rows(sets),
                   'Conformal prediction sets, measured out-of-fold: the sets of each fold (of five random parts, if '
                   'fewer than three folds are trained) are fitted on the others and use the scores of one fold. The '
                   'predictions use the scores of all folds (CV+). '
@@ -101,13 +99,12 @@ def _set_sizes(predictions: pd.DataFrame | None) -> list[Table]:
 
 def cluster_section(summary: dict) -> list[Table | str]:
     "Return the out-of-fold kappa of the submitted model by camera, visual cluster and range of ids."
-    over = next(o for o in summary['stages'] if o['stage'] == summary['submission']['node'])['resampled']
+    over = submitted(summary)['resampled']
     columns = ['cluster', 'images', f'kappa\n(95 % CI over {over})', 'thresholds of\nthe other clusters',
                'mean\nabsolute error']
     tables = []
     for kind in summary['clusters']:
-        rows = [[o['name'], o['images'],
-                 'one grade' if o['kappa'] is None else interval_text(o['kappa'], o['kappa_interval']),
+        rows = [[o['name'], o['images'], cluster_kappa(o),
                  '' if o['kappa_others'] is None else f'{o["kappa_others"]:.3f}',
                  f'{o["mean_error"]:.2f}'] for o in kind['clusters']]
         drop = 'Fewer than two clusters can be compared.'

@@ -10,10 +10,10 @@ from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.decisions import LEVELS
 from aptos_fastai.inference.model_spec import ModelSpec
 from aptos_fastai.metrics import GRADE_NAMES, GRADES, REFERABLE, SIGHT_THREATENING, proportion_interval
-from aptos_fastai.pipeline.summary import OUT_OF_FOLD, SETS_CONDITION, interval_text
+from aptos_fastai.pipeline.summary import OUT_OF_FOLD, SETS_CONDITION
 from aptos_fastai.recipe import parse_thresholds
 from aptos_fastai.reports.html import render
-from aptos_fastai.reports.parts import chosen_for, measure_text, percent, thresholds_text
+from aptos_fastai.reports.parts import chosen_for, cluster_kappa, measure_text, percent, set_rows, thresholds_text
 from aptos_fastai.reports.referral_report import level_text
 
 NOT_STATED = 'not stated'
@@ -27,7 +27,8 @@ def card_text(model: ModelSpec, bundle: dict, parity: list[dict], evaluations: l
                   evaluations=evaluations, fixed_thresholds=fixed, details=details(model, bundle),
                   networks=network_rows(model, bundle), tables=table_rows(metrics), recall=recall_rows(metrics),
                   points=point_rows(model), programme=programme_rows(model, metrics), brier=brier_rows(metrics),
-                  sets=set_rows(metrics), clusters=cluster_tables(metrics), errors=error_rows(metrics),
+                  sets=set_rows(metrics['prediction_sets']) if 'prediction_sets' in metrics else [],
+                  clusters=cluster_tables(metrics), errors=error_rows(metrics),
                   error_kinds=error_kinds(metrics), carried=carried_texts(metrics), gate=gate_texts(metrics),
                   grades=', '.join(f'{grade} {name}' for grade, name in enumerate(GRADE_NAMES)),
                   thresholds=thresholds_text(model.thresholds), percent=percent, measure=measure_text,
@@ -108,21 +109,10 @@ def brier_rows(metrics: dict) -> list[list]:
              percent(o['observed'])] for level, name in LEVELS.items() for o in [found.get(name)] if o]
 
 
-def set_rows(metrics: dict) -> list[list]:
-    "Return coverage and size of the prediction sets, of all images and by true grade."
-    sets = metrics.get('prediction_sets')
-    if not sets: return []
-    all_images = dict(sets['coverage'], grade='all', mean_size=sets['mean_size']['value'])
-    return [[o['grade'], o['images'], measure_text(o), f'{o["mean_size"]:.2f}']
-            for o in [all_images, *sets['by_grade']] if o['images']]
-
-
 def cluster_tables(metrics: dict) -> list[tuple[str, list[list]]]:
     "Return a title and rows for each kind of clusters."
-    return [(_cluster_title(kind), [
-        [o['name'], o['images'],
-         'one grade' if o['kappa'] is None else interval_text(o['kappa'], o['kappa_interval']),
-         f'{o["mean_error"]:.2f}'] for o in kind['clusters']]) for kind in metrics.get('clusters', ())]
+    return [(_cluster_title(kind), [[o['name'], o['images'], cluster_kappa(o), f'{o["mean_error"]:.2f}']
+                                    for o in kind['clusters']]) for kind in metrics.get('clusters', ())]
 
 
 def _cluster_title(kind: dict) -> str:

@@ -36,6 +36,18 @@ def chosen_for(point: OperatingPoint) -> str:
     return 'fixed in the recipe' if point.target == 'threshold' else f'chosen for {point.target_text}'
 
 
+def set_rows(sets: dict) -> list[list]:
+    "Return true grade, images, coverage and mean size of prediction sets, of all images and by grade."
+    all_images = dict(sets['coverage'], grade='all', mean_size=sets['mean_size']['value'])
+    return [[str(o['grade']), o['images'], measure_text(o), f'{o["mean_size"]:.2f}']
+            for o in [all_images, *sets['by_grade']] if o['images']]
+
+
+def cluster_kappa(cluster: dict) -> str:
+    "Return the kappa of a cluster of images with its interval, or why there is none."
+    return 'one grade' if cluster['kappa'] is None else interval_text(cluster['kappa'], cluster['kappa_interval'])
+
+
 def card(measure: dict, label: str, over: str = '') -> tuple[str, str]:
     "Return the (figure, label) pair of a card: the value, and the label with interval and number of images."
     if measure['value'] is None: return 'none', f'{label}: {measure["reason"]}'

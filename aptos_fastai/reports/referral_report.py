@@ -10,6 +10,7 @@ from aptos_fastai.decisions import (
     DecisionSpec,
     OperatingPoint,
     cross_fitted_probabilities,
+    level_label,
     net_benefit,
     reliability,
 )
@@ -31,7 +32,7 @@ HOW_TO_READ = ('How to read it: choose the threshold probability from which a re
 
 def level_text(lowest_grade: int) -> str:
     "Return 'sight-threatening (grade ≥ 3)'."
-    return f'{LEVELS[lowest_grade].replace("_", "-")} (grade ≥ {lowest_grade})'
+    return f'{level_label(lowest_grade)} (grade ≥ {lowest_grade})'
 
 
 # Referral
@@ -135,7 +136,7 @@ def reliability_figures(df: pd.DataFrame, positive: dict[str, ArrayLike], over: 
     bins = max(2, min(BINS, len(df) // IMAGES_A_BIN))
     figures = []
     for level, name in LEVELS.items():
-        word, p = name.replace('_', '-'), np.asarray(positive[name], float)
+        word, p = level_label(level), np.asarray(positive[name], float)
         found = reliability(p, df.diagnosis >= level, df.group, bins)
         figures.append(figure(f'Reliability, {level_text(level)}, n = {len(df)} images',
                               plots.reliability(found, p, f'{word} DR'),

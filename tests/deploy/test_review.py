@@ -1,14 +1,10 @@
 "The page and the endpoints of `review`."
 import os
-import shutil
-import socket
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import expect_error
+from conftest import expect_error, url_of
 
 from aptos_fastai.data.relabels import read_decisions
 from aptos_fastai.deploy import review as page
@@ -244,29 +240,8 @@ def test_what_is_not_ranked_and_not_found_is_said(session, capsys):
 
 @pytest.fixture
 def review_url(session):
-    "The URL of a server of the review, in a thread"
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    app = page.get_app(session, ['127.0.0.1'])
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level='warning'))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started: time.sleep(.05)
-    yield f'http://127.0.0.1:{port}'
-    server.should_exit = True
-    thread.join(10)
-
-
-@pytest.fixture(scope='module')
-def browser():
-    chromium = shutil.which('chromium') or shutil.which('google-chrome')
-    if not chromium: pytest.skip('no Chromium here')
-    playwright = pytest.importorskip('playwright.sync_api')
-    with playwright.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
-        yield b
-        b.close()
+    "The URL of a server of the review"
+    with url_of(page.get_app(session, ['127.0.0.1'])) as url: yield url
 
 
 @pytest.mark.browser

@@ -537,17 +537,6 @@ def test_a_log_that_cannot_be_written_stops_the_server_at_its_start(toy, tmp_pat
     expect_error(capsys, ['serve', toy, '--prevalence', '2'], 'prevalence 2')
 
 
-@pytest.fixture(scope='module')
-def browser():
-    chromium = shutil.which('chromium') or shutil.which('google-chrome')
-    if not chromium: pytest.skip('no Chromium here')
-    playwright = pytest.importorskip('playwright.sync_api')
-    with playwright.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
-        yield b
-        b.close()
-
-
 @pytest.fixture
 def clinic(server_url, browser):
     "A function that opens the page in a window of a width; no error and no other host is allowed"

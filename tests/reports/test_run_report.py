@@ -160,27 +160,21 @@ def test_report_opens_from_disk(toy, tmp_path, width):
 
 
 @pytest.mark.browser
-def test_nothing_is_cut_on_a_phone_and_on_paper(toy, tmp_path):
-    playwright = pytest.importorskip('playwright.sync_api')
-    chromium = shutil.which('chromium') or shutil.which('google-chrome')
-    if not chromium: pytest.skip('Chromium is not installed')
+def test_nothing_is_cut_on_a_phone_and_on_paper(toy, browser):
     inner = """() => [...document.querySelectorAll('body *')].filter(e => !e.closest('.scroll') && !e.closest('svg')
         && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))"""
     clipped = """() => [...document.querySelectorAll('.scroll > *')]
         .filter(e => e.scrollWidth > e.parentElement.clientWidth + 1).map(e => e.outerHTML.slice(0, 80))"""
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
-        page = browser.new_page(viewport=dict(width=390, height=800))
-        page.goto(f'file://{toy / "report.html"}')
-        assert page.evaluate('document.documentElement.scrollWidth') <= 390
-        assert page.evaluate(inner) == []
-        assert page.evaluate(clipped) != []                            # wide tables are there, and scroll …
-        assert page.locator('.wide').is_visible()                      # … and the page says so
-        page.set_viewport_size(dict(width=700, height=1000))           # the width of an A4 page without its margins
-        page.emulate_media(media='print')
-        assert page.evaluate(clipped) == []
-        assert page.evaluate(inner) == []
-        browser.close()
+    page = browser.new_page(viewport=dict(width=390, height=800))
+    page.goto(f'file://{toy / "report.html"}')
+    assert page.evaluate('document.documentElement.scrollWidth') <= 390
+    assert page.evaluate(inner) == []
+    assert page.evaluate(clipped) != []                                # wide tables are there, and scroll …
+    assert page.locator('.wide').is_visible()                          # … and the page says so
+    page.set_viewport_size(dict(width=700, height=1000))               # the width of an A4 page without its margins
+    page.emulate_media(media='print')
+    assert page.evaluate(clipped) == []
+    assert page.evaluate(inner) == []
 
 
 def test_scores_csv_holds_prediction_sets_and_score_sd(toy):

@@ -1,6 +1,5 @@
 // The card of a result: decision, grade, probability, score on the bar of grades, heat map.
 
-const byId = id => document.getElementById(id);
 const percent = p => p > .995 ? '>\u00a099\u00a0%' : p < .005 ? '<\u00a01\u00a0%' : `${Math.round(100 * p)}\u00a0%`;
 const gradeName = grade => about.grade_names[grade];
 const capital = text => text.charAt(0).toUpperCase() + text.slice(1);
@@ -14,13 +13,6 @@ const DECISIONS = {
   '': ['error', 'Cannot be read'],
 };
 const ORDER = Object.keys(DECISIONS);
-
-// Create an HTML element with properties and children; null children are left out.
-function element(tag, properties = {}, ...children) {
-  const node = Object.assign(document.createElement(tag), properties);
-  node.append(...children.filter(child => child != null));
-  return node;
-}
 
 function icon(name) {
   const svg = document.createElementNS('http://www.w3.org/2000/svg', 'svg');
@@ -201,17 +193,17 @@ async function showHeat(card, show) {
   if (!show) return;
   result.canvas ??= await heatCanvas(result.heatmap);
   if (!card.dataset.heat || card.querySelector('canvas')) return;
-  card.querySelector('.picture').append(result.canvas.dataset.nothing ? nothingLegend() : legend());
+  card.querySelector('.image').append(result.canvas.dataset.nothing ? nothingLegend() : legend());
   card.querySelector('.frame').append(result.canvas);
 }
 
 // Cards
 
-function picture(result) {
+function imageFrame(result) {
   if (!result.image) return null;
   const img = element('img', { src: result.image, alt: `image ${result.row.file}` });
   const frame = element('button', { className: 'frame', ariaLabel: `enlarge ${result.row.file}` }, img);
-  return element('div', { className: 'picture' }, frame);
+  return element('div', { className: 'image' }, frame);
 }
 
 function details(result) {
@@ -261,7 +253,7 @@ function createCard(result) {
   const text = element('div', {}, decisionLine(row.decision, 'h3'), lookCaution(row), element('p', { className: 'file', textContent: row.file }),
     ...body(row), actions(result), details(result));
   const card = element('article', { className: `result ${name}`, tabIndex: -1, ariaLabel: `${row.file}: ${words}` },
-    picture(result), text);
+    imageFrame(result), text);
   card.dataset.id = result.id;
   return card;
 }
