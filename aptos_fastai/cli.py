@@ -274,7 +274,9 @@ def ask_user() -> Callable[[str, list[str]], str] | None:
 @command
 def plan(options: RunOptions, images: Annotated[str, typer.Option(
         metavar='"TABLE=N ..."', help='Plan for tables of these sizes, without the data.')] = '') -> None:
-    """Show what `all` would do, with time and disk space. Trains nothing and writes nothing but the demo's images.
+    """Show what `all` would do and why a stage would train, with time and disk space. Trains nothing.
+
+    Writes nothing but the demo's images.
 
     python run.py plan --recipe recipes/one_table.ini --data ~/idrid
     python run.py plan --images "eyepacs2015=35126 aptos_train=3662 aptos_test=1928"
@@ -357,7 +359,7 @@ def predict(model: Model, images: Images,
             backend: Annotated[str, typer.Option(
                 metavar='NAME', help='torch; for a bundle also onnx or openvino.')] = 'torch',
             precision: Annotated[str, typer.Option(
-                metavar='NAME', help='f32 or bf16, which is faster on CPUs that support it.')] = 'f32',
+                metavar='NAME', help='f32; bf16, faster where it is supported; fp16 on a GPU.')] = 'f32',
             root: Root = None, overwrite: Annotated[bool, typer.Option(
                 '--overwrite', help='Replace the output if an earlier predict wrote it.')] = False,
             patient: Annotated[str, typer.Option(
@@ -586,7 +588,7 @@ def serve(model: Model,
           log_names: Annotated[bool, typer.Option('--log-names', help='Log the file names of images, too.')] = False,
           backend: Annotated[str, typer.Option(
               metavar='NAME', help='torch; for a bundle also onnx or openvino.')] = 'torch',
-          precision: Annotated[str, typer.Option(metavar='NAME', help='f32 or bf16.')] = 'f32',
+          precision: Annotated[str, typer.Option(metavar='NAME', help='f32, bf16, or fp16 on a GPU.')] = 'f32',
           prevalence: Annotated[float | None, typer.Option(
               metavar='P', help='Prevalence of referable retinopathy where the model is used, 0 to 1: re-weights the '
               'probabilities.')] = None) -> None:

@@ -37,8 +37,9 @@ from aptos_fastai.pipeline.graph import (
     write_missing_labels,
     write_submissions,
 )
+from aptos_fastai.pipeline.refresh import refresh_folds
 from aptos_fastai.pipeline.summary import SYNTHETIC, oof_table, show_summary, summarise
-from aptos_fastai.recipe import NAMED_SECTIONS, SECTIONS, read_recipe
+from aptos_fastai.recipe import NAMED_SECTIONS, SECTIONS, Recipe, read_recipe
 from aptos_fastai.run_folder import Run
 
 if TYPE_CHECKING:
@@ -147,11 +148,17 @@ def prepare_run(run: Run) -> None:
         flags = record['flags'].str.split().explode()
         rows.append([name, len(record), int((record.error != '').sum()), counts_text(record.how[record.how != '']),
                      counts_text(flags) or 'none'])
-    table(f'images prepared at {run.prep.size} px', ['table', 'images', 'unreadable', 'retina found as', 'flags'], rows,
+    columns = ['table', 'images', 'unreadable', 'retina found as', 'flags']
+    table(f'images prepared at {sizes_text(run.recipe)}', columns, rows,
           right=('images', 'unreadable'), wrap=('flags',))
     for name, frame in prepared.frames.items():
         say(f'{name}: {Path(frame.stored.iloc[0]).parent / "prepared.csv"}')
     if not run.recipe.demo: say(patient_data(run.store, 'holds copies of the images and their ids'), 'dim')
+
+
+def sizes_text(recipe: Recipe) -> str:
+    "Return the sizes of prepared squares: '512, 256 px'"
+    return f'{", ".join(map(str, recipe.prepared_sizes))} px'
 
 
 def counts_text(values: pd.Series) -> str:
@@ -186,7 +193,9 @@ def start_trained_run(run: Run) -> Iterator[tuple[Run, Bars]]:
     needed = set().union(*(run.ancestors(n) for n in submitted_nodes(run.recipe))) & set(run.recipe.stages)
     require_finished(run, [n for n in run.recipe.order if n in needed and not run.record(n, 0)])
     with start_run(run) as (run, bars):
-        require_finished(run, [n for n in run.todo() if n in needed])
+        todo = run.todo()
+        require_finished(run, [n for n in todo if n in needed])
+        refresh_folds(run, run.to_refresh(todo, needed), bars)
         yield run, bars
 
 

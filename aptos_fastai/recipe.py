@@ -44,6 +44,10 @@ def _check_levels(text: str, value: tuple[float, ...]) -> None:
     if len(value) > 2: raise ValueError('enter one number, or two: for referable and for sight-threatening.')
 
 
+def _check_channels(_: str, value: tuple[float, ...]) -> None:
+    if len(value) not in (0, 3): raise ValueError('enter three numbers, for red, green and blue, or nothing.')
+
+
 def _check_regex(text: str, _: Any) -> None:
     try: groups = re.compile(text).groups
     except re.error as e:
@@ -92,7 +96,8 @@ class Images:
                        choices=('pad', 'squash'))
     cut_off: str = _key('mirror', 'how to fill the circle where the image ends inside it. mirror: mirror the image; '
                         'black: leave black, which lets the network identify the camera', choices=('mirror', 'black'))
-    size: int = _key(0, 'side of the prepared square, pixels; 0: the largest size of any stage', low=0, high=4096)
+    size: int = _key(0, 'side of the prepared squares that all stages read, pixels; 0: each stage reads squares of its '
+                     'own size', low=0, high=4096)
     quality: int = _key(95, 'JPEG quality of the prepared images, without chroma subsampling', low=50, high=100)
     jpeg: str = _key('full', 'how a JPEG much larger than `size` is decoded. full: every pixel, so that an image gets '
                      'the same score in every format; fast: at 1/2, 1/4 or 1/8, in a sixth of the time, with scores '
@@ -204,6 +209,9 @@ class Table:
         return f'blocks of {self.block} ids' if self.block else 'images'
 
 
+WEIGHT_SOURCES = 'imagenet', 'bundled', 'none'      # values of a stage's `weights` that are no file
+
+
 @dataclass(frozen=True)
 class Stage:
     "[stage.NAME]: one training; [stage] holds the defaults of all stages"
@@ -214,24 +222,43 @@ class Stage:
                                      'metrics; the others only train. Empty: all of them')
     init: str = _key('', 'stage whose trained weights this stage starts from; empty: see `weights`')
     weights: str = _key('imagenet', 'initial weights: imagenet (downloaded by timm), bundled (installed by pip), '
-                        'none (random), or a file')
-    arch: str = _key('legacy_seresnet50', 'any timm network that returns feature maps')
-    head: str = _key('gem', 'pooling before the single output: gem (generalised mean) or avg', choices=('gem', 'avg'))
+                        'none (random), or a file: safetensors or PyTorch, of any origin')
+    arch: str = _key('legacy_seresnet50', 'any timm network')
+    mean: tuple[float, ...] = _key((), 'mean of red, green and blue (0-1) that images are normalised by: that of the '
+                                   'images of `weights`. Empty: that of the stage `init`, else timm\'s for `arch`',
+                                   low=0, high=1, check=_check_channels)
+    std: tuple[float, ...] = _key((), 'the same, the standard deviation', low=.001, high=1, check=_check_channels)
+    head: str = _key('auto', 'pooling before the output: gem (generalised mean), avg (mean), cls (class token of a '
+                     'transformer); auto: gem, or avg if the feature maps are signed (after a final LayerNorm)',
+                     choices=('auto', 'gem', 'avg', 'cls'))
     dropout: float = _key(0., 'dropout probability before the output', low=0, high=.95)
+    drop_path: float = _key(0., 'drop path (stochastic depth) probability of the last block, rising linearly from the '
+                            'first; 0: off', low=0, high=.9)
     size: int = _key(256, 'side of the square input, pixels', low=32, high=2048)
     folds: int = _key(1, 'how many of the [recipe] splits folds are trained, from fold 0', low=1, high=20)
-    epochs: int = _key(10, 'epochs with all layers trainable', low=1, high=1000)
-    freeze_epochs: int = _key(0, 'epochs before those that train the head only', low=0, high=1000)
+    epochs: int = _key(10, 'epochs with all layers trainable; 0: a linear probe, which trains the head alone for '
+                       '`freeze_epochs` on features of the images in the views of `tta`', low=0, high=1000)
+    freeze_epochs: int = _key(0, 'epochs before those that train the head only; the body stays as it is, batch '
+                              'normalisation included', low=0, high=1000)
     bs: int = _key(16, 'batch size, images', low=1, high=4096)
     accumulate: int = _key(1, 'batches per optimizer step (gradient accumulation): bs = 8 with accumulate = 2 makes '
                            'steps of 16 images', low=1, high=256)
     schedule: str = _key('one_cycle', 'learning rate schedule', choices=('one_cycle', 'constant'))
+    warmup: float = _key(.25, 'fraction of the steps of one_cycle in which the learning rate rises', low=0, high=.95)
     lr: float = _key(1e-3, 'maximum learning rate, of the head', low=0, high=10)
     lr_div: float = _key(1., 'the body trains with lr divided by this', low=1, high=10_000)
-    sqr_mom: float = _key(.99, 'Adam\'s second beta (fastai 0.99, PyTorch 0.999)', low=0, high=.99999)
-    eps: float = _key(1e-5, 'Adam\'s epsilon (fastai 1e-5, PyTorch 1e-8)', low=1e-12, high=1)
-    wd: float = _key(.01, 'weight decay (decoupled)', low=0, high=10)
-    loss: str = _key('smooth_l1', 'loss between score and grade', choices=('smooth_l1', 'mse'))
+    layer_decay: float = _key(1., 'each layer of the body trains with this fraction of the learning rate of the layer '
+                              'above it (timm\'s layers); 1: off', low=.01, high=1)
+    optimizer: str = _key('adam', 'adam (AdamW), or another optimizer of torch.optim, fastai or timm, in lower case: '
+                          'sgd, nadam, radam, lion, lamb …')
+    sqr_mom: float = _key(.99, 'second beta of adam and its like (fastai 0.99, PyTorch 0.999)', low=0, high=.99999)
+    eps: float = _key(1e-5, 'epsilon of adam and its like (fastai 1e-5, PyTorch 1e-8)', low=1e-12, high=1)
+    wd: float = _key(.01, 'weight decay (decoupled where the optimizer can); none for biases, normalisations, position '
+                     'embeddings and class tokens', low=0, high=10)
+    clip: float = _key(0., 'largest norm of the gradients of a step; 0: off', low=0, high=1000)
+    loss: str = _key('smooth_l1', 'what the network puts out, and its loss. smooth_l1, mse: the grade as a number; corn: '
+                     'ordinal (4 logits); cross_entropy: a class for each grade. The score of the last two is the '
+                     'expected grade', choices=('smooth_l1', 'mse', 'corn', 'cross_entropy'))
     keep: str = _key('kappa', 'epoch to keep: highest validation kappa (by `thresholds`, fitted to that epoch), lowest '
                      'validation loss (both are chosen on the validation images), or the last',
                      choices=('kappa', 'loss', 'last'))
@@ -246,7 +273,8 @@ class Stage:
                                              'empty: every image once per epoch', low=0, high=1000)
     workers: int = _key(-1, 'processes that load images; -1: chosen by cores and device', low=-1, high=256)
     precision: str = _key('auto', 'training precision; auto: on a GPU bf16, or fp16 if bf16 is unsupported; on a CPU '
-                          'with bf16 the faster of f32 and bf16, measured', choices=('auto', 'f32', 'bf16', 'fp16'))
+                          'with bf16 the faster of f32 and bf16, measured; of a linear probe f32',
+                          choices=('auto', 'f32', 'bf16', 'fp16'))
     track: str = _key('no', 'live tracking beside history.csv: tensorboard (in the run folder) or wandb (online)',
                       choices=('no', 'tensorboard', 'wandb'))
     compile: str = _key('no', 'yes: torch.compile the body; takes a minute or more and needs a C++ compiler',
@@ -266,6 +294,11 @@ class Stage:
     def validated_tables(self) -> list[str]:
         "Graded tables whose images validate the stage, a fold at a time"
         return [table for table in self.graded_tables if not self.validate or table in self.validate]
+
+    @property
+    def weights_file(self) -> str:
+        "The file that `weights` names; empty if it names none, or if `init` gives the weights"
+        return '' if self.init or self.weights in WEIGHT_SOURCES else self.weights
 
     @property
     def parents(self) -> list[str]:
@@ -382,9 +415,9 @@ class Recipe:
         return {**self.stages, **self.ensembles}
 
     @property
-    def store_size(self) -> int:
-        "Side of the prepared squares, pixels"
-        return self.images.size or max(s.size for s in self.stages.values())
+    def prepared_sizes(self) -> list[int]:
+        "Sides of the prepared squares, pixels, the largest first: `[images] size`, or without it that of each stage"
+        return [self.images.size] if self.images.size else sorted({s.size for s in self.stages.values()}, reverse=True)
 
     @property
     def used_tables(self) -> list[Table]:
@@ -518,7 +551,18 @@ def read_recipe(path: str | Path, *, demo: bool = False, sets: Sequence[str] = (
 
 def checked(recipe: Recipe) -> Recipe:
     "Return the recipe with the order of its stages. Raises `ConfigError` if something cannot run"
-    return replace(recipe, order=_check_graph(recipe))
+    order = _check_graph(recipe)
+    return replace(recipe, order=order, stages=_with_inherited_stats(recipe.stages, order))
+
+
+def _with_inherited_stats(stages: dict[str, Stage], order: Iterable[str]) -> dict[str, Stage]:
+    "Return the stages with `mean` and `std` of the stage that they start from (`init`), where their own are empty"
+    found = dict(stages)
+    for s in (found[name] for name in order if name in found):
+        if not s.init: continue
+        parent = found[s.init]
+        found[s.name] = replace(s, mean=s.mean or parent.mean, std=s.std or parent.std)
+    return found
 
 
 def read_ini(path: Path) -> Ini:
@@ -631,6 +675,7 @@ def _check_graph(r: Recipe) -> tuple[str, ...]:
     _check_column_names(r)
     for t in r.tables.values(): _check_table(r, t)
     for s in r.stages.values():
+        _check_training(r, s)
         _check_init(r, s)
         _check_sources(r, s)
         _check_folds(r, s)
@@ -675,14 +720,33 @@ def _check_table(r: Recipe, t: Table) -> None:
         _fail(r, f'table.{t.name}', ways[1], getattr(t, ways[1]), advice)
 
 
+def _check_training(r: Recipe, s: Stage) -> None:
+    "Check that the keys of a stage that say how it trains do not contradict each other"
+    section = f'stage.{s.name}'
+    if s.layer_decay < 1 and s.lr_div > 1:
+        _fail(r, section, 'layer_decay', s.layer_decay, f'the body\'s rate is lowered by lr_div = {s.lr_div:g}, too. '
+              'Set lr_div = 1, or layer_decay = 1.')
+    if s.schedule == 'constant' and s.warmup != Stage.warmup:
+        _fail(r, section, 'warmup', s.warmup, 'schedule = constant has no warm-up. Set schedule = one_cycle, or remove '
+              'it.')
+    if not s.epochs and not s.freeze_epochs:
+        _fail(r, section, 'epochs', s.epochs, 'nothing is trained. Set epochs, or freeze_epochs for a linear probe.')
+
+
+def _network(s: Stage) -> str:
+    "Return what must be equal for a stage to start from another one's weights"
+    units = 'one unit' if s.loss in ('smooth_l1', 'mse') else s.loss
+    return f'{s.arch} + {s.head} + {units}'
+
+
 def _check_init(r: Recipe, s: Stage) -> None:
     "Check that the parent stage exists and has the same network"
     if not s.init: return
     if s.init not in r.stages: _fail(r, f'stage.{s.name}', 'init', s.init, _no_stage(r))
     parent = r.stages[s.init]
-    if (parent.arch, parent.head) != (s.arch, s.head):
-        _fail(r, f'stage.{s.name}', 'init', s.init, f'that stage is {parent.arch} + {parent.head}, this one is '
-              f'{s.arch} + {s.head}. Use the same arch and head.')
+    if _network(parent) != _network(s):
+        _fail(r, f'stage.{s.name}', 'init', s.init, f'that stage is {_network(parent)}, this one is {_network(s)}. '
+              'Use the same arch, head and loss.')
 
 
 def _check_sources(r: Recipe, s: Stage) -> None:

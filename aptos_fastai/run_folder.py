@@ -1,17 +1,17 @@
 "The run folder: its paths, which stages are finished, and the files they wrote. Imports no torch."
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from aptos_fastai.common.io import AptosError, digest, is_trusted, read_record, verify_file
+from aptos_fastai.common.io import AptosError, digest, file_hash, is_trusted, read_record, verify_file
 from aptos_fastai.data.relabels import Relabels, read_relabels
 from aptos_fastai.data.retina import Prep, get_prep
 from aptos_fastai.data.tables import find_folder
-from aptos_fastai.metrics import stratified_group_parts, thresholds_or_midpoints, upper_quantile
+from aptos_fastai.metrics import GRADES, stratified_group_parts, thresholds_or_midpoints, upper_quantile
 from aptos_fastai.recipe import Recipe, Stage, parse_thresholds
 
 FINISHED = 'stage.json'                      # a fold's record, written last: its presence means finished
@@ -22,8 +22,36 @@ HISTORY = 'history.csv'
 FEATURES = 'features.safetensors'            # how the network's features of the training images are distributed
 FOLD_FILES = EXPORT, WEIGHTS, PREDS, HISTORY, FEATURES
 
-# Keys of a stage that do not change its weights; `init` and `train` enter as the fingerprints of what they name
-NOT_IN_FINGERPRINT = {'name', 'folds', 'workers', 'compile', 'track', 'init', 'train', 'thresholds'}
+RESCORED = {PREDS}                           # is made again from the weights if it is missing, without a training
+
+# Keys of a stage that do not change its weights. `init`, `train` and `validate` enter as the fingerprints of what they
+# name, not by its names; `thresholds` and `labels` where they are used. A precision that `auto` chose counts as chosen
+NOT_IN_FINGERPRINT = {'name', 'folds', 'workers', 'compile', 'track', 'init', 'train', 'validate', 'thresholds',
+                      'labels', 'tta', 'precision'}
+
+
+def _facts(frame: pd.DataFrame) -> dict:
+    "Return the numbers and SHA-256 of a table's rows: see `Run.table_facts`"
+    columns = dict(ids=frame.id_code, grades=frame.diagnosis, targets=frame.get('target', frame.diagnosis),
+                   folds=frame.fold, pixels=frame.get('pixel_sha256', frame.path))
+    by_grade = [int((frame.diagnosis == grade).sum()) for grade in range(GRADES)]
+    return dict(images=len(frame), by_grade=by_grade, **{name: digest(o.tolist()) for name, o in columns.items()})
+
+
+def training_settings(stage: Stage) -> dict:
+    "Return the keys of a stage that its weights depend on"
+    settings = {k: v for k, v in asdict(stage).items() if k not in NOT_IN_FINGERPRINT}
+    if stage.keep == 'kappa': settings['thresholds'] = stage.thresholds        # they choose the epoch
+    if not stage.epochs: settings['tta'] = stage.tta                           # a linear probe trains on these views
+    if stage.init: settings['weights'] = ''                                    # not used
+    if stage.weights_file: settings['weights'] = 'file'                        # by its content: `Run.changed_weights`
+    return settings
+
+
+def _fingerprint_of(file: Path) -> str:
+    "Return the fingerprint in a record of a stage that the recipe lacks; empty if it is damaged or of an older version"
+    try: return (read_record(file) or {}).get('fingerprint', '')
+    except AptosError: return ''
 
 
 class RecordError(AptosError):
@@ -47,8 +75,12 @@ class Run:
 
     @property
     def prep(self) -> Prep:
-        "How images are prepared"
+        "How images are prepared, at the largest size"
         return get_prep(self.recipe)
+
+    def prep_of(self, stage: Stage) -> Prep:
+        "How the images that a stage reads are prepared"
+        return replace(self.prep, size=self.recipe.images.size or stage.size)
 
     @property
     def relabels(self) -> dict[str, Relabels]:
@@ -57,8 +89,25 @@ class Run:
         return {t.name: read_relabels(t, find_folder(t, self.data)) for t in tables}
 
     def fold_dir(self, stage: str, fold: int) -> Path:
-        "Return the folder of a fold of a stage"
-        return self.root / stage / f'fold{fold}'
+        "Return the folder of a fold of a stage; of a renamed stage the one that it was trained in, until it is moved"
+        return self.root / self.renamed.get(stage, stage) / f'fold{fold}'
+
+    @cached_property
+    def renamed(self) -> dict[str, str]:
+        """Stage -> the name under which it was trained: a stage without a folder, of the fingerprint that a finished
+        fold has in the folder of a stage that the recipe no longer has.
+        """
+        new = [name for name in self.recipe.stages if not (self.root / name).exists()]
+        old = [f for f in sorted(self.root.glob(f'*/fold*/{FINISHED}')) if f.parts[-3] not in self.recipe.nodes]
+        if not new or not old: return {}
+        trained = {(_fingerprint_of(f), f.parts[-2]): f.parts[-3] for f in old}
+        found: dict[str, str] = {}
+        for name in new:
+            folds = range(self.recipe.stages[name].folds)
+            folders = [trained.get((self.fingerprint(name, k), f'fold{k}')) for k in folds]
+            folder = next((f for f in folders if f and f not in found.values()), None)
+            if folder: found[name] = folder
+        return found
 
     def label_dir(self, node: str, table: str) -> Path:
         "Return the folder of the pseudo-labels of `table` by a stage or ensemble"
@@ -101,32 +150,46 @@ class Run:
         return verify_file(path, record['files'][file]['sha256'], f'{what_to_do}.')
 
     @cached_property
+    def table_facts(self) -> dict[str, dict]:
+        """What determines the images and grades of each table, apart from its name and its ids' files.
+
+        `images` and `by_grade` are numbers, the others SHA-256: of the ids, grades, targets (grades to train towards,
+        which differ for duplicates), folds and pixels, in the order of the rows.
+        """
+        return {name: _facts(frame) for name, frame in self.frames.items()}
+
+    @cached_property
     def table_hashes(self) -> dict[str, str]:
         "SHA-256 of each table's ids, grades, folds and pixels"
-        def contents(df: pd.DataFrame) -> list[list]:
-            grades, pixels = df.get('target', df.diagnosis), df.get('pixel_sha256', df.path)
-            return [column.tolist() for column in (df.id_code, df.diagnosis, df.fold, grades, pixels)]
-        return {name: digest(contents(df)) for name, df in self.frames.items()}
+        return {name: digest(facts) for name, facts in self.table_facts.items()}
+
+    def inputs(self, stage: str, fold: int) -> dict:
+        """Return all that determines a fold's weights: its settings and tables, and the fingerprints of its parents.
+
+        Names of stages and tables are no part of it, so a renamed one is the same. Neither is the precision: see
+        `finished`.
+        """
+        r, s = self.recipe, self.recipe.stages[stage]
+        return dict(
+            settings=training_settings(s), augment=asdict(r.augment), prep=asdict(self.prep_of(s)),
+            seed=r.seed, fold=fold,
+            init=self.fingerprint(s.init, fold) if s.init else '',
+            train=[self._source(s, teacher, table, fold) for teacher, table in s.sources])
+
+    def _source(self, stage: Stage, teacher: str, table: str, fold: int) -> dict:
+        "Return what determines the images and labels of one entry of `train`"
+        facts = dict(self.table_facts[table], validates=table in stage.validated_tables)
+        if not teacher: return dict(facts, teacher='')
+        thresholds = self.label_thresholds(teacher) if stage.labels == 'hard' else ''
+        views = [self.recipe.stages[m].tta for m in self.recipe.members(teacher)]
+        return dict(facts, teacher=self.fingerprint(teacher, fold), labels=stage.labels, thresholds=thresholds,
+                    views=views)
 
     def fingerprint(self, node: str, fold: int) -> str:
-        "Return the SHA-256 of all that determines a fold's weights: its settings and tables, and those of its parents"
+        "Return the SHA-256 of all that determines a fold's weights: its own inputs and those of its parents"
         r = self.recipe
-        if node in r.ensembles:
-            members = {m: [self.fingerprint(m, fold), weight] for m, weight in r.members(node).items()}
-            return digest([node, members])
-        s = r.stages[node]
-        settings = {k: v for k, v in asdict(s).items() if k not in NOT_IN_FINGERPRINT}
-        if s.keep == 'kappa': settings['thresholds'] = s.thresholds            # they choose the epoch
-        return digest(dict(
-            settings=settings, augment=asdict(r.augment), prep=asdict(self.prep), seed=r.seed, fold=fold,
-            init=self.fingerprint(s.init, fold) if s.init else '',
-            train=[self._source_fingerprint(s, teacher, table, fold) for teacher, table in s.sources]))
-
-    def _source_fingerprint(self, stage: Stage, teacher: str, table: str, fold: int) -> list:
-        "Return what determines the images and labels of one entry of `train`"
-        if not teacher: return ['', '', self.table_hashes[table]]
-        thresholds = self.label_thresholds(teacher) if stage.labels == 'hard' else False
-        return [self.fingerprint(teacher, fold), thresholds, self.table_hashes[table]]
+        if node in r.stages: return digest(self.inputs(node, fold))
+        return digest([[self.fingerprint(m, fold), weight] for m, weight in r.members(node).items()])
 
     def label_thresholds(self, node: str) -> str:
         "Return the setting of thresholds for hard pseudo-labels: the stage's, or for an ensemble that of [submit]"
@@ -140,28 +203,78 @@ class Run:
 
     def parent_weight_hashes(self, stage: str, fold: int) -> dict[str, str]:
         "Return the SHA-256 of the weights of each parent stage"
-        return {m: self.finished_record(m, fold)['files'][WEIGHTS]['sha256'] for m in self._parent_stages(stage)}
+        return {m: self.finished_record(m, fold)['files'][WEIGHTS]['sha256'] for m in self.parent_stages(stage)}
 
-    def _parent_stages(self, stage: str) -> list[str]:
-        "Return the parents of a stage, with each ensemble replaced by its members"
-        return [m for parent in self.recipe.stages[stage].parents for m in self.recipe.members(parent)]
+    def parent_stages(self, stage: str) -> list[str]:
+        "Return the parents of a stage, each once, with ensembles replaced by their members"
+        return list(dict.fromkeys(m for parent in self.recipe.stages[stage].parents
+                                  for m in self.recipe.members(parent)))
 
     def finished(self, stage: str, fold: int) -> bool:
-        """Return whether a fold is finished and up to date.
+        """Return whether the weights of a fold are up to date; `outdated` says whether the rest of its folder is.
 
-        Its fingerprint is the current one, its files have the recorded sizes, and its parents still have the weights
-        that it was trained from.
+        Its fingerprint is the current one, it was trained in the precision that the recipe asks for (any, if `auto`),
+        its files have the recorded sizes, and its parents still have the weights that it was trained from.
         """
         record = self.record(stage, fold)
         if not record or record.get('fingerprint') != self.fingerprint(stage, fold): return False
-        if not set(FOLD_FILES) <= set(record['files']): return False           # of an older version
-        for file, recorded in record['files'].items():
-            path = self.fold_dir(stage, fold) / file
-            if not path.is_file() or path.stat().st_size != recorded['bytes']: return False
-        for m in self._parent_stages(stage):
-            parent = self.record(m, fold)
-            if not parent or record['parents'].get(m) != parent['files'][WEIGHTS]['sha256']: return False
-        return True
+        if self.changed_precision(stage, record) or self.changed_weights(stage, record): return False
+        if self.damaged_files(stage, fold) - RESCORED: return False
+        return sorted(record['parents'].values()) == sorted(self._weights_of_parents(stage, fold))
+
+    def changed_precision(self, stage: str, record: dict) -> str:
+        "Return the precision that a stage asks for if the recorded one is another; a linear probe asks for none"
+        s = self.recipe.stages[stage]
+        return s.precision if s.epochs and s.precision not in ('auto', record['precision']) else ''
+
+    def changed_weights(self, stage: str, record: dict) -> str:
+        """Return the file of initial weights if it is another one than the recorded one.
+
+        It is compared by content, so that it may be moved; one that is no longer there is no reason to train again.
+        """
+        file = self.recipe.stages[stage].weights_file
+        recorded = (record.get('loaded') or {}).get('sha256')
+        is_other = self.file_hashes.get(file, recorded) != recorded
+        return file if is_other else ''
+
+    @cached_property
+    def file_hashes(self) -> dict[str, str]:
+        "SHA-256 of each file of initial weights that is there"
+        files = {s.weights_file for s in self.recipe.stages.values()}
+        return {file: file_hash(file) for file in files if file and Path(file).is_file()}
+
+    def damaged_files(self, stage: str, fold: int) -> set[str]:
+        "Return the files of a finished fold that are missing or have another size than its record says"
+        files, folder = self.finished_record(stage, fold)['files'], self.fold_dir(stage, fold)
+
+        def is_damaged(file: str) -> bool:
+            path = folder / file
+            return file not in files or not path.is_file() or path.stat().st_size != files[file]['bytes']
+        return {file for file in {*FOLD_FILES, *files} if is_damaged(file)}
+
+    def _weights_of_parents(self, stage: str, fold: int) -> list[str]:
+        "Return the SHA-256 of the weights of each parent that is finished"
+        records = [self.record(m, fold) for m in self.parent_stages(stage)]
+        return [r['files'][WEIGHTS]['sha256'] for r in records if r]
+
+    def outdated(self, stage: str, fold: int) -> str:
+        """Return what of a fold with finished weights is to be made again without a training; empty: nothing.
+
+        'scores' are those of its validation images, with other views or missing; 'record' are names and keys that
+        change neither weights nor scores.
+        """
+        record, s = self.finished_record(stage, fold), self.recipe.stages[stage]
+        if record['settings']['tta'] != s.tta or RESCORED & self.damaged_files(stage, fold): return 'scores'
+        recorded = [record['stage'], sorted(record['parents']), record['settings'], record['gate']]
+        gate = dict(asdict(self.recipe.gate), rules=record['gate']['rules'])
+        now = [stage, sorted(self.parent_stages(stage)), asdict(s), gate]
+        return '' if digest(recorded) == digest(now) else 'record'
+
+    def to_refresh(self, todo: dict[str, list[int]], nodes: Iterable[str] | None = None) -> dict[str, list[int]]:
+        "Return the folds of each stage that need no training (`todo` does) but are `outdated`; of `nodes`, or of all"
+        found = {name: [k for k in range(s.folds) if k not in todo.get(name, []) and self.outdated(name, k)]
+                 for name, s in self.recipe.stages.items() if nodes is None or name in nodes}
+        return {name: folds for name, folds in found.items() if folds}
 
     def todo(self, nodes: Iterable[str] | None = None) -> dict[str, list[int]]:
         """Return the folds to train of each unfinished stage, parents first; of the stages in `nodes`, or of all.
@@ -171,7 +284,7 @@ class Run:
         todo: dict[str, list[int]] = {}
         for name in self.recipe.order:
             if name not in self.recipe.stages or (nodes is not None and name not in nodes): continue
-            parents = self._parent_stages(name)
+            parents = self.parent_stages(name)
             folds = [k for k in range(self.recipe.stages[name].folds)
                      if any(k in todo.get(m, []) for m in parents) or not self.finished(name, k)]
             if folds: todo[name] = folds

@@ -88,6 +88,24 @@ def test_bad_tables(tables, small_recipe, tmp_path, capsys, name):
     assert not runs.exists()
 
 
+# Networks
+
+BAD_NETWORKS = {
+    'size between patches': (['arch=test_vit', 'size=40'], ['[stage.teacher] arch = test_vit: size = 40', '32 or 48']),
+    'no class token': (['head=cls'], ['[stage.teacher] head = cls: test_resnet has no class token']),
+    'no such network': (['arch=seresnet5000'], ['[stage.teacher] arch = seresnet5000: no such network']),
+}
+
+
+@pytest.mark.parametrize('name', BAD_NETWORKS)
+def test_bad_networks(tables, small_recipe, tmp_path, capsys, name):
+    keys, words = BAD_NETWORKS[name]
+    options = [o for key in keys for section in ('stage', 'stage.teacher') for o in ('--set', f'{section}.{key}')]
+    runs = tmp_path / 'runs'
+    expect_error(capsys, ['all', '--recipe', small_recipe, '--data', tables, '--runs', runs, *options], *words)
+    assert not runs.exists()
+
+
 # Images
 
 def encode(extension, side):

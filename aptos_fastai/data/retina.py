@@ -1,13 +1,14 @@
 "Find the retina in a fundus image, crop it and measure its quality."
 import base64
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import cv2
 import numpy as np
 
-from aptos_fastai.data.decode import MAX_PIXELS, ImageError, decode, decode_jpeg, reduction
+from aptos_fastai.data.decode import MAX_PIXELS, ImageError, box_mean, decode, decode_jpeg, reduction
 from aptos_fastai.recipe import Recipe
 
 
@@ -56,9 +57,9 @@ class Circle:
 
 
 def get_prep(recipe: Recipe) -> Prep:
-    "Return the image preparation that a recipe asks for."
+    "Return the image preparation that a recipe asks for; its size is the largest of `prepared_sizes`."
     i = recipe.images
-    return Prep(i.crop, i.aspect, recipe.store_size, i.quality, i.cut_off, i.jpeg)
+    return Prep(i.crop, i.aspect, recipe.prepared_sizes[0], i.quality, i.cut_off, i.jpeg)
 
 
 def _max_channel(im: np.ndarray) -> np.ndarray:
@@ -290,7 +291,13 @@ def _blacken_outside(sq: np.ndarray) -> np.ndarray:
 
 FLAGS = 'dark', 'bright', 'blurred', 'cut-off', 'multiple', 'squashed'
 DARK_LEVEL = 5                               # added to the mean of a channel: that of blue can be near 0
-QUALITY_SIDE = 256                           # pixels of the square that flags and colour are measured on
+QUALITY_SIDE = 256                           # pixels of the square that flags, colour and hash are measured on
+MEASURE_SIDE = 512                           # shorter side, at least, of the decoded image that all is measured on
+
+
+def quality_square(im: np.ndarray, c: Circle, prep: Prep) -> np.ndarray:
+    "Return the square of side `QUALITY_SIDE` that is measured, whatever the size of prepared squares."
+    return crop_square(im, c, replace(prep, size=QUALITY_SIDE))
 
 
 def measure_quality(im: np.ndarray, c: Circle, prep: Prep) -> dict:
@@ -302,7 +309,7 @@ def measure_quality(im: np.ndarray, c: Circle, prep: Prep) -> dict:
     limits lie outside the range of most of the 516 IDRiD images: mean of the brightest channel 71-228, edges 1.3-5 %
     of the green level in 99 % (.6-1.4 % after a blur of 1 % of the side).
     """
-    sq = crop_square(im, c, replace(prep, size=QUALITY_SIDE))
+    sq = quality_square(im, c, prep)
     brightest, green = _max_channel(sq), cv2.extractChannel(sq, 1)
     inside = (_disc(QUALITY_SIDE, .85) > 0) & (brightest > 12)
     if not inside.any(): return dict(flags='dark', red_green=0., green_blue=0.)
@@ -329,7 +336,7 @@ def _unsquash(im: np.ndarray, stretch: float) -> np.ndarray:
 
 
 def perceptual_hash(sq: np.ndarray) -> str:
-    """Return a 576-bit perceptual hash (base64) of a prepared square.
+    """Return a 576-bit perceptual hash (base64) of a `quality_square`.
 
     The bits are the signs of the low frequencies of its green channel after local levelling (after pHash, Zauner 2010).
     Copies of an image at another size or JPEG quality differ in up to 84 bits, different images in 120 or more
@@ -350,22 +357,60 @@ def _visible_share(c: Circle, h: int, w: int) -> float:
 
 
 def prepare(data: bytes, prep: Prep, max_pixels: int = MAX_PIXELS) -> tuple[bytes, dict]:
-    """Prepare the bytes of an original image; returns a JPEG of the square and what was found.
+    "Return the JPEG of the square of side `prep.size`, and what `prepare_sizes` found. Raises `ImageError`."
+    jpegs, found = prepare_sizes(data, prep, [prep.size], max_pixels)
+    return jpegs[prep.size], found
+
+
+def prepare_sizes(data: bytes, prep: Prep, sizes: Collection[int],
+                  max_pixels: int = MAX_PIXELS) -> tuple[dict[int, bytes], dict]:
+    """Prepare the bytes of an original image; returns a JPEG of the square of each side, and what was found.
 
     Keys: width, height, x, y, r (pixels of the original, as it is: not stretched), stretch, how (see `Circle`),
-    perceptual_hash, pixel_sha256, and those of `measure_quality`.
-    Raises `ImageError`.
+    perceptual_hash, pixel_sha256, and those of `measure_quality`. None of them depends on the sizes, and no square on
+    the other sizes. Raises `ImageError`.
     """
-    im, (width, height) = decode(data, prep.size, max_pixels, fast_jpeg=prep.jpeg == 'fast')
+    images, (width, height) = _decode_sizes(data, prep, sorted(set(sizes)), max_pixels)
+    im = images[MEASURE_SIDE]
     h, w = im.shape[:2]
     c = find_retina(im) if prep.crop == 'retina' else Circle(w / 2, h / 2, max(h, w) / 2, 'whole')
     k = max(width, height) / max(h, w)       # `im` may be decoded at a fraction of the original's size
-    sq = crop_square(im, c, prep)
     found = dict(width=width, height=height, x=round(c.x * k, 1), y=round(c.y * k, 1), r=round(c.r * k, 1),
                  stretch=c.stretch, how=c.how,
-                 **measure_quality(im, c, prep), perceptual_hash=perceptual_hash(sq),
+                 **measure_quality(im, c, prep), perceptual_hash=perceptual_hash(quality_square(im, c, prep)),
                  pixel_sha256=hashlib.sha256(np.ascontiguousarray(im).data).hexdigest()[:24])
-    return _encode_jpeg(sq, prep.quality), found
+    jpegs = {}
+    for size in sizes:
+        of_size = images[size]
+        circle = _scaled(c, max(of_size.shape[:2]) / max(h, w))
+        square = crop_square(of_size, circle, replace(prep, size=size))
+        jpegs[size] = _encode_jpeg(square, prep.quality)
+    return jpegs, found
+
+
+def _decode_sizes(data: bytes, prep: Prep, sizes: list[int],
+                  max_pixels: int) -> tuple[dict[int, np.ndarray], tuple[int, int]]:
+    """Return the decoded image for each of `sizes` (ascending) and for `MEASURE_SIDE`, and width, height of the file.
+
+    One decoded image serves all sizes up to `MEASURE_SIDE`. With a larger one, the file is decoded in full; with `jpeg`
+    = fast it is decoded for each.
+    """
+    if sizes[-1] <= MEASURE_SIDE:
+        im, original = decode(data, MEASURE_SIDE, max_pixels, fast_jpeg=prep.jpeg == 'fast')
+        return dict.fromkeys([*sizes, MEASURE_SIDE], im), original
+    smallest_side = {size: max(size, MEASURE_SIDE) for size in [*sizes, MEASURE_SIDE]}
+    if prep.jpeg == 'fast':
+        decoded = {side: decode(data, side, max_pixels, fast_jpeg=True) for side in set(smallest_side.values())}
+        return {size: decoded[side][0] for size, side in smallest_side.items()}, decoded[MEASURE_SIDE][1]
+    full, original = decode(data, 0, max_pixels)
+    factors = {size: reduction(min(original), side) for size, side in smallest_side.items()}
+    reduced = {factor: box_mean(full, factor) for factor in set(factors.values())}
+    return {size: reduced[factor] for size, factor in factors.items()}, original
+
+
+def _scaled(c: Circle, factor: float) -> Circle:
+    "Return a circle in an image that is `factor` times as large."
+    return c if factor == 1 else replace(c, x=c.x * factor, y=c.y * factor, r=c.r * factor)
 
 
 def _encode_jpeg(sq: np.ndarray, quality: int) -> bytes:

@@ -24,7 +24,7 @@ from aptos_fastai.metrics import GRADE_NAMES
 from aptos_fastai.reports.model_card import card_text
 from aptos_fastai.reports.parts import measure_text
 from aptos_fastai.run_folder import FINISHED
-from aptos_fastai.training.model import features_and_scores
+from aptos_fastai.training.networks import features_and_scores
 
 BUNDLE_FORMAT = 2
 # What the model card needs of summary.json: of an entry of `stages`, of the whole run, of the submission
@@ -69,7 +69,7 @@ def lineage(root: Path, member: MemberSpec) -> dict:
     if not record: raise AptosError(f'{(root / member.file).parent}: no finished fold here. Run `all` or `train`.')
     keys = ('stage', 'fold', 'fingerprint', 'settings', 'augment', 'seed', 'images', 'kept_epoch', 'parents',
             'gate', 'versions')
-    return {key: record[key] for key in keys}
+    return {key: record[key] for key in keys} | dict(loaded=record.get('loaded'))
 
 
 def run_metrics(root: Path, model: ModelSpec, deidentify: bool = False) -> dict:
@@ -168,7 +168,7 @@ def write_bundle(folder: Path, model: ModelSpec, parts: dict, parity: list[dict]
     files = {f.name: file_hash(f) for f in sorted(folder.iterdir()) if f.suffix in suffixes or f.name in TABLES}
     record = dict(
         format=BUNDLE_FORMAT, classes=list(GRADE_NAMES),
-        licence='code: Apache-2.0; weights: as the tables they were trained on allow',
+        licence='code: Apache-2.0; weights: as the tables they were trained on and their initial weights allow',
         model=asdict(model), parity=parity, parity_on=parity_on, files=files, **parts,
         aptos_fastai=aptos_fastai.__version__)
     write_card(folder, model, record)

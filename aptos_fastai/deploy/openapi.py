@@ -114,7 +114,7 @@ DIGESTS: dict[str, Schema] = dict(
 MADE_BY: dict[str, Schema] = dict(
     model=text('name of the model'), digests=record('what identifies the model', DIGESTS),
     aptos_fastai=text('version of this program'), backend=text('torch, onnx or openvino'),
-    precision=text('f32 or bf16'), device=text('cpu, or the name of the GPU'),
+    precision=text('f32, bf16 or fp16'), device=text('cpu, or the name of the GPU'),
     prevalence=number('of referable images, to which the probabilities are re-weighted; null: as validated'))
 THRESHOLDS = array(dict(type='number'), 'scores at which grades 1 to 4 begin')
 

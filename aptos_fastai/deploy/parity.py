@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+import torch
 
 from aptos_fastai.common.console import Bars, say, table
 from aptos_fastai.data.retina import Prep, prepare, square_of
@@ -16,14 +17,14 @@ from aptos_fastai.inference.views import mean_and_sd
 from aptos_fastai.metrics import grade_scores, wilson_interval
 from aptos_fastai.training.precision import has_bf16
 
-COMPARED = ('onnx', 'f32'), ('openvino', 'f32'), ('openvino', 'bf16'), ('torch', 'bf16')
+COMPARED = ('onnx', 'f32'), ('openvino', 'f32'), ('openvino', 'bf16'), ('torch', 'bf16'), ('torch', 'fp16')
 PARITY_IMAGES = 200                          # images on which backends are compared
 BATCH = 16                                   # of them at a time
 # Largest share of changed grades and of changed referrals. An f32 score differs by rounding, so that one image of 200
-# may lie on a threshold. In bf16 one image may always change: 4 grades and 2 referrals of 200
-MAX_GRADES_CHANGED = dict(f32=.005, bf16=.02)
-MAX_REFERRALS_CHANGED = dict(f32=.005, bf16=.01)
-ALWAYS_ALLOWED = dict(f32=0, bf16=1)
+# may lie on a threshold. In bf16 and fp16 one image may always change: 4 grades and 2 referrals of 200
+MAX_GRADES_CHANGED = dict(f32=.005, bf16=.02, fp16=.02)
+MAX_REFERRALS_CHANGED = dict(f32=.005, bf16=.01, fp16=.01)
+ALWAYS_ALLOWED = dict(f32=0, bf16=1, fp16=1)
 
 
 class ParityImages(NamedTuple):
@@ -84,7 +85,13 @@ def compare_backends(folder: Path, jpegs: list[bytes]) -> list[dict]:
     with Bars() as bars:
         expected = predict_jpegs(load_grader(folder), jpegs, bars)
         return [comparison(backend, precision, expected, folder, jpegs, bars) for backend, precision in COMPARED
-                if find_spec(PACKAGES[backend]) is not None and (precision != 'bf16' or has_bf16())]
+                if find_spec(PACKAGES[backend]) is not None and has_precision(precision)]
+
+
+def has_precision(precision: str) -> bool:
+    "Return whether this machine computes in a precision: bf16 in hardware, fp16 on a GPU"
+    if precision == 'fp16': return torch.cuda.is_available()
+    return precision != 'bf16' or has_bf16()
 
 
 def comparison(backend: str, precision: str, expected: Predictions, folder: Path, jpegs: list[bytes],

@@ -11,11 +11,11 @@ from aptos_fastai.common.console import say
 from aptos_fastai.common.io import AptosError, read_record, verify_file
 from aptos_fastai.inference.model_spec import BUNDLE, MemberSpec
 from aptos_fastai.inference.views import view_scores, views
-from aptos_fastai.training.precision import has_bf16
+from aptos_fastai.training.precision import DTYPES, has_bf16
 
-PRECISIONS = 'f32', 'bf16'
+PRECISIONS = 'f32', 'bf16', 'fp16'
 PACKAGES = dict(torch='torch', onnx='onnxruntime', openvino='openvino')
-MAX_DIFFERENCE = dict(f32=.01, bf16=.1)      # of a score, from PyTorch f32
+MAX_DIFFERENCE = dict(f32=.01, bf16=.1, fp16=.1)      # of a score, from PyTorch f32
 OPENVINO_BATCH = 8                           # images; a fixed batch is 10 % faster than a variable one
 
 # squares (n, side, side, 3) uint8 RGB -> scores (n, views) float32, pooled features (n, C) of the first view
@@ -37,8 +37,11 @@ def torch_runner(member: MemberSpec, root: Path, device: torch.device, precision
 
     @torch.no_grad()
     def run(squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16'):
-            return view_scores(net, to_tensor(member, squares, device), member.tta)
+        with torch.autocast(device.type, DTYPES.get(precision, torch.bfloat16), enabled=precision in DTYPES):
+            scores, features = view_scores(net, to_tensor(member, squares, device), member.tta)
+        if precision == 'fp16' and not np.isfinite(scores).all():
+            raise AptosError(f'{root}: the network of {member.file} leaves the range of fp16. Use f32 or bf16.')
+        return scores, features
     return run
 
 
@@ -120,6 +123,8 @@ def check_backend(root: Path, backend: str, precision: str) -> None:
     "Raise `AptosError` for an unknown backend or precision, and for one whose scores `export` found to differ too much"
     if backend not in BACKENDS: raise AptosError(f'backend {backend}: choose one of {", ".join(BACKENDS)}')
     if precision not in PRECISIONS: raise AptosError(f'precision {precision}: choose one of {", ".join(PRECISIONS)}')
+    if precision == 'fp16' and (backend != 'torch' or not torch.cuda.is_available()):
+        raise AptosError('precision fp16: needs the backend torch and a GPU. Choose f32 or bf16.')
     parity = (read_record(root / BUNDLE) or {}).get('parity', [])
     compared = [(o['backend'], o['precision']) for o in parity]
     if parity and (backend, precision) not in [*compared, ('torch', 'f32')]:
@@ -131,4 +136,5 @@ def check_backend(root: Path, backend: str, precision: str) -> None:
                              f'{changed_text(o, "referrals")}, scores by up to {o["max_difference"]:.2f}: '
                              'more than export allows. Use f32.')
     if precision == 'bf16' and not has_bf16():
-        say('bf16: not supported by this device. PyTorch is slower in bf16 than in f32; OpenVINO uses f32.', 'yellow')
+        say('bf16: not supported by this device. PyTorch is slower in bf16 than in f32; OpenVINO uses f32. '
+            'A GPU without bf16 (T4, V100) is fast in fp16.', 'yellow')

@@ -23,6 +23,7 @@ from aptos_fastai.inference.grader import Grader, Squares, load_grader
 from aptos_fastai.inference.model_spec import SYNTHETIC_MODEL
 from aptos_fastai.inference.views import undo_view, views
 from aptos_fastai.metrics import GRADE_NAMES
+from aptos_fastai.training.networks import as_maps, features_and_scores
 
 HEATMAP_SIDE = 112                           # pixels
 # The maps used are at most this many times smaller than the image. The hottest place lies on a lesion in 94 % of images
@@ -35,10 +36,24 @@ CAPTION_HEIGHT = 30                          # pixels
 
 
 def heatmap_layer(net: torch.nn.Module) -> torch.nn.Module:
-    "Return the deepest layer whose feature maps are at most `MAX_REDUCTION` times smaller than the image"
+    """Return the deepest layer whose feature maps are at most `MAX_REDUCTION` times smaller than the image.
+
+    Where all are smaller, as in a plain transformer, it is the last but one of the largest maps: the patches that the
+    last layer gives do not reach a score from the class token.
+    """
     body: Any = net.get_submodule('0.model')           # a timm network
     fine = [o['module'] for o in body.feature_info if o['reduction'] <= MAX_REDUCTION]
-    return body.get_submodule(fine[-1])
+    smallest = min(o['reduction'] for o in body.feature_info)
+    largest_maps = [o['module'] for o in body.feature_info if o['reduction'] == smallest]
+    return _named_layer(body, fine[-1] if fine else largest_maps[-2:][0]) or net.get_submodule('0')
+
+
+def _named_layer(body: torch.nn.Module, name: str) -> torch.nn.Module | None:
+    "Return the layer that timm's list of features names, of several the last one; None if there is none"
+    layers, number = dict(body.named_modules()), name.rpartition('.')[2]
+    names = name, f'blocks.{number}', f'stages.{number}'           # Twins and MViT call theirs block.NUMBER
+    layer = next((layers[o] for o in names if o in layers), None)
+    return layer[-1] if isinstance(layer, torch.nn.ModuleList) else layer
 
 
 def hires_cam(net: torch.nn.Module, x: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
@@ -47,17 +62,39 @@ def hires_cam(net: torch.nn.Module, x: torch.Tensor, layer: torch.nn.Module) -> 
     `x` is (n, 3, side, side), the result (n, h, w). This is gradient times activation, place by place (HiResCAM,
     Draelos and Carin 2020), instead of Grad-CAM's mean gradient (Selvaraju et al. 2017), because GeM weighs each place
     by its own value. On the last maps the mean over places is the score minus the head's bias, because GeM is
-    homogeneous of degree one (Euler).
+    homogeneous of degree one (Euler). If the score does not depend on the layer, the body's own maps are taken.
     """
-    outputs = []
-    hook = layer.register_forward_hook(lambda module, args, output: outputs.append(output))
-    try:
-        with torch.enable_grad():
-            score = net(x.clone().requires_grad_()).sum()
-            grad, = torch.autograd.grad(score, outputs)
-    finally: hook.remove()
-    maps = outputs[0].detach()
-    return (grad * maps).sum(1) * maps.shape[-1] * maps.shape[-2]
+    body = net.get_submodule('0')
+    with torch.enable_grad():
+        kept, score = layer_outputs(net, x.clone().requires_grad_(), {layer, body})
+        maps = kept.get(layer, kept[body])
+        grad, grad_of_body = torch.autograd.grad(score.sum(), [maps, kept[body]], allow_unused=True)
+    if grad is None: layer, maps, grad = body, kept[body], grad_of_body          # CoaT
+    product = layer_maps(grad * maps.detach(), net, layer).sum(1)
+    return product * product.shape[-1] * product.shape[-2]
+
+
+def layer_outputs(net: torch.nn.Module, x: torch.Tensor,
+                  layers: Iterable[torch.nn.Module]) -> tuple[dict[torch.nn.Module, torch.Tensor], torch.Tensor]:
+    "Return what layers put out for images, as far as they are called, and the scores"
+    kept: dict[torch.nn.Module, torch.Tensor] = {}
+
+    def keep(layer, args, output):
+        "Keep the output; of several (HRNet, TNT) the first one with a row for each image"
+        several = output if isinstance(output, list | tuple) else [output]
+        kept[layer] = next(o for o in several if len(o) == len(x))
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
+    try: return kept, features_and_scores(net, x)[1]
+    finally:
+        for hook in hooks: hook.remove()
+
+
+def layer_maps(output: torch.Tensor, net: torch.nn.Module, layer: torch.nn.Module) -> torch.Tensor:
+    "Return the output of a layer as maps (N, C, h, w)"
+    body: Any = net.get_submodule('0.model')
+    if hasattr(body, 'reroll') and layer in list(body.blocks):     # Hiera's tokens are not in the order of the image
+        output = body.reroll(output, list(body.blocks).index(layer))
+    return as_maps(output, body)
 
 
 def heatmap(grader: Grader, squares: Squares) -> np.ndarray:

@@ -13,7 +13,7 @@ import torch
 from aptos_fastai.common.distributed import cores
 from aptos_fastai.common.io import AptosError
 from aptos_fastai.data.decode import MAX_PIXELS, ImageError
-from aptos_fastai.data.retina import prepare, square_of
+from aptos_fastai.data.retina import prepare_sizes
 from aptos_fastai.decisions import DECISION_COLUMNS, P_COLUMNS, UNGRADABLE, without_ungradable
 from aptos_fastai.inference.backends import BACKENDS, check_backend
 from aptos_fastai.inference.find_images import ImageEntry
@@ -98,10 +98,10 @@ class Grader:
     def prepare(self, data: bytes, max_pixels: int = MAX_PIXELS) -> Prepared:
         "Prepare the bytes of an image file, as `read` does; an image of more than `max_pixels` gives its error"
         sha256 = hashlib.sha256(data).hexdigest()
-        try: jpeg, info = prepare(data, self.model.prep, max_pixels)
+        sides = set(self.model.prepared.values())
+        try: jpegs, info = prepare_sizes(data, self.model.prep, sides, max_pixels)
         except ImageError as e: return None, dict(NOT_READ, image_sha256=sha256, error=str(e))
-        squares = {side: square_of(jpeg, self.model.prep, side) for side in self.model.sizes}
-        return squares, dict(info, image_sha256=sha256, error='')
+        return self.model.squares(jpegs), dict(info, image_sha256=sha256, error='')
 
     def grade(self, names: list[str], images: list[Prepared]) -> pd.DataFrame:
         "Return a row (`COLUMNS`) for each image that `read` or `prepare` gave"
@@ -166,9 +166,9 @@ def load_grader(path: str | Path, backend: str = 'torch', precision: str = 'f32'
                 prevalence: float | None = None) -> Grader:
     """Return the `Grader` of a bundle, a run folder or the folder of a stage. Loads no pickle. Raises `AptosError`.
 
-    `backend`: torch, or for a bundle onnx or openvino. `precision`: f32, or bf16, which is faster on processors that
-    support it; `export` reports how much it changes scores. `prevalence` of referable images where the model is used
-    re-weights the probabilities.
+    `backend`: torch, or for a bundle onnx or openvino. `precision`: f32; bf16, which is faster on processors that
+    support it; or on a GPU fp16. `export` reports how much it changes scores. `prevalence` of referable images where
+    the model is used re-weights the probabilities.
     """
     model, root = read_model(path)
     return Grader(model, root, backend, precision, prevalence)

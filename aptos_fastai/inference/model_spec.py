@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load
 
 from aptos_fastai.common.io import AptosError, digest, read_record, verify_file, write_bytes
-from aptos_fastai.data.retina import Prep
+from aptos_fastai.data.retina import Prep, square_of
 from aptos_fastai.decisions import DecisionSpec, decision_of_record
 from aptos_fastai.inference.gate import FeatureDistance, GateSpec, fit_gate, gate_of_record
 from aptos_fastai.inference.referral import fit_decision
@@ -24,7 +24,8 @@ from aptos_fastai.metrics import (
 )
 from aptos_fastai.recipe import Refer, parse_thresholds
 from aptos_fastai.run_folder import FEATURES, FINISHED, NOT_IN_FINGERPRINT, PREDS, WEIGHTS
-from aptos_fastai.training.model import body_stats, create_model
+from aptos_fastai.training.model import body_stats
+from aptos_fastai.training.networks import create_model
 
 BUNDLE = 'bundle.json'                       # its presence means that a bundle is complete
 NOT_REPORTED = 'no kappa of these networks is recorded: they were trained after the last `all`, or without one'
@@ -49,13 +50,15 @@ class MemberSpec:
     distance: str = ''                       # its `FeatureDistance` (safetensors), relative to the model's root folder
     distance_sha256: str = ''
     distance_unit: float = 1.                # its distances are divided by this before they are averaged
+    loss: str = 'smooth_l1'                  # what the network puts out (`training.outputs`)
+    prepared: int = 0                        # side of the prepared squares that it reads, pixels; 0: `ModelSpec.prep`
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     "All that turns an image into a grade, except the weights"
     name: str
-    prep: Prep
+    prep: Prep                               # its size is the largest of the members' `prepared`
     members: tuple[MemberSpec, ...]
     thresholds: tuple[float, ...]
     coverage: float                          # of the `PredictionSets`
@@ -72,7 +75,8 @@ class ModelSpec:
 
         They are equal for a run and its bundle, and different for two models of one name.
         """
-        members = [{k: v for k, v in asdict(m).items() if k not in ('file', 'distance')} for m in self.members]
+        members = [{k: v for k, v in asdict(m).items() if k not in ('file', 'distance') and (k, v) != ('prepared', 0)}
+                   for m in self.members]
         decision = asdict(self.decision)
         decision['points'] = [[o.lowest_grade, o.threshold] for o in self.decision.points]
         parts = dict(weights=[members, asdict(self.prep)], gate=asdict(self.gate), operating_point=decision,
@@ -95,6 +99,16 @@ class ModelSpec:
         "The sides of the squares that the networks take, pixels"
         return {m.size for m in self.members}
 
+    @property
+    def prepared(self) -> dict[int, int]:
+        "Side of each input square -> side of the prepared square that it is read from, pixels"
+        return {m.size: m.prepared or self.prep.size for m in self.members}
+
+    def squares(self, jpegs: dict[int, bytes]) -> dict[int, np.ndarray]:
+        "Return the input square for each side from the prepared JPEGs of an image, by their sides"
+        return {size: square_of(jpegs[side], replace(self.prep, size=side), size)
+                for size, side in self.prepared.items()}
+
     def fold_scores(self, scores: Sequence[np.ndarray]) -> np.ndarray:
         "Return the scores (n, folds) by the networks of each fold from the scores (n,) of each member"
         folds = sorted({m.fold for m in self.members})
@@ -107,11 +121,11 @@ def _fold_member(root: Path, folder: Path, weight: float) -> tuple[MemberSpec, d
     record = read_record(folder / FINISHED)
     if not record: raise AptosError(NO_FOLD.format(folder))
     s = record['settings']
-    mean, std = body_stats(s['arch'])
+    mean, std = body_stats(s['arch'], record.get('mean', ()), record.get('std', ()))      # older records lack them
     if FEATURES not in record['files']: raise AptosError(f'{folder}: written by an older version. Run `all` again.')
     member = MemberSpec(
         file=(folder / WEIGHTS).relative_to(root).as_posix(), sha256=record['files'][WEIGHTS]['sha256'],
-        arch=s['arch'], head=s['head'], size=s['size'], tta=s['tta'],
+        arch=s['arch'], head=record.get('pooling', s['head']), loss=s['loss'], size=s['size'], tta=s['tta'],
         mean=tuple(map(float, mean)), std=tuple(map(float, std)), weight=weight, fold=record['fold'],
         distance=(folder / FEATURES).relative_to(root).as_posix(), distance_sha256=record['files'][FEATURES]['sha256'])
     return member, record
@@ -129,13 +143,26 @@ def _folds_model(root: Path, name: str, folds: dict[str, float], thresholds: Ite
         member, record = _fold_member(root, root / folder, weight)
         members.append(replace(member, distance_unit=units[folder.rpartition('/')[0]]))
         records.append(record)
-    ways = len({digest(r['prep']) for r in records})
-    if ways > 1:
-        raise AptosError(f'{root}: its stages were trained on images prepared in {ways} ways. Run `all` again.')
+    prep, members = _with_preparation(root, members, [Prep(**r['prep']) for r in records])
     return ModelSpec(
-        name=name, prep=Prep(**records[0]['prep']), members=tuple(members), thresholds=tuple(map(float, thresholds)),
+        name=name, prep=prep, members=tuple(members), thresholds=tuple(map(float, thresholds)),
         coverage=sets.coverage, calibration=sets.calibration_, synthetic=records[0]['synthetic'], kappa=kappa,
         warnings=tuple(warnings), gate=gate, decision=decision)
+
+
+def _with_preparation(root: Path, members: list[MemberSpec], preps: list[Prep]) -> tuple[Prep, list[MemberSpec]]:
+    """Return how the images of a model are prepared, and its members with the sides of their prepared squares.
+
+    Members of one input size must read the same squares. Raises `AptosError`.
+    """
+    largest = max(preps, key=lambda o: o.size)
+    ways = len({replace(o, size=0) for o in preps})
+    sides = {(m.size, o.size) for m, o in zip(members, preps, strict=True)}
+    ways = max(ways, len(sides) - len({size for size, _ in sides}) + 1)
+    if ways > 1:
+        raise AptosError(f'{root}: its stages were trained on images prepared in {ways} ways. Run `all` again.')
+    return largest, [replace(m, prepared=0 if o.size == largest.size else o.size)
+                     for m, o in zip(members, preps, strict=True)]
 
 
 def read_model(path: str | Path) -> tuple[ModelSpec, Path]:
@@ -262,7 +289,7 @@ def preds_file(folder: Path) -> Path:
 
 def read_net(member: MemberSpec, root: Path) -> torch.nn.Module:
     "Return the network of a member in eval mode. Raises `AptosError` if its weights are missing or changed"
-    net = create_model(member.arch, member.head, member.size)
+    net = create_model(member.arch, member.head, member.size, loss=member.loss)
     net.load_state_dict(load(_verified_bytes(root, member.file, member.sha256)))
     return net.eval().to(memory_format=torch.channels_last)
 
@@ -286,10 +313,10 @@ def fold_model(root: Path, stages: dict[str, float], fold: int) -> ModelSpec:
     It shows a validation image only to networks that were not trained on it.
     """
     found = [_fold_member(root, root / stage / f'fold{fold}', weight) for stage, weight in stages.items()]
-    members = tuple(replace(m, tta='none') for m, _ in found)
-    record = found[0][1]
-    prep, synthetic = Prep(**record['prep']), record['synthetic']
-    return ModelSpec(f'fold{fold}', prep, members, MIDPOINTS, STAGE_COVERAGE, synthetic)
+    records = [record for _, record in found]
+    members = [replace(m, tta='none') for m, _ in found]
+    prep, members = _with_preparation(root, members, [Prep(**r['prep']) for r in records])
+    return ModelSpec(f'fold{fold}', prep, tuple(members), MIDPOINTS, STAGE_COVERAGE, records[0]['synthetic'])
 
 
 def copy_members(model: ModelSpec, root: Path, folder: Path) -> ModelSpec:

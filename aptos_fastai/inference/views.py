@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from aptos_fastai.training.model import features_and_scores
+from aptos_fastai.training.networks import features_and_scores
 
 VIEWS = dict(none=1, hflip=2, d4=8)          # number of views for each value of `tta`
 
@@ -34,7 +34,7 @@ def view_scores(net: torch.nn.Module, x: torch.Tensor, tta: str) -> tuple[np.nda
     "Return the scores (N, views) float32 of a batch (N, C, H, W), and the pooled features (N, C) of its first view"
     first, *others = views(x, tta)
     features, score = features_and_scores(net, first)
-    scores = [score, *(net(v).flatten() for v in others)]
+    scores = [score, *(features_and_scores(net, v)[1] for v in others)]
     return torch.stack([s.float() for s in scores], 1).cpu().numpy(), features.float().cpu().numpy()
 
 

@@ -25,12 +25,15 @@ from aptos_fastai.common.io import (
 )
 from aptos_fastai.data.duplicates import duplicates_table, group_duplicates, resolve_conflicts
 from aptos_fastai.data.folds import add_folds, write_folds
+from aptos_fastai.data.retina import Prep
 from aptos_fastai.data.spreadsheet import first_few
-from aptos_fastai.data.store import prepare_table, prepared_already
+from aptos_fastai.data.store import prepare_table, prepared_already, stored_column
 from aptos_fastai.data.tables import TableContents, read_contents, read_order, with_present_tables
 from aptos_fastai.decisions import without_ungradable
 from aptos_fastai.inference.training_images import write_run_images
 from aptos_fastai.metrics import GRADES, PredictionSets, apply_thresholds, grade_scores
+from aptos_fastai.pipeline.reasons import NEVER, training_reasons
+from aptos_fastai.pipeline.refresh import move_renamed, refresh_folds
 from aptos_fastai.pipeline.summary import SUMMARY_FORMAT, SYNTHETIC, node_decision, tables_text
 from aptos_fastai.recipe import ConfigError, Recipe, Stage, did_you_mean, read_recipe
 from aptos_fastai.run_folder import Run
@@ -127,16 +130,26 @@ def _relative_to_root(root: Path, data: Path) -> str:
 
 def with_prepared(run: Run) -> Run:
     "Return the run with paths and hashes of the images prepared earlier; without them nothing counts as finished"
-    skip = run.recipe.images.skip_unreadable == 'yes'
-    frames = {name: prepared_already(f, run.store, run.prep, skip_unreadable=skip) for name, f in run.frames.items()}
+    skip, sizes = run.recipe.images.skip_unreadable == 'yes', run.recipe.prepared_sizes
+    frames = {name: prepared_already(frame, run.store, run.prep, sizes=sizes, skip_unreadable=skip)
+              for name, frame in run.frames.items()}
     return replace(run, frames=frames)
+
+
+def with_common_size(run: Run, frames: dict[str, pd.DataFrame]) -> tuple[dict[str, pd.DataFrame], Prep | None]:
+    "Return the tables with `stored` of the largest size that all of them are prepared at, and its `Prep`; None: none"
+    for size in run.recipe.prepared_sizes:
+        column = stored_column(size)
+        if not all(column in frame for frame in frames.values()): continue
+        return {name: f.assign(stored=f[column]) for name, f in frames.items()}, replace(run.prep, size=size)
+    return frames, None
 
 
 def with_folds(run: Run) -> Run:
     "Return the run with a fold for each image; once all images are prepared, duplicate images share a fold"
     frames = run.frames
     if all('perceptual_hash' in f for f in frames.values()):
-        frames = resolve_conflicts(group_duplicates(frames, run.prep), run.recipe.conflicts)
+        frames = resolve_conflicts(group_duplicates(*with_common_size(run, frames)), run.recipe.conflicts)
     return replace(run, frames=add_folds(run.recipe, frames, run.root / 'folds.csv'))
 
 
@@ -151,7 +164,7 @@ def start_run(run: Run, nodes: Iterable[str] = ()) -> Iterator[tuple[Run, Bars]]
     check_run(run, [n for n in run.recipe.order if n in stages and not run.record(n, stages[n].folds - 1)])
     with run_lock(run.root), Bars() as bars:
         remove_stale_temp_files(run.root, 0)
-        run = prepare_images(run, bars)
+        run = move_renamed(prepare_images(run, bars))
         write_folds(run.recipe, run.frames, run.root / 'folds.csv')
         write_run_images(run.root, run.frames)
         report_duplicates(run)
@@ -170,7 +183,8 @@ def prepare_images(run: Run, bars: Bars) -> Run:
     tables = read_contents(run.recipe, run.data)
     for name, contents in tables.items():
         for note in contents.notes: say(f'{name}: {note}', 'yellow')
-    frames = {name: prepare_table(contents.frame, run.store, run.prep, bars, skip_unreadable=skip)
+    sizes = run.recipe.prepared_sizes
+    frames = {name: prepare_table(contents.frame, run.store, run.prep, bars, sizes=sizes, skip_unreadable=skip)
               for name, contents in tables.items()}
     return with_folds(replace(run, frames=frames, ungradable=count_ungradable(tables)))
 
@@ -218,6 +232,8 @@ def check_run(run: Run, stages: Collection[str]) -> None:
     "Raise `ConfigError` now for what would stop a stage later: a batch size too large, weights or packages missing"
     if not stages: return
     for name in stages: check_pseudo_labelled(run, run.recipe.stages[name])
+    from aptos_fastai.pipeline.network_check import check_network
+    from aptos_fastai.training.model import check_optimization
     from aptos_fastai.training.precision import candidate_precisions
     from aptos_fastai.training.weights import check_weights
     for name in stages:
@@ -225,6 +241,8 @@ def check_run(run: Run, stages: Collection[str]) -> None:
         check_batch(run, stage)
         try:
             check_weights(stage)
+            check_network(stage)
+            check_optimization(stage)
             candidate_precisions(stage)
             check_installed(stage)
         except AptosError as e: raise ConfigError(f'{run.recipe.path} [stage.{name}] {e}') from None
@@ -273,11 +291,18 @@ def check_installed(stage: Stage) -> None:
 # Train, label, score, submit
 
 def train_nodes(run: Run, nodes: Iterable[str], bars: Bars) -> int:
-    "Train the unfinished stages among `nodes`, parents first, and write labels they need; return the number of folds"
-    todo = run.todo(set(nodes))
+    """Train the unfinished stages among `nodes`, parents first, and write labels they need; return the number of folds.
+
+    Finished ones whose names, views or other keys changed are brought up to date without a training.
+    """
+    nodes = set(nodes)
+    todo = run.todo(nodes)
+    refresh_folds(run, run.to_refresh(todo, nodes), bars)          # first: pseudo-labels depend on validation scores
     if not todo: return 0
     check_run(run, todo)
     from aptos_fastai.pipeline.stage import train_fold
+    for line in training_reasons(run, todo):
+        if not line.endswith(NEVER): say(f'to train: {line}')
     with bars('stages', len(todo)) as overall:
         for i, (name, folds) in enumerate(todo.items(), 1):
             stage = run.recipe.stages[name]
@@ -375,7 +400,9 @@ def output_files(run: Run) -> tuple[str, ...]:
 def outputs_up_to_date(run: Run) -> bool:
     "Return whether every stage is finished and the outputs belong to the present weights and settings"
     summary = read_record(run.root / 'summary.json')
-    if run.todo() or not summary or summary.get('inputs_digest') != inputs_digest(run): return False
+    todo = run.todo()
+    if todo or run.to_refresh(todo) or not summary: return False
+    if summary.get('inputs_digest') != inputs_digest(run): return False
     if not (run.root / 'report.html').is_file(): return False
     outputs = {run.root / name: sha256 for name, sha256 in summary['outputs'].items()}
     return all(file.is_file() and file_hash(file) == sha256 for file, sha256 in outputs.items())

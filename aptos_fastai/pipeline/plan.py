@@ -1,14 +1,18 @@
 "Show what `all` would do, with an estimate of time and disk space. Train nothing."
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from aptos_fastai.common.console import format_duration, say, table
-from aptos_fastai.common.distributed import cores
+from aptos_fastai.common.distributed import cores, world_size
 from aptos_fastai.common.io import AptosError
+from aptos_fastai.data.store import missing_images
 from aptos_fastai.pipeline.graph import check_run, outputs_up_to_date, submitted_nodes
+from aptos_fastai.pipeline.reasons import training_reasons
 from aptos_fastai.pipeline.summary import tables_text
 from aptos_fastai.recipe import Recipe, Stage, read_recipe
 from aptos_fastai.run_folder import Run
@@ -17,9 +21,16 @@ BYTES_PER_PIXEL = .28                        # of a stored JPEG: 74 kB at 512 px
 # Disk space of a training relative to the finished fold: weights, best weights and two moments, twice while one
 # checkpoint replaces the other
 CHECKPOINT_RATIO = 5.
+CPU_PIXELS = 2 ** 20                         # of a batch: 16 images at 256 px
 PREPARE_SECONDS = .03                        # a 12-megapixel original on one core (benchmarks/images.py)
 
-Speed = tuple[float, float, int]             # seconds an image to train, seconds an image to score, parameters
+
+class Speed(NamedTuple):
+    "Seconds per image to train, to validate in an epoch (in the training's precision) and to score (f32); parameters"
+    train: float
+    validate: float
+    score: float
+    parameters: int
 
 
 @dataclass
@@ -46,14 +57,21 @@ class PlanCost:
 
 
 def measured_speed(stage: Stage, measured: dict) -> Speed:
-    "Return the speed of a stage's network on this machine, in the fastest precision allowed. `measured` is a cache"
+    """Return the speed of a stage's network on this machine, in the fastest precision allowed. `measured` is a cache.
+
+    It is timed at the stage's batch; on a CPU at `CPU_PIXELS` at most, where larger batches change little.
+    """
+    from torch.cuda import is_available as has_gpu
+
     from aptos_fastai.training.precision import candidate_precisions, step_seconds
-    key = stage.arch, stage.size, stage.precision
+    key = stage.arch, stage.size, stage.bs, stage.precision, stage.optimizer
     if key not in measured:
-        images = min(stage.bs, max(4, 2 ** 18 // stage.size ** 2))
+        images = max(1, stage.bs // world_size())
+        if not has_gpu(): images = min(images, max(4, CPU_PIXELS // stage.size ** 2))
         measured[key] = step_seconds(stage, candidate_precisions(stage), n=images)
-    steps, forward, parameters = measured[key]
-    return min(steps.values()), forward, parameters
+    train, forward, parameters = measured[key]
+    fastest = min(train, key=train.__getitem__)
+    return Speed(train[fastest], forward[fastest], forward['f32'], parameters)
 
 
 def tables_scored_by(recipe: Recipe, stage: str) -> set[str]:
@@ -67,20 +85,23 @@ def stage_cost(run: Run, name: str, folds: list[int], measured: dict) -> StageCo
     "Estimate the training of the folds of a stage and the scoring of its tables"
     from aptos_fastai.inference.views import VIEWS
     stage = run.recipe.stages[name]
-    train_seconds, forward_seconds, parameters = measured_speed(stage, measured)
+    speed = measured_speed(stage, measured)
     train = valid = 0
     for _, source in stage.sources:
         train += int(run.training_part(stage, source, folds[0]).sum())
         if source in stage.validated_tables: valid += int((run.frames[source].fold == folds[0]).sum())
     epochs = stage.epochs + stage.freeze_epochs
     scored = valid + sum(len(run.frames[t]) for t in tables_scored_by(run.recipe, name))
-    forward_passes = epochs * valid + VIEWS[stage.tta] * scored
-    seconds = epochs * train * train_seconds + forward_passes * forward_seconds
-    return StageCost(train, valid, len(folds) * seconds, len(folds) * parameters * 8.)
+    if not stage.epochs: epochs, scored = 0, train + scored          # a linear probe: its body only scores
+    seconds = epochs * (train * speed.train + valid * speed.validate) + VIEWS[stage.tta] * scored * speed.score
+    return StageCost(train, valid, len(folds) * seconds, len(folds) * speed.parameters * 8.)
 
 
-def plan_cost(run: Run, todo: dict[str, list[int]]) -> PlanCost:
-    "Estimate the folds in `todo` (stage -> folds), by a few timed steps of each network on this machine"
+def plan_cost(run: Run, todo: dict[str, list[int]], outdated: Collection[str] = ()) -> PlanCost:
+    """Estimate the folds in `todo` (stage -> folds), by a few timed steps of each network on this machine.
+
+    `outdated` are finished stages that are only scored or recorded again, which is not estimated.
+    """
     measured: dict = {}
     rows, seconds, disk, largest_checkpoint = [], 0., 0., 0.
     for name in run.recipe.order:
@@ -90,24 +111,33 @@ def plan_cost(run: Run, todo: dict[str, list[int]]) -> PlanCost:
             continue
         folds = todo.get(name, [])
         cost = stage_cost(run, name, folds or [0], measured)
-        rows.append(stage_row(stage, cost, bool(folds)))
+        to_do = 'no training' if name in outdated else 'finished'
+        rows.append(stage_row(stage, cost, format_duration(cost.seconds) if folds else to_do))
         if not folds: continue
         seconds += cost.seconds
         disk += cost.disk
         largest_checkpoint = max(largest_checkpoint, CHECKPOINT_RATIO * cost.disk / len(folds))
-    new_images = sum(len(f) for f in run.frames.values() if 'pixel_sha256' not in f)
-    disk += largest_checkpoint + new_images * run.recipe.store_size ** 2 * BYTES_PER_PIXEL
-    plan = PlanCost(rows, seconds, disk, new_images)
+    missing = images_to_prepare(run)
+    pixels = sum(size ** 2 * n for by_size in missing for size, n in by_size.items())
+    new_images = sum(max(by_size.values()) for by_size in missing)
+    plan = PlanCost(rows, seconds, disk + largest_checkpoint + pixels * BYTES_PER_PIXEL, new_images)
     plan.seconds += plan.prepare_seconds
     return plan
 
 
-def stage_row(stage: Stage, cost: StageCost, unfinished: bool) -> list:
+def images_to_prepare(run: Run) -> list[dict[int, int]]:
+    "Return for each table how many of its images are not prepared yet at each size; all of a hypothetical table"
+    sizes = run.recipe.prepared_sizes
+    return [dict.fromkeys(sizes, len(frame)) if 'path' not in frame else
+            {size: len(ids) for size, ids in missing_images(frame, run.store, run.prep, sizes).items()}
+            for frame in run.frames.values()]
+
+
+def stage_row(stage: Stage, cost: StageCost, to_do: str) -> list:
     "Return the row of a stage in the table of `plan`"
     weights = 'random' if stage.weights == 'none' else stage.weights
     start = stage.init or f'{weights} weights'
     epochs = f'{stage.folds} x {stage.freeze_epochs + stage.epochs}'
-    to_do = format_duration(cost.seconds) if unfinished else 'finished'
     return [stage.name, f'{start}; {tables_text(stage)}', f'{stage.arch}\n{stage.size} px',
             f'{cost.train}+{cost.valid}', epochs, to_do]
 
@@ -144,17 +174,28 @@ def plan_images(recipe: str, sets: list[str], images: str) -> None:
 def show_plan(run: Run) -> None:
     "Print what is finished and what `all` would train, and time and disk space. Raises `AptosError` if it would fail"
     todo = run.todo()
-    plan = plan_cost(run, todo)
+    outdated = run.to_refresh(todo)
+    plan = plan_cost(run, todo, outdated)
     show_table(run, plan)
     if outputs_up_to_date(run):
         say('Nothing to do: every stage is up to date.')
         return
+    show_reasons(run, todo, outdated)
     submit = run.recipe.submit
     if submit.table: say(f'submission: {submit.table} by {submit.final} -> {run.root / "submission.csv"}')
     else: say(f'no table to predict: the model is {submit.final} -> {run.root}')
     say(f'estimate: {format_duration(plan.seconds)} and {plan.disk / 1e9:.2f} GB on disk,\n'
         'from a few training steps of each network on this machine (longer if it is busy)')
     check_run(run, todo)                     # last, so that an error comes after the table
+
+
+def show_reasons(run: Run, todo: dict[str, list[int]], outdated: dict[str, list[int]]) -> None:
+    "Print why each stage in `todo` is trained, and what of finished ones is made again without a training"
+    for name, old in run.renamed.items(): say(f'renamed: {old} is called {name} now; its folder is renamed')
+    for line in training_reasons(run, todo): say(f'to train: {line}')
+    scored = [name for name, folds in outdated.items() if any(run.outdated(name, k) == 'scores' for k in folds)]
+    if scored: say(f'no training, only new scores of the validation images: {", ".join(scored)}')
+    if not todo: say('no stage is trained again: only what `all` writes after them is out of date or missing')
 
 
 def show_table(run: Run, plan: PlanCost) -> None:
@@ -164,4 +205,5 @@ def show_table(run: Run, plan: PlanCost) -> None:
     table(f'{run.recipe.path} on {run.data}{demo}', columns, plan.rows,
           right=('images', 'epochs'), wrap=('starts from; trains on',))
     sizes = ', '.join(f'{name} {len(frame)}' for name, frame in run.frames.items())
-    say(f'tables: {sizes} images. To prepare: {plan.new_images} images at {run.recipe.store_size} px.')
+    say(f'tables: {sizes} images. To prepare: {plan.new_images} images at '
+        f'{", ".join(map(str, run.recipe.prepared_sizes))} px.')

@@ -5,15 +5,18 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.learner import Learner
+from torch import nn
 
 from aptos_fastai.common.console import Bars
 from aptos_fastai.common.distributed import all_gather, run_on_all_ranks, shard, world_size
 from aptos_fastai.common.io import digest, file_hash, read_record, write_csv, write_record
 from aptos_fastai.inference.gate import FeatureDistance
-from aptos_fastai.inference.views import VIEWS, mean_and_sd, view_scores
+from aptos_fastai.inference.views import VIEWS, mean_and_sd, view_scores, views
 from aptos_fastai.run_folder import EXPORT, FEATURES, WEIGHTS, Run
+from aptos_fastai.training.networks import features_and_scores
 from aptos_fastai.training.weights import load_exported
 
+PREDS_COLUMNS = ['id_code', 'source', 'diagnosis', 'fold', 'score', 'feature_distance']        # of preds.csv
 CHUNK = 8192                                 # images per test DataLoader, which keeps 5 kB of each in memory
 
 
@@ -21,26 +24,34 @@ def predict_views(learn: Learner, frame: pd.DataFrame, tta: str = 'none', bar=No
                   distance: FeatureDistance | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Return the scores (n, views) float32 and the feature distances (n,) of the images in `frame`, in its order.
 
-    Column `stored` names the images; they are not augmented. All processes share the work. `bar` shows the progress.
-    Without `distance` the distances are 0.
+    Columns `stored_SIZE` or `stored` name the images; they are not augmented. All processes share the work. `bar` shows
+    the progress. Without `distance` the distances are 0.
     """
-    views = VIEWS[tta]
+    n_views = VIEWS[tta]
 
-    def row(scores: np.ndarray, features: np.ndarray) -> np.ndarray:
+    def scores_and_distance(model: nn.Module, x: torch.Tensor) -> np.ndarray:
+        scores, features = view_scores(model, x, tta)
         return np.c_[scores, distance.distances(features) if distance else np.zeros(len(scores))]
-    rows = _predict(learn, frame, tta, bar, views + 1, row)
-    return rows[:, :views], rows[:, views].astype(float)
+    rows = _predict(learn, frame, bar, n_views + 1, scores_and_distance)
+    return rows[:, :n_views], rows[:, n_views].astype(float)
 
 
 def predict_features(learn: Learner, frame: pd.DataFrame, bar=None) -> np.ndarray:
     "Return the pooled features (n, C) float32 of the images in `frame`, as `predict_views` does"
-    return _predict(learn, frame, 'none', bar, learn.model[0].model.num_features, lambda scores, features: features)
+    return predict_view_features(learn, frame, 'none', bar)
+
+
+def predict_view_features(learn: Learner, frame: pd.DataFrame, tta: str, bar=None) -> np.ndarray:
+    "Return the pooled features (n, views x C) float32 of the images in `frame`, as `predict_views` does"
+    def features(model: nn.Module, x: torch.Tensor) -> np.ndarray:
+        return np.concatenate([features_and_scores(model, v)[0].float().cpu().numpy() for v in views(x, tta)], 1)
+    return _predict(learn, frame, bar, VIEWS[tta] * learn.model[1][3].in_features, features)
 
 
 @torch.no_grad()
-def _predict(learn: Learner, frame: pd.DataFrame, tta: str, bar, columns: int,
-             row: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
-    "Return what `row` makes of the scores (N, views) and the features (N, C) of each batch: (n, `columns`) float32"
+def _predict(learn: Learner, frame: pd.DataFrame, bar, columns: int,
+             rows_of: Callable[[nn.Module, torch.Tensor], np.ndarray]) -> np.ndarray:
+    "Return what `rows_of` makes of the model and each batch of images: (n, `columns`) float32"
     part = frame.iloc[shard(len(frame))]
     model = learn.model.eval()
     # one array from the start: small arrays between large buffers would keep the buffers from being reused
@@ -48,7 +59,7 @@ def _predict(learn: Learner, frame: pd.DataFrame, tta: str, bar, columns: int,
     n = 0
     for i in range(0, len(part), CHUNK):
         for batch in learn.dls.test_dl(part.iloc[i:i + CHUNK], bs=32):
-            new = row(*view_scores(model, batch[0], tta))
+            new = rows_of(model, batch[0])
             rows[n:n + len(new)] = new
             n += len(new)
             if bar: bar.to(min(n * world_size(), len(frame)))
@@ -84,7 +95,7 @@ def stage_scores(run: Run, stage: str, table: str, fold: int, bars: Bars) -> pd.
     old = read_record(note)
     up_to_date = old and old['key'] == key and csv.is_file() and file_hash(csv) == old['sha256']
     if not up_to_date:
-        scores, distances = run_on_all_ranks(score_table, bars, run, stage, table, fold)
+        scores, distances = run_on_all_ranks(score_images, bars, run, stage, fold, run.frames[table], table)
         ids = run.frames[table].id_code
         write_csv(csv, pd.DataFrame(dict(id_code=ids, score=scores.mean(1), score_sd=scores.std(1),
                                          feature_distance=distances)))
@@ -92,13 +103,23 @@ def stage_scores(run: Run, stage: str, table: str, fold: int, bars: Bars) -> pd.
     return pd.read_csv(csv, dtype=dict(id_code=str))
 
 
-def score_table(bars: Bars, run: Run, stage: str, table: str, fold: int) -> tuple[np.ndarray, np.ndarray]:
-    "Return the scores (n, views) and feature distances (n,) of a table by a finished fold; every process calls this"
+def score_images(bars: Bars, run: Run, stage: str, fold: int, frame: pd.DataFrame,
+                 what: str) -> tuple[np.ndarray, np.ndarray]:
+    "Return the scores (n, views) and feature distances (n,) of images by a finished fold; every process calls this"
     distance = FeatureDistance.from_bytes(run.verified_file(stage, fold, FEATURES).read_bytes())
-    learn, frame = read_exported(run, stage, fold), run.frames[table]
+    learn = read_exported(run, stage, fold)
     if torch.cuda.is_available(): learn.dls.cuda()
-    with bars(f'{stage} fold {fold}  scoring {table}', len(frame), 'images') as bar:
+    with bars(f'{stage} fold {fold}  scoring {what}', len(frame), 'images') as bar:
         return predict_views(learn, frame, run.recipe.stages[stage].tta, bar, distance)
+
+
+def validation_scores(run: Run, name: str, fold: int, bars: Bars) -> pd.DataFrame:
+    "Return preds.csv of a finished fold, as its training wrote it, by its exported network and the stage's views"
+    stage = run.recipe.stages[name]
+    frames = [run.frames[table] for table in stage.validated_tables]
+    valid = pd.concat([frame[frame.fold == fold] for frame in frames], ignore_index=True)
+    scores, distances = run_on_all_ranks(score_images, bars, run, name, fold, valid, 'validation images')
+    return valid.assign(score=scores.mean(1), fold=fold, feature_distance=distances)[PREDS_COLUMNS]
 
 
 def fold_scores(run: Run, node: str, table: str, fold: int, bars: Bars) -> pd.DataFrame:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ import pandas as pd
 import timm
 import torch
 from fastai.callback.schedule import minimum, steep, valley
-from fastai.vision.all import Callback, Learner, default_device, set_seed, to_device
+from fastai.callback.training import GradientClip
+from fastai.vision.all import Callback, Learner, default_device, set_seed
 from safetensors.torch import save
 
 import aptos_fastai
@@ -22,23 +24,29 @@ from aptos_fastai.common.console import Bars, say
 from aptos_fastai.common.distributed import is_peer_lost, rank, run_on_all_ranks, world_size
 from aptos_fastai.common.io import AptosError, atomic_write, digest, file_hash, write_bytes, write_csv, write_record
 from aptos_fastai.inference.gate import FeatureDistance, gate_rules
+from aptos_fastai.pipeline.features import FrozenFeatures, frozen_features, probe
 from aptos_fastai.pipeline.pseudo_labels import read_labels
-from aptos_fastai.pipeline.scores import predict_features, predict_views, read_exported
+from aptos_fastai.pipeline.scores import PREDS_COLUMNS, predict_features, predict_views, read_exported
 from aptos_fastai.recipe import Stage
 from aptos_fastai.run_folder import EXPORT, FEATURES, FINISHED, FOLD_FILES, HISTORY, PREDS, WEIGHTS, Run
 from aptos_fastai.training.callbacks import (
     AccumulateGradients,
     EMACallback,
+    FrozenBody,
     History,
     LossScaling,
     Reproducible,
     ShowProgress,
     TrainingDiverged,
+    cpu_state_dict,
 )
 from aptos_fastai.training.checkpoint import BEST_WEIGHTS, Checkpoint, clear_checkpoint, finished_epochs
 from aptos_fastai.training.loaders import get_dls
 from aptos_fastai.training.model import body_stats, get_learner
+from aptos_fastai.training.optimizer import layer_rates, load_optimizer_state
 from aptos_fastai.training.precision import Autocast, precision_of
+from aptos_fastai.training.probe import head_stage
+from aptos_fastai.training.weight_files import Loaded
 
 DISTANCE_IMAGES = 2000                       # training images, at most, that the feature distance is fitted to
 
@@ -90,16 +98,30 @@ def stage_learner(run: Run, name: str, fold: int = 0) -> Learner:
     labels = {(teacher, table): read_labels(run, teacher, table, stage.labels)
               for teacher, table in stage.sources if teacher}
     frame = training_frame(run, stage, fold, labels)
-    dls = get_dls(frame, stage, run.prep, run.recipe.augment, body_stats(stage.arch), seed=seed,
-                  path=run.fold_dir(name, fold))
+    stats = body_stats(stage.arch, stage.mean, stage.std)
+    dls = get_dls(frame, stage, run.prep_of(stage), run.recipe.augment, stats, seed=seed, path=run.fold_dir(name, fold))
     weights = read_exported(run, stage.init, fold).model.state_dict() if stage.init else None
-    return get_learner(stage, dls, weights)
+    learn = get_learner(stage, dls, weights)
+    say_loaded(stage, fold, learn)
+    return learn
+
+
+def say_loaded(stage: Stage, fold: int, learn: Learner) -> None:
+    "Print what was loaded from the file that `weights` names, and what its images are normalised by"
+    loaded = learn.model[0].loaded
+    if not loaded or rank() > 0: return
+    mean, std = (' '.join(f'{o:g}' for o in stat) for stat in body_stats(stage.arch, stage.mean, stage.std))
+    whose = '' if stage.mean and stage.std else f', those of timm for {stage.arch}; keys: mean, std'
+    say(f'  {stage.name} fold {fold}: {Loaded(**loaded).text}. Images are normalised by mean {mean}, std {std}{whose}')
 
 
 def train_fold(run: Run, name: str, fold: int, bars: Bars) -> None:
     "Train one fold of a stage, or resume its training, and write its folder; `stage.json` is written last"
     (run.fold_dir(name, fold) / FINISHED).unlink(missing_ok=True)
-    run_on_all_ranks(fit_and_write, bars, run, name, fold, precision_of(run.recipe.stages[name], run.root))
+    stage = run.recipe.stages[name]
+    probes_in = 'f32' if stage.precision == 'auto' else stage.precision      # as predictions are made
+    precision = precision_of(stage, run.root) if stage.epochs else probes_in
+    run_on_all_ranks(fit_and_write, bars, run, name, fold, precision)
 
 
 def fit_and_write(bars: Bars, run: Run, name: str, fold: int, precision: str) -> None:
@@ -108,21 +130,24 @@ def fit_and_write(bars: Bars, run: Run, name: str, fold: int, precision: str) ->
     title = name if stage.folds == 1 else f'{name} fold {fold}'
     hist = History(stage.keep)
     with actionable_errors(stage, fold, out, title, hist):
-        learn, checkpoint = fit_fold(run, name, fold, precision, bars, title, hist)
+        learn, checkpoint, frozen = fit_fold(run, name, fold, precision, bars, title, hist)
     fit_end = time.monotonic()
     warn_rising_loss(title, hist)
     learn.model.load_state_dict(hist.weights)
-    distance = fit_distance(learn, run.recipe.seed, bars, title)
+    distance = fit_distance(learn, run.recipe.seed, bars, title, frozen)
     valid = learn.dls.valid.items.copy()
-    with bars(f'{title}  validating', len(valid), 'images') as bar:
-        scores, distances = predict_views(learn, valid, stage.tta, bar, distance)
+    if frozen: scores, distances = frozen.scores(learn, valid, distance)
+    else:
+        with bars(f'{title}  validating', len(valid), 'images') as bar:
+            scores, distances = predict_views(learn, valid, stage.tta, bar, distance)
     if rank() > 0: return
     write_fold(learn, out, valid.assign(score=scores.mean(1), fold=fold, feature_distance=distances), hist)
     distance.write(out / FEATURES)
-    seconds = sum(r['seconds'] for r in hist.rows) + time.monotonic() - fit_end
+    seconds = sum(r['seconds'] for r in hist.rows) + time.monotonic() - fit_end + (frozen.seconds if frozen else 0)
     images = dict(train=len(learn.dls.train_ds), valid=len(valid))
     write_record(out / FINISHED, dict(
-        fold_settings(run, name, fold), images=images,
+        fold_settings(run, name, fold), **initial_weights(run, stage, fold, learn), pooling=learn.model[1].pooling,
+        images=images,
         kept_epoch=hist.kept_row['epoch'], kept_kappa=hist.kept_row['kappa'],
         gate=dict(asdict(run.recipe.gate), rules=stage_rules(run, stage)), resumed_after_epochs=checkpoint.resumed,
         precision=precision, processes=world_size(), seconds=round(seconds, 1),
@@ -132,13 +157,28 @@ def fit_and_write(bars: Bars, run: Run, name: str, fold: int, precision: str) ->
     clear_checkpoint(out)
 
 
-def fit_distance(learn: Learner, seed: int, bars: Bars, title: str) -> FeatureDistance:
-    "Fit the feature distance to graded training images of a fold, without augmentation; every process calls this"
+def initial_weights(run: Run, stage: Stage, fold: int, learn: Learner) -> dict:
+    """Return what a fold's record says of the weights that its training started from.
+
+    `loaded` is what was loaded from a file by `weights`, of the stage `init` if there is one, else null. `mean` and
+    `std` are those that images are normalised by.
+    """
+    mean, std = body_stats(stage.arch, stage.mean, stage.std)
+    loaded = run.finished_record(stage.init, fold).get('loaded') if stage.init else learn.model[0].loaded
+    return dict(loaded=loaded, mean=list(mean), std=list(std))
+
+
+def fit_distance(learn: Learner, seed: int, bars: Bars, title: str, frozen: FrozenFeatures | None) -> FeatureDistance:
+    """Fit the feature distance to graded training images of a fold, without augmentation; every process calls this.
+
+    `frozen` are the features of a linear probe.
+    """
     images = learn.dls.train.items
     images = images[~images.source.str.contains(':')]        # not the pseudo-labelled ones: no one has looked at them
     if len(images) > DISTANCE_IMAGES:
         chosen = np.random.default_rng(seed).choice(len(images), DISTANCE_IMAGES, replace=False)
         images = images.iloc[np.sort(chosen)]
+    if frozen: return FeatureDistance.fit(frozen.of(images)[:, 0])
     with bars(f'{title}  features of training images', len(images), 'images') as bar:
         return FeatureDistance.fit(predict_features(learn, images, bar))
 
@@ -150,20 +190,27 @@ def stage_rules(run: Run, stage: Stage) -> dict:
 
 def fold_settings(run: Run, name: str, fold: int) -> dict:
     "Return what a fold's record says of its origin: recipe, seed, parents"
-    recipe = run.recipe
+    recipe, inputs = run.recipe, run.inputs(name, fold)
     return dict(stage=name, fold=fold, fingerprint=run.fingerprint(name, fold), synthetic=bool(recipe.demo),
-                settings=asdict(recipe.stages[name]), augment=asdict(recipe.augment), prep=asdict(run.prep),
-                seed=recipe.seed, parents=run.parent_weight_hashes(name, fold))
+                settings=asdict(recipe.stages[name]), augment=inputs['augment'], prep=inputs['prep'],
+                seed=recipe.seed, parents=run.parent_weight_hashes(name, fold),
+                inputs=dict(init=inputs['init'], train=inputs['train']))
 
 
 def fit_fold(run: Run, name: str, fold: int, precision: str, bars: Bars, title: str,
-             hist: History) -> tuple[Learner, Checkpoint]:
-    "Train one fold from its checkpoint or its start to its last epoch; return the Learner and the Checkpoint"
+             hist: History) -> tuple[Learner, Checkpoint, FrozenFeatures | None]:
+    """Train one fold from its checkpoint or its start to its last epoch.
+
+    Return the Learner, the Checkpoint and, of a linear probe, the features of its images.
+    """
     stage, out = run.recipe.stages[name], run.fold_dir(name, fold)
-    learn = stage_learner(run, name, fold)
-    if stage.compile == 'yes': learn.model[0].model.compile()
+    whole = learn = stage_learner(run, name, fold)
+    frozen = None if stage.epochs else frozen_features(run, stage, whole, precision, bars)
+    if frozen: learn, stage, precision = probe(stage, whole, frozen), head_stage(stage), 'f32'
+    elif stage.compile == 'yes': learn.model[0].model.compile()
     ema = EMACallback(stage.ema) if stage.ema else None
-    key = digest([run.fingerprint(name, fold), run.parent_weight_hashes(name, fold)])
+    key = digest([run.fingerprint(name, fold), sorted(run.parent_weight_hashes(name, fold).values()),
+                  run.file_hashes.get(stage.weights_file), precision])
     checkpoint = Checkpoint(out, key, hist, ema)
     opt = checkpoint.load(learn)
     done, epochs = checkpoint.saved_epochs, stage.freeze_epochs + stage.epochs
@@ -175,7 +222,8 @@ def fit_fold(run: Run, name: str, fold: int, precision: str, bars: Bars, title: 
         if rank() == 0:
             cbs += [checkpoint, ShowProgress(title, epochs, bar, hist), *tracker_callbacks(run, name, fold)]
         fit_stage(learn, stage, cbs, done, opt)
-    return learn, checkpoint
+    if frozen: hist.weights = cpu_state_dict(whole.model) | (hist.weights or {})
+    return whole, checkpoint, frozen
 
 
 def fit_stage(learn: Learner, stage: Stage, cbs: list[Callback], done: int = 0, opt: dict | None = None) -> None:
@@ -183,22 +231,24 @@ def fit_stage(learn: Learner, stage: Stage, cbs: list[Callback], done: int = 0, 
 
     The first `done` epochs of both are skipped; `opt` is the optimizer's state after them.
     """
-    fit = dict(one_cycle=learn.fit_one_cycle, constant=learn.fit)[stage.schedule]
-    body_to_head = slice(stage.lr / stage.lr_div, stage.lr) if stage.lr_div > 1 else stage.lr
-    phases = [(learn.freeze, stage.freeze_epochs, stage.lr), (learn.unfreeze, stage.epochs, body_to_head)]
+    fit = dict(one_cycle=partial(learn.fit_one_cycle, pct_start=stage.warmup), constant=learn.fit)[stage.schedule]
+    rates = layer_rates(stage, learn.splitter(learn.model))
+    phases = [(learn.freeze, stage.freeze_epochs, stage.lr), (learn.unfreeze, stage.epochs, rates)]
+    learn.model.to(learn.dls.device)         # before the optimizer's state, which goes where its parameters are
     with learn.no_bar(), learn.no_logging():
         for freeze, epochs, lr in phases:
             skipped = min(done, epochs)
             done -= skipped
             if skipped == epochs: continue
             freeze()
-            if skipped and opt: learn.opt.load_state_dict(dict(opt, state=to_device(opt['state'], learn.dls.device)))
+            if skipped and opt: load_optimizer_state(learn.opt, opt, learn.dls.device)
             fit(epochs, lr, cbs=cbs, start_epoch=skipped)
 
 
 def optional_callbacks(stage: Stage, precision: str) -> list[Callback]:
     "Return the callbacks that the precision, the stage's keys and the number of processes require"
-    cbs: list[Callback] = []
+    cbs: list[Callback] = [FrozenBody()]
+    if stage.clip: cbs.append(GradientClip(stage.clip))
     if precision != 'f32': cbs.append(Autocast(precision))
     if precision == 'fp16': cbs.append(LossScaling())
     if stage.accumulate > 1: cbs.append(AccumulateGradients(stage.bs // world_size() * stage.accumulate))
@@ -281,7 +331,7 @@ def write_fold(learn: Learner, out: Path, preds: pd.DataFrame, hist: History) ->
     learn.dls.path = learn.path = out
     with atomic_write(out / EXPORT) as tmp: learn.export(tmp.name)
     write_weights(out / WEIGHTS, learn.model.state_dict())
-    write_csv(out / PREDS, preds[['id_code', 'source', 'diagnosis', 'fold', 'score', 'feature_distance']])
+    write_csv(out / PREDS, preds[PREDS_COLUMNS])
     write_csv(out / HISTORY, pd.DataFrame(hist.rows))
 
 

@@ -1,12 +1,13 @@
 "Write report.html of a finished run: its conclusion, its results, its errors, and the settings behind them."
 from collections.abc import Callable
+from dataclasses import replace
 
 import pandas as pd
 
 from aptos_fastai.common.console import Bars, say
 from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.privacy import LEAVE_OUT, patient_data
-from aptos_fastai.data.store import read_square
+from aptos_fastai.data.store import read_square, stored_column
 from aptos_fastai.decisions import decision_of_record
 from aptos_fastai.inference.deidentify import without_ids
 from aptos_fastai.inference.explain import heatmap, overlay_heatmap
@@ -163,15 +164,15 @@ def gallery(run: Run, df: pd.DataFrame, caption: Callable) -> list[dict]:
 
     The networks of the row's fold explain the image; `caption` makes text of a row.
     """
-    stored = {name: frame.set_index('id_code').stored for name, frame in run.frames.items()}
+    stored = {name: frame.set_index('id_code') for name, frame in run.frames.items()}
     members = run.recipe.members(run.recipe.submit.final)
     graders = {k: Grader(fold_model(run.root, members, k), run.root) for k in df.fold.unique()}
     out = []
     for row in df.itertuples():
-        grader, path = graders[row.fold], stored[row.source][row.id_code]
-        sizes = {m.size for m in grader.model.members}
-        squares = {size: read_square(path, run.prep, size)[None] for size in sizes}
-        square = read_square(path, run.prep, THUMBNAIL)
+        grader, paths = graders[row.fold], stored[row.source].loc[row.id_code]
+        squares = {size: read_square(paths[stored_column(side)], replace(run.prep, size=side), size)[None]
+                   for size, side in grader.model.prepared.items()}
+        square = read_square(paths.stored, run.prep, THUMBNAIL)
         box = (0, THUMBNAIL, 0, THUMBNAIL)
         overlay = overlay_heatmap(square, heatmap(grader, squares)[0], box, row.score)
         out.append(dict(image=embed_image(square, row.id_code),

@@ -3,9 +3,12 @@ import math
 import random
 import time
 
+import torch
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
-from fastai.vision.all import Callback, Tensor, get_model, nn, set_seed, tensor
+from fastai.learner import AvgLoss, AvgSmoothLoss
+from fastai.torch_core import find_bs, to_detach
+from fastai.vision.all import Callback, Learner, Tensor, get_model, nn, set_seed, tensor
 from timm.utils import ModelEmaV3
 
 from aptos_fastai.common.console import console, format_duration, say
@@ -46,12 +49,31 @@ def cpu_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {k: v.detach().cpu().clone() for k, v in get_model(model).state_dict().items()}
 
 
+class DeviceAvgLoss(AvgLoss):
+    "fastai's mean loss, with its sum on the device: the CPU does not wait for the GPU in every batch"
+    def accumulate(self, learn: Learner):
+        "Add the loss of a batch"
+        n = find_bs(learn.yb)
+        self.total += learn.to_detach(learn.loss.mean(), cpu=False) * n
+        self.count += n
+
+
+class DeviceSmoothLoss(AvgSmoothLoss):
+    "fastai's smoothed loss, kept on the device"
+    def accumulate(self, learn: Learner):
+        "Add the loss of a batch"
+        loss = to_detach(learn.loss.mean(), cpu=False)
+        self.count += 1
+        self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
+
+
 class History(Callback):
     """Record losses, kappa, learning rate and seconds of every epoch, and keep the weights of the best one.
 
     `keep` chooses the best epoch: highest kappa (ties: lower validation loss), lowest validation loss, or the last.
     `rows` holds a dict per epoch, `kept` is True in the best one; `weights` are the best epoch's.
-    Raises `TrainingDiverged` when a loss is NaN or infinite.
+    Raises `TrainingDiverged` when a loss is NaN or infinite. During a fit the Recorder's losses stay on the device and
+    are read every `CHECK_EVERY` batches.
     """
     order = 60                                # after fastai's Recorder
     def __init__(self, keep: str):
@@ -60,6 +82,21 @@ class History(Callback):
         self.best: tuple = (-math.inf,)
         self.weights: dict | None = None
         self.smooth: tuple[int, float] | None = None      # count and value of the smoothed loss, from a checkpoint
+
+    def before_fit(self):
+        self.set_losses(DeviceAvgLoss(), DeviceSmoothLoss(self.recorder.smooth_loss.beta))
+
+    def after_fit(self):
+        "Give the Recorder fastai's own metrics and its losses on the CPU, for its plots and the exported Learner"
+        smooth, losses = self.recorder.smooth_loss, self.recorder.losses
+        on_cpu = AvgSmoothLoss(smooth.beta)
+        on_cpu.count, on_cpu.val = smooth.count, smooth.val.cpu()
+        self.set_losses(AvgLoss(), on_cpu)
+        if losses: self.recorder.losses = list(torch.stack(losses).cpu())
+
+    def set_losses(self, loss: AvgLoss, smooth_loss: AvgSmoothLoss):
+        "Replace the Recorder's losses; a plain assignment warns that the Learner has attributes of these names"
+        self.recorder.__dict__.update(loss=loss, smooth_loss=smooth_loss)
 
     def before_epoch(self):
         self.epoch_start = time.monotonic()
@@ -144,6 +181,16 @@ class EMACallback(Callback):
         return dict(raw=self.raw, steps=self.steps)
 
     def load_state_dict(self, state: dict, model: nn.Module): self.raw, self.steps = state['raw'], state['steps']
+
+
+class FrozenBody(Callback):
+    """Keep the body as it is while it is frozen: no statistics of batch normalisation, no dropout, no drop path.
+
+    fastai's own freezing lets batch normalisation train.
+    """
+    def before_train(self):
+        body = get_model(self.model)[0]
+        if not any(p.requires_grad for p in body.parameters()): body.eval()
 
 
 class LossScaling(MixedPrecision):

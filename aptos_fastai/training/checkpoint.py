@@ -6,11 +6,11 @@ import torch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.torch_core import get_model
-from fastcore.foundation import L
 
 from aptos_fastai.common.console import say
 from aptos_fastai.common.io import AptosError, file_hash, read_record, verify_file, write_bytes, write_record
 from aptos_fastai.training.callbacks import EMACallback, History
+from aptos_fastai.training.optimizer import optimizer_state
 
 BEST_WEIGHTS = 'best.safetensors'            # the best epoch of a training that diverged
 CHECKPOINT_RECORD = 'checkpoint.json'        # names the current checkpoint file and its hash; written after it
@@ -33,7 +33,7 @@ class Checkpoint(Callback):
     def after_epoch(self):
         epochs = len(self.hist.rows)
         if epochs == self.saved_epochs: return           # an epoch that `start_epoch` skips
-        state = dict(model=get_model(self.model).state_dict(), opt=_plain_opt_state(self.opt.state_dict()),
+        state = dict(model=get_model(self.model).state_dict(), opt=optimizer_state(self.opt),
                      callbacks=[cb.state_dict() for cb in self.stateful])
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -58,13 +58,7 @@ class Checkpoint(Callback):
         learn.model.load_state_dict(saved['model'])
         for cb, state in zip(self.stateful, saved['callbacks'], strict=True): cb.load_state_dict(state, learn.model)
         self.saved_epochs, self.resumed = record['epochs'], [*record['resumed'], record['epochs']]
-        return dict(state=saved['opt']['state'], hypers=L(saved['opt']['hypers']))
-
-
-def _plain_opt_state(opt: dict) -> dict:
-    "Convert fastai's optimizer state to plain types, which `torch.load(weights_only=True)` accepts"
-    hypers = [{k: float(v) for k, v in group.items()} for group in opt['hypers']]
-    return dict(state=[dict(s) for s in opt['state']], hypers=hypers)
+        return saved['opt']
 
 
 def finished_epochs(folder: Path) -> int:

@@ -26,6 +26,7 @@ from fastai.vision.all import (
     ToTensor,
     Transform,
     TransformBlock,
+    default_device,
     dispatch,
     get_grid,
 )
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from aptos_fastai.common.distributed import cores, rank, world_size
 from aptos_fastai.data.retina import Prep
-from aptos_fastai.data.store import read_square
+from aptos_fastai.data.store import read_square, stored_column
 from aptos_fastai.recipe import Augment, Stage
 
 
@@ -47,6 +48,16 @@ class ReadRetina(Transform):
         return im
 
 
+class StoredReader:
+    "Return the path of the square of side `prep.size` from a row of a table: column `stored_SIZE`, or else `stored`"
+    def __init__(self, prep: Prep): self.column = stored_column(prep.size)
+
+    def __call__(self, row):
+        names = getattr(row, '_fields', None) or row.index
+        name = self.column if self.column in names else 'stored'
+        return getattr(row, name)
+
+
 def image_id(path: Path, prep: Prep) -> str:
     "Return the id of a prepared image (<id>.<hash><suffix>) or of an original (<id>.<extension>)"
     return path.name.removesuffix(prep.suffix).rpartition('.')[0] or path.name
@@ -54,50 +65,61 @@ def image_id(path: Path, prep: Prep) -> str:
 
 @dataclass(frozen=True)
 class AugmentParams:
-    "The random augmentation of one training image, as `FundusAugment` and `BatchAugment` apply it"
-    warp: np.ndarray                          # 2 x 3 affine matrix, source pixels to target pixels
-    colour: np.ndarray                        # 3 x 3 matrix on RGB
-    offset: float                               # times the image's mean grey: what is added to each channel
-    sigma: float                              # of a 3 x 3 Gaussian blur, pixels; 0: no blur
+    "The random augmentation of a training image, or of several along the arrays' first axis"
+    warp: np.ndarray                          # (2, 3) affine matrix, source pixels to target pixels
+    colour: np.ndarray                        # (3, 3) matrix on RGB
+    offset: np.ndarray                        # times the image's mean grey: what is added to each channel
+    sigma: np.ndarray                         # of a 3 x 3 Gaussian blur, pixels; 0: no blur
 
 
-def draw_params(aug: Augment, rng: np.random.Generator, side: int) -> AugmentParams:
-    "Draw the augmentation of an image of `side` x `side` pixels from `rng`"
-    warp = draw_warp(aug, rng, side)
-    colour, offset = draw_colour(aug, rng)
-    sigma = rng.uniform(*aug.blur_sigma) if rng.random() < aug.blur else 0.
+def draw_params(aug: Augment, rng: np.random.Generator, side: int, shape: tuple[int, ...] = ()) -> AugmentParams:
+    "Draw the augmentation of an image of `side` x `side` pixels from `rng`, or of (n,) images, all at once"
+    warp = draw_warp(aug, rng, side, shape)
+    colour, offset = draw_colour(aug, rng, shape)
+    blurred = rng.random(shape) < aug.blur
+    sigma = np.where(blurred, rng.uniform(*aug.blur_sigma, size=shape), 0.)
     return AugmentParams(warp, colour, offset, sigma)
 
 
-def draw_warp(aug: Augment, rng: np.random.Generator, side: int) -> np.ndarray:
-    "Draw flips, shear, rotation, scale and shift: a 2 x 3 affine matrix about the centre of a square of `side` pixels"
-    angle = np.deg2rad(rng.uniform(-aug.rotate, aug.rotate))
-    shear = np.deg2rad(rng.uniform(-aug.shear, aug.shear))
-    scale = rng.uniform(*aug.scale)
-    flips = np.where(rng.random(2) < (aug.hflip, aug.vflip), -1., 1.)
-    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    linear = scale * rotation @ np.array([[1, np.tan(shear)], [0, 1]]) @ np.diag(flips)
-    centre = np.full(2, (side - 1) / 2)
-    shift = rng.uniform(-aug.shift, aug.shift, 2) * side
-    return np.c_[linear, centre - linear @ centre + shift]
+def draw_warp(aug: Augment, rng: np.random.Generator, side: int, shape: tuple[int, ...] = ()) -> np.ndarray:
+    """Draw flips, shear, rotation, scale and shift about the centre of a square of `side` pixels.
+
+    Returns an affine matrix (2, 3), or one for each of `shape` = (n,) images: (n, 2, 3).
+    """
+    angle = np.deg2rad(rng.uniform(-aug.rotate, aug.rotate, shape))
+    shear = np.deg2rad(rng.uniform(-aug.shear, aug.shear, shape))
+    scale = rng.uniform(*aug.scale, size=shape)
+    flips = np.where(rng.random((*shape, 2)) < (aug.hflip, aug.vflip), -1., 1.)
+    cos, sin, tan = scale * np.cos(angle), scale * np.sin(angle), np.tan(shear)
+    linear = np.stack([cos, cos * tan - sin, sin, sin * tan + cos], -1).reshape(*shape, 2, 2) * flips[..., None, :]
+    centre = (side - 1) / 2
+    shift = rng.uniform(-aug.shift, aug.shift, (*shape, 2)) * side + centre - linear.sum(-1) * centre
+    return np.concatenate([linear, shift[..., None]], -1)
 
 
 _grey = np.array([.299, .587, .114])
 _yiq = np.array([[.299, .587, .114], [.596, -.274, -.322], [.211, -.523, .312]])
+_rgb = np.linalg.inv(_yiq)
+# Turning hue by an angle: the sum of these matrices on RGB times 1, the angle's cosine and its sine; then what the sum
+# makes of the grey of a pixel
+_hue = np.stack([_rgb[:, :1] @ _yiq[:1], _rgb[:, 1:] @ _yiq[1:], _rgb[:, 1:] @ [[0, -1], [1, 0]] @ _yiq[1:]])
+_hue_and_grey = np.concatenate([_hue, _grey @ _hue[:, None]], 1).reshape(3, 12)
 
 
-def draw_colour(aug: Augment, rng: np.random.Generator) -> tuple[np.ndarray, float]:
+def draw_colour(aug: Augment, rng: np.random.Generator, shape: tuple[int, ...] = ()) -> tuple[np.ndarray, np.ndarray]:
     """Draw hue, saturation, contrast and brightness: a 3 x 3 matrix on RGB, and the fraction of the mean grey to add.
 
-    Hue turns the colour about the grey axis (in YIQ); contrast scales about the image's mean grey.
+    Hue turns the colour about the grey axis (in YIQ); contrast scales about the image's mean grey. With `shape` = (n,)
+    there is a matrix and a fraction for each of n images.
     """
-    brightness, contrast, saturation = (1 + rng.uniform(-o, o) for o in (aug.brightness, aug.contrast, aug.saturation))
-    angle = 2 * np.pi * rng.uniform(-aug.hue, aug.hue)
-    hue = np.eye(3)
-    hue[1:, 1:] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
-    towards_grey = saturation * np.eye(3) + (1 - saturation) * _grey
-    matrix = brightness * contrast * towards_grey @ np.linalg.inv(_yiq) @ hue @ _yiq
-    return matrix, brightness * (1 - contrast)
+    brightness, contrast, saturation = (
+        1 + rng.uniform(-o, o, shape) for o in (aug.brightness, aug.contrast, aug.saturation))
+    angle = 2 * np.pi * rng.uniform(-aug.hue, aug.hue, shape)
+    turn = np.stack([np.ones(shape), np.cos(angle), np.sin(angle)], -1)
+    hue = (turn @ _hue_and_grey).reshape(*shape, 4, 3)
+    saturation = saturation[..., None, None]
+    saturated = saturation * hue[..., :3, :] + (1 - saturation) * hue[..., 3:, :]
+    return (brightness * contrast)[..., None, None] * saturated, brightness * (1 - contrast)
 
 
 def _draw_seed(seed: int, epoch: int | None, *which: int) -> list[int] | int:
@@ -128,13 +150,14 @@ class FundusAugment(RandTransform):
         a = cv2.warpAffine(a, params.warp, (width, height), flags=cv2.INTER_LINEAR)      # fills with black
         mean_grey = cv2.mean(a)[:3] @ _grey
         a = cv2.transform(a, np.c_[params.colour, np.full(3, params.offset * mean_grey)])
-        return cv2.GaussianBlur(a, (3, 3), params.sigma) if params.sigma else a
+        return cv2.GaussianBlur(a, (3, 3), float(params.sigma)) if params.sigma else a
 
 
 class BatchAugment(RandTransform):
     """Augment a batch on its device as `FundusAugment` does image by image: (n, 3, side, side) in 0-1, unnormalised.
 
-    The draws depend on (`seed`, `epoch`, batch). It computes in float, where `FundusAugment` rounds to bytes.
+    The draws depend on (`seed`, `epoch`, batch), and reach the device in one copy. It computes in float, where
+    `FundusAugment` rounds to bytes.
     """
     order, split_idx = 11, 0                  # after IntToFloatTensor, before Normalize; training images only
     def __init__(self, aug: Augment, seed: int = 0):
@@ -145,22 +168,32 @@ class BatchAugment(RandTransform):
         which = [self.batch, rank()] if rank() > 0 else [self.batch]
         rng = np.random.default_rng(_draw_seed(self.seed, self.epoch, *which))
         self.batch += 1
-        side = x.shape[-1]
-        params = [draw_params(self.aug, rng, side) for _ in x]
+        params = draw_params(self.aug, rng, x.shape[-1], (len(x),))
+        drawn = torch.from_numpy(_packed(params, x.shape[-1])).to(x.device, non_blocking=True)
+        theta, colour, offset, neighbour, grey = drawn.split([6, 9, 1, 1, 3], 1)
+        a = _warp(x.as_subclass(Tensor), theta.view(-1, 2, 3))
+        mean_grey = (a.mean((2, 3)) * grey).sum(1, keepdim=True)
+        a = torch.einsum('nij,njhw->nihw', colour.view(-1, 3, 3), a) + (offset * mean_grey)[..., None, None]
+        return TensorImage(_blur3(a.clamp(0, 1), neighbour[:, 0]))
 
-        def on_device(o): return torch.tensor(np.array(o), dtype=torch.float32).to(x.device, non_blocking=True)
-        a = _warp(x.as_subclass(Tensor), on_device([_affine_theta(p.warp, side) for p in params]))
-        mean_grey = torch.einsum('nchw,c->n', a, on_device(_grey)) / a[0, 0].numel()
-        offset = on_device([p.offset for p in params]) * mean_grey
-        a = torch.einsum('nij,njhw->nihw', on_device([p.colour for p in params]), a) + offset[:, None, None, None]
-        neighbour = [np.exp(-.5 / p.sigma ** 2) if p.sigma else 0. for p in params]
-        return TensorImage(_blur3(a.clamp(0, 1), on_device(neighbour)))
+
+def _packed(params: AugmentParams, side: int) -> np.ndarray:
+    "Return a row for each of n images: theta (6), colour (9), offset, a neighbour's weight in the blur, grey (3)"
+    with np.errstate(divide='ignore'): neighbour = np.exp(-.5 / params.sigma ** 2)      # 0 for a sigma of 0
+    n = len(neighbour)
+    theta, colour = _affine_theta(params.warp, side).reshape(n, 6), params.colour.reshape(n, 9)
+    return np.concatenate([theta, colour, params.offset[:, None], neighbour[:, None], np.tile(_grey, (n, 1))], 1,
+                          dtype=np.float32)
 
 
 def _affine_theta(warp: np.ndarray, side: int) -> np.ndarray:
-    "Convert `warp` (pixels, source to target) to `affine_grid`'s theta: target to source, image edges at -1 and 1"
+    """Convert `warp` (..., 2, 3), pixels, source to target, to `affine_grid`'s theta: target to source.
+
+    Image edges are at -1 and 1 there.
+    """
     to_unit = np.array([[2 / side, 0, 1 / side - 1], [0, 2 / side, 1 / side - 1], [0, 0, 1]])
-    return (to_unit @ np.linalg.inv(np.r_[warp, [[0, 0, 1]]]) @ np.linalg.inv(to_unit))[:2]
+    last_row = np.broadcast_to([0., 0., 1.], (*warp.shape[:-2], 1, 3))
+    return (to_unit @ np.linalg.inv(np.concatenate([warp, last_row], -2)) @ np.linalg.inv(to_unit))[..., :2, :]
 
 
 def _warp(x: Tensor, theta: Tensor) -> Tensor:
@@ -177,6 +210,27 @@ def _blur3(x: Tensor, neighbour: Tensor) -> Tensor:
     p = F.pad(x, (1, 1, 1, 1), 'reflect')
     p = middle_weight * p[..., 1:-1] + neighbour_weight * (p[..., :-2] + p[..., 2:])
     return middle_weight * p[..., 1:-1, :] + neighbour_weight * (p[..., :-2, :] + p[..., 2:, :])
+
+
+class ToDevice(Transform):
+    """Copy a batch from pinned memory to the GPU without waiting for the GPU.
+
+    The copy of fastai's DataLoader waits for every kernel in the queue, so that no step is launched ahead. A batch that
+    is on a GPU already stays there: in distributed training fastai's own copy knows which one.
+    """
+    order = -1                                # first of the batch's transforms
+    def __init__(self, device: torch.device): self.device = device
+
+    def encodes(self, x: Tensor): return x if x.is_cuda else x.to(self.device, non_blocking=True)
+
+    def to(self, device):
+        "Copy to another device from now on; fastai calls it when a DataLoader moves"
+        self.device = device
+
+
+def leave_copy_to_transform(dls: DataLoaders) -> None:
+    "Let `ToDevice` copy the batches of `dls` instead of their own blocking copy; `dls.device` stays what it is"
+    for dl in dls.loaders: dl._device = None
 
 
 def loader_workers(stage: Stage) -> int:
@@ -202,6 +256,7 @@ def get_dls(frame: pd.DataFrame, stage: Stage, prep: Prep, aug: Augment, stats: 
             path='.') -> DataLoaders:
     """Return DataLoaders of `frame` (columns stored, diagnosis, valid and, with `source_weights`, weight).
 
+    A column `stored_SIZE` for the size of `prep` is read in the place of `stored`.
     `stats` are the mean and std to normalise with: those of the body's pretraining. Training images are augmented
     one by one by the workers, or in batches on the device: [augment] mode.
     """
@@ -210,15 +265,18 @@ def get_dls(frame: pd.DataFrame, stage: Stage, prep: Prep, aug: Augment, stats: 
     on_batch = dict(auto=cuda, image=False, batch=True)[aug.mode]
     item_augment = [] if on_batch else [FundusAugment(aug, seed)]
     batch_augment = [BatchAugment(aug, seed)] if on_batch else []
+    copies = [ToDevice(default_device())] if cuda else []
     block = DataBlock(
         blocks=(TransformBlock(type_tfms=ReadRetina(prep, stage.size)), RegressionBlock()),
-        get_x=ColReader('stored'), get_y=ColReader('diagnosis'), splitter=ColSplitter('valid'),
+        get_x=StoredReader(prep), get_y=ColReader('diagnosis'), splitter=ColSplitter('valid'),
         item_tfms=[*item_augment, ToTensor()],
-        batch_tfms=[IntToFloatTensor(), *batch_augment, Normalize.from_stats(*stats, cuda=cuda)])
+        batch_tfms=[*copies, IntToFloatTensor(), *batch_augment, Normalize.from_stats(*stats, cuda=cuda)])
     dataloaders = block.dataloaders
     if stage.source_weights: dataloaders = partial(block.weighted_dataloaders, wgts=frame.weight.to_numpy())
     bs = stage.bs // world_size()                  # per process
-    return dataloaders(frame, bs=bs, val_bs=2 * bs, num_workers=loader_workers(stage), path=path, pin_memory=cuda)
+    dls = dataloaders(frame, bs=bs, val_bs=2 * bs, num_workers=loader_workers(stage), path=path, pin_memory=cuda)
+    if cuda: leave_copy_to_transform(dls)
+    return dls
 
 
 def set_epoch(dl, epoch: int | None):

@@ -1,82 +1,30 @@
-"The network (timm body, GeM pooling, one output) and its fastai Learner."
+"The fastai Learner of a stage, with the network, loss and metric that its keys name."
 import ctypes
+from collections.abc import Sequence
 from functools import partial
 
 import timm
 import torch
-from fastai.vision.all import (
-    AccumMetric,
-    Adam,
-    BaseLoss,
-    DataLoaders,
-    L,
-    Learner,
-    Module,
-    imagenet_stats,
-    params,
-)
+from fastai.torch_core import flatten_check, to_detach
+from fastai.vision.all import AccumMetric, DataLoaders, Learner, imagenet_stats
 from torch import nn
 
 from aptos_fastai.metrics import MIDPOINTS, ScoreKappa
 from aptos_fastai.recipe import Stage, parse_thresholds
-from aptos_fastai.training.weights import WeightsError, check_arch, load_body, load_stage_weights
+from aptos_fastai.training.networks import create_model
+from aptos_fastai.training.optimizer import check_optimizer, create_optimizer, model_layers
+from aptos_fastai.training.outputs import GradeLoss, outputs
+from aptos_fastai.training.weights import load_body, load_stage_weights
 
 
-class GeM(Module):
-    """Generalised mean pooling (Radenović et al. 2018, arXiv:1711.02512): (mean of x^p)^(1/p) with p learned.
+def body_stats(arch: str, mean: Sequence[float] = (), std: Sequence[float] = ()) -> tuple[Sequence, Sequence]:
+    """Return the mean and std of red, green and blue (0-1) that images are normalised by.
 
-    (N, C, H, W) -> (N, C, 1, 1). p=1 is the mean, large p the maximum. `p` is held to 1-6: at p=8 a dead channel has
-    NaN gradients. It is a float32 tensor, which lifts half-precision inputs to float32.
+    They are the keys `mean` and `std` of a stage; where these are empty, those of timm's weights of `arch`.
     """
-    def __init__(self, p: float = 3., eps: float = 1e-6):
-        self.p, self.eps = nn.Parameter(torch.full((1,), float(p))), eps
-
-    def forward(self, x):
-        p = self.p.clamp(1., 6.)
-        return x.clamp(min=self.eps).pow(p).mean((-2, -1), keepdim=True).pow(1 / p)
-
-
-class TimmBody(Module):
-    "A timm network without its classifier: images (N, 3, H, W) -> feature maps (N, C, h, w)"
-    def __init__(self, arch: str):
-        self.model = timm.create_model(arch, pretrained=False, num_classes=0, global_pool='')
-
-    def forward(self, x): return self.model(x)
-
-
-heads = dict(gem=GeM, avg=lambda: nn.AdaptiveAvgPool2d(1))      # to add one: a line here, its name in recipe.Stage.head
-losses = dict(smooth_l1=nn.SmoothL1Loss, mse=nn.MSELoss)        # to add one: a line here, its name in recipe.Stage.loss
-
-
-def body_stats(arch: str) -> tuple:
-    "Return mean and std of the images that timm's weights of `arch` were trained on"
     cfg = timm.get_pretrained_cfg(arch)
-    return (cfg.mean, cfg.std) if cfg else imagenet_stats
-
-
-def create_model(arch: str, head: str = 'gem', size: int = 256, dropout: float = 0.) -> nn.Module:
-    """Create Sequential(body, head) with random weights: images (N, 3, `size`, `size`) -> scores (N, 1).
-
-    `arch` is a timm network with feature maps, `head` one of `heads`. Raises `WeightsError`.
-    """
-    check_arch(arch)
-    try:
-        body = TimmBody(arch)
-        maps = body.eval()(torch.zeros(1, 3, size, size))
-    except (TypeError, ValueError, AssertionError, RuntimeError) as e:
-        raise WeightsError(f'arch = {arch}: timm cannot build it for size = {size} ({e}). Change size or arch.') from e
-    if maps.ndim != 4:
-        raise WeightsError(f'arch = {arch}: has no feature maps to pool. Set arch to a convolutional network.')
-    body.train()
-    return nn.Sequential(body, nn.Sequential(heads[head](), nn.Flatten(), nn.Dropout(dropout),
-                                             nn.Linear(body.model.num_features, 1)))
-
-
-def features_and_scores(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    "Return the pooled features (N, C) and the scores (N,) of images (N, 3, H, W), from one pass of `create_model`'s"
-    body, (pool, flatten, dropout, linear) = model[0], model[1]
-    features = flatten(pool(body(x)))
-    return features, linear(dropout(features)).flatten()
+    timms = (cfg.mean, cfg.std) if cfg else imagenet_stats
+    return tuple(mean or timms[0]), tuple(std or timms[1])
 
 
 def keep_freed_memory():
@@ -92,29 +40,51 @@ def keep_freed_memory():
     except (AttributeError, OSError, TypeError): pass      # not glibc
 
 
-def split_body_head(m: nn.Module) -> L:
-    "Return the two parameter groups of a model: body, head (fastai's `splitter`)"
-    return L(m[0], m[1]).map(params)
-
-
-def QuadraticKappa(thresholds=MIDPOINTS) -> AccumMetric:
-    """Quadratic weighted kappa of scores, graded by `thresholds`, as a fastai metric.
+class QuadraticKappa(AccumMetric):
+    """Quadratic weighted kappa of a network's scores, graded by `thresholds`, as a fastai metric.
 
     `thresholds` are four numbers, or optimal or regularised: fitted to the same scores, so that kappa is in-sample.
+    `loss` says what the network puts out (see `training.outputs`): by default one unit, the score.
     """
-    return AccumMetric(ScoreKappa(thresholds), name='kappa')
+    def __init__(self, thresholds=MIDPOINTS, loss: str = 'smooth_l1'):
+        super().__init__(ScoreKappa(thresholds), name='kappa')
+        self.loss = loss
+
+    def accum_values(self, preds, targs, learn=None):
+        "Add the scores of outputs (N, units) and their grades; they stay on the device until the epoch ends"
+        scores = outputs[self.loss].score(preds.reshape(len(preds), -1))
+        gathered = [(learn.to_detach if learn else to_detach)(o, cpu=False) for o in (scores, targs)]
+        for values, new in zip((self.preds, self.targs), flatten_check(*gathered), strict=True): values.append(new)
+
+
+def stage_model(stage: Stage) -> nn.Sequential:
+    "Return the network of a stage with random weights (see `create_model`). Raises `WeightsError`"
+    return create_model(stage.arch, stage.head, stage.size, stage.dropout, stage.loss, stage.drop_path)
+
+
+def check_optimization(stage: Stage) -> None:
+    "Raise `AptosError` now if the network of `stage` cannot train with its optimizer, layers or drop path"
+    check_optimizer(stage)
+    if stage.layer_decay < 1 or stage.drop_path: model_layers(stage_model(stage), stage.layer_decay)
 
 
 def get_learner(stage: Stage, dls: DataLoaders, weights: dict | None = None) -> Learner:
     "Return the Learner of `stage`; it starts from `weights` (a state dict, its parent's), else from `stage.weights`"
     keep_freed_memory()
     if torch.cuda.is_available(): torch.set_float32_matmul_precision('high')     # TF32
-    model = create_model(stage.arch, stage.head, stage.size, stage.dropout)
+    model = stage_model(stage)
     model = model.to(memory_format=torch.channels_last)      # 1.2-1.6 x faster on the CPU
-    if weights is None: load_body(model, stage.arch, stage.weights)
+    loaded = None
+    if weights is None: loaded = load_body(model, stage.arch, stage.weights)
     else: load_stage_weights(model, weights, f'init = {stage.init}')
-    # BaseLoss flattens (N, 1); PyTorch's own losses would broadcast it against (N,)
-    loss = BaseLoss(losses[stage.loss], axis=-1, floatify=True, is_2d=False)
-    return Learner(dls, model, loss_func=loss, opt_func=partial(Adam, sqr_mom=stage.sqr_mom, eps=stage.eps),
-                   metrics=QuadraticKappa(parse_thresholds(stage.thresholds) or stage.thresholds),
-                   splitter=split_body_head, lr=stage.lr, wd=stage.wd, path=dls.path)
+    model[0].loaded = loaded.record() if loaded else None           # for the record of the stage
+    return model_learner(stage, dls, model)
+
+
+def model_learner(stage: Stage, dls: DataLoaders, model: nn.Sequential) -> Learner:
+    "Return a Learner of body and head `model`, with the loss, optimizer, layers and metric of a stage"
+    return Learner(dls, model, loss_func=GradeLoss(stage.loss),
+                   opt_func=partial(create_optimizer, name=stage.optimizer, sqr_mom=stage.sqr_mom, eps=stage.eps),
+                   metrics=QuadraticKappa(parse_thresholds(stage.thresholds) or stage.thresholds, stage.loss),
+                   splitter=partial(model_layers, layer_decay=stage.layer_decay), lr=stage.lr, wd=stage.wd,
+                   wd_bn_bias=True, train_bn=False, path=dls.path)       # `Layer` says what decays

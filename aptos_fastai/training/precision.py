@@ -1,8 +1,9 @@
 "Choose and apply the numeric precision of training, and time training steps on this machine."
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from fastai.callback.core import Callback
@@ -10,7 +11,8 @@ from fastai.callback.core import Callback
 from aptos_fastai.common.console import say
 from aptos_fastai.common.io import AptosError, read_record, write_record
 from aptos_fastai.recipe import Stage
-from aptos_fastai.training.model import create_model, keep_freed_memory
+from aptos_fastai.training.model import keep_freed_memory, stage_model
+from aptos_fastai.training.optimizer import create_optimizer, model_layers
 
 DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16)
 MIN_SPEEDUP = 1.1                            # bf16 is chosen on a CPU if it is this many times faster than f32
@@ -57,20 +59,28 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def step_seconds(stage: Stage, precisions: Sequence[str] = ('f32',), n: int = 4,
-                 rounds: int = 2) -> tuple[dict[str, float], float, int]:
-    """Time training steps of the network of `stage` on batches of `n` random images.
+class StepSeconds(NamedTuple):
+    "Seconds per image by precision, of a training step and of a forward pass alone; and the number of parameters"
+    train: dict[str, float]
+    forward: dict[str, float]
+    parameters: int
 
-    Returns the seconds per image of a training step (AdamW) by precision, the best of `rounds`; those of a forward
-    pass in float32; and the number of parameters. Leaves the CPU's random state as it was.
+
+def step_seconds(stage: Stage, precisions: Sequence[str] = ('f32',), n: int = 4, rounds: int = 2) -> StepSeconds:
+    """Time training steps of `stage`, with its optimizer, and forward passes on batches of `n` random images.
+
+    Each time is the best of `rounds` after a warm-up; forward passes are timed in `precisions` and in f32, in which a
+    trained network scores. Leaves the CPU's random state as it was.
     """
     keep_freed_memory()
     rng_state = torch.random.get_rng_state()
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    model = create_model(stage.arch, stage.head, stage.size, stage.dropout)
-    model = model.to(device, memory_format=torch.channels_last)
+    cuda = torch.cuda.is_available()
+    if cuda: torch.set_float32_matmul_precision('high')      # as `get_learner` does
+    device = 'cuda' if cuda else 'cpu'
+    model = stage_model(stage).to(device).to(memory_format=torch.channels_last)
     images = torch.randn(n, 3, stage.size, stage.size, device=device)
-    opt = torch.optim.AdamW(model.parameters())
+    opt = create_optimizer(model_layers(model, stage.layer_decay), stage.lr, name=stage.optimizer,
+                           sqr_mom=stage.sqr_mom, eps=stage.eps)
 
     def mean_score(precision: str) -> torch.Tensor:
         with torch.autocast(device, DTYPES.get(precision, torch.bfloat16), enabled=precision in DTYPES):
@@ -78,30 +88,42 @@ def step_seconds(stage: Stage, precisions: Sequence[str] = ('f32',), n: int = 4,
         return model[1](maps.float()).mean()
 
     def train_step(precision: str):
-        model.train()
-        score = mean_score(precision)
-        score.backward()
+        mean_score(precision).backward()
         opt.step()
         opt.zero_grad()
-        score.item()                         # waits for the GPU
 
     @torch.no_grad()
-    def predict(precision: str):
-        model.eval()
-        mean_score(precision).item()
+    def forward(precision: str): mean_score(precision)
 
-    def seconds_per_image(step: Callable[[str], None], precision: str) -> float:
-        start = time.perf_counter()
-        step(precision)
-        return (time.perf_counter() - start) / n
+    def per_image(step: Callable[[str], None], names: Iterable[str]) -> dict[str, float]:
+        return {p: s / n for p, s in best_seconds(step, list(names), rounds).items()}
 
-    for p in precisions: train_step(p)       # warm-up: the first step allocates its buffers
-    times: dict[str, list[float]] = {p: [] for p in precisions}
-    for _ in range(rounds):
-        for p in precisions: times[p].append(seconds_per_image(train_step, p))
-    forward = seconds_per_image(predict, 'f32')
+    model.train()
+    train = per_image(train_step, precisions)
+    model.eval()
+    found = StepSeconds(train, per_image(forward, dict.fromkeys([*precisions, 'f32'])),
+                        sum(p.numel() for p in model.parameters()))
     torch.random.set_rng_state(rng_state)
-    return {p: min(t) for p, t in times.items()}, forward, sum(p.numel() for p in model.parameters())
+    return found
+
+
+def best_seconds(step: Callable[[str], None], names: Sequence[str], rounds: int) -> dict[str, float]:
+    """Return the seconds of `step(name)` for each name: the best of `rounds`, in which the names take turns.
+
+    On a GPU a round is five steps in a row, which the CPU launches ahead, as in training.
+    """
+    gpu = torch.cuda.is_available()
+    repeats = 5 if gpu else 1
+
+    def seconds(name: str) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats): step(name)
+        if gpu: torch.cuda.synchronize()
+        return (time.perf_counter() - start) / repeats
+
+    for name in names: seconds(name)         # warm-up: buffers are allocated, on a GPU kernels are chosen
+    times = [{name: seconds(name) for name in names} for _ in range(rounds)]
+    return {name: min(t[name] for t in times) for name in names}
 
 
 def cpu_has_bf16() -> bool:
@@ -143,7 +165,7 @@ def precision_of(stage: Stage, folder: Path) -> str:
     record = read_record(folder / PRECISION_RECORD) or {}
     key = f'{stage.arch} {stage.size} px on {machine()}'
     if key not in record:
-        seconds, _, _ = step_seconds(stage, candidates, n=min(8, stage.bs))
+        seconds = step_seconds(stage, candidates, n=min(8, stage.bs)).train
         rates = {p: round(1 / s, 1) for p, s in seconds.items()}
         taken = 'bf16' if MIN_SPEEDUP * seconds['bf16'] < seconds['f32'] else 'f32'
         record[key] = dict(images_per_second=rates, taken=taken)
@@ -165,7 +187,7 @@ def fitting_batches(stage: Stage, most: int = 4096) -> list[tuple[int, float, fl
     n = 2
     while n <= most:
         torch.cuda.reset_peak_memory_stats()
-        try: seconds, _, _ = step_seconds(stage, (precision,), n=n, rounds=1)
+        try: seconds = step_seconds(stage, (precision,), n=n, rounds=1).train
         except torch.OutOfMemoryError: break
         found.append((n, 1 / seconds[precision], torch.cuda.max_memory_allocated() / 1e9))
         n *= 2

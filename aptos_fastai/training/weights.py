@@ -2,24 +2,25 @@
 import importlib.resources
 import os
 import warnings
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from fastai.learner import Learner, load_learner
-from safetensors.torch import load_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from aptos_fastai.common.io import AptosError, is_trusted
-from aptos_fastai.recipe import Stage
+from aptos_fastai.common.console import say
+from aptos_fastai.common.io import file_hash, is_trusted
+from aptos_fastai.recipe import WEIGHT_SOURCES, Stage
+from aptos_fastai.training.weight_files import Loaded, WeightsError, check_modality, fit_tensors, read_checkpoint
 
 BUNDLED_ARCH = 'tf_efficientnet_lite0'       # the network whose weights a pip package brings along
+STAGE_BODY = '0.model.'                      # begins the names of a stage's body in its weights file
 WITHOUT_DOWNLOAD = f'set weights = none, weights = FILE, or arch = {BUNDLED_ARCH} with weights = bundled.'
-CLASSIFIERS = ('classifier', 'fc', 'head', 'last_linear')      # timm's names for the layer that our head replaces
-
-
-class WeightsError(AptosError):
-    "Weights unavailable or incompatible with the network: the message says what to set"
 
 
 def check_arch(arch: str):
@@ -79,25 +80,18 @@ def load_exported(file: str | Path) -> Learner:
         return load_learner(file, cpu=not torch.cuda.is_available())
 
 
-def _file_weights(file: str) -> dict[str, Tensor]:
-    "Return the state dict in a safetensors, weights-only PyTorch or trusted exported-Learner file"
+def _file_weights(file: str) -> Any:
+    "Return the content of a safetensors, weights-only PyTorch or trusted exported-Learner file"
     if file.endswith('.pkl') and Path(file).is_file():
         if not is_trusted(file):
             raise WeightsError(f'weights = {file}: this file is a pickle, which can run any code when it is loaded. '
                                f'Add --trust {file} if you know who made it.')
         return load_exported(file).model.state_dict()
-    try:
-        if file.endswith('.safetensors'): return load_file(file)
-        return torch.load(file, map_location='cpu', weights_only=True)
-    except FileNotFoundError:
-        raise WeightsError(f'weights = {file}: no such file. Set imagenet, bundled, none or a file.') from None
-    except Exception as e:                   # each loader has its own errors for a damaged or foreign file
-        raise WeightsError(f'weights = {file}: not a safetensors or weights-only PyTorch file ({type(e).__name__}). '
-                           'Save a state dict with safetensors or torch.save.') from None
+    return read_checkpoint(file)
 
 
-def _named_weights(arch: str, weights: str) -> dict[str, Tensor]:
-    "Return the weights that the recipe's key `weights` names"
+def _named_weights(arch: str, weights: str) -> Any:
+    "Return the weights that the recipe's key `weights` names: a state dict, or the content of a file"
     if weights == 'imagenet': return _hub_weights(arch)
     if weights == 'bundled': return bundled_weights(arch)
     return _file_weights(weights)
@@ -107,8 +101,34 @@ def check_weights(stage: Stage):
     "Raise `WeightsError` now if the arch or the weights of `stage` would fail when its training starts"
     check_arch(stage.arch)
     if stage.init or stage.weights == 'none': return
-    if stage.weights == 'imagenet': _check_hub(stage.arch)
-    else: _named_weights(stage.arch, stage.weights)
+    if stage.weights == 'imagenet': return _check_hub(stage.arch)
+    found = _named_weights(stage.arch, stage.weights)
+    _, loaded = fit_tensors(found, _network_without_values(stage.arch, stage.size), stage.weights, stage.arch)
+    if not stage.weights_file: return
+    for warning in (check_modality(stage.weights, found), _stats_warning(stage, loaded)):
+        if warning: _warn_once(warning)
+
+
+@cache
+def _warn_once(line: str): say(line, 'yellow')
+
+
+def _stats_warning(stage: Stage, loaded: Loaded) -> str:
+    "Return a warning if a masked autoencoder's weights are used with other means than ImageNet's, else an empty string"
+    cfg = timm.get_pretrained_cfg(stage.arch)
+    is_mae = 'retfound' in loaded.file.lower() or any(name.startswith('decoder') for name in loaded.left_over)
+    if not is_mae or stage.mean or not cfg or tuple(cfg.mean) == IMAGENET_DEFAULT_MEAN: return ''
+    mean, std = (' '.join(map(str, o)) for o in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    return (f'weights = {stage.weights}: weights of a masked autoencoder, as RETFound, expect images normalised as '
+            f'those of ImageNet, but timm normalises for {stage.arch} otherwise. Set mean = {mean} and std = {std}.')
+
+
+def _network_without_values(arch: str, size: int) -> nn.Module:
+    "Return a network of a stage's shapes, without values if timm can build it so: that is quick and takes no memory"
+    from aptos_fastai.training.networks import build_timm  # it imports this module
+    try:
+        with torch.device('meta'): return build_timm(arch, size)
+    except WeightsError: return build_timm(arch, size)             # says what is wrong, if something is
 
 
 def _check_hub(arch: str):
@@ -137,29 +157,37 @@ def _hub_problem(arch: str) -> str:
     return ''
 
 
-def load_body(model: nn.Module, arch: str, weights: str):
+def load_body(model: nn.Sequential, arch: str, weights: str) -> Loaded | None:
     """Load the weights that the recipe's key `weights` names into the body of `model`.
 
-    The weights file of a stage goes into body and head. timm's classifier is dropped; any other missing or unknown
-    tensor raises `WeightsError`.
+    The weights file of a stage goes into body and head. Returns what was loaded of a file (see `fit_tensors`), else
+    None. Raises `WeightsError`.
     """
-    if weights == 'none': return
+    if weights == 'none': return None
     found = _named_weights(arch, weights)
-    if any(name.startswith('0.model.') for name in found):
-        return load_stage_weights(model, found, f'weights = {weights}')
-    missing, unknown = model[0].model.load_state_dict(found, strict=False)
-    unknown = [name for name in unknown if not name.startswith(CLASSIFIERS)]
-    if missing:
-        raise WeightsError(f'weights = {weights}: {len(missing)} tensors of {arch} are missing, first {missing[0]}. '
-                           'Set arch to the network of these weights.')
-    if unknown:
-        raise WeightsError(f'weights = {weights}: {len(unknown)} tensors are not in {arch}, first {unknown[0]}. '
-                           'Set arch to the network of these weights.')
+    file = Path(weights) if weights not in WEIGHT_SOURCES else None
+    if file: check_modality(weights, found)
+    net: Any = model[0].model
+    tensors, loaded = fit_tensors(found, net, weights, arch)
+    if any(str(name).startswith(STAGE_BODY) for name in found):
+        load_stage_weights(model, found, f'weights = {weights}')
+        loaded = replace(loaded, left_over={})                     # the head is loaded, too
+    else: net.load_state_dict(tensors, strict=False)
+    return replace(loaded, sha256=file_hash(file)) if file else None
 
 
-def load_stage_weights(model: nn.Module, weights: dict[str, Tensor], source: str):
-    "Load the weights of another stage into body and head; `source` names them in the `WeightsError`"
-    try: model.load_state_dict(weights)
-    except RuntimeError as e:
+def load_stage_weights(model: nn.Sequential, weights: dict[str, Tensor], source: str):
+    """Load the weights of another stage into body and head; `source` names them in the `WeightsError`.
+
+    That stage may have another size: position embeddings are resampled.
+    """
+    net: Any = model[0].model
+    shapes = {f'{STAGE_BODY}{name}': t.shape for name, t in net.state_dict().items()}
+    try:
+        if any(name in weights and weights[name].shape != shape for name, shape in shapes.items()):
+            fitted, _ = fit_tensors(weights, net, source, 'this network')
+            weights = weights | {f'{STAGE_BODY}{name}': t for name, t in fitted.items()}
+        model.load_state_dict(weights)
+    except (RuntimeError, WeightsError) as e:
         reason = str(e).splitlines()[-1].strip()
         raise WeightsError(f'{source}: incompatible with this network ({reason}). Use its arch and head.') from None

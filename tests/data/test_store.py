@@ -1,6 +1,8 @@
+import io
 import os
 from pathlib import Path
 
+import cv2
 import pandas as pd
 import pytest
 from conftest import dicom
@@ -10,8 +12,15 @@ from PIL import Image
 import aptos_fastai.data.store as store_module
 from aptos_fastai.common.console import Bars
 from aptos_fastai.data.decode import ImageError
-from aptos_fastai.data.retina import Prep
-from aptos_fastai.data.store import prepare_table, read_prepared, read_square, resized_warning, store_folder
+from aptos_fastai.data.retina import Prep, prepare_sizes
+from aptos_fastai.data.store import (
+    missing_images,
+    prepare_table,
+    read_prepared,
+    read_square,
+    resized_warning,
+    store_folder,
+)
 
 PREP = Prep(size=64)
 
@@ -103,22 +112,22 @@ def test_old_temporary_files_of_killed_runs_are_removed(frame, tmp_path):
 
 
 def test_interrupted_preparation_resumes(frame, tmp_path, monkeypatch):
-    prepare, calls = store_module.prepare, []
+    prepare, calls = store_module.prepare_sizes, []
 
-    def prepare_and_count(data, prep):
+    def prepare_and_count(data, prep, sizes):
         calls.append(1)
-        return prepare(data, prep)
+        return prepare(data, prep, sizes)
 
-    def prepare_three(data, prep):
+    def prepare_three(data, prep, sizes):
         if len(calls) == 3: raise KeyboardInterrupt
-        return prepare_and_count(data, prep)
+        return prepare_and_count(data, prep, sizes)
 
     monkeypatch.setattr(store_module, 'cores', lambda: 1)
     monkeypatch.setattr(store_module, 'BATCH', 1)
-    monkeypatch.setattr(store_module, 'prepare', prepare_three)
+    monkeypatch.setattr(store_module, 'prepare_sizes', prepare_three)
     with pytest.raises(KeyboardInterrupt): prepare_images(frame, tmp_path)
     assert len(prepared_csv(frame, tmp_path)) == 3
-    monkeypatch.setattr(store_module, 'prepare', prepare_and_count)
+    monkeypatch.setattr(store_module, 'prepare_sizes', prepare_and_count)
     assert len(prepare_images(frame, tmp_path)) == len(frame) == len(calls)
 
 
@@ -148,3 +157,50 @@ def test_a_damaged_stored_image_is_an_error(frame, tmp_path):
     stored = prepare_images(frame, tmp_path / 'store').stored[0]
     Path(stored).write_bytes(b'xx')
     with pytest.raises(ImageError, match='content changed'): read_square(stored, PREP, 64)
+
+
+def test_sizes_have_their_own_folders_and_one_decode(frame, tmp_path, monkeypatch):
+    first = prepare_images(frame, tmp_path / 'store')
+    decoded, calls = store_module.prepare_sizes, []
+
+    def count(data, prep, sizes):
+        calls.append(sizes)
+        return decoded(data, prep, sizes)
+    monkeypatch.setattr(store_module, 'prepare_sizes', count)
+    with Bars() as bars: df = prepare_table(frame, tmp_path / 'store', Prep(size=96), bars, sizes=[96, 64, 48])
+    assert calls == [[96, 48]] * len(frame)                    # 64 is there: each original is decoded once for the rest
+    assert df.stored_64.tolist() == first.stored.tolist() and df.stored.tolist() == df.stored_96.tolist()
+    for size in (96, 64, 48):
+        prep = Prep(size=size)
+        for path, original in zip(df[f'stored_{size}'], df.path, strict=True):
+            assert (read_square(path, prep, size) == read_square(original, prep, size)).all()
+    with pytest.raises(ImageError, match='is prepared, but not as .*Use the column stored_48'):
+        read_square(df.stored_96[0], Prep(size=48), 48)
+
+
+@pytest.mark.parametrize('jpeg', ['full', 'fast'])
+@pytest.mark.parametrize('side, orientation', [(1700, 1), (2413, 6)])
+def test_what_is_found_does_not_depend_on_the_sizes(side, orientation, jpeg):
+    "Nor does a square depend on the other sizes; a side of 2413 pixels leaves rows over at every reduction"
+    large = cv2.resize(SMALL_RETINA, (side, side - 7), interpolation=cv2.INTER_CUBIC)
+    exif = Image.Exif()
+    exif[274] = orientation
+    data = io.BytesIO()
+    Image.fromarray(add_noise(large, 3, 0)).save(data, 'JPEG', quality=95, exif=exif)
+    prep = Prep(size=1000, jpeg=jpeg)
+    alone = {size: prepare_sizes(data.getvalue(), prep, [size]) for size in (64, 224, 512, 640, 1000)}
+    together, found = prepare_sizes(data.getvalue(), prep, [1000, 640, 512, 224, 64])
+    for size, (jpegs, found_alone) in alone.items():
+        assert found_alone == found and jpegs[size] == together[size]
+    assert found['how'] == 'circle'
+
+
+def test_images_of_an_older_version_are_prepared_again_but_can_be_read(frame, tmp_path):
+    df = prepare_images(frame, tmp_path / 'store')
+    file = store_folder(frame, tmp_path / 'store', PREP) / 'prepared.csv'
+    pd.read_csv(file).drop(columns='measured_at').to_csv(file, index=False)
+    assert len(prepared_csv(frame, tmp_path / 'store')) == 4
+    assert missing_images(frame, tmp_path / 'store', PREP) == {64: {'p0', 'p1', 'p2', 'p3'}}
+    again = prepare_images(frame, tmp_path / 'store')
+    assert again.stored.tolist() == df.stored.tolist()
+    assert missing_images(frame, tmp_path / 'store', PREP) == {64: set()}

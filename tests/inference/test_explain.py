@@ -17,28 +17,39 @@ from aptos_fastai.inference.explain import (
     heatmap,
     heatmap_layer,
     hires_cam,
+    layer_maps,
+    layer_outputs,
     overlay_heatmap,
 )
 from aptos_fastai.inference.grader import load_grader
 from aptos_fastai.inference.views import undo_view, views
-from aptos_fastai.training.model import GeM, create_model
+from aptos_fastai.training.networks import GeM, GradeHead, create_model
+
+
+class Body(nn.Module):
+    "A network as timm's, in its body"
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x): return self.model(x)
 
 
 @pytest.mark.parametrize('pool', [GeM(3.), GeM(1.), nn.AdaptiveAvgPool2d(1)])
 def test_the_mean_over_places_is_the_score_without_bias(pool):
     torch.manual_seed(0)
-    head = nn.Sequential(pool, nn.Flatten(), nn.Linear(6, 1))
-    net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU()), head)
+    net = nn.Sequential(Body(nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU())), GradeHead('gem', 6, 0, 'mse'))
+    net[1][0] = pool
     x = torch.randn(4, 3, 8, 8)
     mean = hires_cam(net, x, net[0]).mean((1, 2))
-    assert torch.allclose(mean + head[2].bias, net(x)[:, 0], atol=1e-4)
+    assert torch.allclose(mean + net[1][3].bias, net(x)[:, 0], atol=1e-4)
 
 
 def test_a_network_that_sees_only_red_is_hot_where_red_is():
     body = nn.Conv2d(3, 1, 1, bias=False)
     body.weight.data[:] = torch.tensor([1., 0, 0])[None, :, None, None]
-    net = nn.Sequential(body, nn.Sequential(GeM(3.), nn.Flatten(), nn.Linear(1, 1)))
-    net[1][2].weight.data.fill_(1.)
+    net = nn.Sequential(Body(body), GradeHead('gem', 1, 0, 'mse'))
+    net[1][3].weight.data.fill_(1.)
     red, green = 0, 1
     x = torch.zeros(1, 3, 16, 16)
     x[0, red, 3, 12] = 1
@@ -53,6 +64,47 @@ def test_the_maps_have_an_eighth_of_the_side(arch):
     maps = hires_cam(net, torch.randn(1, 3, 64, 64), heatmap_layer(net))
     assert maps.shape == (1, 8, 8) and maps.abs().max() > 0
     assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize('arch, head, size, side', [
+    ('test_vit', 'avg', 128, 8), ('test_vit', 'cls', 128, 8),
+    ('swin_tiny_patch4_window7_224', 'avg', 64, 8), ('hiera_tiny_224', 'avg', 224, 28),      # 8 times smaller
+    ('hrnet_w18_small', 'gem', 64, 16),                            # a list; the largest of its maps
+    ('twins_pcpvt_small', 'avg', 64, 8), ('mvitv2_tiny', 'avg', 64, 8)])                     # timm misnames the layers
+@pytest.mark.parametrize('row, column', [(.25, .7), (.8, .3)])
+def test_the_maps_of_every_kind_of_network_are_where_the_image_is(arch, head, size, side, row, column):
+    "A spot in an image changes the layer's maps most where the spot is"
+    torch.manual_seed(0)
+    net = create_model(arch, head, size).eval()
+    layer = heatmap_layer(net)
+    image = torch.randn(1, 3, size, size)
+    hot = hires_cam(net, image, layer)
+    assert hot.shape == (1, side, side) and hot.abs().max() > 0
+    spot, y, x, half = image.clone(), round(row * size), round(column * size), size // 16
+    spot[..., y - half:y + half, x - half:x + half] += 2
+    with torch.no_grad(): before, after = (layer_maps(layer_outputs(net, im, [layer])[0][layer], net, layer)
+                                           for im in (image, spot))
+    v, u = divmod(int((after - before).abs().sum(1).argmax()), side)
+    assert (v + .5) / side == pytest.approx(row, abs=.13) and (u + .5) / side == pytest.approx(column, abs=.13)
+
+
+def test_a_score_of_one_place_of_a_transformer_is_hot_there():
+    "The last layer's maps, when a head weighs only one place: every other place adds nothing"
+    net = create_model('test_vit', 'avg', 64).eval()
+    place = torch.zeros(1, 1, 4, 4)
+    place[..., 2, 1] = 1
+    net[1][0] = nn.Sequential(Body(lambda maps: maps * place), nn.AdaptiveAvgPool2d(1))
+    hot = hires_cam(net, torch.randn(1, 3, 64, 64), net[0])[0]
+    assert divmod(int(hot.abs().argmax()), 4) == (2, 1) and (hot != 0).sum() == 1
+
+
+def test_layers_that_do_not_reach_the_score_are_replaced_by_the_body():
+    net = create_model('test_vit', 'cls', 64).eval()
+    unused = nn.Conv2d(3, 2, 1)
+    hot = hires_cam(net, torch.randn(1, 3, 64, 64), unused)        # not called
+    assert hot.shape == (1, 1, 1)                                  # the class token
+    net[0].model.register_forward_pre_hook(lambda model, args: (unused(args[0]), None)[1])
+    assert hires_cam(net, torch.randn(1, 3, 64, 64), unused).shape == (1, 1, 1)              # called, not used
 
 
 def test_a_score_near_0_is_drawn_faintly():

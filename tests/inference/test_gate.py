@@ -323,13 +323,15 @@ def test_the_distance_has_its_limit_out_of_fold(toy):
 
 
 def test_the_out_of_fold_distances_are_those_of_the_grader(toy):
-    from aptos_fastai.data.store import read_square
+    from aptos_fastai.data.store import read_square, stored_column
     run = open_toy_run(toy)
     grader = load_grader(toy / 'finetune_256')
     member = grader.model.members[0]
     preds = pd.read_csv(toy / 'finetune_256/fold0/preds.csv', dtype=dict(id_code=str))
-    stored = run.frames['aptos_train'].set_index('id_code').stored[preds.id_code]
-    squares = {member.size: np.stack([read_square(path, run.prep, member.size) for path in stored])}
+    prep = run.prep_of(run.recipe.stages['finetune_256'])
+    assert prep.size < run.prep.size          # the stage reads squares of its own size
+    stored = run.frames['aptos_train'].set_index('id_code')[stored_column(prep.size)][preds.id_code]
+    squares = {member.size: np.stack([read_square(path, prep, member.size) for path in stored])}
     _, distances = grader.scores_and_distances(squares)
     assert np.allclose(distances * member.distance_unit, preds.feature_distance, rtol=1e-3)
 

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import dicom, expect_error, toy_args
 
 from aptos_fastai.cli import main
@@ -45,10 +46,13 @@ def test_a_grader_gives_the_grades_of_its_run(toy, image_paths):
     assert list(df) == COLUMNS and df.file.tolist() == image_paths
     assert np.allclose(df.score, expected.score, atol=1e-4)
     assert np.allclose(df.score_sd, expected.score_sd, atol=1e-3)
+    assert df.ungradable.tolist() == expected.ungradable.fillna('').tolist() and (df.error == '').all()
+    expected = expected[(df.ungradable == '').to_numpy()]
+    df = df[df.ungradable == '']              # scores.csv has a grade for those that the gate refuses, too
+    assert len(df) > 10
     for column in ('grade', 'grade_low', 'grade_high'): assert df[column].tolist() == expected[column].tolist()
     threshold = read_model(toy)[0].decision.point(2).threshold
     assert ((df.referable == 'yes') == (df.score >= threshold)).all()
-    assert (df.error == '').all()
     assert df.grade_name.tolist() == [GRADE_NAMES[g] for g in df.grade]
 
 
@@ -136,8 +140,22 @@ def test_an_interrupted_prediction_resumes(toy, image_paths, tmp_path, monkeypat
 def test_an_unknown_backend_or_precision_is_an_error(toy, image_paths, capsys):
     predict = ['predict', toy, image_paths[0]]
     expect_error(capsys, [*predict, '--backend', 'tf'], 'backend tf: choose one of torch, onnx, openvino')
-    expect_error(capsys, [*predict, '--precision', 'int8'], 'precision int8: choose one of f32, bf16')
+    expect_error(capsys, [*predict, '--precision', 'int8'], 'precision int8: choose one of f32, bf16, fp16')
     expect_error(capsys, [*predict, '--backend', 'onnx'], 'only a bundle has ONNX')
+
+
+def test_fp16_needs_pytorch_and_a_gpu(toy, image_paths, capsys, monkeypatch):
+    monkeypatch.setattr('torch.cuda.is_available', lambda: False)
+    needs = 'precision fp16: needs the backend torch and a GPU. Choose f32 or bf16.'
+    for backend in ('torch', 'onnx', 'openvino'):
+        expect_error(capsys, ['predict', toy, image_paths[0], '--backend', backend, '--precision', 'fp16'], needs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+def test_fp16_scores_are_near_f32(toy, image_paths):
+    f32, fp16 = (load_grader(toy, precision=p).predict(image_paths).score for p in ('f32', 'fp16'))
+    assert 0 < abs(f32 - fp16).max() < .05
 
 
 def test_bf16_scores_are_near_f32(toy, image_paths):

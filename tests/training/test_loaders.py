@@ -20,6 +20,7 @@ from aptos_fastai.pipeline.scores import predict_scores
 from aptos_fastai.recipe import Augment, Stage
 from aptos_fastai.training import loaders
 from aptos_fastai.training.loaders import (
+    AugmentParams,
     BatchAugment,
     FundusAugment,
     ReadRetina,
@@ -184,15 +185,15 @@ def test_a_black_image_is_augmented_and_a_validation_image_is_not():
     Augment(blur=1., rotate=0, shift=0, scale=(1, 1), hue=.3)])
 def test_both_paths_apply_a_draw_alike(aug, monkeypatch):
     ims = smooth_images()
-    draws = [draw_params(aug, np.random.default_rng(i), 64) for i in range(len(ims))]
-    upcoming = iter(draws)
+    draws = draw_params(aug, np.random.default_rng(3), 64, (len(ims),))
+    upcoming = iter([AugmentParams(*(o[i] for o in vars(draws).values())) for i in range(len(ims))])
     monkeypatch.setattr(loaders, 'draw_params', lambda *_: next(upcoming))
     one_by_one = []
     for a in ims:
         im = PILImage.create(a)
         im.key = 0
         one_by_one.append(np.asarray(FundusAugment(aug)(im, split_idx=0)))
-    upcoming = iter(draws)
+    upcoming = iter([draws])
     x = TensorImage(torch.tensor(np.array(ims)).permute(0, 3, 1, 2).float() / 255)
     batch = (BatchAugment(aug)(x, split_idx=0).permute(0, 2, 3, 1) * 255).numpy()
     difference = abs(batch - np.array(one_by_one))
@@ -223,6 +224,60 @@ def test_both_paths_draw_from_the_same_distributions():
         u, v = a[name], b[name]
         assert abs(u.mean() - v.mean()) < 4 * np.hypot(u.std(), v.std()) / n ** .5 + .002, name
         assert .85 < u.std() / v.std() < 1.18, name
+
+
+def naive_warp(rng, side):
+    "Flip, shear, rotate, zoom about the centre and shift, as matrices of homogeneous coordinates"
+    angle, shear = np.radians(rng.uniform(-180, 180)), np.radians(rng.uniform(-20, 20))
+    zoom = rng.uniform(.8, 1.2)
+    mirrored = [-1 if u < p else 1 for u, p in zip(rng.random(2), (.5, .3), strict=True)]
+    dx, dy = rng.uniform(-.2, .2, 2) * side
+    c = (side - 1) / 2
+    to_centre, back = (np.array([[1, 0, s * c], [0, 1, s * c], [0, 0, 1]]) for s in (-1, 1))
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    slant = np.array([[1, np.tan(shear), 0], [0, 1, 0], [0, 0, 1]])
+    shift = np.array([[1, 0, dx], [0, 1, dy], [0, 0, 1]])
+    return (shift @ back @ np.diag([zoom, zoom, 1]) @ turn @ slant @ np.diag([*mirrored, 1]) @ to_centre)[:2]
+
+
+def naive_colour(rng, rgb, mean_grey):
+    "Brightness, contrast, saturation and hue of one colour, one after the other"
+    brightness, contrast, saturation = (1 + rng.uniform(-o, o) for o in (.1, .3, .2))
+    angle = 2 * np.pi * rng.uniform(-.25, .25)
+    yiq = np.array([[.299, .587, .114], [.596, -.274, -.322], [.211, -.523, .312]])
+    y, i, q = yiq @ rgb
+    turned = np.linalg.inv(yiq) @ [y, np.cos(angle) * i - np.sin(angle) * q, np.sin(angle) * i + np.cos(angle) * q]
+    saturated = saturation * turned + (1 - saturation) * (GREY @ turned)
+    return brightness * (contrast * saturated + (1 - contrast) * mean_grey)
+
+
+def test_drawn_matrices_are_those_of_the_steps_one_by_one():
+    warp = Augment(rotate=180, shear=20, scale=(.8, 1.2), hflip=.5, vflip=.3, shift=.2)
+    colour = Augment(brightness=.1, contrast=.3, saturation=.2, hue=.25)
+    rgb, grey = np.array([.7, .4, .2]), .3
+    for seed in range(50):
+        rngs = [np.random.default_rng(seed) for _ in range(4)]
+        assert np.allclose(draw_warp(warp, rngs[0], 65), naive_warp(rngs[1], 65), atol=1e-12)
+        matrix, offset = draw_colour(colour, rngs[2])
+        assert np.allclose(matrix @ rgb + offset * grey, naive_colour(rngs[3], rgb, grey), atol=1e-12)
+
+
+def test_a_batch_is_drawn_from_the_distributions_of_single_images():
+    "Kolmogorov-Smirnov distances of each entry, and correlations between entries and between neighbours of a batch"
+    aug, n = Augment(vflip=.3, shear=10., blur_sigma=(.5, 2.)), 3000
+    rng = np.random.default_rng(1)
+    singles = [draw_params(aug, rng, 64) for _ in range(n)]
+    batch = draw_params(aug, np.random.default_rng(2), 64, (n,))
+    names = 'warp', 'colour', 'offset', 'sigma'
+    one, all_ = (np.concatenate([np.reshape(o, (n, -1)) for o in parts], 1) for parts in (
+        [np.array([getattr(p, k) for p in singles]) for k in names], [getattr(batch, k) for k in names]))
+    assert all_.shape == (n, 6 + 9 + 1 + 1)
+    grid = np.quantile(one, np.linspace(.01, .99, 60), axis=0)
+    share = [(o[None] <= grid[:, None]).mean(1) for o in (one, all_)]
+    assert abs(share[0] - share[1]).max() < 1.95 * (2 / n) ** .5           # of two samples, p = .001 each
+    assert abs(np.corrcoef(one.T) - np.corrcoef(all_.T)).max() < 5 / n ** .5
+    next_to_each_other = [np.corrcoef(o[:-1], o[1:])[0, 1] for o in all_.T]
+    assert abs(np.array(next_to_each_other)).max() < 5 / n ** .5
 
 
 def test_the_batch_path_augments_only_training(frame):

@@ -12,7 +12,10 @@ from torch import nn
 
 from aptos_fastai.metrics import MIDPOINTS, fit_thresholds, quadratic_kappa
 from aptos_fastai.recipe import Stage, parse_thresholds
-from aptos_fastai.training.model import GeM, QuadraticKappa, create_model, get_learner, split_body_head
+from aptos_fastai.training import networks
+from aptos_fastai.training.model import QuadraticKappa, get_learner
+from aptos_fastai.training.networks import GeM, create_model
+from aptos_fastai.training.optimizer import model_layers
 from aptos_fastai.training.weights import WeightsError, bundled_weights, check_weights, load_body, load_exported
 
 TINY = dict(name='t', train=('a',), arch='test_resnet', weights='none', size=32)
@@ -66,7 +69,7 @@ def test_dropout_is_in_the_head():
 
 def test_split_gives_body_and_head():
     model = create_model('test_resnet', size=32)
-    body, head = split_body_head(model)
+    body, head = (layer.parameters for layer in model_layers(model))
     assert len(body) + len(head) == len(list(model.parameters()))
     assert len(head) == 3                     # GeM's p, weight and bias
 
@@ -136,5 +139,9 @@ def test_hub_offline_says_what_to_set(monkeypatch, tmp_path):
     with pytest.raises(WeightsError, match='HF_HUB_OFFLINE.*weights = none'): check_weights(stage)
 
 
-def test_a_network_without_feature_maps_is_refused():
-    with pytest.raises(WeightsError, match='no feature maps'): create_model('test_vit', size=160)
+def test_a_network_without_feature_maps_is_refused(monkeypatch):
+    vector = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    vector.pools_always = False
+    monkeypatch.setattr(networks, 'build_timm', lambda arch, size, drop_path: vector)
+    with pytest.raises(WeightsError, match=r'arch = test_resnet: gives features of shape \(1, 3\), .* no feature maps'):
+        create_model('test_resnet', size=32)

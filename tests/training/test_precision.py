@@ -93,7 +93,7 @@ def test_the_faster_precision_is_taken_and_recorded(tmp_path, monkeypatch):
     for f32, bf16, want in [(1., .5, 'bf16'), (1., .95, 'f32'), (1., 2., 'f32')]:
         def measured(stage, precisions, n, seconds=dict(f32=f32, bf16=bf16)):     # noqa: B006    bound now
             batches.append(n)
-            return seconds, 1., 1
+            return precision.StepSeconds(seconds, {}, 1)
         monkeypatch.setattr(precision, 'step_seconds', measured)
         folder = tmp_path / f'{bf16}'
         folder.mkdir()
@@ -114,9 +114,31 @@ def test_a_cpu_without_bf16_is_not_measured(tmp_path, monkeypatch, capsys):
 
 
 def test_steps_are_timed_on_this_machine():
-    steps, forward, params = precision.step_seconds(Stage(**KEYS), ('f32', 'bf16'), n=2, rounds=1)
-    assert set(steps) == {'f32', 'bf16'} and all(0 < o < 10 for o in steps.values())
-    assert 0 < forward < 10 and params > 1e5
+    steps, forward, params = precision.step_seconds(Stage(**KEYS), ('bf16',), n=2, rounds=1)
+    assert set(steps) == {'bf16'} and set(forward) == {'bf16', 'f32'} and params > 1e5
+    assert all(0 < o < 10 for o in (*steps.values(), *forward.values()))
+
+
+def test_the_best_of_the_rounds_after_a_warm_up_counts(monkeypatch):
+    "By a clock that advances by what each step takes: the warm-up 100 s, then 3, 5 and 2 s, the other twice as long"
+    without_gpu(monkeypatch, bf16=True)
+    now, upcoming = [0.], {'a': iter([100., 3., 5., 2.]), 'b': iter([100., 6., 10., 4.])}
+    monkeypatch.setattr(precision.time, 'perf_counter', lambda: now[0])
+    order = []
+
+    def step(name):
+        order.append(name)
+        now[0] += next(upcoming[name])
+    assert precision.best_seconds(step, ['a', 'b'], 3) == dict(a=2., b=4.)
+    assert order == ['a', 'b'] * 4
+
+
+def test_steps_are_timed_with_the_optimizer_of_the_stage(monkeypatch):
+    made = []
+    real = precision.create_optimizer
+    monkeypatch.setattr(precision, 'create_optimizer', lambda *args, **kw: made.append(kw) or real(*args, **kw))
+    precision.step_seconds(Stage(**KEYS, optimizer='sgd', sqr_mom=.9, eps=1e-3), n=1, rounds=1)
+    assert made == [dict(name='sgd', sqr_mom=.9, eps=1e-3)]
 
 
 def test_timing_leaves_the_random_state():
@@ -176,7 +198,7 @@ def test_a_stage_resumes_inside_a_phase_on_the_gpu(tables, small_recipe, tmp_pat
 def test_batches_double_until_memory_is_full(toy, monkeypatch, capsys):
     def steps(stage, precisions, n, rounds):
         if n > 8: raise torch.OutOfMemoryError('no more')
-        return {precisions[0]: 1 / n}, 1., 1
+        return precision.StepSeconds({precisions[0]: 1 / n}, {}, 1)
     gpu = dict(is_available=lambda: True, is_bf16_supported=lambda **_: True, reset_peak_memory_stats=lambda: None,
                empty_cache=lambda: None, max_memory_allocated=lambda: 5e9)
     for name, function in gpu.items(): monkeypatch.setattr(torch.cuda, name, function)

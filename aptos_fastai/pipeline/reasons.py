@@ -1,0 +1,130 @@
+"Why a stage would be trained: what differs between the record of a fold and what the recipe and the tables say now."
+from collections.abc import Iterable
+from itertools import groupby
+from typing import Any
+
+from aptos_fastai.common.io import digest, read_record
+from aptos_fastai.run_folder import RESCORED, Run, training_settings
+
+NEVER = 'never trained'
+OLDER = 'written by an older version'
+CHECKPOINT_RECORD = 'checkpoint.json'        # of training/checkpoint.py, which imports PyTorch
+
+
+def training_reasons(run: Run, todo: dict[str, list[int]]) -> list[str]:
+    "Return a line for each stage in `todo` (stage -> folds), or for those of its folds with equal reasons"
+    lines: dict[str, list[str]] = {}
+    for name, folds in todo.items():
+        texts = [(k, '; '.join(fold_reasons(run, name, k, todo))) for k in folds]
+        for text, group in groupby(sorted(texts, key=lambda o: (o[1], o[0])), key=lambda o: o[1]):
+            numbers = [k for k, _ in group]
+            all_folds = len(numbers) == run.recipe.stages[name].folds
+            lines.setdefault(text, []).append(name if all_folds else f'{name} {_folds_text(numbers)}')
+    return [f'{", ".join(names)}: {text}' for text, names in lines.items()]
+
+
+def _folds_text(folds: list[int]) -> str:
+    return f'fold{"s" if len(folds) > 1 else ""} {" ".join(map(str, folds))}'
+
+
+def fold_reasons(run: Run, name: str, fold: int, todo: dict[str, list[int]]) -> list[str]:
+    "Return why a fold in `todo` is to be trained"
+    record = run.record(name, fold)
+    if not record: return [_unfinished(run, name, fold)]
+    if 'inputs' not in record: return [OLDER]
+    trained_again = [m for m in run.parent_stages(name) if fold in todo.get(m, [])]
+    return [*_changed_settings(run, name, record),
+            *_changed_recipe(run, name, fold, record),
+            *_changed_sources(run, name, fold, record, trained_again),
+            *(f'{m} is trained again' for m in trained_again),
+            *(_changed_parents(run, name, fold, record) if not trained_again else []),
+            *(f'{file} is missing or has another size' for file in sorted(run.damaged_files(name, fold) - RESCORED))]
+
+
+def _unfinished(run: Run, name: str, fold: int) -> str:
+    "Return why a fold without a record is to be trained"
+    checkpoint = read_record(run.fold_dir(name, fold) / CHECKPOINT_RECORD)
+    stage = run.recipe.stages[name]
+    if not checkpoint: return NEVER
+    return f'unfinished after {checkpoint["epochs"]} of {stage.freeze_epochs + stage.epochs} epochs'
+
+
+def _changed_settings(run: Run, name: str, record: dict) -> list[str]:
+    "Return the changed keys of a stage that its weights depend on"
+    stage = run.recipe.stages[name]
+    now = {k: v for k, v in training_settings(stage).items() if k != 'weights'}
+    lines = [*changed_keys(record['settings'], now), *_changed_weights(run, name, record)]
+    precision = run.changed_precision(name, record)
+    return [*lines, f'precision: {record["precision"]} -> {precision}'] if precision else lines
+
+
+def _changed_weights(run: Run, name: str, record: dict) -> list[str]:
+    "Return the change of the initial weights; those of a file are compared by content"
+    stage = run.recipe.stages[name]
+    if stage.init: return []
+    if not stage.weights_file or not record.get('loaded'):
+        return changed_keys(dict(weights=record['settings']['weights']), dict(weights=stage.weights))
+    return [f'weights: {stage.weights} has another content'] if run.changed_weights(name, record) else []
+
+
+def changed_keys(old: dict, new: dict, section: str = '') -> list[str]:
+    "Return 'key: old -> new' of the keys of `new` that differ; 'key = new is a key of this version' if `old` lacks it"
+    lines = []
+    for key, value in new.items():
+        if key not in old: lines.append(f'{OLDER}, without the key {section}{key}')
+        elif digest(old[key]) != digest(value):
+            lines.append(f'{section}{key}: {_text(old[key])} -> {_text(value)}')
+    return lines
+
+
+def _text(value: Any) -> str:
+    "Return a value as a recipe has it"
+    return (' '.join(map(str, value)) if isinstance(value, list | tuple) else str(value)) or '(empty)'
+
+
+def _changed_recipe(run: Run, name: str, fold: int, record: dict) -> list[str]:
+    "Return what has changed in the sections of the recipe that all stages depend on"
+    now = run.inputs(name, fold)
+    return [*changed_keys(record['augment'], now['augment'], '[augment] '),
+            *changed_keys(record['prep'], now['prep'], '[images] '),
+            *changed_keys(dict(seed=record['seed']), dict(seed=now['seed']), '[recipe] ')]
+
+
+def _changed_sources(run: Run, name: str, fold: int, record: dict, trained_again: Iterable[str]) -> list[str]:
+    "Return what has changed in `init`, and in the tables and labels of `train`"
+    stage, old, new = run.recipe.stages[name], record['inputs'], run.inputs(name, fold)
+    settings, lines = record['settings'], []
+    if old['init'] != new['init']: lines += changed_keys(dict(init=settings['init']), dict(init=stage.init))
+    if len(old['train']) != len(new['train']):
+        return lines + changed_keys(dict(train=settings['train']), dict(train=stage.train))
+    for before, now, was, entry in zip(old['train'], new['train'], settings['train'], stage.train, strict=True):
+        if before == now: continue
+        if was != entry and before['ids'] != now['ids']: lines.append(f'train: {was} -> {entry}')
+        else: lines += _changed_table(run, entry.rpartition(':')[2], before, now)
+        if before['teacher'] != now['teacher'] and was != entry: lines.append(f'labels of {was} -> {entry}')
+        labels = {key: now[key] for key in ('labels', 'thresholds', 'views') if key in now and key in before}
+        lines += [f'pseudo-labels {entry}, {line}' for line in changed_keys(before, labels)]
+    return list(dict.fromkeys(lines))
+
+
+def _changed_table(run: Run, table: str, old: dict, new: dict) -> list[str]:
+    "Return what has changed in the images and grades of a table"
+    def differs(key: str) -> bool: return old[key] != new[key]
+    lines = []
+    if differs('images'): lines.append(f'{old["images"]} -> {new["images"]} images')
+    elif differs('ids'): lines.append('other ids or another order')
+    if differs('by_grade'): lines.append(f'images of grades 0-4: {_text(old["by_grade"])} -> {_text(new["by_grade"])}')
+    elif differs('grades') and not differs('ids'): lines.append('grades changed')
+    is_prepared = 'pixel_sha256' in run.frames[table]
+    if not lines and differs('pixels'): lines.append('image files changed' if is_prepared else 'images to prepare')
+    if not lines and differs('targets'): lines.append('duplicates with conflicting grades changed')
+    if not lines and differs('folds'): lines.append('other folds')
+    if differs('validates'): lines.append(f'{"validates" if new["validates"] else "no longer validates"} this stage')
+    return [f'table {table}: {", ".join(lines)}'] if lines else []
+
+
+def _changed_parents(run: Run, name: str, fold: int, record: dict) -> list[str]:
+    "Return the finished parents that a fold was not trained from"
+    used = record['parents'].values()
+    return [f'{m} was trained again' for m in run.parent_stages(name)
+            if (parent := run.record(m, fold)) and parent['files']['weights.safetensors']['sha256'] not in used]
