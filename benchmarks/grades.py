@@ -19,7 +19,7 @@ from aptos_fastai.common.console import Bars, table
 from aptos_fastai.common.io import file_hash, write_bytes, write_csv, write_record
 from aptos_fastai.data.demo import CAMERAS, generate_fundus
 from aptos_fastai.data.retina import prepare
-from aptos_fastai.data.store import jpeg_hash, store_folder
+from aptos_fastai.data.store import jpeg_hash, store_folder, stored_column
 from aptos_fastai.inference.gate import FeatureDistance, gate_rules
 from aptos_fastai.metrics import MIDPOINTS, GradeThresholds, apply_thresholds, kappa_interval, quadratic_kappa
 from aptos_fastai.pipeline.run_gate import gate_result
@@ -27,7 +27,7 @@ from aptos_fastai.pipeline.summary import oof_table, summarise
 from aptos_fastai.recipe import Stage, read_recipe
 from aptos_fastai.reports.run_report import write_report
 from aptos_fastai.run_folder import FEATURES, HISTORY, PREDS, WEIGHTS, Run
-from aptos_fastai.training.model import create_model
+from aptos_fastai.training.networks import create_model
 
 RECIPE = Path(__file__).parents[1] / 'recipes/one_table.ini'
 GRADE_SHARES = (.73, .07, .15, .03, .02)     # of EyePACS 2015
@@ -103,7 +103,8 @@ def synthetic_table(run: Run, original: Path, name: str, n: int, first_group: in
     write_csv(folder / 'prepared.csv', pd.DataFrame(records))
     found = {name: [prepared[i % DIFFERENT_IMAGES][1][name] for i in rows]
              for name in ('how', 'flags', 'red_green', 'green_blue')}
-    return frame.assign(**found, stored=[str(files[i % DIFFERENT_IMAGES]) for i in rows], pixel_sha256=frame.id_code,
+    stored = [str(files[i % DIFFERENT_IMAGES]) for i in rows]
+    return frame.assign(**found, stored=stored, **{stored_column(run.prep.size): stored}, pixel_sha256=frame.id_code,
                         target=frame.diagnosis, duplicate_group=rows + first_group,
                         fold=rows // 2 % 5 if name == 'train' else -1)
 

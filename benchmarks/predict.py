@@ -2,16 +2,17 @@
 
 Compares the published way (decode the whole file, squash, one image at a time, f32) with this package's backends, on
 the same files with the same network of random weights and the same views (default legacy_seresnet50 256 none). The ways
-take turns in one process. The last column is the share of the forward rate that is left when squares are read from
-prepared JPEGs.
+take turns in one process. `[images] jpeg` is full or fast: decoding at a fraction of the size changes scores, so a
+difference is from PyTorch f32 with the same. The last columns are CPU time, which other programs on the machine disturb
+less than images/s, the largest difference of a score, and the share of the forward rate that is left when squares are
+read from prepared JPEGs.
 """
-import os
-import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,17 +29,19 @@ from aptos_fastai.inference.grader import Grader, load_grader
 from aptos_fastai.inference.model_spec import BUNDLE, MemberSpec, ModelSpec
 from aptos_fastai.inference.views import views
 from aptos_fastai.metrics import MIDPOINTS
-from aptos_fastai.training.model import create_model
-from aptos_fastai.training.precision import has_bf16
+from aptos_fastai.training.networks import create_model
+from aptos_fastai.training.precision import has_bf16, machine
 
 WAYS = [('torch', 'f32'), ('torch', 'bf16'), ('onnx', 'f32'), ('openvino', 'f32'), ('openvino', 'bf16')]
+JPEG = 'full', 'fast'
 PUBLISHED = 'published, one by one'
 ROUNDS = 2
 BATCH = 16                                   # prepared JPEGs read at a time
 
 
-def write_random_bundle(folder: Path, arch: str, size: int, tta: str) -> None:
+def write_random_bundle(folder: Path, arch: str, size: int, tta: str, jpeg: str) -> None:
     "Write a bundle of one network with random weights"
+    folder.mkdir()
     torch.manual_seed(0)
     net = create_model(arch, 'gem', size).eval()
     weights, onnx = folder / 'net.safetensors', folder / 'net.onnx'
@@ -46,7 +49,7 @@ def write_random_bundle(folder: Path, arch: str, size: int, tta: str) -> None:
     member = MemberSpec(file=weights.name, sha256=file_hash(weights), arch=arch, head='gem', size=size, tta=tta,
                         mean=(.485, .456, .406), std=(.229, .224, .225), weight=1.)
     write_onnx(net, member, onnx)
-    model = ModelSpec(name='random weights', prep=Prep(size=size), members=(member,), thresholds=MIDPOINTS,
+    model = ModelSpec(name='random weights', prep=Prep(size=size, jpeg=jpeg), members=(member,), thresholds=MIDPOINTS,
                       coverage=.9, synthetic=True)
     write_record(folder / BUNDLE, dict(model=asdict(model), files={onnx.name: file_hash(onnx)}))
 
@@ -87,38 +90,60 @@ def share_of_forward_rate(grader: Grader, jpegs: list[bytes]) -> float:
     return float(np.median(shares[1:]))      # the first round warms up
 
 
-def time_in_turns(ways: dict[str, Callable[[], object]], images: int) -> dict[str, float]:
-    "Return images/s of each way: the median over rounds in which the ways take turns"
+def time_in_turns(ways: Mapping[str, Callable[[], object]], images: int) -> dict[str, tuple[float, float]]:
+    "Return images/s and CPU ms an image of each way: medians over rounds in which the ways take turns"
     for run in ways.values(): run()          # warm up
-    rates: dict[str, list[float]] = {name: [] for name in ways}
+    wall: dict[str, list[float]] = {name: [] for name in ways}
+    cpu: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
-        for name, run in ways.items(): rates[name].append(images / seconds(run))
-    return {name: float(np.median(o)) for name, o in rates.items()}
+        for name, run in ways.items():
+            start = time.process_time()
+            wall[name].append(images / seconds(run))
+            cpu[name].append(1000 * (time.process_time() - start) / images)
+    return {name: (float(np.median(wall[name])), float(np.median(cpu[name]))) for name in ways}
+
+
+def graders_in(folder: Path, arch: str, size: int, tta: str) -> dict[str, dict[str, Grader]]:
+    "Return the graders of each way of decoding: jpeg -> backend and precision -> grader"
+    graders: dict[str, dict[str, Grader]] = {}
+    for jpeg in JPEG:
+        write_random_bundle(folder / jpeg, arch, size, tta, jpeg)
+        graders[jpeg] = {f'{backend} {precision}': load_grader(folder / jpeg, backend, precision)
+                         for backend, precision in WAYS if precision == 'f32' or has_bf16()}
+    return graders
+
+
+def rows_of(jpeg: str, graders: dict[str, Grader], files: list[str], timed: dict[str, tuple[float, float]]) -> list:
+    "Return the rows of one way of decoding"
+    reference = graders['torch f32']
+    expected = reference.predict(files).score
+    jpegs = [prepare(Path(f).read_bytes(), reference.model.prep)[0] for f in files]
+    rows = []
+    for name, grader in graders.items():
+        rate, cpu = timed[f'{name}, {jpeg}']
+        difference = abs(grader.predict(files).score - expected).max()
+        rows.append([name, jpeg, f'{rate:.1f}', f'{rate / timed[PUBLISHED][0]:.1f}', f'{cpu:.0f}',
+                     f'{difference:.4f}', f'{share_of_forward_rate(grader, jpegs):.0%}'])
+    return rows
 
 
 def main(folder: str, arch: str = 'legacy_seresnet50', size: str = '256', tta: str = 'none'):
     files = [str(entry) for entry in find_images([folder])]
     with tempfile.TemporaryDirectory() as temp:
-        write_random_bundle(Path(temp), arch, int(size), tta)
-        graders = {f'{backend} {precision}': load_grader(temp, backend, precision)
-                   for backend, precision in WAYS if precision == 'f32' or has_bf16()}
-        reference = graders['torch f32']
-        member, prep = reference.model.members[0], reference.model.prep
+        graders = graders_in(Path(temp), arch, int(size), tta)
+        reference = graders['full']['torch f32']
+        member = reference.model.members[0]
         net = create_model(arch, 'gem', int(size)).eval()
         net.load_state_dict(reference.net(member).state_dict())
-        ways = {PUBLISHED: lambda: predict_published(files, net, member)}
-        for name, grader in graders.items(): ways[name] = lambda g=grader: g.predict(files)
-        rates = time_in_turns(ways, len(files))
-        expected = reference.predict(files).score
-        jpegs = [prepare(Path(f).read_bytes(), prep)[0] for f in files]
-        rows = [[PUBLISHED, f'{rates[PUBLISHED]:.1f}', '1.0', '', '']]
-        for name, grader in graders.items():
-            difference = abs(grader.predict(files).score - expected).max()
-            rows.append([name, f'{rates[name]:.1f}', f'{rates[name] / rates[PUBLISHED]:.1f}', f'{difference:.4f}',
-                         f'{share_of_forward_rate(grader, jpegs):.0%}'])
-    table(f'{arch} {size} px, {len(files)} originals, tta {tta}; {os.cpu_count()} cores, {platform.machine()}',
-          ['way', 'images/s', 'ratio', 'max. difference', 'of forward rate'], rows,
-          right=('images/s', 'ratio', 'of forward rate'))
+        ways: dict[str, Callable[[], object]] = {PUBLISHED: partial(predict_published, files, net, member)}
+        for jpeg, of_jpeg in graders.items():
+            for name, grader in of_jpeg.items(): ways[f'{name}, {jpeg}'] = partial(grader.predict, files)
+        timed = time_in_turns(ways, len(files))
+        rows = [[PUBLISHED, '', f'{timed[PUBLISHED][0]:.1f}', '1.0', f'{timed[PUBLISHED][1]:.0f}', '', '']]
+        for jpeg, of_jpeg in graders.items(): rows += rows_of(jpeg, of_jpeg, files, timed)
+    table(f'{arch} {size} px, {len(files)} originals, tta {tta}; {machine()}',
+          ['way', 'jpeg', 'images/s', 'ratio', 'CPU ms', 'difference', 'of forward'], rows,
+          right=('images/s', 'ratio', 'CPU ms', 'of forward'))
 
 
 if __name__ == '__main__': main(*sys.argv[1:])

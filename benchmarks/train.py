@@ -51,7 +51,7 @@ def train_published(folder: Path, stage) -> dict:
     from images import published_augment, published_read
     from torch import nn
 
-    from aptos_fastai.training.model import create_model
+    from aptos_fastai.training.networks import create_model
 
     class Images(torch.utils.data.Dataset):
         rows = files_and_grades(folder)
