@@ -256,14 +256,14 @@ class Stage:
     wd: float = _key(.01, 'weight decay (decoupled where the optimizer can); none for biases, normalisations, position '
                      'embeddings and class tokens', low=0, high=10)
     clip: float = _key(0., 'largest norm of the gradients of a step; 0: off', low=0, high=1000)
-    loss: str = _key('smooth_l1', 'what the network puts out, and its loss. smooth_l1, mse: the grade as a number; corn: '
-                     'ordinal (4 logits); cross_entropy: a class for each grade. The score of the last two is the '
-                     'expected grade', choices=('smooth_l1', 'mse', 'corn', 'cross_entropy'))
+    loss: str = _key('smooth_l1', 'what the network puts out, and its loss. smooth_l1, mse: the grade as a number; '
+                     'corn: ordinal (4 logits); cross_entropy: a class for each grade. The score of these two is '
+                     'the expected grade', choices=('smooth_l1', 'mse', 'corn', 'cross_entropy'))
     keep: str = _key('kappa', 'epoch to keep: highest validation kappa (by `thresholds`, fitted to that epoch), lowest '
                      'validation loss (both are chosen on the validation images), or the last',
                      choices=('kappa', 'loss', 'last'))
-    tta: str = _key('none', 'test-time augmentation, mean over views: none (1), hflip (2), d4 (8)',
-                    choices=('none', 'hflip', 'd4'))
+    tta: str = _key('none', 'test-time augmentation, mean over views: none (1), hflip (2: mirrored), rot4 (4 '
+                    'rotations), d4 (8: rotations, also mirrored)', choices=('none', 'hflip', 'rot4', 'd4'))
     ema: float = _key(0., 'decay per step of an exponential moving average of the weights; 0: off', low=0, high=.99999)
     thresholds: str = _key('regularised', 'thresholds of this stage\'s grades, cross-fitted: optimal (highest kappa) '
                            'or regularised (shrunk towards 0.5 1.5 2.5 3.5, better with few images); or four '

@@ -1,9 +1,9 @@
 """Kappa and time of fewer views and fewer networks: python benchmarks/pareto.py PLOT.png RUN TABLE [RUN TABLE ...]
 
-RUN is a finished run, TABLE a CSV (or folder of class folders) of graded images that the
-run has not seen, its images beside it. Several pairs of one recipe are judged together, each image by the networks of
-its own run. Every network sees all 8 views once; each row below takes some networks and the first 1, 2 or 4 of
-the views (4: the rotations). Grades are made with the thresholds that the run fitted out-of-fold: those of the stage,
+RUN is a finished run, TABLE a CSV (or folder of class folders) of graded images that the run has not seen, its images
+beside it. Several pairs of one recipe are judged together, each image by the networks of its own run. Every network
+sees all 8 views once; each row of the table ("5 teacher × 2") takes some networks and 1, 2, 4 or 8 of the views (2: the
+mirror image; 4: the rotations). Grades are made with the thresholds of the run, fitted out-of-fold: those of the stage,
 or of the run's model for all its networks. `lost` is kappa minus that of all its networks with 8 views, with its paired
 bootstrap interval; `rank` is Spearman's correlation of score and grade, which needs no thresholds, as AUC.
 """
@@ -110,7 +110,7 @@ def subsets(judged: Judged) -> dict[str, tuple[str, list[str]]]:
     for stage in dict.fromkeys(name.partition('/')[0] for name in judged.scores):
         own = [name for name in judged.scores if name.startswith(f'{stage}/')]
         for n in sorted({1, len(own)}):
-            if own[:n] != judged.members: sets[f'{n} of {stage}'] = stage, own[:n]
+            if own[:n] != judged.members: sets[f'{n} {stage}'] = stage, own[:n]
     return sets | {f'all {len(judged.members)}': ('', judged.members)}
 
 
@@ -184,7 +184,7 @@ def main(png: str, *pairs: str) -> None:
     title = f'{len(truth)} images that no network was trained on'
     say(f'{machine()}; PyTorch f32; reading and preparing an image: '
         f'{1000 * np.mean([o.read_seconds for o in parts]):.0f} ms')
-    columns = ['networks × views', 'passes', 'ms', 'kappa (95 % CI)', 'lost (95 % CI)', 'AUC ≥ 2', 'rank']
+    columns = ['choice', 'passes', 'ms', 'kappa (95 % CI)', 'lost (95 % CI)', 'AUC', 'rank']
     table(title, columns, [row(c, best, truth) for c in choices], right=('passes', 'ms'))
     write_bytes(Path(png), plot(choices, truth, title))
 

@@ -2,7 +2,7 @@
 
 FOLDER holds a graded table (train.csv, train_images) as IDRiD's. The body is EfficientNet-Lite0 with its bundled
 ImageNet weights, frozen: its maps are computed once and projected on their principal components, which are signed.
-They are pooled as they are (`fixed`), or after a 1 x 1 convolution with a LayerNorm, as a ConvNeXt ends, that is trained
+They are pooled as they are (`fixed`), or after a 1 x 1 convolution and a LayerNorm, as a ConvNeXt ends, which train
 with the head (`trained`); for each of five folds.
 RESULTS.csv gets a row for each kind of maps, number of epochs, pooling and seed; those that it holds are not repeated.
 The first two seeds are for choosing, the others for reporting.

@@ -108,7 +108,7 @@ def heatmap(grader: Grader, squares: Squares) -> np.ndarray:
         net = grader.net(member)
         x = to_tensor(member, squares[member.size], grader.device)
         tta = member.tta if len(members) == 1 else 'none'
-        maps = [undo_view(hires_cam(net, v, heatmap_layer(net)), i) for i, v in enumerate(views(x, tta))]
+        maps = [undo_view(hires_cam(net, v, heatmap_layer(net)), tta, i) for i, v in enumerate(views(x, tta))]
         mean = torch.stack(maps).mean(0)[:, None]
         scaled = F.interpolate(mean, (HEATMAP_SIDE, HEATMAP_SIDE), mode='bicubic', align_corners=False)[:, 0]
         total = total + member.weight * scaled

@@ -6,28 +6,27 @@ import torch
 
 from aptos_fastai.training.networks import features_and_scores
 
-VIEWS = dict(none=1, hflip=2, d4=8)          # number of views for each value of `tta`
+# Views for each value of `tta`: quarter turns, and whether the turned image is mirrored
+TURNS = dict(none=[(0, False)], hflip=[(0, False), (0, True)], rot4=[(turns, False) for turns in range(4)],
+             d4=[(turns, mirrored) for turns in range(4) for mirrored in (False, True)])
+VIEWS = {tta: len(turns) for tta, turns in TURNS.items()}        # number of views
 
 
 def views(x: torch.Tensor, tta: str) -> Iterator[torch.Tensor]:
-    """Yield the views of a batch (N, C, H, W).
+    """Yield the views of a batch (N, C, H, W); the first one is the batch itself.
 
-    `tta` = none: the batch itself; hflip: also its mirror image; d4: all 8 rotations and mirror images of the square.
+    `tta` = none: no other; hflip: also its mirror image; rot4: its 4 rotations; d4: their mirror images, too.
     """
-    yield x
-    if tta == 'none': return
-    yield x.flip(-1)
-    if tta == 'hflip': return
-    for quarter_turns in (1, 2, 3):
-        rotated = x.rot90(quarter_turns, (-2, -1))
-        yield rotated
-        yield rotated.flip(-1)
+    for turns, mirrored in TURNS[tta]:
+        rotated = x.rot90(turns, (-2, -1)) if turns else x
+        yield rotated.flip(-1) if mirrored else rotated
 
 
-def undo_view(x: torch.Tensor, i: int) -> torch.Tensor:
-    "Turn maps (..., H, W) of the `i`-th view back to the orientation of the image"
-    if i % 2: x = x.flip(-1)
-    return x.rot90(-(i // 2), (-2, -1))
+def undo_view(x: torch.Tensor, tta: str, i: int) -> torch.Tensor:
+    "Turn maps (..., H, W) of the `i`-th view of `tta` back to the orientation of the image"
+    turns, mirrored = TURNS[tta][i]
+    if mirrored: x = x.flip(-1)
+    return x.rot90(-turns, (-2, -1))
 
 
 def view_scores(net: torch.nn.Module, x: torch.Tensor, tta: str) -> tuple[np.ndarray, np.ndarray]:

@@ -116,10 +116,11 @@ def test_a_score_near_0_is_drawn_faintly():
     assert strongest_change(2.) > 3 * strongest_change(0.) > 0
 
 
-def test_views_are_turned_back():
+@pytest.mark.parametrize('tta, n', [('none', 1), ('hflip', 2), ('rot4', 4), ('d4', 8)])
+def test_views_are_turned_back(tta, n):
     x = torch.randn(2, 1, 5, 5)
-    turned_back = [undo_view(v, i) for i, v in enumerate(views(x, 'd4'))]
-    assert len(turned_back) == 8
+    turned_back = [undo_view(v, tta, i) for i, v in enumerate(views(x, tta))]
+    assert len(turned_back) == n
     assert all((v == x).all() for v in turned_back)
 
 

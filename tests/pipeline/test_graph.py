@@ -400,8 +400,9 @@ def test_plan_of_a_finished_run(toy, capsys):
 def test_plan_for_hypothetical_tables(small_recipe, tmp_path, monkeypatch, capsys):
     "Time and disk space grow in step with the images; nothing is read or written"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr('aptos_fastai.training.precision.step_seconds',
-                        lambda stage, precisions, n: ({p: 1. for p in precisions}, dict.fromkeys([*precisions, 'f32'], .1), 1000))
+    def one_second(stage, precisions, n):
+        return dict.fromkeys(precisions, 1.), dict.fromkeys([*precisions, 'f32'], .1), 1000
+    monkeypatch.setattr('aptos_fastai.training.precision.step_seconds', one_second)
     from aptos_fastai.pipeline.plan import hypothetical_run, plan_cost
     from aptos_fastai.recipe import read_recipe
     plans = []

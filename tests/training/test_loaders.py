@@ -298,7 +298,7 @@ def test_loss_falls_on_a_learnable_toy(frame):
     assert losses[-1] < .6 * losses[0]
 
 
-@pytest.mark.parametrize('tta, n', [('none', 1), ('hflip', 2), ('d4', 8)])
+@pytest.mark.parametrize('tta, n', [('none', 1), ('hflip', 2), ('rot4', 4), ('d4', 8)])
 def test_views_are_different_orders_of_the_same_pixels(tta, n):
     x = torch.rand(2, 3, 4, 4)
     assert len({tuple(v.flatten().tolist()) for v in views(x, tta)}) == n
