@@ -274,7 +274,7 @@ def ask_user() -> Callable[[str, list[str]], str] | None:
 @command
 def plan(options: RunOptions, images: Annotated[str, typer.Option(
         metavar='"TABLE=N ..."', help='Plan for tables of these sizes, without the data.')] = '') -> None:
-    """Show what `all` would do and why a stage would train, with time and disk space. Trains nothing.
+    """Show what `all` would train, why, and how long.
 
     Writes nothing but the demo's images.
 

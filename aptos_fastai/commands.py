@@ -38,7 +38,7 @@ from aptos_fastai.pipeline.graph import (
     write_submissions,
 )
 from aptos_fastai.pipeline.refresh import refresh_folds
-from aptos_fastai.pipeline.summary import SYNTHETIC, oof_table, show_summary, summarise
+from aptos_fastai.pipeline.summary import SYNTHETIC, oof_table, show_summary, stage_kappa_text, summarise
 from aptos_fastai.recipe import NAMED_SECTIONS, SECTIONS, Recipe, read_recipe
 from aptos_fastai.run_folder import Run
 
@@ -169,8 +169,11 @@ def counts_text(values: pd.Series) -> str:
 def train_stage(run: Run, stage: str) -> None:
     "Train one stage and the unfinished stages that it builds on"
     needed = run.ancestors(require_name(run.recipe, stage, run.recipe.stages))
-    with start_run(run, needed) as (run, bars): trained = train_nodes(run, needed, bars)
+    with start_run(run, needed) as (run, bars):
+        trained = train_nodes(run, needed, bars)
+        kappa = stage_kappa_text(run, stage)
     say(f'{stage} -> {run.root / stage}' if trained else f'Nothing to do: {stage} is up to date in {run.root / stage}')
+    say(f'{stage}: {kappa}')
 
 
 def label_table(run: Run, node: str, name: str) -> None:
@@ -262,11 +265,12 @@ def write_report_again(run: Run, bars: Bars, deidentify: bool) -> None:
 def find_learning_rate(run: Run, stage: str) -> None:
     "Print learning rates that fastai's LR finder suggests for a stage, and save its curve"
     require_name(run.recipe, stage, run.recipe.stages)
+    if world_size() > 1: raise AptosError('lr_find runs in one process. Start it without torchrun or accelerate.')
     check_run(run, [stage])
     plot = run.root / stage / 'lr_find.png'
-    with start_run(run) as (run, _):
+    with start_run(run) as (run, bars):
         from aptos_fastai.pipeline.stage import find_rates
-        found = find_rates(run, stage, plot)
+        found = find_rates(run, stage, plot, bars)
     table(f'learning rates for {stage}', ['suggestion', 'lr'], [[name, f'{lr:.2g}'] for name, lr in found.items()])
     say(f'curve -> {plot}. Set the rate you choose as [stage.{stage}] lr.')
 

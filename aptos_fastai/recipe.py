@@ -71,9 +71,10 @@ def split_names(text: str) -> tuple[str, ...]:
 # The sections and their keys
 
 def _key(default: Any = MISSING, help: str = '', choices: tuple[str, ...] | None = None, low: float | None = None,
-         high: float | None = None, check: Callable[[str, Any], None] | None = None) -> Any:
-    "Declare a key: its default (none: required), its meaning with the unit, and the values it accepts"
-    return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high, check=check))
+         high: float | None = None, check: Callable[[str, Any], None] | None = None, advice: str = '') -> Any:
+    "Declare a key: its default (none: required), its meaning with the unit, the values it accepts, advice for others"
+    return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high, check=check,
+                                                advice=advice))
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,7 @@ class Table:
         return f'blocks of {self.block} ids' if self.block else 'images'
 
 
+DIVIDE = 'Divide values for pixels from 0 to 255 by 255.'
 WEIGHT_SOURCES = 'imagenet', 'bundled', 'none'      # values of a stage's `weights` that are no file
 
 
@@ -226,8 +228,9 @@ class Stage:
     arch: str = _key('legacy_seresnet50', 'any timm network')
     mean: tuple[float, ...] = _key((), 'mean of red, green and blue (0-1) that images are normalised by: that of the '
                                    'images of `weights`. Empty: that of the stage `init`, else timm\'s for `arch`',
-                                   low=0, high=1, check=_check_channels)
-    std: tuple[float, ...] = _key((), 'the same, the standard deviation', low=.001, high=1, check=_check_channels)
+                                   low=0, high=1, check=_check_channels, advice=DIVIDE)
+    std: tuple[float, ...] = _key((), 'the same, the standard deviation', low=.001, high=1, check=_check_channels,
+                                  advice=DIVIDE)
     head: str = _key('auto', 'pooling before the output: gem (generalised mean), avg (mean), cls (class token of a '
                      'transformer); auto: gem, or avg if the feature maps are signed (after a final LayerNorm)',
                      choices=('auto', 'gem', 'avg', 'cls'))
@@ -249,8 +252,8 @@ class Stage:
     lr_div: float = _key(1., 'the body trains with lr divided by this', low=1, high=10_000)
     layer_decay: float = _key(1., 'each layer of the body trains with this fraction of the learning rate of the layer '
                               'above it (timm\'s layers); 1: off', low=.01, high=1)
-    optimizer: str = _key('adam', 'adam (AdamW), or another optimizer of torch.optim, fastai or timm, in lower case: '
-                          'sgd, nadam, radam, lion, lamb …')
+    optimizer: str = _key('adam', 'adam (which is AdamW; adamw means the same), or another optimizer of torch.optim, '
+                          'fastai or timm, in lower case: sgd, nadam, radam, lion, lamb …')
     sqr_mom: float = _key(.99, 'second beta of adam and its like (fastai 0.99, PyTorch 0.999)', low=0, high=.99999)
     eps: float = _key(1e-5, 'epsilon of adam and its like (fastai 1e-5, PyTorch 1e-8)', low=1e-12, high=1)
     wd: float = _key(.01, 'weight decay (decoupled where the optimizer can); none for biases, normalisations, position '
@@ -484,10 +487,11 @@ def _parse_value(key: Field, text: str) -> Any:
     accepts = key.metadata
     is_tuple = get_origin(key.type) is tuple
     kind: Any = get_args(key.type)[0] if is_tuple else key.type
-    words = text.split() if is_tuple else [text]
+    words = (text if kind is str else re.sub(r',\s', ' ', text)).split() if is_tuple else [text]
     if accepts['choices'] and text not in accepts['choices']:
         raise ValueError(f'no such value. Accepted: {", ".join(accepts["choices"])}.')
-    values = words if kind is str else [_parse_number(kind, word, accepts['low'], accepts['high']) for word in words]
+    try: values = words if kind is str else [_parse_number(kind, o, accepts['low'], accepts['high']) for o in words]
+    except ValueError as e: raise ValueError(f'{e} {accepts["advice"]}'.strip()) from None
     value = tuple(values) if is_tuple else values[0]
     if accepts['check']: accepts['check'](text, value)
     return value

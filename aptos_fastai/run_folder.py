@@ -1,7 +1,7 @@
 "The run folder: its paths, which stages are finished, and the files they wrote. Imports no torch."
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,8 @@ RESCORED = {PREDS}                           # is made again from the weights if
 # name, not by its names; `thresholds` and `labels` where they are used. A precision that `auto` chose counts as chosen
 NOT_IN_FINGERPRINT = {'name', 'folds', 'workers', 'compile', 'track', 'init', 'train', 'validate', 'thresholds',
                       'labels', 'tta', 'precision'}
+# Keys that a linear probe does not use either: it trains the head alone, on features of images without augmentation
+NOT_IN_PROBES = {'layer_decay', 'lr_div', 'drop_path'}
 
 
 def _facts(frame: pd.DataFrame) -> dict:
@@ -38,14 +40,30 @@ def _facts(frame: pd.DataFrame) -> dict:
     return dict(images=len(frame), by_grade=by_grade, **{name: digest(o.tolist()) for name, o in columns.items()})
 
 
+def training_keys(settings: dict) -> dict:
+    "Return the keys of a stage, or of its record, that its weights depend on"
+    left_out = set(NOT_IN_FINGERPRINT)
+    if settings['keep'] == 'kappa': left_out -= {'thresholds'}                 # they choose the epoch
+    if not settings['epochs']: left_out = (left_out | NOT_IN_PROBES) - {'tta'}           # a probe trains on these views
+    return {k: v for k, v in settings.items() if k not in left_out}
+
+
 def training_settings(stage: Stage) -> dict:
-    "Return the keys of a stage that its weights depend on"
-    settings = {k: v for k, v in asdict(stage).items() if k not in NOT_IN_FINGERPRINT}
-    if stage.keep == 'kappa': settings['thresholds'] = stage.thresholds        # they choose the epoch
-    if not stage.epochs: settings['tta'] = stage.tta                           # a linear probe trains on these views
+    "Return what a stage's fingerprint says of its keys"
+    settings = training_keys(asdict(stage))
     if stage.init: settings['weights'] = ''                                    # not used
     if stage.weights_file: settings['weights'] = 'file'                        # by its content: `Run.changed_weights`
     return settings
+
+
+@cache
+def _hash_of_state(file: str, size: int, mtime: int) -> str: return file_hash(file)
+
+
+def hash_once(file: str) -> str:
+    "Return the SHA-256 of a file, which is read once in a process unless its size or modification time changes"
+    stat = Path(file).stat()
+    return _hash_of_state(str(Path(file).resolve()), stat.st_size, stat.st_mtime_ns)
 
 
 def _fingerprint_of(file: Path) -> str:
@@ -171,7 +189,7 @@ class Run:
         """
         r, s = self.recipe, self.recipe.stages[stage]
         return dict(
-            settings=training_settings(s), augment=asdict(r.augment), prep=asdict(self.prep_of(s)),
+            settings=training_settings(s), augment=asdict(r.augment) if s.epochs else {}, prep=asdict(self.prep_of(s)),
             seed=r.seed, fold=fold,
             init=self.fingerprint(s.init, fold) if s.init else '',
             train=[self._source(s, teacher, table, fold) for teacher, table in s.sources])
@@ -198,7 +216,14 @@ class Run:
 
     def weight_hashes(self, node: str) -> dict[str, str]:
         "Return STAGE/foldK -> SHA-256 of its weights, for each network of a stage or ensemble"
-        return {f'{m}/fold{k}': self.finished_record(m, k)['files'][WEIGHTS]['sha256']
+        return self._hashes_of(node, WEIGHTS)
+
+    def score_hashes(self, node: str) -> dict[str, str]:
+        "Return STAGE/foldK -> SHA-256 of its validation scores, for each network of a stage or ensemble"
+        return self._hashes_of(node, PREDS)
+
+    def _hashes_of(self, node: str, file: str) -> dict[str, str]:
+        return {f'{m}/fold{k}': self.finished_record(m, k)['files'][file]['sha256']
                 for m in self.recipe.members(node) for k in self.folds_of(node)}
 
     def parent_weight_hashes(self, stage: str, fold: int) -> dict[str, str]:
@@ -223,25 +248,27 @@ class Run:
         return sorted(record['parents'].values()) == sorted(self._weights_of_parents(stage, fold))
 
     def changed_precision(self, stage: str, record: dict) -> str:
-        "Return the precision that a stage asks for if the recorded one is another; a linear probe asks for none"
+        "Return the precision that a stage asks for if the recorded one is another; `auto` is f32 for a linear probe"
         s = self.recipe.stages[stage]
-        return s.precision if s.epochs and s.precision not in ('auto', record['precision']) else ''
+        asked = 'f32' if s.precision == 'auto' and not s.epochs else s.precision
+        return asked if asked not in ('auto', record['precision']) else ''
 
     def changed_weights(self, stage: str, record: dict) -> str:
         """Return the file of initial weights if it is another one than the recorded one.
 
-        It is compared by content, so that it may be moved; one that is no longer there is no reason to train again.
+        It is compared by content, so that it may be moved. A finished fold does not need its file: if the recorded one
+        is no longer there, that is no reason to train again.
         """
         file = self.recipe.stages[stage].weights_file
-        recorded = (record.get('loaded') or {}).get('sha256')
-        is_other = self.file_hashes.get(file, recorded) != recorded
-        return file if is_other else ''
+        if not file: return ''
+        if file not in self.file_hashes: return file if file != record['settings']['weights'] else ''
+        return file if self.file_hashes[file] != (record.get('loaded') or {}).get('sha256') else ''
 
     @cached_property
     def file_hashes(self) -> dict[str, str]:
         "SHA-256 of each file of initial weights that is there"
         files = {s.weights_file for s in self.recipe.stages.values()}
-        return {file: file_hash(file) for file in files if file and Path(file).is_file()}
+        return {file: hash_once(file) for file in files if file and Path(file).is_file()}
 
     def damaged_files(self, stage: str, fold: int) -> set[str]:
         "Return the files of a finished fold that are missing or have another size than its record says"
@@ -267,8 +294,13 @@ class Run:
         if record['settings']['tta'] != s.tta or RESCORED & self.damaged_files(stage, fold): return 'scores'
         recorded = [record['stage'], sorted(record['parents']), record['settings'], record['gate']]
         gate = dict(asdict(self.recipe.gate), rules=record['gate']['rules'])
-        now = [stage, sorted(self.parent_stages(stage)), asdict(s), gate]
+        now = [stage, sorted(self.parent_stages(stage)), self.settings_to_record(stage, record), gate]
         return '' if digest(recorded) == digest(now) else 'record'
+
+    def settings_to_record(self, stage: str, record: dict) -> dict:
+        "Return the keys of a finished stage for its record; `weights`, if `init` is used instead, are as recorded"
+        s = self.recipe.stages[stage]
+        return dict(asdict(s), weights=record['settings']['weights'] if s.init else s.weights)
 
     def to_refresh(self, todo: dict[str, list[int]], nodes: Iterable[str] | None = None) -> dict[str, list[int]]:
         "Return the folds of each stage that need no training (`todo` does) but are `outdated`; of `nodes`, or of all"

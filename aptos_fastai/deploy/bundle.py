@@ -104,7 +104,7 @@ def export_run(path: str, parity: int | None = None, deidentify: bool = False) -
     out, temp = Path(path) / 'bundle', Path(path) / '.bundle.tmp'
     shutil.rmtree(temp, ignore_errors=True)
     try:
-        images = parity_images(root, model.prep, parity or 0)
+        images = parity_images(root, model, parity or 0)
         copy_evaluations(Path(path), out, temp)
         compared = build_bundle(model, root, temp, images, validation_scores(path), deidentify=deidentify)
         shutil.rmtree(out, ignore_errors=True)

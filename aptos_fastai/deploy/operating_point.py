@@ -53,7 +53,7 @@ def write_operating_point(model: str, refer: Refer, output: str = '', graded: st
     temp = folder.with_name(f'.{folder.name}.tmp')
     shutil.rmtree(temp, ignore_errors=True)
     try:
-        images = parity_images(root, spec.prep)
+        images = parity_images(root, spec)
         if read_record(root / BUNDLE): parity = rewrite_bundle(changed, root, temp, images, spec.digests)
         else: parity = build_bundle(changed, root, temp, images, validation_scores(model), spec.digests)
         temp.rename(folder)

@@ -1,6 +1,7 @@
 "Compare backends and precisions with PyTorch f32 on the same images: scores, grades and referrals."
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -10,9 +11,10 @@ import numpy as np
 import torch
 
 from aptos_fastai.common.console import Bars, say, table
-from aptos_fastai.data.retina import Prep, prepare, square_of
+from aptos_fastai.data.retina import Prep, prepare_sizes
 from aptos_fastai.inference.backends import MAX_DIFFERENCE, PACKAGES, changed_text
 from aptos_fastai.inference.grader import Grader, load_grader
+from aptos_fastai.inference.model_spec import ModelSpec
 from aptos_fastai.inference.views import mean_and_sd
 from aptos_fastai.metrics import grade_scores, wilson_interval
 from aptos_fastai.training.precision import has_bf16
@@ -27,9 +29,12 @@ MAX_REFERRALS_CHANGED = dict(f32=.005, bf16=.01, fp16=.01)
 ALWAYS_ALLOWED = dict(f32=0, bf16=1, fp16=1)
 
 
+Jpegs = dict[int, bytes]                     # the prepared squares of an image by their sides
+
+
 class ParityImages(NamedTuple):
     "Prepared images on which backends are compared"
-    jpegs: list[bytes]
+    jpegs: list[Jpegs]
     origin: str                              # in words, with their numbers
 
 
@@ -40,18 +45,30 @@ class Predictions(NamedTuple):
     referable: np.ndarray                    # yes, no, or ungradable
 
 
-def parity_images(root: Path, prep: Prep, n: int = 0) -> ParityImages:
+def parity_images(root: Path, model: ModelSpec, n: int = 0) -> ParityImages:
     """Return `n` (default `PARITY_IMAGES`) images of the run's store, equally many of each table.
 
-    If the store has fewer, all of them and synthetic ones.
+    Each is at all sides that the model's members read. If the store has fewer such images, all of them and synthetic
+    ones.
     """
-    n = n or PARITY_IMAGES
-    store = root.parent / 'prepared' / prep.name
-    tables = [sorted(folder.glob('*.jpg')) for folder in sorted(store.glob('*')) if folder.is_dir()]
-    jpegs = [file.read_bytes() for file in spread_over_tables(tables, n)]
+    n, store = n or PARITY_IMAGES, root.parent / 'prepared'
+    preps = [replace(model.prep, size=side) for side in sorted(set(model.prepared.values()))]
+    folders = [folder for folder in sorted((store / model.prep.name).glob('*')) if folder.is_dir()]
+    tables = [images_at_all_sides(store, folder.name, preps) for folder in folders]
+    files = {by_prep[model.prep]: by_prep for table in tables for by_prep in table}
+    chosen = spread_over_tables([[by_prep[model.prep] for by_prep in table] for table in tables], n)
+    jpegs = [{prep.size: file.read_bytes() for prep, file in files[name].items()} for name in chosen]
     parts = [(len(jpegs), 'images of the run'), (n - len(jpegs), 'synthetic images')]
     origin = ' and '.join(f'{count} {name}' for count, name in parts if count)
-    return ParityImages([*jpegs, *synthetic_images(n - len(jpegs), prep)], origin)
+    return ParityImages([*jpegs, *synthetic_images(n - len(jpegs), preps)], origin)
+
+
+def images_at_all_sides(store: Path, table: str, preps: Sequence[Prep]) -> list[dict[Prep, Path]]:
+    "Return the files of the images of a table's folder that are stored by each of `preps`, in the order of their names"
+    files = [{f.name.removesuffix(prep.suffix).rpartition('.')[0]: f for f in (store / prep.name / table).glob('*.jpg')}
+             for prep in preps]
+    names = sorted(set.intersection(*map(set, files)))
+    return [{prep: of_prep[name] for prep, of_prep in zip(preps, files, strict=True)} for name in names]
 
 
 def spread_over_tables(tables: Sequence[Sequence[Path]], n: int) -> list[Path]:
@@ -64,19 +81,19 @@ def spread_over_tables(tables: Sequence[Sequence[Path]], n: int) -> list[Path]:
     return chosen
 
 
-def synthetic_images(n: int, prep: Prep) -> list[bytes]:
-    "Return `n` prepared images of the demo, of all grades and cameras"
+def synthetic_images(n: int, preps: Sequence[Prep]) -> list[Jpegs]:
+    "Return `n` images of the demo, of all grades and cameras, prepared at the sides of `preps`"
     from aptos_fastai.data.demo import CAMERAS, generate_fundus
     rng, cameras = np.random.default_rng(0), list(CAMERAS)
     jpegs = []
     for i in range(n):
         im, _ = generate_fundus(rng, i % 5, cameras[i % len(cameras)], True)
         png = cv2.imencode('.png', im[..., ::-1])[1].tobytes()
-        jpegs.append(prepare(png, prep)[0])
+        jpegs.append(prepare_sizes(png, preps[0], [prep.size for prep in preps])[0])
     return jpegs
 
 
-def compare_backends(folder: Path, jpegs: list[bytes]) -> list[dict]:
+def compare_backends(folder: Path, jpegs: list[Jpegs]) -> list[dict]:
     """Compare every backend and precision that this machine has with PyTorch f32, on the same prepared images.
 
     Returns a dict for each: maximum and mean difference of a score; numbers of changed grades and referrals, and their
@@ -94,7 +111,7 @@ def has_precision(precision: str) -> bool:
     return precision != 'bf16' or has_bf16()
 
 
-def comparison(backend: str, precision: str, expected: Predictions, folder: Path, jpegs: list[bytes],
+def comparison(backend: str, precision: str, expected: Predictions, folder: Path, jpegs: list[Jpegs],
                bars: Bars) -> dict:
     "Return how far the predictions of a backend are from the `expected` ones"
     start = time.monotonic()
@@ -111,13 +128,14 @@ def comparison(backend: str, precision: str, expected: Predictions, folder: Path
     return dict(record, within_bounds=within)
 
 
-def predict_jpegs(grader: Grader, jpegs: list[bytes], bars: Bars) -> Predictions:
+def predict_jpegs(grader: Grader, jpegs: list[Jpegs], bars: Bars) -> Predictions:
     "Return what a grader predicts of prepared images"
     model, parts = grader.model, []
     with bars(f'comparing {grader.backend} {grader.precision}', len(jpegs), 'images') as bar:
         for i in range(0, len(jpegs), BATCH):
             batch = jpegs[i:i + BATCH]
-            squares = {side: np.stack([square_of(j, model.prep, side) for j in batch]) for side in model.sizes}
+            images = [model.squares(o) for o in batch]
+            squares = {size: np.stack([o[size] for o in images]) for size in model.sizes}
             parts.append(_predict(grader, squares))
             bar.to(i + len(batch))
     return Predictions(*map(np.concatenate, zip(*parts, strict=True)))

@@ -23,12 +23,13 @@ from aptos_fastai.metrics import (
     upper_quantile,
 )
 from aptos_fastai.recipe import Refer, parse_thresholds
-from aptos_fastai.run_folder import FEATURES, FINISHED, NOT_IN_FINGERPRINT, PREDS, WEIGHTS
+from aptos_fastai.run_folder import FEATURES, FINISHED, PREDS, WEIGHTS, training_keys
 from aptos_fastai.training.model import body_stats
 from aptos_fastai.training.networks import create_model
 
 BUNDLE = 'bundle.json'                       # its presence means that a bundle is complete
-NOT_REPORTED = 'no kappa of these networks is recorded: they were trained after the last `all`, or without one'
+NOT_REPORTED = ('no kappa of these networks is recorded: they were trained or scored again after the last '
+                '`all`, or without one')
 STAGE_COVERAGE = .9                          # of the prediction sets of a model that is one stage of a run
 NO_FOLD = '{}: no finished fold here. Run `all` or `train`.'
 SYNTHETIC_MODEL = 'SYNTHETIC: this model was trained on generated images; its grades have no clinical meaning'
@@ -191,9 +192,13 @@ def _bundle_model(bundle: dict) -> ModelSpec:
 
 
 def run_model(root: Path, summary: dict) -> ModelSpec:
-    "Return the model that made a run's submission. Raises `AptosError` if its stages were trained again since"
+    """Return the model that made a run's submission.
+
+    Raises `AptosError` if its stages were trained again since, or their validation images scored again: its thresholds
+    and sets belong to the old weights and scores.
+    """
     s = summary['submission']
-    if 'decision' not in s:
+    if 'scores' not in s:
         raise AptosError(f'{root / "summary.json"}: written by an older version. Run `all` again.')
     name = f'{summary["recipe"]}/{s["node"]}'
     folds = Counter(folder.rpartition('/')[0] for folder in s['weights'])         # of each stage
@@ -208,22 +213,35 @@ def run_model(root: Path, summary: dict) -> ModelSpec:
         if member.sha256 == sha256: continue
         raise AptosError(f'{root}: {PurePosixPath(member.file).parent} was trained again after the submission was '
                          'made; its thresholds belong to the old weights. Run `all` again.')
+    for member in model.members:
+        folder = PurePosixPath(member.file).parent
+        if _scores_hash(root / folder) == s['scores'].get(str(folder)): continue
+        raise AptosError(f'{root}: the validation images of {folder} were scored again with tta = {member.tta} after '
+                         'the submission was made; its thresholds belong to the old scores. Run `all` again, which '
+                         'trains nothing for it.')
     return model
+
+
+def _scores_hash(folder: Path) -> str:
+    "Return the recorded SHA-256 of the validation scores of a finished fold"
+    return (read_record(folder / FINISHED) or {})['files'][PREDS]['sha256']
 
 
 def _stage_model(folder: Path) -> ModelSpec:
     """Return the mean of a stage's folds as the run's summary.json reports it; prediction sets and gate are fitted.
 
-    A stage that was trained after the last `all`, or without one, has the thresholds of its own setting and no kappa.
+    A stage that was trained or scored after the last `all`, or without one, has the thresholds of its own setting and
+    no kappa.
     Raises `AptosError` if its folds were not trained alike.
     """
     root, name = folder.parent, folder.name
     records = _finished_folds(folder)
     summary = read_record(root / 'summary.json') or {}
     result = next((o for o in summary.get('stages', []) if o['stage'] == name), None)
-    reported = (result or {}).get('weights', {})
-    current = {f'{name}/{fold}': r['files'][WEIGHTS]['sha256'] for fold, r in records.items()}
-    is_reported = reported and all(current.get(fold) == sha256 for fold, sha256 in reported.items())
+    reported = _hashes_in(result or {})
+    current = {f'{name}/{fold}': tuple(r['files'][file]['sha256'] for file in (WEIGHTS, PREDS))
+               for fold, r in records.items()}
+    is_reported = reported and all(current.get(fold) == hashes for fold, hashes in reported.items())
     if is_reported: records = {fold: r for fold, r in records.items() if f'{name}/{fold}' in reported}
     _check_trained_alike(folder, records)
     oof = pd.concat([pd.read_csv(preds_file(folder / fold), dtype=dict(id_code=str)) for fold in records])
@@ -246,6 +264,12 @@ def _stage_model(folder: Path) -> ModelSpec:
                         warnings)
 
 
+def _hashes_in(result: dict) -> dict[str, tuple[str, str | None]]:
+    "Return STAGE/foldK -> SHA-256 of weights and validation scores, of an entry of `stages` in summary.json"
+    weights, scores = result.get('weights', {}), result.get('scores', {})
+    return {fold: (sha256, scores.get(fold)) for fold, sha256 in weights.items()}
+
+
 def _finished_folds(folder: Path) -> dict[str, dict]:
     "Return fold0, fold1, … of a stage with their records; a fold that is not finished is left out"
     folds = sorted(folder.glob(f'fold*/{FINISHED}'), key=lambda f: int(f.parent.name.removeprefix('fold')))
@@ -258,8 +282,7 @@ def _finished_folds(folder: Path) -> dict[str, dict]:
 def _check_trained_alike(folder: Path, records: dict[str, dict]) -> None:
     "Raise `AptosError` if folds are of another stage or were trained with other settings"
     def training(r: dict) -> str:
-        settings = {k: v for k, v in r['settings'].items() if k not in NOT_IN_FINGERPRINT}
-        return digest([r['stage'], settings, r['augment'], r['prep'], r['seed']])
+        return digest([r['stage'], training_keys(r['settings']), r['augment'], r['prep'], r['seed']])
     first = next(iter(records))
     for fold, r in records.items():
         if r['stage'] == folder.name and training(r) == training(records[first]): continue

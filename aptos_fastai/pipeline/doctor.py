@@ -9,6 +9,7 @@ from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -21,7 +22,10 @@ from aptos_fastai.data.retina import Prep, get_prep, prepare
 from aptos_fastai.data.spreadsheet import TableError, first_few
 from aptos_fastai.data.store import resized_warning
 from aptos_fastai.data.tables import describe, table_contents, with_present_tables
-from aptos_fastai.recipe import Recipe, read_recipe
+from aptos_fastai.recipe import Recipe, Stage, read_recipe
+
+if TYPE_CHECKING:
+    from aptos_fastai.training.weight_files import Loaded
 
 PACKAGES = 'aptos_fastai fastai torch timm pandas numpy scikit-learn opencv-python-headless pillow'.split()
 EXTRAS = dict(dicom='pydicom', excel='openpyxl', export='onnxruntime', openvino='openvino', serve='starlette',
@@ -139,12 +143,24 @@ def download_commands(recipe: Recipe, data: Path) -> list[list[str]]:
 
 def check_initial_weights(recipe: Recipe) -> Iterator[Finding]:
     "Check whether the weights that stages start from are available; a few seconds at most"
-    from aptos_fastai.training.weights import check_weights
-    for (arch, weights), stage in {(s.arch, s.weights): s for s in recipe.stages.values() if not s.init}.items():
+    from aptos_fastai.training.weights import SAID, examine_weights
+    def key(s: Stage) -> tuple: return (s.arch, s.weights, *((s.size, s.mean, s.std) if s.weights_file else ()))
+    for (arch, weights, *_), stage in {key(s): s for s in recipe.stages.values() if not s.init}.items():
         name = f'weights {weights} of {arch}'
-        try: check_weights(stage)
-        except AptosError as e: yield name, str(e), False
+        try: loaded, warnings = examine_weights(stage)
+        except AptosError as e:
+            yield name, str(e).removeprefix(f'weights = {weights}: '), False
+            continue
+        if loaded: yield name, fit_text(loaded, arch), True
         else: yield name, 'random, nothing to download' if weights == 'none' else 'available', True
+        SAID.update(warnings)                # `check_plan` need not say them again
+        for warning in warnings: yield name, warning.removeprefix(f'weights = {weights}: '), WARNING
+
+
+def fit_text(loaded: 'Loaded', arch: str) -> str:
+    "Return what of a file fits the network `arch`"
+    left_over = f', {sum(loaded.left_over.values())} left over ({", ".join(loaded.left_over)})'
+    return f'fits {arch}: {loaded.tensors} tensors' + (left_over if loaded.left_over else '')
 
 
 def check_run_folder(root: Path) -> Iterator[Finding]:
@@ -190,11 +206,13 @@ def find_problems(recipe: str, data: str, runs: str, sets: Iterable[str], every_
     if left_out: yield 'tables', left_out, WARNING
     found = [] if demo else list(check_tables(parsed, Path(data), every_image))
     yield from found or [('tables', 'synthetic demo, generated at its first use', True)]
-    yield from check_initial_weights(parsed)
+    weights = list(check_initial_weights(parsed))
+    yield from weights
     if not Path(runs).is_file(): yield from check_run_folder(Path(runs) / parsed.name)
     if all(ok for _, _, ok in found):
         try: yield from check_plan(recipe, data, runs, keys)
-        except AptosError as e: yield 'plan', str(e), False
+        except AptosError as e:
+            if not any(not ok and text in str(e) for _, text, ok in weights): yield 'plan', str(e), False
 
 
 # how `doctor` prints a finding that is, or is not, in order: its mark and its colour

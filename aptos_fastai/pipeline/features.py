@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
@@ -14,8 +15,8 @@ from fastai.learner import Learner
 from safetensors.torch import load_file, save
 
 from aptos_fastai.common.console import Bars, say
-from aptos_fastai.common.distributed import rank
-from aptos_fastai.common.io import digest, write_bytes
+from aptos_fastai.common.distributed import all_gather, rank
+from aptos_fastai.common.io import AptosError, digest, file_hash, read_record, write_bytes, write_record
 from aptos_fastai.data.store import stored_column
 from aptos_fastai.inference.gate import FeatureDistance
 from aptos_fastai.inference.views import VIEWS
@@ -26,6 +27,7 @@ from aptos_fastai.training.precision import Autocast
 from aptos_fastai.training.probe import FeatureRows, feature_dls, probe_learner
 
 FEATURES_FOLDER = 'features'                 # in the store
+_named: WeakKeyDictionary[Bars, set[Path]] = WeakKeyDictionary()      # files that a command has printed already
 
 
 @dataclass
@@ -94,15 +96,36 @@ def table_features(run: Run, stage: Stage, table: str, learn: Learner, network: 
     key = digest([network, [Path(p).name for p in squares]])
     file = run.store / FEATURES_FOLDER / f'{table}-{key[:16]}.safetensors'
     views, what = VIEWS[stage.tta], f'features of {len(frame)} images x {VIEWS[stage.tta]} views'
-    if file.is_file():
-        say(f'  {stage.name}: {what} are in {file}')
-        return load_file(file)['features'].numpy()
+    named = _named.setdefault(bars, set())
+    stored = read_features(file, (len(frame), views, learn.model[1][3].in_features))
+    everywhere = all(all_gather([stored is not None]))
+    if everywhere and stored is not None:
+        if file not in named: say(f'  {stage.name}: {what} are in {file}')
+        named.add(file)
+        return stored
     with bars(f'{stage.name}  {what}', len(frame), 'images') as bar:
         features = predict_view_features(learn, frame, stage.tta, bar).reshape(len(frame), views, -1)
-    if rank() == 0:
-        say(f'  {stage.name}: {what} -> {file}')
-        write_bytes(file, save(dict(features=torch.from_numpy(features))))
+    if rank() == 0: write_features(file, features)
+    say(f'  {stage.name}: {what} -> {file}')
+    named.add(file)
     return features
+
+
+def write_features(file: Path, features: np.ndarray) -> None:
+    "Write features (n, views, C) and, beside them, a record of their SHA-256 and shape"
+    write_bytes(file, save(dict(features=torch.from_numpy(features))))
+    write_record(file.with_suffix('.json'), dict(sha256=file_hash(file), shape=features.shape))
+
+
+def read_features(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    "Return the features (n, views, C) in `file`, or None if it is missing or not as recorded, which is printed"
+    if not file.is_file(): return None
+    note = file.with_suffix('.json')
+    try: record = read_record(note)
+    except AptosError: record = None
+    if record == dict(sha256=file_hash(file), shape=list(shape)): return load_file(file)['features'].numpy()
+    say(f'  {file}: is not as its record {note.name} says. The features are computed again.', 'yellow')
+    return None
 
 
 def probe(stage: Stage, learn: Learner, features: FrozenFeatures) -> Learner:

@@ -23,11 +23,12 @@ from aptos_fastai.common.io import (
     write_csv,
     write_record,
 )
+from aptos_fastai.data.decode import ImageError
 from aptos_fastai.data.duplicates import duplicates_table, group_duplicates, resolve_conflicts
 from aptos_fastai.data.folds import add_folds, write_folds
 from aptos_fastai.data.retina import Prep
 from aptos_fastai.data.spreadsheet import first_few
-from aptos_fastai.data.store import prepare_table, prepared_already, stored_column
+from aptos_fastai.data.store import prepare_table, prepared_already, store_folder, stored_column
 from aptos_fastai.data.tables import TableContents, read_contents, read_order, with_present_tables
 from aptos_fastai.decisions import without_ungradable
 from aptos_fastai.inference.training_images import write_run_images
@@ -133,7 +134,23 @@ def with_prepared(run: Run) -> Run:
     skip, sizes = run.recipe.images.skip_unreadable == 'yes', run.recipe.prepared_sizes
     frames = {name: prepared_already(frame, run.store, run.prep, sizes=sizes, skip_unreadable=skip)
               for name, frame in run.frames.items()}
+    frames = {name: frame if 'stored' in frame else prepared_as_other(run, frame) for name, frame in frames.items()}
     return replace(run, frames=frames)
+
+
+def prepared_as_other(run: Run, frame: pd.DataFrame) -> pd.DataFrame:
+    "Return a table as prepared earlier under another name, unchanged if it was not; its images are prepared again"
+    skip, sizes = run.recipe.images.skip_unreadable == 'yes', run.recipe.prepared_sizes
+    source = frame.source.iloc[0]
+    folders = [store_folder(frame, run.store, replace(run.prep, size=size)) for size in sizes]
+    names = {other.name.removesuffix(end) for folder in folders for end in [folder.name.removeprefix(source)]
+             for other in folder.parent.glob(f'*{end}')}
+    for name in sorted(names):
+        try:
+            found = prepared_already(frame.assign(source=name), run.store, run.prep, sizes=sizes, skip_unreadable=skip)
+        except ImageError: continue          # a damaged prepared.csv that this run does not need
+        if 'stored' in found: return found.assign(source=source)
+    return frame
 
 
 def with_common_size(run: Run, frames: dict[str, pd.DataFrame]) -> tuple[dict[str, pd.DataFrame], Prep | None]:
@@ -232,20 +249,34 @@ def check_run(run: Run, stages: Collection[str]) -> None:
     "Raise `ConfigError` now for what would stop a stage later: a batch size too large, weights or packages missing"
     if not stages: return
     for name in stages: check_pseudo_labelled(run, run.recipe.stages[name])
-    from aptos_fastai.pipeline.network_check import check_network
-    from aptos_fastai.training.model import check_optimization
-    from aptos_fastai.training.precision import candidate_precisions
+    for name in stages: check_batch(run, run.recipe.stages[name])
     from aptos_fastai.training.weights import check_weights
     for name in stages:
+        with stage_errors(run, name): check_weights(run.recipe.stages[name])
+    check_training(run, stages)
+    for name in stages:
+        with stage_errors(run, name): check_installed(run.recipe.stages[name])
+
+
+@contextmanager
+def stage_errors(run: Run, stage: str) -> Iterator[None]:
+    "Say in an error which recipe and stage it is about"
+    try: yield
+    except AptosError as e: raise ConfigError(f'{run.recipe.path} [stage.{stage}] {e}') from None
+
+
+def check_training(run: Run, stages: Iterable[str]) -> None:
+    "Raise `ConfigError` if the network of a stage cannot be built, run, started from its parent's or trained"
+    from aptos_fastai.pipeline.network_check import check_init, check_network
+    from aptos_fastai.training.model import check_optimization
+    from aptos_fastai.training.precision import candidate_precisions
+    for name in stages:
         stage = run.recipe.stages[name]
-        check_batch(run, stage)
-        try:
-            check_weights(stage)
+        with stage_errors(run, name):
             check_network(stage)
+            if stage.init: check_init(stage, run.recipe.stages[stage.init])
             check_optimization(stage)
             candidate_precisions(stage)
-            check_installed(stage)
-        except AptosError as e: raise ConfigError(f'{run.recipe.path} [stage.{name}] {e}') from None
 
 
 def check_pseudo_labelled(run: Run, stage: Stage) -> None:

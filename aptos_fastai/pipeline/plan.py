@@ -11,7 +11,7 @@ from aptos_fastai.common.console import format_duration, say, table
 from aptos_fastai.common.distributed import cores, world_size
 from aptos_fastai.common.io import AptosError
 from aptos_fastai.data.store import missing_images
-from aptos_fastai.pipeline.graph import check_run, outputs_up_to_date, submitted_nodes
+from aptos_fastai.pipeline.graph import check_run, check_training, outputs_up_to_date, submitted_nodes
 from aptos_fastai.pipeline.reasons import training_reasons
 from aptos_fastai.pipeline.summary import tables_text
 from aptos_fastai.recipe import Recipe, Stage, read_recipe
@@ -161,9 +161,8 @@ def hypothetical_run(recipe: Recipe, images: str) -> Run:
 
 def plan_images(recipe: str, sets: list[str], images: str) -> None:
     "Print time and disk space for tables of given sizes, which need not exist"
-    from aptos_fastai.training.weights import check_arch
     run = hypothetical_run(read_recipe(recipe, sets=sets), images)
-    for stage in run.recipe.stages.values(): check_arch(stage.arch)
+    check_training(run, run.recipe.stages)
     plan = plan_cost(run, {name: list(range(s.folds)) for name, s in run.recipe.stages.items()})
     show_table(run, plan)
     say(f'estimate: {format_duration(plan.seconds)} (of which {format_duration(plan.prepare_seconds)} to prepare '
@@ -174,6 +173,7 @@ def plan_images(recipe: str, sets: list[str], images: str) -> None:
 def show_plan(run: Run) -> None:
     "Print what is finished and what `all` would train, and time and disk space. Raises `AptosError` if it would fail"
     todo = run.todo()
+    check_run(run, todo)
     outdated = run.to_refresh(todo)
     plan = plan_cost(run, todo, outdated)
     show_table(run, plan)
@@ -186,7 +186,6 @@ def show_plan(run: Run) -> None:
     else: say(f'no table to predict: the model is {submit.final} -> {run.root}')
     say(f'estimate: {format_duration(plan.seconds)} and {plan.disk / 1e9:.2f} GB on disk,\n'
         'from a few training steps of each network on this machine (longer if it is busy)')
-    check_run(run, todo)                     # last, so that an error comes after the table
 
 
 def show_reasons(run: Run, todo: dict[str, list[int]], outdated: dict[str, list[int]]) -> None:

@@ -33,12 +33,13 @@ def fold_reasons(run: Run, name: str, fold: int, todo: dict[str, list[int]]) -> 
     if not record: return [_unfinished(run, name, fold)]
     if 'inputs' not in record: return [OLDER]
     trained_again = [m for m in run.parent_stages(name) if fold in todo.get(m, [])]
-    return [*_changed_settings(run, name, record),
-            *_changed_recipe(run, name, fold, record),
-            *_changed_sources(run, name, fold, record, trained_again),
-            *(f'{m} is trained again' for m in trained_again),
-            *(_changed_parents(run, name, fold, record) if not trained_again else []),
-            *(f'{file} is missing or has another size' for file in sorted(run.damaged_files(name, fold) - RESCORED))]
+    found = [*_changed_settings(run, name, record),
+             *_changed_recipe(run, name, fold, record),
+             *_changed_sources(run, name, fold, record, trained_again),
+             *(f'{m} is trained again' for m in trained_again),
+             *(_changed_parents(run, name, fold, record) if not trained_again else []),
+             *(f'{file} is missing or has another size' for file in sorted(run.damaged_files(name, fold) - RESCORED))]
+    return found or [OLDER]                  # whose fingerprint held what this version leaves out
 
 
 def _unfinished(run: Run, name: str, fold: int) -> str:
@@ -64,7 +65,9 @@ def _changed_weights(run: Run, name: str, record: dict) -> list[str]:
     if stage.init: return []
     if not stage.weights_file or not record.get('loaded'):
         return changed_keys(dict(weights=record['settings']['weights']), dict(weights=stage.weights))
-    return [f'weights: {stage.weights} has another content'] if run.changed_weights(name, record) else []
+    if not run.changed_weights(name, record): return []
+    if stage.weights not in run.file_hashes: return [f'weights: {stage.weights}: no such file']
+    return [f'weights: {stage.weights} has another content']
 
 
 def changed_keys(old: dict, new: dict, section: str = '') -> list[str]:
@@ -84,9 +87,13 @@ def _text(value: Any) -> str:
 
 def _changed_recipe(run: Run, name: str, fold: int, record: dict) -> list[str]:
     "Return what has changed in the sections of the recipe that all stages depend on"
-    now = run.inputs(name, fold)
-    return [*changed_keys(record['augment'], now['augment'], '[augment] '),
-            *changed_keys(record['prep'], now['prep'], '[images] '),
+    now, old = run.inputs(name, fold), record['prep']
+    stage = run.recipe.stages[name]
+    is_of_stage = old['size'] == record['settings']['size'] and now['prep']['size'] == stage.size
+    prep = {k: v for k, v in now['prep'].items() if k != 'size' or not is_of_stage}        # else its size says it
+    augment = now['augment'] if record['augment'] else {}                                  # a linear probe has none
+    return [*changed_keys(record['augment'], augment, '[augment] '),
+            *changed_keys(old, prep, '[images] '),
             *changed_keys(dict(seed=record['seed']), dict(seed=now['seed']), '[recipe] ')]
 
 

@@ -37,7 +37,9 @@ def refresh_fold(run: Run, name: str, fold: int, bars: Bars) -> None:
         write_csv(folder / PREDS, preds)
     files = {**record['files'], PREDS: dict(sha256=file_hash(folder / PREDS), bytes=(folder / PREDS).stat().st_size)}
     gate = dict(record['gate'], **asdict(run.recipe.gate))
-    write_record(folder / FINISHED, {**record, **fold_settings(run, name, fold), 'gate': gate, 'files': files})
+    settings = run.settings_to_record(name, record)
+    write_record(folder / FINISHED, {**record, **fold_settings(run, name, fold), 'settings': settings, 'gate': gate,
+                                     'files': files})
 
 
 def new_preds(run: Run, name: str, fold: int, record: dict, bars: Bars) -> pd.DataFrame | None:

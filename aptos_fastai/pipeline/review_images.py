@@ -1,4 +1,5 @@
 "The images of `review` and their heat maps: originals where they can be found, else prepared squares."
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +10,7 @@ import pandas as pd
 from aptos_fastai.common.io import AptosError, read_record
 from aptos_fastai.data.decode import ImageError
 from aptos_fastai.data.locate import relative_files, without_suffix
-from aptos_fastai.data.retina import prepare
+from aptos_fastai.data.retina import Prep, prepare
 from aptos_fastai.data.store import read_prepared, read_square, stored_path
 from aptos_fastai.inference.explain import displayed, heatmap, overlay_heatmap
 from aptos_fastai.inference.grader import Grader
@@ -37,32 +38,43 @@ class ReviewImages:
     """
     def __init__(self, review: Review):
         self.root, self.members = review.root, review.members
-        self.prep = fold_model(self.root, self.members, 0).prep
+        model = fold_model(self.root, self.members, 0)
+        self.prep, self.sides = model.prep, set(model.prepared.values())
         wanted = pd.DataFrame([(item.table, item.id_code) for item in review.items], columns=['source', 'id_code'])
         self.records = self._records(wanted)
         self.data = self._data_folder()
         self._graders: dict[int, Grader] = {}
 
     def _records(self, wanted: pd.DataFrame) -> dict[tuple[str, str], dict]:
-        "Return (table, id) -> the image's row of prepared.csv, with the path of the prepared image"
+        """Return (table, id) -> the image's row of prepared.csv, of its largest square.
+
+        `path` is that square, `paths` are the squares by their sides, as far as they are in the store.
+        """
         file = self.root / RUN_IMAGES
         if not file.is_file(): raise AptosError(f'{file}: no such file. Run `all` again.')
         images = pd.read_csv(file, dtype=str, keep_default_na=False)
         images = images.merge(wanted, on=['source', 'id_code'])
-        store, found = self.root.parent / 'prepared' / self.prep.name, {}
-        for name in wanted.source.unique():
-            pixels = set(images.pixel_sha256[images.source == name])
-            ids = set(wanted.id_code[wanted.source == name])
-            for folder in sorted(store.glob(f'{name}-*')):
-                prepared = read_prepared(folder)
-                if prepared is None: continue
-                rows = prepared[prepared.id_code.isin(ids) & prepared.pixel_sha256.isin(pixels)]
-                for row in rows.to_dict('records'):
-                    path = stored_path(folder, row['id_code'], row['stored'], self.prep)
-                    if path.is_file(): found[name, row['id_code']] = dict(row, path=path)
+        of_side = {side: self._squares(images, replace(self.prep, size=side)) for side in self.sides}
+        found = of_side[self.prep.size]
+        for key, record in found.items():
+            record['paths'] = {side: squares[key]['path'] for side, squares in of_side.items() if key in squares}
         if len(wanted) and not found:
+            store = self.root.parent / 'prepared' / self.prep.name
             raise AptosError(f'{store}: the prepared images of the run are not there. Run `all` again, which prepares '
                              'them, or move the folder `prepared` beside the run folder.')
+        return found
+
+    def _squares(self, images: pd.DataFrame, prep: Prep) -> dict[tuple[str, str], dict]:
+        "Return (table, id) -> the row of prepared.csv of an image prepared by `prep`, with the path of its square"
+        found = {}
+        for name, of_table in images.groupby('source'):
+            for folder in sorted((self.root.parent / 'prepared' / prep.name).glob(f'{name}-*')):
+                prepared = read_prepared(folder)
+                if prepared is None: continue
+                same = prepared.id_code.isin(of_table.id_code) & prepared.pixel_sha256.isin(of_table.pixel_sha256)
+                for row in prepared[same].to_dict('records'):
+                    path = stored_path(folder, row['id_code'], row['stored'], prep)
+                    if path.is_file(): found[name, row['id_code']] = dict(row, path=path)
         return found
 
     def _data_folder(self) -> Path | None:
@@ -114,8 +126,13 @@ class ReviewImages:
 
     def heatmap(self, item: ReviewItem) -> np.ndarray:
         "Return the image of an item with its heat map. Raises `AptosError` if no networks of its fold were trained"
-        shown, grader = self.shown(item), self._grader(item.fold)
-        squares = {side: read_square(self.record(item)['path'], self.prep, side)[None] for side in grader.model.sizes}
+        shown, grader, paths = self.shown(item), self._grader(item.fold), self.record(item)['paths']
+        missing = self.sides - set(paths)
+        if missing:
+            raise AptosError(f'no heat map: its prepared square of {min(missing)} px is not in the store. '
+                             'Run `all` again, which prepares it.')
+        squares = {size: read_square(paths[side], replace(self.prep, size=side), size)[None]
+                   for size, side in grader.model.prepared.items()}
         return overlay_heatmap(shown.pixels, heatmap(grader, squares)[0], shown.box, 1.)
 
     def _grader(self, fold: int) -> Grader:

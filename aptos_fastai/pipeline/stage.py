@@ -119,8 +119,7 @@ def train_fold(run: Run, name: str, fold: int, bars: Bars) -> None:
     "Train one fold of a stage, or resume its training, and write its folder; `stage.json` is written last"
     (run.fold_dir(name, fold) / FINISHED).unlink(missing_ok=True)
     stage = run.recipe.stages[name]
-    probes_in = 'f32' if stage.precision == 'auto' else stage.precision      # as predictions are made
-    precision = precision_of(stage, run.root) if stage.epochs else probes_in
+    precision = precision_of(stage, run.root) if stage.epochs else features_precision(stage)
     run_on_all_ranks(fit_and_write, bars, run, name, fold, precision)
 
 
@@ -221,8 +220,9 @@ def fit_fold(run: Run, name: str, fold: int, precision: str, bars: Bars, title: 
     with bars(title, epochs * (len(learn.dls.train) // world_size()), 'batches') as bar:
         if rank() == 0:
             cbs += [checkpoint, ShowProgress(title, epochs, bar, hist), *tracker_callbacks(run, name, fold)]
-        fit_stage(learn, stage, cbs, done, opt)
-    if frozen: hist.weights = cpu_state_dict(whole.model) | (hist.weights or {})
+        try: fit_stage(learn, stage, cbs, done, opt)
+        finally:                             # also where it diverges: weights of a network, not of its head alone
+            if frozen and hist.weights: hist.weights = cpu_state_dict(whole.model) | hist.weights
     return whole, checkpoint, frozen
 
 
@@ -346,12 +346,27 @@ def versions() -> dict[str, str]:
                 timm=timm.__version__, python=platform.python_version(), device=str(default_device()))
 
 
-def find_rates(run: Run, name: str, plot: Path) -> dict[str, float]:
-    "Suggest learning rates for a stage by fastai's LR finder (Smith 2015), and save the curve as `plot`"
+def features_precision(stage: Stage) -> str:
+    "Return the precision in which a linear probe computes features: by default that of predictions"
+    return 'f32' if stage.precision == 'auto' else stage.precision
+
+
+def probe_of_fold(bars: Bars, run: Run, name: str, fold: int) -> Learner:
+    "Return the Learner that trains the head of a linear probe on features; every process calls this"
+    stage, whole = run.recipe.stages[name], stage_learner(run, name, fold)
+    return probe(stage, whole, frozen_features(run, stage, whole, features_precision(stage), bars))
+
+
+def find_rates(run: Run, name: str, plot: Path, bars: Bars) -> dict[str, float]:
+    """Suggest learning rates for a stage by fastai's LR finder (Smith 2015), and save the curve as `plot`.
+
+    Those of a linear probe are for its head, on the features that it trains on.
+    """
     import matplotlib
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
-    learn = stage_learner(run, name)
+    stage = run.recipe.stages[name]
+    learn = stage_learner(run, name) if stage.epochs else run_on_all_ranks(probe_of_fold, bars, run, name, 0)
     with warnings.catch_warnings(), learn.no_bar():
         found = learn.lr_find(suggest_funcs=(valley, minimum, steep))
     demo = ' (synthetic demo)' if run.recipe.demo else ''

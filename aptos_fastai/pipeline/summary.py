@@ -35,7 +35,7 @@ SETS_CONDITION = 'from the same source as the training images (cameras, clinics,
 SETS_CAUTION = ('the submitted model was trained on pseudo-labels of these test images: their prediction sets can '
                 'contain the true grade less often')
 NEARLY_EQUAL = .1                            # thresholds closer than this leave a grade that is hardly ever predicted
-SUMMARY_FORMAT = 10                          # of summary.json and scores.csv; `all` replaces older ones
+SUMMARY_FORMAT = 11                          # of summary.json and scores.csv; `all` replaces older ones
 LARGEST_ERRORS = 12                          # that summary.json and the model card name
 KEYS = ['source', 'id_code', 'diagnosis', 'fold', 'group']
 
@@ -137,7 +137,8 @@ def kappa_result(run: Run, name: str, valid: pd.DataFrame) -> dict:
         validated=len(valid), kappa=quadratic_kappa(valid.grade, valid.diagnosis),
         kappa_interval=kappa_interval(valid.grade, valid.diagnosis, valid.group), resampled=run.grouped_by(valid),
         kappa_midpoints=quadratic_kappa(apply_thresholds(valid.score, MIDPOINTS), valid.diagnosis),
-        thresholds=thresholds.tolist(), threshold_method=setting, weights=run.weight_hashes(name))
+        thresholds=thresholds.tolist(), threshold_method=setting, weights=run.weight_hashes(name),
+        scores=run.score_hashes(name))
     decision, no_point = node_decision(run, name, valid)
     notes = [*grade_warnings(valid), *patient_warnings(run, valid), *epoch_warnings(run, name),
              *relabel_warnings(run, valid), *warnings(result, not_fitted), *no_point]
@@ -282,7 +283,7 @@ def submission_result(run: Run, valid: pd.DataFrame, result: dict) -> dict:
     members = run.recipe.members(submit.final)
     sets = PredictionSets(submit.coverage).fit(valid.score, valid.diagnosis, valid.fold)
     return dict(file='submission.csv' if submit.table else '', node=submit.final, members=members,
-                coverage=submit.coverage, weights=result['weights'],
+                coverage=submit.coverage, weights=result['weights'], scores=result['scores'],
                 radius=[float(r) if np.isfinite(r) else None for r in sets.radius_], calibration=sets.calibration_,
                 thresholds=result['thresholds'], images=len(run.frames[submit.table]) if submit.table else 0,
                 kappa_text=result['kappa_text'],
@@ -375,6 +376,16 @@ def show_summary(run: Run, summary: dict) -> None:
         if part['ungradable']: say(f'ungradable {name} images: {part["ungradable"]} of {part["images"]}', 'yellow')
     say(DISCLAIMER, 'dim')
     if run.recipe.demo: say(SYNTHETIC, 'yellow')
+
+
+def stage_kappa_text(run: Run, name: str) -> str:
+    "Return the kappa of a trained stage: 'out-of-fold kappa 0.833 (95 % CI over patients 0.80–0.86), 413 images'"
+    oof, setting = run.oof(name), threshold_setting(run, name)
+    grades = out_of_fold_grades(run, oof, setting)
+    interval = kappa_interval(grades, oof.diagnosis, run.groups(oof))
+    kappa = interval_text(quadratic_kappa(grades, oof.diagnosis), interval, run.grouped_by(oof))
+    how = f'thresholds {setting}' if parse_thresholds(setting) else 'thresholds fitted on other images'
+    return f'out-of-fold kappa {kappa}, {len(oof)} images, {how}'
 
 
 def summary_row(run: Run, result: dict) -> list:

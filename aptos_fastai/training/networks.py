@@ -37,12 +37,13 @@ class TimmBody(Module):
     """A timm network without its classifier: images (N, 3, `size`, `size`) -> feature maps (N, C, h, w).
 
     Maps with channels last are permuted; tokens become maps without their prefix tokens (class and register tokens);
-    of several maps the last one is taken. With `cls`: the class token (N, C, 1, 1). Raises `WeightsError`.
+    of several maps the last one is taken. With `class_token`: that of a transformer (N, C, 1, 1), as a map. Raises
+    `WeightsError`.
     """
-    def __init__(self, arch: str, size: int, drop_path: float = 0., cls: bool = False):
+    def __init__(self, arch: str, size: int, drop_path: float = 0., class_token: bool = False):
         check_arch(arch)
-        self.model, self.cls = build_timm(arch, size, drop_path), cls
-        if cls and getattr(self.model, 'cls_token', None) is None:
+        self.model, self.takes_class_token = build_timm(arch, size, drop_path), class_token
+        if class_token and getattr(self.model, 'cls_token', None) is None:
             raise WeightsError(f'head = cls: {arch} has no class token. Set head = avg or auto.')
 
     def timm_features(self, x: Tensor) -> Any:
@@ -51,7 +52,7 @@ class TimmBody(Module):
 
     def forward(self, x):
         x = self.timm_features(x)
-        return class_token(x) if self.cls else as_maps(x, self.model)
+        return class_token(x) if self.takes_class_token else as_maps(x, self.model)
 
 
 def build_timm(arch: str, size: int, drop_path: float = 0.) -> nn.Module:
@@ -67,16 +68,25 @@ def build_timm(arch: str, size: int, drop_path: float = 0.) -> nn.Module:
         raise WeightsError(f'arch = {arch}: timm cannot build it for size = {size} ({e}). Change size or arch.') from e
     if drop_path and not any(getattr(m, 'drop_prob', 0) for m in model.modules() if type(m).__name__ == 'DropPath'):
         raise _no_drop_path(arch, drop_path)
-    patch = getattr(getattr(model, 'patch_embed', None), 'patch_size', None)
-    if isinstance(patch, tuple) and len(patch) == 2 and size % patch[0]:
-        lower = size // patch[0] * patch[0]
-        raise WeightsError(f'arch = {arch}: size = {size} is no multiple of its patches of {patch[0]} pixels: a border '
-                           f'would not be seen. Set size = {lower} or {lower + patch[0]}.')
+    patch = patch_side(model)
+    if size % patch:
+        lower = size // patch * patch
+        raise WeightsError(f'arch = {arch}: size = {size} is no multiple of its patches of {patch} pixels: a border '
+                           f'would not be seen. Set size = {lower} or {lower + patch}.')
     return model
 
 
 def _no_drop_path(arch: str, drop_path: float) -> WeightsError:
     return WeightsError(f'drop_path = {drop_path:g}: {arch} has no drop path. Set drop_path = 0.')
+
+
+def patch_side(model: nn.Module) -> int:
+    "Return the side of the patches that a network cuts an image into, pixels; 1 if they overlap or there are none"
+    embed = getattr(model, 'patch_embed', None)
+    side = getattr(embed, 'patch_size', None)
+    projection = getattr(embed, 'proj', None)
+    overlaps = isinstance(projection, nn.Conv2d) and projection.stride != projection.kernel_size
+    return 1 if overlaps or not isinstance(side, tuple) or len(side) != 2 else side[0]
 
 
 def _create(arch: str, wanted: dict[str, Any]) -> nn.Module:
@@ -147,13 +157,26 @@ def create_model(arch: str, head: str = 'gem', size: int = 256, dropout: float =
     try:
         if head == 'auto': head = 'avg' if has_signed_maps(body, size) else 'gem'
         with torch.no_grad(): maps = body.eval()(torch.zeros(1, 3, size, size))
+        class_tokens_only = head != 'cls' and maps.shape[-1] == 1 and gives_class_tokens_only(body, size)
     except Exception as e:                   # every family has its own errors
         raise WeightsError(f'arch = {arch}: cannot run on images of size = {size} ({_first_line(e)}). Change size or '
                            'arch.') from e
+    if class_tokens_only:
+        raise WeightsError(f'arch = {arch}: gives its class token only, no feature maps to pool. Set head = cls.')
     if maps.ndim != 4 or maps.shape[-1] != maps.shape[-2]:
         raise WeightsError(f'arch = {arch}: gives features of shape {tuple(maps.shape)}, which are no feature maps. '
                            'Choose another arch.')
     return nn.Sequential(body.train(), GradeHead(head, maps.shape[1], dropout, loss))
+
+
+@torch.no_grad()
+def gives_class_tokens_only(body: TimmBody, size: int) -> bool:
+    "Return whether a network drops the tokens of the patches, as PiT: a class token would pass for a map of one pixel"
+    token = getattr(body.model, 'cls_token', None)
+    if token is None: return False
+    x = body.timm_features(torch.zeros(1, 3, size, size))
+    if isinstance(x, list | tuple): x = x[-1]
+    return x.ndim == 3 and x.shape[1] <= token.shape[1]
 
 
 def _first_line(e: Exception) -> str: return (str(e).splitlines() or [type(e).__name__])[0]

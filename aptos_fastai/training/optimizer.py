@@ -20,6 +20,9 @@ from aptos_fastai.common.io import AptosError
 from aptos_fastai.recipe import Stage
 
 FASTAI = {f.__name__.lower(): f for f in (fastai.optimizer.Lamb, fastai.optimizer.Larc, fastai.optimizer.QHAdam)}
+RMSPROP = torch.optim.RMSprop, timm.optim.RMSpropTF          # their `alpha` is adam's second beta; another's is not
+DECOUPLED = 'decoupled_weight_decay', 'decoupled_decay', 'decoupled'         # how options of optimizers are called
+WITHOUT_DECAY = torch.optim.Rprop,
 MOMENTUM = .9                                # until a schedule sets another one
 
 
@@ -139,7 +142,9 @@ def optimizer_class(name: str) -> Any:
     if name == 'adam': return torch.optim.AdamW          # decoupled weight decay, as fastai's own
     known = optimizer_names()
     if name in known: return known[name]
-    similar = get_close_matches(name.lower(), known, 3, .5) or ['adam', 'sgd', 'lion']
+    text = name.lower()
+    similar = get_close_matches(text, known, 5, .5) or ['adam', 'sgd', 'lion']
+    similar.sort(key=lambda o: not (o.startswith(text) or text.startswith(o)))
     raise AptosError(f'optimizer = {name}: no such optimizer. Did you mean: {", ".join(similar)}?')
 
 
@@ -164,7 +169,8 @@ def create_optimizer(layers: Sequence[Layer], lr: float, *, name: str = 'adam', 
         opt = found([o.parameters for o in layers], lr=lr, **_known(has, mom=MOMENTUM, sqr_mom=sqr_mom, eps=eps))
         for p in (p for layer in layers for p in layer.undecayed): opt.state[p]['do_wd'] = False
         return opt
-    settings = _known(has, momentum=MOMENTUM, alpha=sqr_mom, decoupled_weight_decay=True, fused=True)
+    settings = _known(has, momentum=MOMENTUM, fused=True, **dict.fromkeys(DECOUPLED, True))
+    if found in RMSPROP: settings['alpha'] = sqr_mom
     if 'betas' in has and len(has['betas'].default) == 2: settings['betas'] = (MOMENTUM, sqr_mom)
     if 'eps' in has and isinstance(has['eps'].default, float): settings['eps'] = eps
     return TorchOptimizer(layers, partial(found, lr=lr, **settings))
@@ -177,7 +183,8 @@ def _known(has, **settings) -> dict:
 
 def check_optimizer(stage: Stage) -> None:
     "Raise `AptosError` now if the optimizer of a stage cannot train networks: it takes two steps of a small one"
-    optimizer_class(stage.optimizer)
+    if stage.wd and optimizer_class(stage.optimizer) in WITHOUT_DECAY:
+        raise AptosError(f'optimizer = {stage.optimizer}: has no weight decay. Set wd = 0, or optimizer = adam.')
     weight, bias = nn.Parameter(torch.ones(2, 2, 1, 1)), nn.Parameter(torch.zeros(2))
     try:
         opt = create_optimizer([Layer(0, [weight], [bias])], lr=.01, name=stage.optimizer)

@@ -71,7 +71,7 @@ outputs = dict(
 class GradeLoss(nn.Module):
     """A loss of `outputs` by name, as fastai's Learner calls it.
 
-    `activation` turns outputs (N, units) into scores (N,), so that `learn.get_preds` returns scores.
+    `activation` turns outputs (N, units) into scores (N, 1), so that `learn.get_preds` returns scores.
     """
     def __init__(self, name: str):
         super().__init__()
@@ -83,8 +83,8 @@ class GradeLoss(nn.Module):
         return outputs[self.name].loss(pred.as_subclass(Tensor).float(), grades)
 
     def activation(self, pred: Tensor) -> Tensor:
-        "Return the scores (N,) of outputs (N, units)"
-        return outputs[self.name].score(pred.as_subclass(Tensor))
+        "Return the scores (N, 1) of outputs (N, units)"
+        return outputs[self.name].score(pred.as_subclass(Tensor))[:, None]
 
     def decodes(self, scores: Tensor) -> Tensor:
         "Return scores as they are: thresholds make grades of them"

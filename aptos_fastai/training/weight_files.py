@@ -1,6 +1,7 @@
 "Read files of weights from anywhere, and fit their tensors to a timm network: names, layouts, sizes."
 import contextlib
 import io
+import json
 import re
 import sys
 import warnings
@@ -8,6 +9,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from inspect import signature
 from math import prod
 from pathlib import Path
@@ -29,7 +31,7 @@ from aptos_fastai.common.io import AptosError
 Tensors = dict[str, Tensor]
 
 # Parts of a checkpoint, first the one that is taken if several fit: averages of weights before the weights themselves
-PARTS = 'state_dict_ema', 'model_ema', 'ema', 'teacher', '', 'model', 'state_dict', 'student'
+PARTS = 'state_dict_ema', 'model_ema', 'ema_model', 'ema', 'teacher', '', 'model', 'state_dict', 'student'
 # First parts of the names of what a file may hold beside the body: classifiers, decoders, heads of a pretraining
 LEFT_OVER = re.compile(r'(\w+_)?(heads?|head_dist|classifier|fc|last_linear|fc_norm|mask_token|attn_pool|pre_logits'
                        r'|pred|predictor|projectors?|queue|queue_ptr|local_cls_norm)|decoder\w*|aux\w*')
@@ -38,6 +40,10 @@ NO_WEIGHT = 'num_batches_tracked'            # batch norm counts without it
 NO_WEIGHTS = NO_WEIGHT, 'relative_position_index', 'relative_coords_table', 'attn_mask', 'total_ops', 'total_params'
 OCT = re.compile(r'(?<![a-z])(nature)?oct(?![a-z])')
 FUNDUS = re.compile(r'cfp|fundus|colou?r')
+OCTOBER = re.compile(r'\d{1,4}[-_ ./]?oct(?![a-z])|(?<![a-z])oct[-_ ./]\d{1,2}(?!\d)')          # 2024-Oct-05, oct_12
+# Arguments that say what a network was trained on, and those that only say where its training wrote
+OF_IMAGES = re.compile(r'data|image|modality|fine_?tune|pretrain|train_')
+OF_OUTPUT = re.compile(r'(^|_)(out|log|save|tag|time|date)')
 
 
 class WeightsError(AptosError):
@@ -106,6 +112,8 @@ def read_checkpoint(file: str) -> Any:
     except (FileNotFoundError, IsADirectoryError):
         raise WeightsError(f'weights = {file}: no such file. Set imagenet, bundled, none or a file.') from None
     except Exception as e:                   # each loader has its own errors for a damaged or foreign file
+        other = _no_weights(file)
+        if other: raise WeightsError(f'weights = {file}: {other}. Download it again.') from None
         reason, advice = type(e).__name__, 'Save a state dict with safetensors or torch.save.'
         unknown = re.search(r'GLOBAL (\S+)', str(e))
         if unknown: reason, advice = f'it needs code: {unknown[1]}', 'Where it was made, save its state dict alone.'
@@ -113,19 +121,46 @@ def read_checkpoint(file: str) -> Any:
                            f'{advice}') from None
 
 
-def check_modality(file: str, content: Any) -> str:
-    """Return a warning if a file's name says OCT (optical coherence tomography), else an empty string.
+def _no_weights(file: str) -> str:
+    "Return what a file is that a download left in place of weights, or an empty string"
+    with open(file, 'rb') as f: start = f.read(200).lstrip().lower()
+    if not start: return 'is empty'
+    if start.startswith((b'<!doctype', b'<html', b'<?xml', b'<head')): return 'is a web page, not the file itself'
+    if start.startswith(b'version https://git-lfs'): return 'is a Git LFS pointer, not the file itself'
+    is_cut_off = file.endswith('.safetensors') and _is_cut_off(file) or \
+        start.startswith(b'pk') and not zipfile.is_zipfile(file)
+    return 'is cut off: its end is missing' if is_cut_off else ''
 
-    Raises `WeightsError` if the arguments that were saved with the weights say so: they are not of fundus images.
+
+def _is_cut_off(file: str) -> bool:
+    "Return whether a safetensors file is shorter than its header says"
+    with open(file, 'rb') as f:
+        length = int.from_bytes(f.read(8), 'little')
+        try: header = json.loads(f.read(min(length, 100_000_000)))
+        except ValueError: return 8 + length > Path(file).stat().st_size and length < 100_000_000
+    ends = [o['data_offsets'][1] for o in header.values() if isinstance(o, dict) and 'data_offsets' in o]
+    return 8 + length + max(ends, default=0) > Path(file).stat().st_size
+
+
+def check_modality(file: str, content: Any) -> str:
+    """Return a warning if a file's name or arguments say OCT (optical coherence tomography), else an empty string.
+
+    Raises `WeightsError` if the arguments that name the images of its training say so, and none names fundus images.
     """
-    for key, value in _arguments(content).items():
-        text = str(value).lower()
-        if OCT.search(text) and not FUNDUS.search(text):
-            raise WeightsError(f'weights = {file}: trained on OCT scans, not on fundus images ({key} = {value}). Use '
-                               'the weights of fundus images (CFP). If that is wrong, save the state dict alone.')
+    arguments = _arguments(content)
     name = Path(file).name
-    if not OCT.search(name.lower()) or FUNDUS.search(name.lower()): return ''
-    return f'weights = {file}: by its name trained on OCT scans. Use the weights of fundus images (CFP) instead.'
+    if any(FUNDUS.search(text.lower()) for text in arguments.values()): return ''
+    use = 'Use the weights of fundus images (CFP)'
+    said = {key: value for key, value in arguments.items()
+            if OCT.search(OCTOBER.sub('', value.lower())) and not OF_OUTPUT.search(key.lower())}
+    for key in (key for key in said if OF_IMAGES.search(key.lower())):
+        raise WeightsError(f'weights = {file}: trained on OCT scans, not on fundus images ({key} = {said[key]}). '
+                           f'{use}. If that is wrong, save the state dict alone.')
+    if said:
+        key = next(iter(said))
+        return f'weights = {file}: perhaps trained on OCT scans ({key} = {said[key]}). {use} instead.'
+    if not OCT.search(OCTOBER.sub('', name.lower())) or FUNDUS.search(name.lower()): return ''
+    return f'weights = {file}: by its name trained on OCT scans. {use} instead.'
 
 
 def _arguments(content: Any) -> dict[str, Any]:
@@ -147,23 +182,29 @@ def tensor_dicts(content: Any, path: str = '', depth: int = 3) -> dict[str, Tens
     for key, value in content.items():
         if isinstance(key, str): found |= tensor_dicts(value, f'{path}.{key}'.strip('.'), depth - 1)
 
-    def rank(path: str) -> int:
-        last = path.rpartition('.')[2]
-        return PARTS.index(last) if last in PARTS else len(PARTS)
-    return {path: found[path] for path in sorted(found, key=rank)}
+    return {path: found[path] for path in sorted(found, key=partial(_preference, unknown=len(PARTS)))}
+
+
+def _preference(name: str, unknown: int) -> int:
+    "Return the place in `PARTS` of a part or prefix, as model.ema: of its first if that is an average, else its last"
+    known = [PARTS.index(part) for part in name.split('.') if part in PARTS] if name else [PARTS.index('')]
+    average = min(known, default=unknown)
+    return average if average < PARTS.index('') else max(known, default=unknown)
 
 
 def prefixes(names: Collection[str], wanted: Collection[str]) -> list[str]:
     """Return the beginnings, such as module., that at least half as many `names` share as names are `wanted`.
 
-    '' is one of them. First come those after which most of the rest is wanted, then the shortest.
+    '' is one of them. First come those after which most of the rest is wanted, then in the order of `PARTS`, then the
+    shortest.
     """
     counts = Counter(''.join(f'{part}.' for part in parts[:i])
                      for parts in (name.split('.') for name in names) for i in range(1, min(len(parts), 5)))
     found = ['', *(p for p, n in counts.items() if n >= len(wanted) / 2)]
 
-    def rank(prefix: str) -> tuple[int, int]:
-        return -sum(name.startswith(prefix) and name.removeprefix(prefix) in wanted for name in names), len(prefix)
+    def rank(prefix: str) -> tuple[int, int, int]:
+        fit = sum(name.startswith(prefix) and name.removeprefix(prefix) in wanted for name in names)
+        return -fit, _preference(prefix.rstrip('.'), PARTS.index('')), len(prefix)
     return sorted(found, key=rank)
 
 
@@ -181,6 +222,7 @@ def fit_tensors(content: Any, net: nn.Module, file: str, arch: str) -> tuple[Ten
     path, prefix, fitted = _best_fit(candidates, net, shapes)
     source = _without_prefix(candidates[path], prefix)
     _check_all_there(fitted, shapes, list(candidates[path]), file, arch)
+    check_finite({name: fitted[name] for name in shapes}, file)
     left_over = _left_over(fitted, source, net, file, arch)
     left_over += [name for name in candidates[path] if not name.startswith(prefix)]
     same = {id(tensor): name for name, tensor in source.items()}
@@ -283,6 +325,15 @@ def _resampled(name: str, tensor: Tensor, net: Any, shape: torch.Size | None) ->
     return tensor
 
 
+def check_finite(tensors: Tensors, file: str) -> None:
+    "Raise `WeightsError` if values are infinite or not a number: nothing could be trained from them"
+    bad = [name for name, t in tensors.items() if t.is_floating_point() and not t.float().isfinite().all()]
+    if bad:
+        noun = 'tensor' if len(bad) == 1 else 'tensors'
+        raise WeightsError(f'weights = {file}: has values that are not finite numbers: {len(bad)} {noun}, first '
+                           f'{bad[0]}. Its training diverged, or the file is damaged: take another one.')
+
+
 def _check_all_there(fitted: Tensors, shapes: dict[str, list[int]], names: list[str], file: str, arch: str) -> None:
     "Raise `WeightsError` if tensors of the network are missing or have another shape"
     what = f'weights = {file}'
@@ -290,6 +341,9 @@ def _check_all_there(fitted: Tensors, shapes: dict[str, list[int]], names: list[
     missing = [name for name in shapes if name not in fitted]
     if missing:
         begins = f' The file begins with {", ".join(names[:3])}.' if len(missing) > len(shapes) / 2 else ''
+        there = {_first(name) for name in shapes if name in fitted}
+        if not begins and all(_first(name) in there for name in missing):
+            advice = 'The file is incomplete, or of a smaller network: download it again, or set arch to its network.'
         raise WeightsError(f'{what}: {len(missing)} of {len(shapes)} tensors of {arch} are missing, first {missing[0]}.'
                            f'{begins} {advice}')
     other = [name for name, shape in shapes.items() if list(fitted[name].shape) != shape]

@@ -3,7 +3,6 @@ import importlib.resources
 import os
 import warnings
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,21 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from aptos_fastai.common.console import say
-from aptos_fastai.common.io import file_hash, is_trusted
+from aptos_fastai.common.io import file_hash, is_trusted, read_record
 from aptos_fastai.recipe import WEIGHT_SOURCES, Stage
-from aptos_fastai.training.weight_files import Loaded, WeightsError, check_modality, fit_tensors, read_checkpoint
+from aptos_fastai.training.weight_files import (
+    Loaded,
+    WeightsError,
+    check_finite,
+    check_modality,
+    fit_tensors,
+    read_checkpoint,
+)
 
 BUNDLED_ARCH = 'tf_efficientnet_lite0'       # the network whose weights a pip package brings along
-STAGE_BODY = '0.model.'                      # begins the names of a stage's body in its weights file
+STAGE_BODY, STAGE_HEAD = '0.model.', '1.'    # begin the names of a stage's body and head in its weights file
+STAGE_RECORD = 'stage.json'                  # lies beside it
+OTHER_HEAD = 'head of another pooling or loss'                     # what is left over of such a file
 WITHOUT_DOWNLOAD = f'set weights = none, weights = FILE, or arch = {BUNDLED_ARCH} with weights = bundled.'
 
 
@@ -97,20 +105,31 @@ def _named_weights(arch: str, weights: str) -> Any:
     return _file_weights(weights)
 
 
-def check_weights(stage: Stage):
-    "Raise `WeightsError` now if the arch or the weights of `stage` would fail when its training starts"
+def check_weights(stage: Stage) -> None:
+    "Raise `WeightsError` now if the arch or the weights of `stage` would fail when its training starts; say warnings"
+    for warning in examine_weights(stage)[1]: _warn_once(warning)
+
+
+def examine_weights(stage: Stage) -> tuple[Loaded | None, list[str]]:
+    "Return what would be loaded of the file `weights` (None: of no file) and warnings. Raises `WeightsError`"
     check_arch(stage.arch)
-    if stage.init or stage.weights == 'none': return
-    if stage.weights == 'imagenet': return _check_hub(stage.arch)
+    if stage.init or stage.weights == 'none': return None, []
+    if stage.weights == 'imagenet':
+        _check_hub(stage.arch)
+        return None, []
     found = _named_weights(stage.arch, stage.weights)
     _, loaded = fit_tensors(found, _network_without_values(stage.arch, stage.size), stage.weights, stage.arch)
-    if not stage.weights_file: return
-    for warning in (check_modality(stage.weights, found), _stats_warning(stage, loaded)):
-        if warning: _warn_once(warning)
+    if not stage.weights_file: return None, []
+    warnings = check_modality(stage.weights, found), _stats_warning(stage, loaded), _stage_stats_warning(stage)
+    return loaded, [o for o in warnings if o]
 
 
-@cache
-def _warn_once(line: str): say(line, 'yellow')
+SAID: set[str] = set()                       # warnings of this process, each of which is said once
+
+
+def _warn_once(line: str):
+    if line not in SAID: say(line, 'yellow')
+    SAID.add(line)
 
 
 def _stats_warning(stage: Stage, loaded: Loaded) -> str:
@@ -121,6 +140,25 @@ def _stats_warning(stage: Stage, loaded: Loaded) -> str:
     mean, std = (' '.join(map(str, o)) for o in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     return (f'weights = {stage.weights}: weights of a masked autoencoder, as RETFound, expect images normalised as '
             f'those of ImageNet, but timm normalises for {stage.arch} otherwise. Set mean = {mean} and std = {std}.')
+
+
+def _stage_record(file: str | Path) -> dict:
+    "Return the record of the fold whose weights file this is, or an empty dictionary if none lies beside it"
+    record = Path(file).with_name(STAGE_RECORD)
+    if Path(file).name not in ('weights.safetensors', 'learner.pkl') or not record.is_file(): return {}
+    return read_record(record) or {}
+
+
+def _stage_stats_warning(stage: Stage) -> str:
+    "Return a warning if the weights are another stage's that normalises images otherwise, else an empty string"
+    from aptos_fastai.training.model import body_stats  # it imports this module
+    record, own = _stage_record(stage.weights), body_stats(stage.arch, stage.mean, stage.std)
+    theirs = [record.get(key) for key in ('mean', 'std')]
+    if not all(theirs) or all(list(a) == list(b) for a, b in zip(theirs, own, strict=True)): return ''
+    mean, std = (' '.join(f'{o:g}' for o in stat) for stat in theirs)
+    used, spread = (' '.join(f'{o:g}' for o in stat) for stat in own)
+    return (f'weights = {stage.weights}: that stage normalised images by mean {mean}, std {std}, this one by mean '
+            f'{used}, std {spread}. Set mean = {mean} and std = {std}.')
 
 
 def _network_without_values(arch: str, size: int) -> nn.Module:
@@ -160,8 +198,8 @@ def _hub_problem(arch: str) -> str:
 def load_body(model: nn.Sequential, arch: str, weights: str) -> Loaded | None:
     """Load the weights that the recipe's key `weights` names into the body of `model`.
 
-    The weights file of a stage goes into body and head. Returns what was loaded of a file (see `fit_tensors`), else
-    None. Raises `WeightsError`.
+    The weights file of a stage goes into body and head; into the body alone if its pooling or loss differs. Returns
+    what was loaded of a file (see `fit_tensors`), else None. Raises `WeightsError`.
     """
     if weights == 'none': return None
     found = _named_weights(arch, weights)
@@ -169,11 +207,21 @@ def load_body(model: nn.Sequential, arch: str, weights: str) -> Loaded | None:
     if file: check_modality(weights, found)
     net: Any = model[0].model
     tensors, loaded = fit_tensors(found, net, weights, arch)
-    if any(str(name).startswith(STAGE_BODY) for name in found):
-        load_stage_weights(model, found, f'weights = {weights}')
-        loaded = replace(loaded, left_over={})                     # the head is loaded, too
-    else: net.load_state_dict(tensors, strict=False)
+    net.load_state_dict(tensors, strict=False)
+    if loaded.part == f'{STAGE_BODY}*': loaded = _load_head(model[1], found, weights, loaded)
     return replace(loaded, sha256=file_hash(file)) if file else None
+
+
+def _load_head(head: Any, found: dict[str, Tensor], weights: str, loaded: Loaded) -> Loaded:
+    "Load the head of a stage's weights file if it is of the same pooling and units; return what was loaded, completed"
+    theirs = {name.removeprefix(STAGE_HEAD): t for name, t in found.items() if name.startswith(STAGE_HEAD)}
+    shapes = {name: t.shape for name, t in head.state_dict().items()}
+    pooling = _stage_record(weights).get('pooling', head.pooling)
+    if pooling != head.pooling or {name: t.shape for name, t in theirs.items()} != shapes:
+        return replace(loaded, left_over={OTHER_HEAD: len(theirs)})
+    check_finite(theirs, weights)
+    head.load_state_dict(theirs)
+    return replace(loaded, left_over={})
 
 
 def load_stage_weights(model: nn.Sequential, weights: dict[str, Tensor], source: str):

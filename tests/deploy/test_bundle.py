@@ -3,7 +3,9 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,12 +13,13 @@ from conftest import expect_error
 
 from aptos_fastai.cli import main
 from aptos_fastai.common.console import Bars
-from aptos_fastai.common.io import AptosError, read_record, write_record
+from aptos_fastai.common.io import AptosError, read_record, write_bytes, write_record
 from aptos_fastai.data.retina import Prep, prepare, square_of
+from aptos_fastai.data.store import jpeg_hash, stored_path
 from aptos_fastai.deploy import parity as parity_module
 from aptos_fastai.inference import backends
 from aptos_fastai.inference.grader import load_grader
-from aptos_fastai.inference.model_spec import read_model
+from aptos_fastai.inference.model_spec import MemberSpec, ModelSpec, read_model
 from aptos_fastai.inference.validation_scores import validation_scores
 from aptos_fastai.pipeline.summary import OUT_OF_FOLD, PATIENTS_UNKNOWN, SETS_CONDITION
 
@@ -123,7 +126,8 @@ def test_changed_grades_are_counted_with_their_interval():
 def test_parity_counts_what_predict_says(bundle, image_paths, monkeypatch):
     "Of scores that are moved by 0.2: as many changed grades and referrals as the rows of predict have"
     before = load_grader(bundle).predict(image_paths)
-    jpegs = [prepare(Path(path).read_bytes(), read_model(bundle)[0].prep)[0] for path in image_paths]
+    prep = read_model(bundle)[0].prep
+    jpegs = [{prep.size: prepare(Path(path).read_bytes(), prep)[0]} for path in image_paths]
     with Bars() as bars: expected = parity_module.predict_jpegs(load_grader(bundle), jpegs, bars)
     assert np.allclose(expected.scores, before.score, atol=1e-5)
     runner = backends.torch_runner
@@ -153,7 +157,7 @@ def test_parity_images_are_spread_over_tables(tmp_path):
 
 
 def test_a_store_with_few_images_is_filled_up_with_synthetic_ones(toy):
-    images = parity_module.parity_images(toy, read_model(toy)[0].prep, 143)
+    images = parity_module.parity_images(toy, read_model(toy)[0], 143)
     assert images.origin == '140 images of the run and 3 synthetic images' and len(images.jpegs) == 143
 
 
@@ -213,9 +217,41 @@ def test_an_export_with_other_scores_is_refused_and_leaves_nothing(toy_copy, mon
 
 
 def test_parity_without_the_store_uses_synthetic_images(tmp_path):
-    images = parity_module.parity_images(tmp_path / 'run', Prep(size=64), 6)
+    model = SimpleNamespace(prep=Prep(size=64), prepared={32: 48, 64: 64})
+    images = parity_module.parity_images(tmp_path / 'run', model, 6)
     assert images.origin == '6 synthetic images' and len(images.jpegs) == 6
-    assert square_of(images.jpegs[0], Prep(size=64), 32).shape == (32, 32, 3)
+    for side in (48, 64): assert square_of(images.jpegs[0][side], Prep(size=side), side).shape == (side, side, 3)
+
+
+def test_parity_gives_each_member_the_squares_that_it_was_trained_on(tmp_path):
+    "Stored squares of two sides; an image that is stored at one side only is not compared"
+    rng, model = np.random.default_rng(0), SimpleNamespace(prep=Prep(size=64), prepared={32: 32, 64: 64})
+    written = {}
+    for side, names in ((32, 'ab'), (64, 'abc')):
+        prep = Prep(size=side)
+        for name in names:
+            png = cv2.imencode('.png', rng.integers(0, 255, (80, 80, 3), np.uint8))[1].tobytes()
+            written[name, side] = prepare(png, prep)[0]
+            sha = jpeg_hash(written[name, side])
+            write_bytes(stored_path(tmp_path / 'prepared' / prep.name / 't-1', name, sha, prep), written[name, side])
+    images = parity_module.parity_images(tmp_path / 'run', model, 2)
+    assert images.jpegs == [{side: written[name, side] for side in (32, 64)} for name in 'ab']
+    origin = parity_module.parity_images(tmp_path / 'run', model, 3).origin
+    assert origin == '2 images of the run and 1 synthetic images'
+    seen = []
+
+    class Grader:
+        backend, precision = 'torch', 'f32'
+
+        def scores_and_distances(self, squares): seen.append(squares)
+    grader = Grader()
+    grader.model = ModelSpec('m', model.prep, tuple(
+        MemberSpec('', '', 'a', 'avg', side, 'none', (), (), .5, prepared=side) for side in (32, 64)), (), .9, False)
+    with pytest.raises(TypeError), Bars() as bars: parity_module.predict_jpegs(grader, images.jpegs, bars)
+    for i, name in enumerate('ab'):
+        for side in (32, 64):
+            expected = cv2.imdecode(np.frombuffer(written[name, side], np.uint8), cv2.IMREAD_COLOR_RGB)
+            assert np.abs(seen[0][side][i].astype(int) - expected).max() <= 4
 
 
 def test_a_bundle_carries_the_validation_scores_of_its_run(bundle, toy, bundle_copy, capsys):

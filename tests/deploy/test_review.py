@@ -1,13 +1,17 @@
 "The page and the endpoints of `review`."
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import expect_error, url_of
+from conftest import expect_error, open_toy_run, url_of
 
+from aptos_fastai.common.io import AptosError
 from aptos_fastai.data.relabels import read_decisions
+from aptos_fastai.data.store import read_square
 from aptos_fastai.deploy import review as page
+from aptos_fastai.pipeline import review_images
 from aptos_fastai.pipeline.review import Review
 from aptos_fastai.pipeline.review_images import ReviewImages
 
@@ -118,6 +122,26 @@ def test_a_heat_map_does_not_depend_on_the_score(session):
     hot = session.images.heatmap(item)
     item.score = -3.
     np.testing.assert_array_equal(session.images.heatmap(item), hot)
+
+
+def test_heat_maps_of_members_of_two_sizes_are_of_their_own_squares(toy_copy, monkeypatch):
+    review = Review(toy_copy, .5)
+    review.members = dict(finetune_256=.5, retrain_512=.5)
+    images, seen = ReviewImages(review), {}
+    item = next(o for o in review.items if o.table == 'aptos_train')
+    monkeypatch.setattr(review_images, 'heatmap', lambda grader, squares: seen.update(squares) or np.zeros((1, 8, 8)))
+    images.heatmap(item)
+    run = open_toy_run(toy_copy)
+    small, large = (run.recipe.stages[name].size for name in review.members)
+    assert set(seen) == {small, large} and small < large
+    for size in (small, large):
+        prep = replace(run.prep, size=size)
+        file, = (toy_copy.parent / 'prepared' / prep.name).glob(f'aptos_train-*/{item.id_code}.*.jpg')
+        assert np.array_equal(seen[size][0], read_square(file, prep, size))
+    file, = (toy_copy.parent / 'prepared' / replace(prep, size=small).name).glob(f'*/{item.id_code}.*.jpg')
+    file.unlink()
+    with pytest.raises(AptosError, match=f'its prepared square of {small} px is not in the store'):
+        ReviewImages(review).heatmap(item)
 
 
 BAD_REQUESTS = {

@@ -78,9 +78,10 @@ def test_an_ensemble_is_the_weighted_mean_of_its_members(toy, image_paths, tmp_p
     shutil.copytree(toy, mixed)
     summary = read_record(toy / 'summary.json')
     summary['submission']['members'] = weights
-    summary['submission']['weights'] = {
-        f'{stage}/fold0': read_record(toy / stage / 'fold0/stage.json')['files']['weights.safetensors']['sha256']
-        for stage in weights}
+    for key, file in dict(weights='weights.safetensors', scores='preds.csv').items():
+        summary['submission'][key] = {
+            f'{stage}/fold0': read_record(toy / stage / 'fold0/stage.json')['files'][file]['sha256']
+            for stage in weights}
     summary['submission']['distance_units'] = dict.fromkeys(weights, 1.)
     write_record(mixed / 'summary.json', summary)
     score = load_grader(mixed).predict(image_paths[:5]).score

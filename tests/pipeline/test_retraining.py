@@ -1,7 +1,7 @@
 "What is trained again: which keys, names and tables change a training, and what `plan` says of it."
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pandas as pd
@@ -11,14 +11,16 @@ import torch
 from conftest import write_table
 
 from aptos_fastai.cli import main
-from aptos_fastai.common.io import file_hash, read_record, write_record
+from aptos_fastai.common.io import AptosError, file_hash, read_record, write_record
 from aptos_fastai.deploy.bundle import lineage
 from aptos_fastai.inference.grader import load_grader
-from aptos_fastai.inference.model_spec import copy_members, read_model
+from aptos_fastai.inference.model_spec import NOT_REPORTED, copy_members, read_model
 from aptos_fastai.pipeline.graph import load_run, outputs_up_to_date
+from aptos_fastai.pipeline.network_check import check_init
 from aptos_fastai.pipeline.pseudo_labels import read_labels
 from aptos_fastai.pipeline.reasons import training_reasons
-from aptos_fastai.run_folder import WEIGHTS
+from aptos_fastai.recipe import Stage
+from aptos_fastai.run_folder import WEIGHTS, hash_once
 
 RECIPE = '''
 [recipe]
@@ -123,6 +125,7 @@ TRAINING = {
     'stage.second.train=train': ['second: train: train first:test -> train'],
     'stage.second.labels=hard': ['second: pseudo-labels first:test, labels: soft -> hard; '
                                  'pseudo-labels first:test, thresholds: (empty) -> regularised'],
+    'stage.second.size=48': ['second: size: 32 -> 48'],
     'stage.second.init=': ['second: init: first -> (empty)'],
     'stage.first.tta=hflip': ['second: pseudo-labels first:test, views: none -> hflip'],
     'stage.folds=3': ['first fold 2, second fold 2: never trained'],
@@ -180,6 +183,30 @@ def test_views_of_a_teacher_change_the_labels_and_train_its_student(copied):
     assert (old.diagnosis - new.diagnosis).abs().max() > 0
 
 
+def test_a_model_of_other_scores_is_refused(copied):
+    "`train` scores again; thresholds, kappa and gate in summary.json are still of the old scores"
+    root, key = copied / 'runs/recipe', 'stage.second.tta=hflip'
+    assert read_model(root)[0].kappa and read_model(root / 'second')[0].kappa
+    main(['train', 'second', *options(copied, key)])
+    with pytest.raises(AptosError, match=r'second/fold0 were scored again with tta = hflip.* Run `all` again'):
+        read_model(root)
+    with pytest.raises(AptosError, match='scored again'): load_grader(root)
+    stage = read_model(root / 'second')[0]
+    assert stage.kappa == '' and NOT_REPORTED in stage.warnings and stage.members[0].tta == 'hflip'
+    assert read_model(root / 'first')[0].kappa
+    main(['all', *options(copied, key)])
+    assert read_model(root)[0].kappa and read_model(root / 'second')[0].kappa
+
+
+def test_a_summary_without_hashes_of_scores_is_of_an_older_version(copied):
+    file = copied / 'runs/recipe/summary.json'
+    summary = read_record(file)
+    for part in (summary['submission'], *summary['stages']): del part['scores']
+    write_record(file, summary)
+    with pytest.raises(AptosError, match='older version. Run `all` again'): read_model(copied / 'runs/recipe')
+    assert read_model(copied / 'runs/recipe/first')[0].kappa == ''
+
+
 def test_missing_validation_scores_are_made_again(copied):
     preds = copied / 'runs/recipe/first/fold1/preds.csv'
     old, before = pd.read_csv(preds), weights_of(copied)
@@ -229,12 +256,26 @@ def test_a_renamed_table_is_the_same_table(copied, capsys):
     before = weights_of(copied)
     edit_recipe(copied, ('table.train]', 'table.graded]'), ('train = train', 'train = graded'),
                 ('table.test]', 'table.new]'), ('first:test', 'first:new'), ('table = test', 'table = new'))
-    assert open_run(copied).todo() == {'first': [0, 1], 'second': [0, 1]}      # its images are not prepared yet
+    assert open_run(copied).todo() == {}     # its images are known from the store, though by another name
     main(['all', *options(copied)])
     assert 'stage 1 of' not in capsys.readouterr().out and weights_of(copied) == before
     run = open_run(copied)
     assert outputs_up_to_date(run) and set(run.oof('both').source) == {'graded'}
     assert len(run.groups(run.oof('both'))) == 20
+
+
+def test_plan_knows_a_renamed_stage_on_a_renamed_table(copied, capsys):
+    edit_recipe(copied, ('stage.first]', 'stage.teacher]'), ('train = train', 'train = graded'),
+                ('table.train]', 'table.graded]'), ('first:test', 'teacher:test'), ('init = first', 'init = teacher'),
+                ('members = first', 'members = teacher'))
+    main(['plan', *options(copied)])
+    out = capsys.readouterr().out
+    assert 'renamed: first is called teacher now' in out and 'no stage is trained again' in out
+    assert 'never trained' not in out and 'to train' not in out
+    image = copied / 'runs/data/train_images/train000.png'
+    image.rename(image.with_name('other.png'))                     # now it is another table
+    change_table(copied, lambda df: df.assign(id_code=df.id_code.replace('train000', 'other')))
+    assert 'teacher' in open_run(copied).todo()
 
 
 def change_table(folder, change):
@@ -289,6 +330,79 @@ def test_a_record_of_an_older_version(copied):
     assert reasons(open_run(copied))[1] == 'first fold 1: written by an older version, without the key ema'
 
 
+def test_plan_refuses_before_it_times_steps(copied, capsys):
+    for plan in (['plan'], ['plan', '--images', 'train=60 test=20']):
+        with pytest.raises(SystemExit): main([*plan, *options(copied, 'stage.optimizer=lbfgs')])
+        out, err = capsys.readouterr()
+        assert 'recipe.ini [stage.first] optimizer = lbfgs: cannot train' in err and 'starts from' not in out
+
+
+PROBE = ['stage.epochs=0', 'stage.freeze_epochs=1', 'stage.precision=auto']
+
+
+@pytest.fixture(scope='module')
+def finished_probe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('probe')
+    write_table(folder / 'runs/data', 30)
+    write_table(folder / 'runs/data', 8, graded=False, seed=1, name='test')
+    (folder / 'recipe.ini').write_text(RECIPE)
+    main(['train', 'first', *options(folder, *PROBE)])
+    return folder
+
+
+@pytest.mark.parametrize('keys', [['stage.lr_div=5'], ['stage.layer_decay=.7'], ['stage.drop_path=.1'],
+                                  ['augment.rotate=10'], ['stage.precision=f32']], ids=lambda keys: keys[0])
+def test_keys_that_a_linear_probe_ignores(finished_probe, keys):
+    assert 'first' not in open_run(finished_probe, *PROBE, *keys).todo()
+
+
+@pytest.mark.parametrize(('key', 'reason'), [
+    ('stage.precision=bf16', 'precision: f32 -> bf16'), ('stage.tta=hflip', 'tta: none -> hflip'),
+    ('stage.lr=.02', 'lr: 0.001 -> 0.02'), ('stage.epochs=1', 'epochs: 0 -> 1')])
+def test_keys_that_train_a_linear_probe(finished_probe, key, reason):
+    assert reasons(open_run(finished_probe, *PROBE, key))[0] == f'first: {reason}'
+
+
+def test_a_linear_probe_in_bf16_trains_again_with_precision_auto(finished_probe, tmp_path):
+    shutil.copytree(finished_probe, tmp_path / 'copy')
+    for k in (0, 1):
+        file = tmp_path / f'copy/runs/recipe/first/fold{k}/stage.json'
+        write_record(file, dict(read_record(file), precision='bf16'))
+    assert reasons(open_run(tmp_path / 'copy', *PROBE))[0] == 'first: precision: bf16 -> f32'
+    assert 'first' not in open_run(tmp_path / 'copy', *PROBE, 'stage.precision=bf16').todo()
+
+
+@pytest.mark.parametrize(('arch', 'old', 'new', 'fits'), [
+    ('test_vit', 64, 96, True), ('test_resnet', 64, 96, True), ('levit_128s', 224, 256, False),
+    ('hiera_tiny_224', 224, 256, False)])
+def test_weights_of_another_size_are_fitted_before_anything_is_trained(arch, old, new, fits):
+    parent = Stage('small', train=('train',), arch=arch, size=old)
+    stage = replace(parent, name='large', size=new, init='small')
+    if fits: check_init(stage, parent)
+    else:
+        with pytest.raises(AptosError, match=f'init = small: .* at size = {old} do not fit size = {new} .*not'):
+            check_init(stage, parent)
+
+
+def test_init_of_another_size_stops_all_before_the_parent_trains(copied, capsys, monkeypatch):
+    monkeypatch.setattr('aptos_fastai.pipeline.network_check._resampling_problem', lambda *args: 'a reason')
+    with pytest.raises(SystemExit): main(['train', 'second', *options(copied, 'stage.lr=.1', 'stage.second.size=48')])
+    out, err = capsys.readouterr()
+    assert '[stage.second] init = first: weights of test_resnet trained at size = 32 do not fit' in err
+    assert 'stage 1 of' not in out
+
+
+def test_a_file_is_hashed_once(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr('aptos_fastai.run_folder.file_hash', lambda file: read.append(file) or file_hash(file))
+    file = tmp_path / 'a.pth'
+    file.write_bytes(b'1')
+    first = hash_once(str(file))
+    assert hash_once(str(file)) == first == file_hash(file) and len(read) == 1
+    file.write_bytes(b'22')
+    assert hash_once(str(file)) == file_hash(file) != first and len(read) == 2
+
+
 def test_plan_of_a_run_with_outdated_outputs_only(copied, capsys):
     main(['plan', *options(copied, 'stage.second.tta=hflip')])
     out = capsys.readouterr().out
@@ -340,7 +454,7 @@ def model_folder(model, root, folder):
     return folder
 
 
-def test_a_file_of_initial_weights_is_compared_by_content(tmp_path):
+def test_a_file_of_initial_weights_is_compared_by_content(tmp_path, capsys):
     write_table(tmp_path / 'runs/data', 30)
     write_table(tmp_path / 'runs/data', 8, graded=False, seed=1, name='test')
     (tmp_path / 'recipe.ini').write_text(RECIPE)
@@ -352,6 +466,14 @@ def test_a_file_of_initial_weights_is_compared_by_content(tmp_path):
     file.rename(moved)
     assert 'first' not in open_run(tmp_path, f'stage.weights={moved}').todo()
     assert 'first' not in open_run(tmp_path, f'stage.weights={file}').todo()           # no longer there
+    absent, record = tmp_path / 'absent.pth', tmp_path / 'runs/recipe/first/fold0/stage.json'
+    assert f'first: weights: {absent}: no such file' in reasons(open_run(tmp_path, f'stage.weights={absent}'))
+    for command in (['train', 'first'], ['plan'], ['all']):
+        with pytest.raises(SystemExit): main([*command, *options(tmp_path, f'stage.weights={absent}')])
+        assert '[stage.first] weights = ' in (err := capsys.readouterr().err) and 'no such file' in err
+    assert read_record(record)['settings']['weights'] == str(file) and weights_of(tmp_path) == before
+    main(['train', 'first', *options(tmp_path, f'stage.weights={moved}')])             # records where the file is now
+    assert read_record(record)['settings']['weights'] == str(moved) and weights_of(tmp_path) == before
     torch.save({name: tensor + 1 for name, tensor in net.state_dict().items()}, moved)
     run = open_run(tmp_path, f'stage.weights={moved}')
     assert run.todo()['first'] == [0, 1]

@@ -129,6 +129,22 @@ def test_cls_is_refused_without_a_class_token():
         create_model('test_resnet', 'cls', 64)
 
 
+@pytest.mark.parametrize('arch', ['pit_ti_224', 'pit_ti_distilled_224'])
+def test_a_network_of_class_tokens_alone_is_refused_but_for_cls(arch):
+    for head in ('auto', 'gem', 'avg'):
+        with pytest.raises(WeightsError, match=f'{arch}: gives its class token only, no feature maps.* Set head = cls'):
+            create_model(arch, head, 224)
+    if arch == 'pit_ti_224': assert create_model(arch, 'cls', 224)(images(224)).shape == (2, 1)
+
+
+def test_one_patch_beside_the_class_token_is_a_map():
+    assert create_model('vit_base_patch32_224', 'avg', 32)[0](images(32)).shape[-2:] == (1, 1)
+
+
+def test_class_token_is_a_parameter_of_a_body():
+    with torch.no_grad(): assert TimmBody('test_vit', 64, class_token=True).eval()(images(64)).shape == (2, 64, 1, 1)
+
+
 def test_the_test_of_signed_maps_leaves_no_trace():
     body = TimmBody('test_resnet', 64).train()
     before, random_state = {k: v.clone() for k, v in body.state_dict().items()}, torch.random.get_rng_state()
@@ -167,11 +183,16 @@ def checked(**keys): network_check._check_network.__wrapped__(*[keys[k] for k in
 
 
 def test_check_warns_of_gem_on_signed_maps(capsys):
-    checked(arch='test_convnext', head='gem', size=64, loss='corn')
-    assert 'head = gem: the feature maps of test_convnext are signed' in capsys.readouterr().out
-    checked(arch='test_convnext', head='auto', size=64, loss='corn')
-    checked(arch='test_resnet', head='gem', size=64, loss='corn')
-    assert not capsys.readouterr().out
+    def printed(arch, head):
+        network_check.check_network(Stage('teacher', ('t',), arch=arch, head=head, size=64, loss='corn'))
+        return capsys.readouterr().out
+    warning = ' '.join(printed('test_convnext', 'gem').split())
+    assert warning.startswith('[stage.teacher] head = gem: the feature maps of test_convnext are signed')
+    assert warning.endswith('Set head = auto.')
+    assert not printed('test_convnext', 'auto') and not printed('test_resnet', 'gem')
+
+
+def test_patches_that_overlap_take_any_size(): assert create_model('pvt_v2_b0', 'avg', 100)[1][3].in_features == 256
 
 
 def test_check_refuses_a_network_whose_heat_map_cannot_be_drawn(monkeypatch):

@@ -31,6 +31,7 @@ from aptos_fastai.training.optimizer import (
     layer_rates,
     load_optimizer_state,
     model_layers,
+    optimizer_class,
     optimizer_names,
     optimizer_state,
 )
@@ -146,7 +147,36 @@ def test_many_optimizers_can_train():
         except AptosError as e: refused.append((name, str(e)))
     assert len(optimizer_names()) - len(refused) > 20
     assert {'lbfgs', 'sparseadam'} <= {name for name, _ in refused}
-    assert all('Set optimizer = adam' in text for _, text in refused)
+    assert all('optimizer = adam' in text for _, text in refused)
+
+
+def test_the_second_beta_becomes_the_alpha_of_rmsprop_only():
+    def alpha(name):
+        opt = create_optimizer([Layer(0, [nn.Parameter(torch.ones(2, 2))], [])], .1, name=name, sqr_mom=.97)
+        return opt.opt.param_groups[0]['alpha']
+    assert [alpha('rmsprop'), alpha('rmsproptf'), alpha('asgd')] == [.97, .97, .75]
+
+
+@pytest.mark.parametrize('name', ['adam', 'adamw', 'madgrad', 'radam', 'nadam', 'adabelief', 'rmsproptf', 'sgdw'])
+def test_weight_decay_is_decoupled(name):
+    p = nn.Parameter(torch.full((2, 2), 3.))
+    opt = create_optimizer([Layer(0, [p], [])], .1, name=name)
+    p.grad = torch.zeros_like(p)
+    opt.set_hypers(lr=.1, wd=.5)
+    opt.step()
+    averaged = .9 if name == 'madgrad' else 1.                     # the other tenth is the first value of the parameter
+    assert torch.allclose(p, torch.full((2, 2), 3. * (1 - .1 * .5 * averaged)), atol=1e-4)
+
+
+def test_an_optimizer_without_weight_decay_is_refused_if_it_should_decay():
+    with pytest.raises(AptosError, match='optimizer = rprop: has no weight decay. Set wd = 0'):
+        check_optimizer(Stage(**STAGE, optimizer='rprop'))
+    check_optimizer(Stage(**STAGE, optimizer='rprop', wd=0.))
+
+
+def test_adamw_is_adam_and_a_misspelt_one_is_suggested():
+    assert optimizer_class('adam') is optimizer_class('adamw')
+    with pytest.raises(AptosError, match='adamm: .* mean: adam, .*adamw'): optimizer_class('adamm')
 
 
 def test_an_unknown_optimizer_is_refused_before_images_are_prepared(tables, small_recipe, tmp_path, capsys):

@@ -5,16 +5,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import stage_options
-from safetensors.torch import load_file
+from conftest import expect_error, stage_options
+from safetensors.torch import load_file, save
+from sklearn.metrics import cohen_kappa_score
 
 from aptos_fastai.cli import main
 from aptos_fastai.common.console import Bars
+from aptos_fastai.metrics import cross_fitted_grades
 from aptos_fastai.pipeline import features as frozen
 from aptos_fastai.pipeline.graph import load_run
 from aptos_fastai.pipeline.scores import predict_features, predict_views, read_exported
-from aptos_fastai.pipeline.stage import fit_stage, stage_learner
+from aptos_fastai.pipeline.stage import find_rates, fit_stage, stage_learner
 from aptos_fastai.recipe import Stage
+from aptos_fastai.run_folder import Run
 from aptos_fastai.training import checkpoint
 from aptos_fastai.training.callbacks import FrozenBody, History, Reproducible
 from aptos_fastai.training.probe import FeatureRows, feature_dls, head_stage
@@ -96,7 +99,7 @@ def test_the_head_trains_as_on_images_without_augmentation(tables, small_recipe,
 
 
 def test_another_learning_rate_takes_the_features_from_the_store(tables, small_recipe, tmp_path, capsys, monkeypatch):
-    def features_files(): return {f.name for f in (tmp_path / 'runs/prepared/features').iterdir()}
+    def features_files(): return {f.name for f in (tmp_path / 'runs/prepared/features').glob('*.safetensors')}
     main(['train', 'teacher', *args_in(tables, small_recipe, tmp_path / 'runs')])
     assert 'features of 40 images x 8 views -> ' in capsys.readouterr().out
     first = features_files()
@@ -107,6 +110,121 @@ def test_another_learning_rate_takes_the_features_from_the_store(tables, small_r
     monkeypatch.undo()
     main(['train', 'teacher', *args_in(tables, small_recipe, tmp_path / 'runs', '--set', 'recipe.seed=7')])   # weights
     assert len(features_files()) == 2
+
+
+def file_of(run):
+    "The file of the features of the table `train`"
+    return next((run.store / 'features').glob('train-*.safetensors'))
+
+
+def cut(file): file.write_bytes(file.read_bytes()[:-100])
+def forget(file): file.with_suffix('.json').unlink()
+def damage_record(file): file.with_suffix('.json').write_text('{')
+
+
+def change(file):
+    features = load_file(file)['features']
+    file.write_bytes(save(dict(features=features + 1)))
+
+
+def exchange(file):
+    "A file and its record of other images"
+    frozen.write_features(file, load_file(file)['features'].numpy()[:-1])
+
+
+@pytest.mark.parametrize('spoil', [cut, change, forget, damage_record, exchange])
+def test_features_that_are_not_as_recorded_are_computed_again(probed, capsys, spoil):
+    learn, stage = stage_learner(probed, 'teacher'), probed.recipe.stages['teacher']
+    images, file = learn.dls.valid.items, file_of(probed)
+    with Bars() as bars:
+        before, content = frozen.frozen_features(probed, stage, learn, 'f32', bars).of(images), file.read_bytes()
+        spoil(file)
+        capsys.readouterr()
+        after = frozen.frozen_features(probed, stage, learn, 'f32', bars).of(images)
+    assert f'{file}: is not as its record {file.stem}.json says. The features are computed again.' in (
+        capsys.readouterr().out)
+    assert np.array_equal(before, after) and file.read_bytes() == content
+    with Bars() as bars: frozen.frozen_features(probed, stage, learn, 'f32', bars)
+    assert f'8 views are in {file}' in capsys.readouterr().out
+
+
+STATS = ['stage.mean=.5 .5 .5', 'stage.std=.3 .3 .3']
+VIT = ['stage.arch=test_vit', 'stage.head=avg']
+
+
+@pytest.mark.parametrize('first, second', [
+    (STATS, [*STATS, 'stage.mean=.4 .4 .4']), (STATS, [*STATS, 'stage.std=.2 .2 .2']), (VIT, [*VIT, 'stage.head=cls'])])
+def test_other_normalisation_or_pooling_gives_other_features(tables, small_recipe, tmp_path, first, second):
+    "The weights are the same: class token and mean of the patches have none"
+    main(['prepare', '--recipe', str(small_recipe), '--data', str(tables), '--runs', str(tmp_path)])
+    found, weights = [], []
+    for keys in (first, second):
+        run = load_run(small_recipe, tables, tmp_path, [*PROBE[1::2], 'stage.tta=none', *keys])
+        stage, learn = run.recipe.stages['teacher'], stage_learner(run, 'teacher')
+        with Bars() as bars: features = frozen.frozen_features(run, stage, learn, 'f32', bars)
+        found.append(features.of(learn.dls.valid.items))
+        weights.append(learn.model.state_dict())
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    assert len(list((tmp_path / 'prepared/features').glob('*.safetensors'))) == 2
+    assert not np.allclose(*found, atol=1e-3)
+
+
+def test_features_are_named_once_for_all_folds(tables, small_recipe, tmp_path, capsys):
+    for lr, words in ((.01, 'views -> '), (.02, 'views are in ')):
+        main(['train', 'teacher', *args_in(tables, small_recipe, tmp_path, '--set', f'stage.lr={lr}')])
+        printed = capsys.readouterr().out
+        assert printed.count('features of 40 images') == printed.count(words) == 1
+
+
+def test_train_prints_the_out_of_fold_kappa(tables, small_recipe, tmp_path, capsys, monkeypatch):
+    "Of grades by cross-fitted thresholds; also where nothing is trained"
+    args = args_in(tables, small_recipe, tmp_path)
+    main(['train', 'teacher', *args])
+    assert 'teacher: out-of-fold kappa ' in capsys.readouterr().out.splitlines()[-1]
+    real = Run.oof
+
+    def scored(run, node, fold=None):
+        oof = real(run, node, fold)
+        return oof.assign(score=oof.diagnosis + np.random.default_rng(0).normal(0, .8, len(oof)))
+    monkeypatch.setattr(Run, 'oof', scored)
+    for setting, words in (('optimal', 'fitted on other images'), ('0.5 1.5 2.5 3.5', '0.5 1.5 2.5 3.5')):
+        main(['train', 'teacher', *args, '--set', f'submit.thresholds={setting}'])
+        run = load_run(small_recipe, tables, tmp_path, args[7::2])
+        oof = run.oof('teacher')
+        grades = np.digitize(oof.score, [.5, 1.5, 2.5, 3.5])
+        if setting == 'optimal': grades = cross_fitted_grades(oof.score, oof.diagnosis, run.parts(oof), setting)
+        kappa = cohen_kappa_score(grades, oof.diagnosis, weights='quadratic')
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert line.startswith(f'teacher: out-of-fold kappa {kappa:.3f} (95 % CI over images 0.') and kappa > .5
+        assert line.endswith(f', {len(oof)} images, thresholds {words}')
+
+
+def test_lr_find_of_a_probe_trains_the_head_on_its_features(probed, tmp_path, monkeypatch):
+    seen, real = [], frozen.probe_learner
+
+    def remember(*args):
+        seen.append(real(*args))
+        return seen[-1]
+    monkeypatch.setattr(frozen, 'probe_learner', remember)
+    monkeypatch.setattr(frozen, 'predict_view_features', None)             # they are in the store
+    with Bars() as bars: rates = find_rates(probed, 'teacher', tmp_path / 'rates.png', bars)
+    learn, = seen
+    assert learn.recorder.losses and all(0 < lr < 100 for lr in rates.values()) and (tmp_path / 'rates.png').is_file()
+    assert isinstance(learn.dls.train_ds, FeatureRows)
+
+
+@pytest.mark.parametrize('keep', ['last', 'kappa'])
+def test_a_probe_that_diverges_writes_a_whole_network(tables, small_recipe, tmp_path, monkeypatch, capsys, keep):
+    def nan_in_third_epoch(self):
+        if len(self.rows) == 2: self.stop('the loss is nan')
+    monkeypatch.setattr(History, 'after_batch', nan_in_third_epoch)
+    args = args_in(tables, small_recipe, tmp_path, '--set', f'stage.keep={keep}')
+    file = tmp_path / 'small/teacher/fold0/best.safetensors'
+    expect_error(capsys, ['train', 'teacher', *args], 'epoch 3: the loss is nan', str(file))
+    run = load_run(small_recipe, tables, tmp_path, [*PROBE[1::2], f'stage.keep={keep}'])
+    start, best = stage_learner(run, 'teacher').model.state_dict(), load_file(file)
+    assert set(best) == set(start)
+    assert {k for k in start if not torch.equal(start[k], best[k])} == {'1.3.weight', '1.3.bias'}
 
 
 def test_features_in_bf16_are_near_those_in_float32(probed):

@@ -19,13 +19,13 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer import checkpoint_filter_fn as swin_filter
 
 from aptos_fastai.cli import main
-from aptos_fastai.common.io import file_hash, read_record
+from aptos_fastai.common.io import file_hash, read_record, write_record
 from aptos_fastai.inference.model_spec import read_model
 from aptos_fastai.pipeline.graph import load_run
 from aptos_fastai.pipeline.scores import read_exported
 from aptos_fastai.recipe import ConfigError, Stage, read_recipe
 from aptos_fastai.training.networks import create_model
-from aptos_fastai.training.weight_files import fit_tensors, read_checkpoint
+from aptos_fastai.training.weight_files import check_modality, fit_tensors, read_checkpoint
 from aptos_fastai.training.weights import WeightsError, check_weights, load_body, load_stage_weights
 
 VIT = dict(num_classes=0, global_pool='')
@@ -76,6 +76,12 @@ WRAPPERS = {
     'average': lambda w: (dict(state_dict={k: t + 1 for k, t in w.items()}, state_dict_ema=w), 'state_dict_ema'),
     'dinov2 teacher': lambda w: (dict(teacher=with_prefix(w, 'backbone.') | {'dino_head.last.weight': torch.ones(3)}),
                                  'teacher backbone.*'),
+    'flat teacher': lambda w: (with_prefix({k: t + 1 for k, t in w.items()}, 'student.') | with_prefix(w, 'teacher.'),
+                               'teacher.*'),
+    'flat average': lambda w: (dict(state_dict=with_prefix({k: t + 1 for k, t in w.items()}, 'model.')
+                                    | with_prefix(w, 'model_ema.module.')), 'state_dict model_ema.module.*'),
+    'nested teacher': lambda w: (dict(student=dict(net={k: t + 1 for k, t in w.items()}), teacher=dict(net=w)),
+                                 'teacher.net'),
     'fsdp chunks': lambda w: ({re.sub(r'^blocks\.(\d+)', r'blocks.0.\1', k): t for k, t in w.items()}, ''),
 }
 
@@ -250,6 +256,34 @@ def test_weights_of_a_stage_fill_body_and_head(tmp_path):
     assert not loaded.left_over and loaded.part == '0.model.*'
 
 
+@pytest.mark.parametrize('keys', [dict(loss='corn'), dict(head='avg')])
+def test_weights_of_a_stage_with_another_head_fill_the_body(tmp_path, keys):
+    file, parent = tmp_path / 'weights.safetensors', create_model('test_resnet', 'gem', 64)
+    child = create_model('test_resnet', size=64, **keys)
+    head = {name: t.clone() for name, t in child[1].state_dict().items()}
+    save_file(parent.state_dict(), file)
+    check_weights(stage(file, 'test_resnet', 64, **keys))
+    loaded = load_body(child, 'test_resnet', str(file))
+    assert all(torch.equal(t, parent[0].state_dict()[name]) for name, t in child[0].state_dict().items())
+    assert all(torch.equal(t, head[name]) for name, t in child[1].state_dict().items())
+    assert loaded.left_over == {'head of another pooling or loss': 3}
+    assert '3 left over: head of another pooling or loss (3)' in loaded.text
+
+
+def test_the_record_beside_weights_of_a_stage_tells_its_pooling_and_means(tmp_path, capsys):
+    file, parent = tmp_path / 'weights.safetensors', create_model('test_vit', 'cls', 160)
+    save_file(parent.state_dict(), file)
+    write_record(tmp_path / 'stage.json', dict(pooling='cls', mean=[.4, .3, .2], std=[.3, .2, .1]))
+    same, other = create_model('test_vit', 'cls', 160), create_model('test_vit', 'avg', 160)
+    assert not load_body(same, 'test_vit', str(file)).left_over
+    assert load_body(other, 'test_vit', str(file)).left_over
+    assert not torch.equal(other[1][3].weight, parent[1][3].weight)
+    check_weights(stage(file, mean=(.4, .3, .2), std=(.3, .2, .1)))
+    assert not capsys.readouterr().out
+    check_weights(stage(file))
+    assert 'mean 0.4 0.3 0.2, std 0.3 0.2 0.1, this one by mean 0.5 0.5 0.5' in capsys.readouterr().out
+
+
 # What is refused
 
 def deeper(tmp_path):
@@ -282,6 +316,27 @@ def a_list(tmp_path): torch.save([torch.ones(3)], tmp_path / 'w.pth')
 def no_file(tmp_path): (tmp_path / 'w.pth').write_bytes(b'not a checkpoint')
 
 
+def web_page(tmp_path): (tmp_path / 'w.pth').write_text('\n<!DOCTYPE html><html><body>Sign in</body></html>')
+
+
+def lfs_pointer(tmp_path): (tmp_path / 'w.pth').write_text('version https://git-lfs.github.com/spec/v1\noid sha256:1\n')
+
+
+def empty(tmp_path): (tmp_path / 'w.pth').touch()
+
+
+def cut_off(tmp_path):
+    torch.save(timm.create_model('test_vit').state_dict(), tmp_path / 'w.pth')
+    os.truncate(tmp_path / 'w.pth', (tmp_path / 'w.pth').stat().st_size // 2)
+
+
+def not_finite(tmp_path):
+    weights = timm.create_model('test_vit').state_dict()
+    weights['blocks.1.mlp.fc1.bias'][3] = torch.nan
+    weights['norm.weight'][0] = torch.inf
+    torch.save(weights, tmp_path / 'w.pth')
+
+
 def a_folder(tmp_path): (tmp_path / 'w.pth').mkdir()
 
 
@@ -301,7 +356,12 @@ def other_size_without_resampling(tmp_path):
     (deeper, '24 tensors are not in test_vit, first blocks.6.norm1.weight.*Set arch'),
     (wider, 'tensors have other shapes than in test_vit, first cls_token: 1x1x128, not 1x1x64.*arch'),
     (of_another_family, r'78 of 78 tensors of test_vit are missing, first .*The file begins with conv1.0.weight.*arch'),
-    (incomplete, r'12 of 78 tensors of test_vit are missing, first blocks.3.norm1.weight'),
+    (incomplete, r'12 of 78 tensors of test_vit are missing, first blocks.3.norm1.weight.*incomplete, or of a smaller'),
+    (web_page, 'is a web page, not the file itself. Download it again'),
+    (lfs_pointer, 'is a Git LFS pointer, not the file itself. Download it again'),
+    (empty, 'is empty. Download it again'),
+    (cut_off, 'is cut off: its end is missing. Download it again'),
+    (not_finite, 'not finite numbers: 2 tensors, first blocks.1.mlp.fc1.bias'),
     (with_a_neck, '1 tensors are not in test_vit, first neck.weight'),
     (without_tensors, 'holds no tensors. Save a state dict'),
     (a_list, 'holds no tensors'),
@@ -345,11 +405,35 @@ def test_loading_leaves_torch_s_list_of_safe_classes_as_it_was(tmp_path):
 
 @pytest.mark.parametrize('name, warned', [
     ('RETFound_oct_weights.pth', True), ('RETFound_mae_natureOCT.pth', True), ('RETFound_mae_natureCFP.pth', False),
-    ('doctor_october.pth', False)])
+    ('doctor_october.pth', False), ('mae_2024-Oct-05.pth', False), ('oct_12_cls.pth', False)])
 def test_weights_of_oct_by_their_name_are_warned_of(tmp_path, capsys, name, warned):
     torch.save(dict(model=network(num_classes=0).state_dict()), tmp_path / name)
     check_weights(stage(tmp_path / name, mean=(.5, .5, .5), std=(.5, .5, .5)))
     assert ('OCT' in capsys.readouterr().out.replace(name, '')) == warned
+
+
+@pytest.mark.parametrize('size', [0, 4, 500])
+def test_a_safetensors_file_that_is_cut_off(tmp_path, size):
+    file = tmp_path / 'w.safetensors'
+    save_file(network(num_classes=0).state_dict(), file)
+    os.truncate(file, file.stat().st_size // 2 if size == 500 else size)
+    with pytest.raises(WeightsError, match='is empty' if not size else 'is cut off: its end is missing'):
+        check_weights(stage(file))
+
+
+@pytest.mark.parametrize('arguments, found', [
+    (dict(data_path='/data/images', output_dir='/out/2024-Oct-05'), ''),
+    (dict(data_path='/data/images', output_dir='/out/oct_scans'), ''),
+    (dict(data_path='/data/run_oct_12/train', resume='oct_3/last.pth'), ''),
+    (dict(data_path='/data/CFP/train', finetune='/data/oct/weights.pth'), ''),
+    (dict(task='finetune_OCT'), 'warned'),
+    (dict(finetune='RETFound_oct_weights.pth'), 'refused'), (dict(data_dir='/data/OCT2017'), 'refused'),
+    (dict(modality='OCT', output_dir='/out'), 'refused')])
+def test_arguments_that_name_oct(arguments, found):
+    content = dict(model={}, args=arguments)
+    if found == 'refused':
+        with pytest.raises(WeightsError, match='trained on OCT scans'): check_modality('w.pth', content)
+    else: assert ('perhaps trained on OCT scans' in check_modality('w.pth', content)) == (found == 'warned')
 
 
 @pytest.mark.parametrize('keys, warned', [({}, True), (dict(mean=(.485, .456, .406), std=(.229, .224, .225)), False)])
@@ -411,12 +495,13 @@ def test_a_stage_inherits_mean_and_std_of_the_stage_that_it_starts_from(recipe):
     own = (.4, .3, .2), (.3, .2, .1)
     assert stats() == dict(first=own, second=own, third=((), ()))
     assert stats('stage.second.mean=.1 .1 .1')['second'] == ((.1, .1, .1), own[1])
+    assert stats('stage.second.mean=.485, .456, .406')['second'][0] == (.485, .456, .406)
     assert stats('stage.second.init=', 'stage.second.weights=none')['second'] == ((), ())
 
 
 @pytest.mark.parametrize('key, words', [
     ('mean=.5 .5', 'mean = .5 .5: enter three numbers'), ('std=.2 .2 0', 'std = .2 .2 0: enter a number from 0.001'),
-    ('mean=123 117 104', 'enter a number from 0 to 1')])
+    ('mean=123 117 104', 'enter a number from 0 to 1. Divide values for pixels from 0 to 255 by 255')])
 def test_wrong_means_are_refused(recipe, key, words):
     with pytest.raises(ConfigError, match=re.escape(words)): read_recipe(recipe, sets=[f'stage.first.{key}'])
 
@@ -447,6 +532,19 @@ def test_what_was_loaded_and_mean_and_std_reach_record_and_prediction(recipe, tm
     bundle = read_record(tmp_path / 'runs/r/first/bundle/bundle.json')
     assert bundle['lineage'][0]['loaded'] == json.loads(json.dumps(first['loaded']))
     assert bundle['model']['members'][0]['mean'] == [.4, .3, .2]
+
+
+def test_doctor_says_what_of_a_file_fits_and_counts_its_problem_once(recipe, tmp_path, capsys):
+    write_table(tmp_path / 'data', 20)
+    args = ['doctor', '--recipe', str(recipe), '--data', str(tmp_path / 'data'), '--runs', str(tmp_path / 'runs')]
+    torch.save(mae_checkpoint(network(num_classes=0)), tmp_path / 'w.pth')
+    main([*args, '--set', 'stage.first.mean='])
+    out = ' '.join(capsys.readouterr().out.split())
+    assert 'fits test_vit: 78 tensors, 6 left over (decoder_pos_embed, ' in out
+    assert out.count('masked autoencoder') == 1
+    assert f'WARN weights {tmp_path}/w.pth of test_vit: weights of a masked' in out
+    deeper(tmp_path)
+    expect_error(capsys, args, '1 problem would stop `all`')
 
 
 def test_a_wrong_file_stops_a_run_before_images_are_prepared(recipe, tmp_path, capsys):
