@@ -55,7 +55,7 @@ FAMILIES = dict(
            'res2net50_14w_8s tresnet_m selecsls42 bat_resnext26ts test_resnet')
 SIZES = dict(crossvit_tiny_240=240, halonet26t=256, bat_resnext26ts=256)          # others: SIZE
 SIZE = 224
-OTHER_SIZES = 240, 252, 256                  # tried too, forward only: multiples of 16, 14 and 32
+OTHER_SIZES = 252, 256                       # tried too, forward only: multiples of 14 and of 16
 SPOT = .25, .7                               # row and column of a spot, as parts of the side
 SECONDS, GIGABYTES = 300, 6                  # of processor time and memory, at most, for a network
 COLUMNS = 'network family size millions features width head train bf16 heat_map onnx openvino other_sizes'.split()
@@ -119,6 +119,7 @@ def first_reason(e: BaseException) -> str:
 
 def feature_kind(body: TimmBody, size: int) -> str:
     "Return what timm's network gives"
+    body.eval()
     with torch.no_grad(): x = body.timm_features(torch.zeros(1, 3, size, size))
     if isinstance(x, list | tuple): return f'list of {len(x)}'
     if x.ndim == 3: return f'{x.shape[1]} tokens'
@@ -223,7 +224,7 @@ def in_process(check: Callable[[str], dict], arch: str, failed: str) -> dict:
     process.start()
     sender.close()
     try: return receiver.recv()
-    except EOFError: return {failed: f'no: the process was killed (at most {SECONDS} s and {GIGABYTES} GB)'}
+    except EOFError: return {failed: f'no: the process ended without a result (at most {SECONDS} s and {GIGABYTES} GB)'}
     finally: process.join()
 
 

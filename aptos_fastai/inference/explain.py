@@ -80,9 +80,10 @@ def layer_outputs(net: torch.nn.Module, x: torch.Tensor,
     kept: dict[torch.nn.Module, torch.Tensor] = {}
 
     def keep(layer, args, output):
-        "Keep the output; of several (HRNet, TNT) the first one with a row for each image"
+        "Keep the output; of several maps (HRNet) the first, largest ones, of several tokens (CrossViT, TNT) the last"
         several = output if isinstance(output, list | tuple) else [output]
-        kept[layer] = next(o for o in several if len(o) == len(x))
+        per_image = [o for o in several if len(o) == len(x)]
+        kept[layer] = per_image[0 if per_image[0].ndim == 4 else -1]
     hooks = [layer.register_forward_hook(keep) for layer in layers]
     try: return kept, features_and_scores(net, x)[1]
     finally:

@@ -19,8 +19,8 @@ def check_network(stage: Stage) -> None:
     """
     drops_features = _check_network(stage.arch, stage.head, stage.size, stage.loss)
     if drops_features:
-        say(f'[stage.{stage.name}] head = gem: the feature maps of {stage.arch} are signed, and GeM counts values below 0 '
-            'as 0, about half of them. Set head = auto.', 'yellow')
+        say(f'[stage.{stage.name}] head = gem: the feature maps of {stage.arch} are signed, and GeM counts values '
+            'below 0 as 0, about half of them. Set head = auto.', 'yellow')
 
 
 @cache
