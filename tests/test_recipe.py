@@ -104,7 +104,7 @@ BAD_RECIPES = [                              # --set values and words of the mes
     (['submit.table=train'], 'table = train: this table is graded. Name an ungraded table.'),
     (['submit.table=nope'], 'no such table. Tables: train, test.'),
     (['stage.retrain.init=teach'], 'init = teach: no such stage. Stages: teacher, retrain.'),
-    (['stage.retrain.init=teacher', 'stage.retrain.arch=resnet18'], 'that stage is tf_efficientnet_lite0 + gem'),
+    (['stage.retrain.init=teacher', 'stage.retrain.arch=resnet18'], 'that stage is tf_efficientnet_lite0 + auto'),
     (['stage.teacher.init=retrain'], 'the stages form a cycle:'),
     (['stage.teacher.train=test'], 'train = test: this table is ungraded. Write STAGE:test'),
     (['stage.teacher.train=teacher:train'], 'train = teacher:train: this table is graded. Write train alone.'),

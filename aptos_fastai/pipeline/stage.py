@@ -263,7 +263,16 @@ def tracker_callbacks(run: Run, name: str, fold: int) -> list[Callback]:
     tracker = run.recipe.stages[name].track
     if tracker == 'tensorboard':
         from fastai.callback.tensorboard import TensorBoardCallback
-        return [TensorBoardCallback(run.root / tracker / name / f'fold{fold}', trace_model=False, log_preds=False)]
+
+        class TensorBoard(TensorBoardCallback):
+            "fastai's callback, for optimizers of PyTorch too: some of their options are None, which it cannot write"
+            def after_batch(self):
+                "Write the loss and the numbers among the optimizer's options"
+                self.writer.add_scalar('train_loss', self.smooth_loss, self.train_iter)
+                for i, options in enumerate(self.opt.hypers):
+                    for name, value in options.items():
+                        if value is not None: self.writer.add_scalar(f'{name}_{i}', value, self.train_iter)
+        return [TensorBoard(run.root / tracker / name / f'fold{fold}', trace_model=False, log_preds=False)]
     if tracker == 'wandb':
         import wandb
         from fastai.callback.wandb import WandbCallback

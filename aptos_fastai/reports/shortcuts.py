@@ -33,7 +33,8 @@ def forest_kappa(features: np.ndarray, grades: np.ndarray, parts: np.ndarray,
     scores = np.empty(len(features))
     for part in np.unique(parts):
         test = parts == part
-        forest = RandomForestRegressor(100, min_samples_leaf=5, random_state=0, n_jobs=-1)
+        # one job: scikit-learn's threads reset the warning filters of the whole process, now and then for good
+        forest = RandomForestRegressor(100, min_samples_leaf=5, random_state=0)
         scores[test] = forest.fit(features[~test], grades[~test]).predict(features[test])
     scores += 1e-9 * np.random.default_rng(0).random(len(scores))        # thresholds cannot be fitted on equal scores
     predicted = cross_fitted_grades(scores, grades, parts)
