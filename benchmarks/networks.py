@@ -78,7 +78,7 @@ def try_network(arch: str) -> dict:
     try: net = create_model(arch, 'auto', size, loss='corn').to(memory_format=torch.channels_last)
     except AptosError as e: return row | dict(train=f'no: {e}')
     row |= dict(millions=round(sum(p.numel() for p in net.parameters()) / 1e6, 1), head=net[1].pooling,
-                width=net[1][3].in_features, features=feature_kind(net[0], size))
+                width=net[1].channels, features=feature_kind(net[0], size))
     attempt('train', train_step, net, size, False)
     attempt('bf16', train_step, net, size, True)
     net.zero_grad()

@@ -2,10 +2,10 @@
 
 RUN is a finished run, TABLE a CSV (or folder of class folders) of graded images that the run has not seen, its images
 beside it. Several pairs of one recipe are judged together, each image by the networks of its own run. Every network
-sees all 8 views once; each row of the table ("5 teacher × 2") takes some networks and 1, 2, 4 or 8 of the views (2: the
-mirror image; 4: the rotations). Grades are made with the thresholds of the run, fitted out-of-fold: those of the stage,
-or of the run's model for all its networks. `lost` is kappa minus that of all its networks with 8 views, with its paired
-bootstrap interval; `rank` is Spearman's correlation of score and grade, which needs no thresholds, as AUC.
+sees all 8 views once; each row of the table ("5 teacher × 2") takes some networks and 1, 2, 4 or 8 of the views (2:
+the mirror image; 4: the rotations). Grades are made with the thresholds of the run, fitted out-of-fold: those of the
+stage, or of the run's model for all its networks. `lost` is kappa minus that of all its networks with 8 views, with its
+paired bootstrap interval; `rank` is Spearman's correlation of score and grade, which needs no thresholds, as AUC.
 """
 import sys
 import time

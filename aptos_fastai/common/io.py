@@ -27,6 +27,11 @@ def file_hash(path: str | Path) -> str:
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
+def file_state(path: Path) -> dict:
+    "Return what a record holds of a file: its SHA-256 and its size in bytes"
+    return dict(sha256=file_hash(path), bytes=path.stat().st_size)
+
+
 def digest(o: Any) -> str:
     "Return the SHA-256 of anything that JSON can hold, in hex; the order of keys does not matter"
     return hashlib.sha256(json.dumps(o, sort_keys=True, default=str).encode()).hexdigest()

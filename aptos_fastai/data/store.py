@@ -6,7 +6,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -75,6 +75,11 @@ def read_square(path: str | Path, prep: Prep, size: int) -> np.ndarray:
 def stored_column(size: int) -> str:
     "Return the column of a run's tables with the paths of the squares of side `size`; `stored` has the largest ones."
     return f'stored_{size}'
+
+
+def column_of(names: Collection[str], size: int) -> str:
+    "Return the column, of those called `names`, with the paths of the squares that a stage of `size` reads"
+    return stored_column(size) if stored_column(size) in names else 'stored'
 
 
 def store_folder(frame: pd.DataFrame, store: Path, prep: Prep) -> Path:

@@ -143,7 +143,7 @@ def download_commands(recipe: Recipe, data: Path) -> list[list[str]]:
 
 def check_initial_weights(recipe: Recipe) -> Iterator[Finding]:
     "Check whether the weights that stages start from are available; a few seconds at most"
-    from aptos_fastai.training.weights import SAID, examine_weights
+    from aptos_fastai.training.weights import WARNED, examine_weights
     def key(s: Stage) -> tuple: return (s.arch, s.weights, *((s.size, s.mean, s.std) if s.weights_file else ()))
     for (arch, weights, *_), stage in {key(s): s for s in recipe.stages.values() if not s.init}.items():
         name = f'weights {weights} of {arch}'
@@ -153,7 +153,7 @@ def check_initial_weights(recipe: Recipe) -> Iterator[Finding]:
             continue
         if loaded: yield name, fit_text(loaded, arch), True
         else: yield name, 'random, nothing to download' if weights == 'none' else 'available', True
-        SAID.update(warnings)                # `check_plan` need not say them again
+        WARNED.update(warnings)                # `check_plan` need not say them again
         for warning in warnings: yield name, warning.removeprefix(f'weights = {weights}: '), WARNING
 
 

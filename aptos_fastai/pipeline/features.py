@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 from aptos_fastai.common.console import Bars, say
 from aptos_fastai.common.distributed import all_gather, rank
 from aptos_fastai.common.io import AptosError, digest, file_hash, read_record, write_bytes, write_record
-from aptos_fastai.data.store import stored_column
+from aptos_fastai.data.store import column_of
 from aptos_fastai.inference.gate import FeatureDistance
 from aptos_fastai.inference.views import VIEWS
 from aptos_fastai.pipeline.scores import predict_view_features
@@ -91,13 +91,12 @@ def network_digest(run: Run, stage: Stage, learn: Learner, precision: str) -> st
 def table_features(run: Run, stage: Stage, table: str, learn: Learner, network: str, bars: Bars) -> np.ndarray:
     "Return the features (n, views, C) of a table's images, from the store or computed and kept there"
     frame = run.frames[table]
-    column = stored_column(run.prep_of(stage).size)
-    squares = frame[column if column in frame else 'stored']
+    squares = frame[column_of(frame.columns, run.prep_of(stage).size)]
     key = digest([network, [Path(p).name for p in squares]])
     file = run.store / FEATURES_FOLDER / f'{table}-{key[:16]}.safetensors'
     views, what = VIEWS[stage.tta], f'features of {len(frame)} images x {VIEWS[stage.tta]} views'
     named = _named.setdefault(bars, set())
-    stored = read_features(file, (len(frame), views, learn.model[1][3].in_features))
+    stored = read_features(file, (len(frame), views, learn.model[1].channels))
     everywhere = all(all_gather([stored is not None]))
     if everywhere and stored is not None:
         if file not in named: say(f'  {stage.name}: {what} are in {file}')

@@ -8,7 +8,7 @@ from torch import nn
 from aptos_fastai.common.console import say
 from aptos_fastai.inference.explain import heatmap_layer, hires_cam
 from aptos_fastai.recipe import Stage
-from aptos_fastai.training.networks import build_timm, create_model, has_signed_maps
+from aptos_fastai.training.networks import build_without_values, create_model, has_signed_maps
 from aptos_fastai.training.weights import STAGE_BODY, WeightsError, load_stage_weights
 
 
@@ -55,16 +55,10 @@ def _resampling_problem(arch: str, old: int, new: int) -> str:
     Neither network has values: that is quick and takes no memory.
     """
     body = nn.Module()
-    before, body.model = _without_values(arch, old), _without_values(arch, new)
+    before, body.model = build_without_values(arch, old), build_without_values(arch, new)
     tensors = {f'{STAGE_BODY}{name}': torch.zeros(()).expand(t.shape) for name, t in before.state_dict().items()}
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                            # of PyTorch: nothing is copied
         try: load_stage_weights(nn.Sequential(body), tensors, 'init')
         except WeightsError as e: return str(e).partition('(')[2].partition(': ')[2].partition('. Set')[0]
     return ''
-
-
-def _without_values(arch: str, size: int) -> nn.Module:
-    try:
-        with torch.device('meta'): return build_timm(arch, size)
-    except WeightsError: return build_timm(arch, size)             # a few networks compute while they are built

@@ -1,10 +1,10 @@
 "Why a stage would be trained: what differs between the record of a fold and what the recipe and the tables say now."
-from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
 from aptos_fastai.common.io import digest, read_record
-from aptos_fastai.run_folder import RESCORED, Run, training_settings
+from aptos_fastai.recipe import Stage
+from aptos_fastai.run_folder import RESCORED, WEIGHTS, Run, training_settings
 
 NEVER = 'never trained'
 OLDER = 'written by an older version'
@@ -33,9 +33,10 @@ def fold_reasons(run: Run, name: str, fold: int, todo: dict[str, list[int]]) -> 
     if not record: return [_unfinished(run, name, fold)]
     if 'inputs' not in record: return [OLDER]
     trained_again = [m for m in run.parent_stages(name) if fold in todo.get(m, [])]
+    now = run.inputs(name, fold)
     found = [*_changed_settings(run, name, record),
-             *_changed_recipe(run, name, fold, record),
-             *_changed_sources(run, name, fold, record, trained_again),
+             *_changed_recipe(run.recipe.stages[name], record, now),
+             *_changed_sources(run, name, record, now),
              *(f'{m} is trained again' for m in trained_again),
              *(_changed_parents(run, name, fold, record) if not trained_again else []),
              *(f'{file} is missing or has another size' for file in sorted(run.damaged_files(name, fold) - RESCORED))]
@@ -85,10 +86,9 @@ def _text(value: Any) -> str:
     return (' '.join(map(str, value)) if isinstance(value, list | tuple) else str(value)) or '(empty)'
 
 
-def _changed_recipe(run: Run, name: str, fold: int, record: dict) -> list[str]:
-    "Return what has changed in the sections of the recipe that all stages depend on"
-    now, old = run.inputs(name, fold), record['prep']
-    stage = run.recipe.stages[name]
+def _changed_recipe(stage: Stage, record: dict, now: dict) -> list[str]:
+    "Return what has changed in the sections of the recipe that all stages depend on; `now` are `Run.inputs`"
+    old = record['prep']
     is_of_stage = old['size'] == record['settings']['size'] and now['prep']['size'] == stage.size
     prep = {k: v for k, v in now['prep'].items() if k != 'size' or not is_of_stage}        # else its size says it
     augment = now['augment'] if record['augment'] else {}                                  # a linear probe has none
@@ -97,9 +97,9 @@ def _changed_recipe(run: Run, name: str, fold: int, record: dict) -> list[str]:
             *changed_keys(dict(seed=record['seed']), dict(seed=now['seed']), '[recipe] ')]
 
 
-def _changed_sources(run: Run, name: str, fold: int, record: dict, trained_again: Iterable[str]) -> list[str]:
-    "Return what has changed in `init`, and in the tables and labels of `train`"
-    stage, old, new = run.recipe.stages[name], record['inputs'], run.inputs(name, fold)
+def _changed_sources(run: Run, name: str, record: dict, new: dict) -> list[str]:
+    "Return what has changed in `init`, and in the tables and labels of `train`; `new` are `Run.inputs`"
+    stage, old = run.recipe.stages[name], record['inputs']
     settings, lines = record['settings'], []
     if old['init'] != new['init']: lines += changed_keys(dict(init=settings['init']), dict(init=stage.init))
     if len(old['train']) != len(new['train']):
@@ -134,4 +134,4 @@ def _changed_parents(run: Run, name: str, fold: int, record: dict) -> list[str]:
     "Return the finished parents that a fold was not trained from"
     used = record['parents'].values()
     return [f'{m} was trained again' for m in run.parent_stages(name)
-            if (parent := run.record(m, fold)) and parent['files']['weights.safetensors']['sha256'] not in used]
+            if (parent := run.record(m, fold)) and parent['files'][WEIGHTS]['sha256'] not in used]

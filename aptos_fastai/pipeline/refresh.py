@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 import pandas as pd
 
 from aptos_fastai.common.console import Bars, say
-from aptos_fastai.common.io import AptosError, file_hash, write_csv, write_record
+from aptos_fastai.common.io import AptosError, file_state, write_csv, write_record
 from aptos_fastai.run_folder import FINISHED, PREDS, Run
 
 UNKNOWN = dict(sha256='', bytes=-1)          # of a file that is being replaced: it is made again after an interruption
@@ -35,7 +35,7 @@ def refresh_fold(run: Run, name: str, fold: int, bars: Bars) -> None:
         files = {**record['files'], PREDS: UNKNOWN}
         write_record(folder / FINISHED, dict(record, files=files))
         write_csv(folder / PREDS, preds)
-    files = {**record['files'], PREDS: dict(sha256=file_hash(folder / PREDS), bytes=(folder / PREDS).stat().st_size)}
+    files = {**record['files'], PREDS: file_state(folder / PREDS)}
     gate = dict(record['gate'], **asdict(run.recipe.gate))
     settings = run.settings_to_record(name, record)
     write_record(folder / FINISHED, {**record, **fold_settings(run, name, fold), 'settings': settings, 'gate': gate,

@@ -45,7 +45,7 @@ def predict_view_features(learn: Learner, frame: pd.DataFrame, tta: str, bar=Non
     "Return the pooled features (n, views x C) float32 of the images in `frame`, as `predict_views` does"
     def features(model: nn.Module, x: torch.Tensor) -> np.ndarray:
         return np.concatenate([features_and_scores(model, v)[0].float().cpu().numpy() for v in views(x, tta)], 1)
-    return _predict(learn, frame, bar, VIEWS[tta] * learn.model[1][3].in_features, features)
+    return _predict(learn, frame, bar, VIEWS[tta] * learn.model[1].channels, features)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from safetensors.torch import save
 import aptos_fastai
 from aptos_fastai.common.console import Bars, say
 from aptos_fastai.common.distributed import is_peer_lost, rank, run_on_all_ranks, world_size
-from aptos_fastai.common.io import AptosError, atomic_write, digest, file_hash, write_bytes, write_csv, write_record
+from aptos_fastai.common.io import AptosError, atomic_write, digest, file_state, write_bytes, write_csv, write_record
 from aptos_fastai.inference.gate import FeatureDistance, gate_rules
 from aptos_fastai.pipeline.features import FrozenFeatures, frozen_features, probe
 from aptos_fastai.pipeline.pseudo_labels import read_labels
@@ -150,8 +150,7 @@ def fit_and_write(bars: Bars, run: Run, name: str, fold: int, precision: str) ->
         kept_epoch=hist.kept_row['epoch'], kept_kappa=hist.kept_row['kappa'],
         gate=dict(asdict(run.recipe.gate), rules=stage_rules(run, stage)), resumed_after_epochs=checkpoint.resumed,
         precision=precision, processes=world_size(), seconds=round(seconds, 1),
-        files={f: dict(sha256=file_hash(out / f), bytes=(out / f).stat().st_size)
-               for f in FOLD_FILES},
+        files={f: file_state(out / f) for f in FOLD_FILES},
         versions=versions()))
     clear_checkpoint(out)
 

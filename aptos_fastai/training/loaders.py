@@ -34,7 +34,7 @@ from torch import Tensor
 
 from aptos_fastai.common.distributed import cores, rank, world_size
 from aptos_fastai.data.retina import Prep
-from aptos_fastai.data.store import read_square, stored_column
+from aptos_fastai.data.store import column_of, read_square
 from aptos_fastai.recipe import Augment, Stage
 
 
@@ -50,12 +50,10 @@ class ReadRetina(Transform):
 
 class StoredReader:
     "Return the path of the square of side `prep.size` from a row of a table: column `stored_SIZE`, or else `stored`"
-    def __init__(self, prep: Prep): self.column = stored_column(prep.size)
+    def __init__(self, prep: Prep): self.size = prep.size
 
     def __call__(self, row):
-        names = getattr(row, '_fields', None) or row.index
-        name = self.column if self.column in names else 'stored'
-        return getattr(row, name)
+        return getattr(row, column_of(getattr(row, '_fields', None) or row.index, self.size))
 
 
 def image_id(path: Path, prep: Prep) -> str:

@@ -76,6 +76,13 @@ def build_timm(arch: str, size: int, drop_path: float = 0.) -> nn.Module:
     return model
 
 
+def build_without_values(arch: str, size: int) -> nn.Module:
+    "Return `build_timm`'s network on PyTorch's meta device, without values: that is quick and takes no memory"
+    try:
+        with torch.device('meta'): return build_timm(arch, size)
+    except WeightsError: return build_timm(arch, size)       # a few compute while they are built; or says what is wrong
+
+
 def _no_drop_path(arch: str, drop_path: float) -> WeightsError:
     return WeightsError(f'drop_path = {drop_path:g}: {arch} has no drop path. Set drop_path = 0.')
 
@@ -136,6 +143,11 @@ class GradeHead(nn.Sequential):
     def __init__(self, pooling: str, channels: int, dropout: float, loss: str):
         super().__init__(heads[pooling](), nn.Flatten(), nn.Dropout(dropout), nn.Linear(channels, outputs[loss].units))
         self.pooling, self.loss = pooling, loss
+
+    @property
+    def channels(self) -> int:
+        "Number of pooled features, C"
+        return self[3].in_features
 
     def features(self, maps: Tensor) -> Tensor:
         "Return the pooled features (N, C)"

@@ -289,7 +289,7 @@ def _as_in_timm(tensors: Tensors, net: nn.Module) -> Tensors:
             with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
                 warnings.simplefilter('ignore')                    # timm's own, of PyTorch
                 found = dict(convert(dict(found), net, **options))
-        except Exception: return tensors     # of another network: what is missing is said later
+        except Exception: return tensors     # of another network: `_check_all_there` names what is missing
     for name in ('norm.weight', 'norm.bias'):
         if name in shapes and name not in found and f'fc_{name}' in found: found[name] = found.pop(f'fc_{name}')
     return {name: _resampled(name, t, net, shapes.get(name)) for name, t in found.items() if isinstance(t, Tensor)}

@@ -117,19 +117,20 @@ def examine_weights(stage: Stage) -> tuple[Loaded | None, list[str]]:
     if stage.weights == 'imagenet':
         _check_hub(stage.arch)
         return None, []
+    from aptos_fastai.training.networks import build_without_values  # it imports this module
     found = _named_weights(stage.arch, stage.weights)
-    _, loaded = fit_tensors(found, _network_without_values(stage.arch, stage.size), stage.weights, stage.arch)
+    _, loaded = fit_tensors(found, build_without_values(stage.arch, stage.size), stage.weights, stage.arch)
     if not stage.weights_file: return None, []
     warnings = check_modality(stage.weights, found), _stats_warning(stage, loaded), _stage_stats_warning(stage)
     return loaded, [o for o in warnings if o]
 
 
-SAID: set[str] = set()                       # warnings of this process, each of which is said once
+WARNED: set[str] = set()                     # the warnings that this process has printed
 
 
 def _warn_once(line: str):
-    if line not in SAID: say(line, 'yellow')
-    SAID.add(line)
+    if line not in WARNED: say(line, 'yellow')
+    WARNED.add(line)
 
 
 def _stats_warning(stage: Stage, loaded: Loaded) -> str:
@@ -159,14 +160,6 @@ def _stage_stats_warning(stage: Stage) -> str:
     used, spread = (' '.join(f'{o:g}' for o in stat) for stat in own)
     return (f'weights = {stage.weights}: that stage normalised images by mean {mean}, std {std}, this one by mean '
             f'{used}, std {spread}. Set mean = {mean} and std = {std}.')
-
-
-def _network_without_values(arch: str, size: int) -> nn.Module:
-    "Return a network of a stage's shapes, without values if timm can build it so: that is quick and takes no memory"
-    from aptos_fastai.training.networks import build_timm  # it imports this module
-    try:
-        with torch.device('meta'): return build_timm(arch, size)
-    except WeightsError: return build_timm(arch, size)             # says what is wrong, if something is
 
 
 def _check_hub(arch: str):
