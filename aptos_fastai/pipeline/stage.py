@@ -41,7 +41,7 @@ from aptos_fastai.training.callbacks import (
     cpu_state_dict,
 )
 from aptos_fastai.training.checkpoint import BEST_WEIGHTS, Checkpoint, clear_checkpoint, finished_epochs
-from aptos_fastai.training.loaders import get_dls
+from aptos_fastai.training.loaders import get_dls, keep_processes
 from aptos_fastai.training.model import body_stats, get_learner
 from aptos_fastai.training.optimizer import layer_rates, load_optimizer_state
 from aptos_fastai.training.precision import Autocast, precision_of
@@ -234,7 +234,7 @@ def fit_stage(learn: Learner, stage: Stage, cbs: list[Callback], done: int = 0, 
     rates = layer_rates(stage, learn.splitter(learn.model))
     phases = [(learn.freeze, stage.freeze_epochs, stage.lr), (learn.unfreeze, stage.epochs, rates)]
     learn.model.to(learn.dls.device)         # before the optimizer's state, which goes where its parameters are
-    with learn.no_bar(), learn.no_logging():
+    with learn.no_bar(), learn.no_logging(), keep_processes(learn.dls):
         for freeze, epochs, lr in phases:
             skipped = min(done, epochs)
             done -= skipped

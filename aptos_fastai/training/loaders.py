@@ -1,10 +1,12 @@
 "Build DataLoaders from a table, and augment the training images."
 import multiprocessing
+import pickle
 import random
 import sys
 import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import cv2
@@ -12,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from fastai.callback.data import WeightedDL
 from fastai.vision.all import (
     ColReader,
     ColSplitter,
@@ -23,14 +26,19 @@ from fastai.vision.all import (
     RandTransform,
     RegressionBlock,
     TensorImage,
+    TfmdDL,
     ToTensor,
     Transform,
     TransformBlock,
     default_device,
     dispatch,
     get_grid,
+    noop,
+    set_seed,
+    to_device,
 )
 from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
 
 from aptos_fastai.common.distributed import cores, rank, world_size
 from aptos_fastai.data.retina import Prep
@@ -244,10 +252,113 @@ def loader_workers(stage: Stage) -> int:
 def start_workers_by_fork() -> None:
     """Start DataLoader workers by fork on Linux, unless the user has chosen another start method.
 
-    Python 3.14 starts them by forkserver: each imports fastai again for each epoch, which takes seconds.
+    Python 3.14 starts them by forkserver: each imports fastai again, which takes seconds.
     """
     if sys.platform == 'linux' and multiprocessing.get_start_method(allow_none=True) is None:
         multiprocessing.set_start_method('fork')
+
+
+class LoadBatch:
+    """Load a batch in a loader process: `loaders` are the DataLoaders as they were when the process started.
+
+    A task is the DataLoader's number, the state of its iteration (see `LoaderProcesses.load`) and the images' indices.
+    """
+    def __init__(self, loaders: list[TfmdDL]): self.loaders, self.state = loaders, b''
+
+    def __getitem__(self, task: tuple[int, bytes, list[int]]):
+        number, state, idxs = task
+        dl = self.loaders[number]
+        if state != self.state:                   # the first batch of an iteration in this process
+            self.state = state
+            seed, dl.after_item, dl.before_batch = pickle.loads(state)
+            set_seed(seed + get_worker_info().id)
+        return dl.do_batch([dl.do_item(i) for i in idxs])
+
+
+class LoaderProcesses(DataLoader):
+    """Processes that load batches for `loaders`, one iteration at a time, and stay alive from one to the next.
+
+    They start with the first iteration. One that does not run to its end (a break, an error, Ctrl-C) ends them, and
+    the next one starts others.
+    """
+    def __init__(self, loaders: Sequence[TfmdDL]):
+        first, self.loaders, self.tasks, self.busy = loaders[0], list(loaders), [], False
+        super().__init__(LoadBatch(self.loaders), batch_size=None, sampler=self.tasks, collate_fn=noop,
+                         num_workers=first.fake_l.num_workers, pin_memory=first.pin_memory, persistent_workers=True,
+                         generator=torch.Generator())      # draws nothing from PyTorch's own one
+
+    def check_worker_number_rationality(self):
+        "No warning: more processes than cores are the user's choice"
+
+    def load(self, dl: TfmdDL, batches: Iterator[list[int]]) -> Iterator:
+        """Yield the batches of `dl`, one of `loaders`, with the indices that `batches` holds.
+
+        The processes are given the transforms as they are now, with the epoch's number in them, and a random seed.
+        """
+        seed = torch.empty((), dtype=torch.int64).random_().item()      # as PyTorch draws one for every iteration
+        state = pickle.dumps((seed, dl.after_item, dl.before_batch))
+        self.tasks[:] = [(self.loaders.index(dl), state, idxs) for idxs in batches]
+        self.busy = True
+        try: yield from self
+        except BaseException:
+            self.close()
+            raise
+        finally: self.busy = False
+
+    def close(self):
+        "End the processes"
+        if self._iterator is not None: self._iterator._shutdown_workers()
+        self._iterator = None
+
+
+_kept: list[LoaderProcesses] = []            # of each `keep_processes` that is entered
+
+
+@contextmanager
+def keep_processes(dls: DataLoaders) -> Iterator[None]:
+    """Keep the loader processes of `dls` alive inside this block, for training and validation, and end them after it.
+
+    Without it, fastai starts them again for every epoch, once for training and once for validation. The batches are
+    the same. The datasets of `dls` must not change inside the block; transforms may.
+    """
+    if not dls.train.fake_l.num_workers:
+        yield
+        return
+    processes = LoaderProcesses(dls.loaders)
+    _kept.append(processes)
+    try: yield
+    finally:
+        _kept.remove(processes)
+        processes.close()
+
+
+class FromKeptProcesses:
+    "A fastai DataLoader whose batches come from the processes of `keep_processes`, if they are free; else as fastai's"
+    @property
+    def source(self) -> TfmdDL:
+        "The DataLoader that loads the images; a wrapper overrides this"
+        return self
+
+    def __iter__(self) -> Iterator:
+        kept = next((p for p in _kept if self.source in p.loaders and not p.busy), None)
+        if kept is None or not self.fake_l.num_workers:
+            yield from super().__iter__()
+            return
+        self.randomize()                     # from here on as in fastai's DataLoader
+        self.before_iter()
+        for b in kept.load(self.source, self.chunkify(self.get_idxs())):
+            if self.pin_memory and type(b) is list: b = tuple(b)
+            if self.device is not None: b = to_device(b, self.device)
+            yield self.after_batch(b)
+        self.after_iter()
+
+
+class ImageDL(FromKeptProcesses, TfmdDL):
+    "fastai's DataLoader, for `keep_processes`"
+
+
+class WeightedImageDL(FromKeptProcesses, WeightedDL):
+    "fastai's DataLoader that draws training images by their weights, for `keep_processes`"
 
 
 def get_dls(frame: pd.DataFrame, stage: Stage, prep: Prep, aug: Augment, stats: tuple, *, seed: int = 42,
@@ -269,10 +380,13 @@ def get_dls(frame: pd.DataFrame, stage: Stage, prep: Prep, aug: Augment, stats: 
         get_x=StoredReader(prep), get_y=ColReader('diagnosis'), splitter=ColSplitter('valid'),
         item_tfms=[*item_augment, ToTensor()],
         batch_tfms=[*copies, IntToFloatTensor(), *batch_augment, Normalize.from_stats(*stats, cuda=cuda)])
-    dataloaders = block.dataloaders
-    if stage.source_weights: dataloaders = partial(block.weighted_dataloaders, wgts=frame.weight.to_numpy())
+    kind: dict = dict(dl_type=ImageDL)
+    if stage.source_weights:
+        weights = frame.weight.to_numpy()[~frame.valid.to_numpy(bool)]
+        kind = dict(dl_type=WeightedImageDL, dl_kwargs=[dict(wgts=weights), {}])
     bs = stage.bs // world_size()                  # per process
-    dls = dataloaders(frame, bs=bs, val_bs=2 * bs, num_workers=loader_workers(stage), path=path, pin_memory=cuda)
+    dls = block.dataloaders(frame, bs=bs, val_bs=2 * bs, num_workers=loader_workers(stage), path=path, pin_memory=cuda,
+                            **kind)
     if cuda: leave_copy_to_transform(dls)
     return dls
 

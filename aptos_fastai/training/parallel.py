@@ -4,12 +4,19 @@ from fastai.data.core import TfmdDL
 from fastai.distributed import DistributedDL, DistributedTrainer
 from torch import cuda
 
+from aptos_fastai.training.loaders import FromKeptProcesses
 
-class ShardDL(DistributedDL):
+
+class ShardDL(FromKeptProcesses, DistributedDL):
     """Load this process's shard of a DataLoader's batches.
 
     fastai's own class needs CUDA to broadcast the order, and counts one batch too many where the last one is dropped.
     """
+    @property
+    def source(self) -> TfmdDL:
+        "The DataLoader whose shard this is"
+        return self.dl
+
     def _broadcast(self, t: list[int], rank: int) -> list[int]:
         box = [t]
         dist.broadcast_object_list(box, rank)

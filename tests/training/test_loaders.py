@@ -1,7 +1,11 @@
 "DataLoaders, augmentation by image and by batch, and views."
+import copy
+import multiprocessing
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -10,15 +14,26 @@ import pandas as pd
 import pytest
 import torch
 from conftest import fundus
-from fastai.vision.all import PILImage, TensorImage
+from fastai.vision.all import (
+    Callback,
+    CancelFitException,
+    PILImage,
+    TensorImage,
+    Transform,
+    load_learner,
+    set_seed,
+)
 
 from aptos_fastai.common.console import Bars
+from aptos_fastai.common.io import AptosError
 from aptos_fastai.data.retina import Prep
 from aptos_fastai.data.store import prepare_table
 from aptos_fastai.inference.views import views
 from aptos_fastai.pipeline.scores import predict_scores
+from aptos_fastai.pipeline.stage import fit_stage
 from aptos_fastai.recipe import Augment, Stage
 from aptos_fastai.training import loaders
+from aptos_fastai.training.callbacks import History, Reproducible
 from aptos_fastai.training.loaders import (
     AugmentParams,
     BatchAugment,
@@ -29,10 +44,12 @@ from aptos_fastai.training.loaders import (
     draw_warp,
     get_dls,
     image_id,
+    keep_processes,
     set_epoch,
 )
 from aptos_fastai.training.model import get_learner
 
+PREP = Prep(size=48)
 STATS = ((.5,) * 3, (.5,) * 3)
 STAGE = Stage(name='t', train=('t',), arch='test_resnet', weights='none', size=32, bs=8, lr=5e-3)
 NO_AUGMENT = Augment(scale=(1., 1.), **dict.fromkeys(
@@ -52,7 +69,7 @@ def frame(tmp_path_factory):
     return df.assign(valid=[i % 4 == 0 for i in range(40)])
 
 
-def dls_of(frame, aug=None, **kw): return get_dls(frame, STAGE, Prep(size=48), aug or Augment(), STATS, **kw)
+def dls_of(frame, aug=None, **kw): return get_dls(frame, STAGE, PREP, aug or Augment(), STATS, **kw)
 def images_of(dl): return torch.cat([batch[0] for batch in dl])
 def in_order(dls, **kw): return dls.train.new(shuffle=False, drop_last=False, **kw)
 
@@ -312,3 +329,177 @@ def test_scores_are_the_mean_over_views_in_order(frame):
     with torch.no_grad(): mirrored = learn.model.eval()(x.flip(-1)).flatten().numpy()
     assert np.allclose(flipped, (plain + mirrored) / 2, atol=1e-5) and len(plain) == len(frame)
     assert np.allclose(predict_scores(learn, frame[::-1])[::-1], plain, atol=1e-5)
+
+
+class SeenImages(Callback):
+    "Keep the images of every batch, in training and validation, and the ids of the loader processes that ran then"
+    order = 1000
+    def __init__(self): self.images, self.processes = [], set()
+    def before_batch(self):
+        self.images.append(self.x.clone())
+        self.processes |= process_ids()
+
+
+class Fails(Transform):
+    "Fail for every training image"
+    split_idx = 0
+    def encodes(self, im: PILImage): raise AptosError('image p1: cannot be read')
+
+
+def process_ids(): return {p.pid for p in multiprocessing.active_children()}
+
+
+def worker_dls(frame, workers=2, aug=None, **kw):
+    return get_dls(frame, replace(STAGE, workers=workers, **kw), PREP, aug or Augment(), STATS)
+
+
+def two_fits(dls, block):
+    "Train one epoch, then two, with `Reproducible`; return what was seen, and the weights"
+    set_seed(1)
+    learn = get_learner(STAGE, dls)
+    seen, hist = SeenImages(), History('last')
+    with block(dls), learn.no_bar(), learn.no_logging():
+        for epochs in (1, 2): learn.fit(epochs, cbs=[Reproducible(7, hist), hist, seen])
+    return seen, learn.model.state_dict()
+
+
+@pytest.mark.parametrize('weighted', [False, True])
+@pytest.mark.parametrize('workers', [1, 2])
+def test_kept_processes_load_what_others_do(frame, workers, weighted):
+    "Order, augmentation, weights and PyTorch's generator are those of no process and of processes of every epoch"
+    frame = frame.assign(weight=np.linspace(1, 5, 40))
+    weights = (1.,) if weighted else ()
+    results, draws = [], set()
+    for n, block in [(0, keep_processes), (workers, lambda dls: nullcontext()), (workers, keep_processes)]:
+        results.append(two_fits(worker_dls(frame, n, source_weights=weights), block))
+        draws.add(float(torch.rand(1)))
+        assert not process_ids()
+    none, others, kept = (len(seen.processes) for seen, _ in results)
+    assert none == 0 and others > workers == kept
+    assert len(results[0][0].images) == 3 * (3 + 1) and len(draws) == 1
+    for seen, state in results[1:]:
+        assert all(map(torch.equal, seen.images, results[0][0].images))
+        assert all(map(torch.equal, state.values(), results[0][1].values()))
+
+
+def test_a_stage_keeps_its_processes_through_both_phases(frame):
+    stage, seen, hist = replace(STAGE, workers=2, freeze_epochs=1, epochs=2), SeenImages(), History('last')
+    fit_stage(get_learner(stage, worker_dls(frame)), stage, [Reproducible(7, hist), hist, seen])
+    assert len(hist.rows) == 3 and len(seen.processes) == 2 and not process_ids()
+
+
+def test_random_draws_in_kept_processes_are_those_of_others(frame):
+    "Without an epoch: images differ between epochs, and the global seed decides them"
+    seen = []
+    for block in (keep_processes, lambda dls: nullcontext()):
+        dls = worker_dls(frame)
+        train = in_order(dls)
+        dls.loaders[0] = train
+        set_seed(4)
+        with block(dls): seen += [images_of(train), images_of(train)]
+    assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3]) and not torch.equal(seen[0], seen[1])
+
+
+def test_after_an_interrupted_iteration_the_next_one_is_right(frame):
+    dls, expected = worker_dls(frame), [images_of_epoch(dls_of(frame), e) for e in range(3)]
+    train = dls.loaders[0] = in_order(dls)
+    with keep_processes(dls):
+        for epoch in range(3):
+            set_epoch(train, epoch)
+            for _ in train: break
+            assert not process_ids()
+            assert torch.equal(images_of(train), expected[epoch]) and len(process_ids()) == 2
+            unfinished = iter(train)
+            first = next(unfinished)[0]
+            assert torch.equal(images_of(train), expected[epoch])           # beside the unfinished one
+            assert len(images_of(dls.valid)) == 10
+            assert torch.equal(torch.cat([first, *(b[0] for b in unfinished)]), expected[epoch])
+    assert not process_ids()
+
+
+def test_other_tables_and_copies_in_the_block_load_their_own_images(frame, tmp_path):
+    dls, expected = worker_dls(frame), images_of(dls_of(frame).test_dl(frame[::-1]))
+    learn = get_learner(STAGE, dls)
+    with keep_processes(dls), learn.no_bar(), learn.no_logging():
+        learn.fit(1)
+        kept = process_ids()
+        assert torch.equal(images_of(dls.test_dl(frame[::-1])), expected) and process_ids() == kept
+        scores = learn.get_preds(dl=dls.test_dl(frame[::-1]))[0]
+        learn.validate()
+        dl = copy.deepcopy(dls.valid)
+        dl.dataset, dl.n = dls.test_dl(frame[::-1]).dataset, len(frame)
+        assert torch.equal(images_of(dl), expected)
+        assert dls.train.one_batch()[0].shape == (8, 3, 32, 32)
+        assert process_ids() == kept
+        learn.path = tmp_path
+        learn.export('learner.pkl')
+    assert not process_ids()
+    with pytest.warns(UserWarning, match='pickle'): loaded = load_learner(tmp_path / 'learner.pkl')
+    with loaded.no_bar(): assert torch.equal(loaded.get_preds(dl=loaded.dls.test_dl(frame[::-1]))[0], scores)
+    assert not process_ids()
+
+
+def test_the_lr_finder_in_the_block(frame):
+    losses = []
+    for workers in (0, 2):
+        set_seed(2)
+        dls = worker_dls(frame, workers, NO_AUGMENT)
+        learn = get_learner(STAGE, dls)
+        with keep_processes(dls), learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=10, show_plot=False)
+        losses.append(torch.stack(learn.recorder.losses))
+        assert not process_ids()
+    assert torch.equal(*losses) and len(losses[0]) > 5
+
+
+@pytest.mark.parametrize('event', ['before_batch', 'after_train', 'before_validate', 'after_epoch'])
+@pytest.mark.parametrize('error', [KeyboardInterrupt, AptosError, CancelFitException])
+def test_no_process_is_left_after_an_error(frame, event, error):
+    dls, started = worker_dls(frame), set()
+    learn = get_learner(STAGE, dls)
+
+    def fail(_):
+        started.update(process_ids())
+        raise error('stop')
+    caught = None
+    try:
+        with keep_processes(dls), learn.no_bar(), learn.no_logging(): learn.fit(2, cbs=Callback(**{event: fail}))
+    except (KeyboardInterrupt, AptosError) as e: caught = e                # its traceback holds the DataLoader
+    assert isinstance(caught, error) != (error is CancelFitException)
+    assert started and not process_ids()
+
+
+def test_an_error_in_a_kept_process_reaches_the_user(frame):
+    "And the block can be used again"
+    dls = worker_dls(frame)
+    with keep_processes(dls):
+        before = images_of(dls.valid)
+        dls.train.after_item.add(Fails())                                    # after the processes started
+        with pytest.raises(AptosError, match='image p1: cannot be read'): images_of(dls.train)
+        assert not process_ids()
+        assert torch.equal(images_of(dls.valid), before)
+    assert not process_ids()
+
+
+def test_a_killed_process_is_an_error_and_not_a_hang(frame):
+    dls = worker_dls(frame)
+    with keep_processes(dls):
+        before = images_of(dls.valid)
+        for p in multiprocessing.active_children():
+            p.kill()
+            p.join()
+        with pytest.raises(RuntimeError, match='DataLoader worker'): images_of(dls.valid)
+        assert torch.equal(images_of(dls.valid), before)
+
+
+def test_shards_come_from_kept_processes(frame, monkeypatch):
+    pytest.importorskip('accelerate', reason='the extra `parallel`')
+    from aptos_fastai.training.parallel import ShardDL
+    monkeypatch.setattr(ShardDL, '_broadcast', lambda self, t, rank: t)
+
+    def shards(dls): return [ShardDL(dls.valid, rank=r, world_size=2, device='cpu') for r in (0, 1)]
+    dls, expected = worker_dls(frame), [images_of(dl) for dl in shards(worker_dls(frame, 0))]
+    with keep_processes(dls):
+        for _ in range(2):
+            for dl, images in zip(shards(dls), expected, strict=True): assert torch.equal(images_of(dl), images)
+            assert len(process_ids()) == 2
+    assert len(torch.cat(expected)) == 10 and not process_ids()
