@@ -8,14 +8,15 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import Parameter, Signature, cleandoc, signature
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperArgument, TyperCommand
+from typer.models import ArgumentInfo
 
 import aptos_fastai
 from aptos_fastai.common.disclaimer import DISCLAIMER
@@ -49,8 +50,8 @@ RecipeFile = Annotated[str, typer.Option(metavar='FILE', help='The recipe.')]
 Sets = Annotated[list[str] | None, typer.Option(
     '--set', metavar='SECTION.KEY=VALUE', help='Change a key of the recipe for this run. May be repeated.')]
 Stage = Annotated[str, argument('STAGE', 'A stage of the recipe.')]
-RunPath = Annotated[str, argument('RUN', 'A run folder <runs>/<recipe>, or a stage folder in it.')]
-Model = Annotated[str, argument('MODEL', 'A bundle, a run folder <runs>/<recipe>, or a stage folder in it.')]
+RunPath = Annotated[str, argument('RUN', 'A run folder <runs>/<name>, or a stage folder in it.')]
+Model = Annotated[str, argument('MODEL', 'A bundle, a run folder <runs>/<name>, or a stage folder in it.')]
 Root = Annotated[str | None, typer.Option(
     metavar='FOLDER', help='Base folder of relative paths in a CSV. Default: the folder of the CSV.')]
 Deidentify = Annotated[bool, typer.Option(
@@ -63,11 +64,15 @@ Images = Annotated[list[str], argument('IMAGES', 'Files, folders, a glob in quot
 
 @dataclass
 class RunOptions:
-    "The options of every command that works on a run"
+    "The options of every command that works on a run. `folder` is an argument of commands that have no other"
+    folder: Annotated[str, argument('RUN', 'The same as --run.')] = ''
     recipe: RecipeFile = 'settings.ini'
     data: Annotated[str, typer.Option(
         metavar='FOLDER', help='The folder of the tables, or demo: generated images.')] = 'demo'
-    runs: Annotated[str, typer.Option(metavar='FOLDER', help='Results go to FOLDER/<recipe name>/.')] = 'runs'
+    runs: Annotated[str, typer.Option(metavar='FOLDER', help='Results go to FOLDER/<name>/.')] = 'runs'
+    name: Annotated[str, typer.Option(metavar='NAME', help='Name of the run. Default: that of the recipe.')] = ''
+    run: Annotated[str, typer.Option(
+        metavar='FOLDER', help='A run folder: recipe, data and earlier --set values are those of this run.')] = ''
     sets: Sets = None
     trusted: Annotated[list[str] | None, typer.Option(
         '--trust', metavar='FILE', help="Load this pickle although its hash is not in the run's records; a pickle can "
@@ -76,7 +81,20 @@ class RunOptions:
     def load(self, node: str = '') -> 'Run':
         "Return the run; its recipe must have the stage or ensemble `node`"
         from aptos_fastai.pipeline.graph import load_run
-        return load_run(self.recipe, self.data, self.runs, self.sets or [], node)
+        return load_run(self.recipe, self.data, self.runs, self.sets or [], node, self.name)
+
+    def resolved(self, given: Collection[str]) -> 'RunOptions':
+        "Return the options with those of the run folder, if one was named; `given` are the names of the others"
+        from aptos_fastai.common.io import AptosError
+        from aptos_fastai.pipeline.run_recipe import check_name, options_of
+        folder = self.folder or self.run
+        if not folder:
+            if self.name: check_name(self.name)
+            return self
+        if self.folder and self.run: raise AptosError(f'--run {self.run}: {self.folder} was named, too. Name one run.')
+        excess = [f'--{name}' for name in ('recipe', 'runs', 'name') if name in given]
+        if excess: raise AptosError(f'{excess[0]}: the run folder {folder} has its own. Name one of them.')
+        return replace(self, **options_of(folder, self.data if 'data' in given else ''))
 
 
 # From a function to a command
@@ -96,21 +114,29 @@ class Command(TyperCommand):
 def command(function: Callable) -> Callable:
     "Make `function` a command. A parameter `options: RunOptions` becomes the options of `RunOptions`"
     own = [p for p in signature(function).parameters.values() if p.annotation is not RunOptions]
-    shared = list(signature(RunOptions).parameters.values()) if uses_run(function) else []
+    shared = run_parameters(own) if uses_run(function) else []
 
     @functools.wraps(function)
-    def parsed(**values: Any) -> None:
+    def parsed(ctx: typer.Context, **values: Any) -> None:
         options = RunOptions(**{p.name: values.pop(p.name) for p in shared})
-        if shared: values['options'] = options
-        with error_handling(function.__name__, options.runs if shared else ''):
+        given = [p.name for p in shared if ctx.get_parameter_source(p.name).name == 'COMMANDLINE']  # type: ignore
+        with error_handling(function.__name__, options.folder or options.run or options.runs if shared else ''):
+            if shared: values['options'] = options.resolved(given)
             run_on_rank_0(functools.partial(function, **values), options.trusted or [])
 
-    parameters = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in [*own, *shared]]
+    context = Parameter('ctx', Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    parameters = [context, *(p.replace(kind=Parameter.KEYWORD_ONLY) for p in [*own, *shared])]
     parsed.__signature__ = Signature(parameters)      # type: ignore[attr-defined]
     parsed.__annotations__ = {p.name: p.annotation for p in parameters}
     app.command(function.__name__, cls=Command, help=help_text(function), context_settings=HELP_OPTIONS)(parsed)
     COMMANDS[function.__name__] = function
     return function
+
+
+def run_parameters(own: list[Parameter]) -> list[Parameter]:
+    "Return those of `RunOptions` for a command with the parameters `own`: its `folder` only if they have no argument"
+    has_argument = any(isinstance(o, ArgumentInfo) for p in own for o in getattr(p.annotation, '__metadata__', ()))
+    return [p for p in signature(RunOptions).parameters.values() if p.name != 'folder' or not has_argument]
 
 
 def uses_run(function: Callable) -> bool:
@@ -225,7 +251,8 @@ def all(options: RunOptions, deidentify: Deidentify = False) -> None:
     """Train every stage and write submission.csv. Finished stages are skipped.
 
     python run.py all
-    python run.py all --data ~/kaggle --runs ~/aptos-runs
+    python run.py all --data ~/kaggle --name large --set stage.size=384
+    python run.py all runs/large
     """
     from aptos_fastai import commands
     commands.run_all(options.load(), deidentify)
@@ -296,7 +323,7 @@ def doctor(options: RunOptions, images: Annotated[bool, typer.Option(
     python run.py doctor --data ~/kaggle --images
     """
     from aptos_fastai.pipeline.doctor import doctor
-    doctor(options.recipe, options.data, options.runs, options.sets or [], images)
+    doctor(options.recipe, options.data, options.runs, options.sets or [], images, options.name)
 
 
 @command
@@ -334,6 +361,7 @@ def train(options: RunOptions, stage: Stage) -> None:
     """Train one stage. Trains its unfinished parent stages first.
 
     python run.py train finetune_256
+    python run.py train finetune_256 --run runs/large
     """
     from aptos_fastai import commands
     commands.train_stage(options.load(stage), stage)
@@ -432,23 +460,36 @@ def report(options: RunOptions, deidentify: Deidentify = False) -> None:
     writes it too.
 
     python run.py report
+    python run.py report runs/large
     """
     from aptos_fastai import commands
     commands.report_run(options.load(), deidentify)
 
 
 @command
-def compare(first: Annotated[str, argument('FIRST', 'A finished run folder <runs>/<recipe>, or the folder of an '
-                                           'evaluation.')],
-            second: Annotated[str, argument('SECOND', 'Another one of the same kind.')]) -> None:
-    """Compare two finished runs or two evaluations. Shows the difference of kappa on the same images, with a paired
+def runs(folder: Annotated[str, argument('FOLDER', 'The folder of the runs, that of --runs.')] = 'runs') -> None:
+    """List the runs of a folder, the best first. Shows kappa with its interval, changed keys, training time and date,
+    and what unfinished runs lack.
+
+    python run.py runs
+    """
+    from aptos_fastai.pipeline.run_list import list_runs
+    list_runs(folder)
+
+
+@command
+def compare(results: Annotated[list[str], argument('RESULTS', 'Finished run folders <runs>/<name>, stages or ensembles '
+                                                   'of them as <runs>/<name>:STAGE, or the folders of two '
+                                                   'evaluations. The first is the reference.')]) -> None:
+    """Compare finished runs, stages or two evaluations. Shows the difference of kappa on the same images, with a paired
     bootstrap; the evaluations are of two models on one table.
 
     python run.py compare runs/one_table ~/other-runs/one_table
+    python run.py compare runs/a runs/b runs/c:teacher
     python run.py compare runs/a/evaluations/clinic runs/b/evaluations/clinic
     """
     from aptos_fastai.pipeline.compare import compare_results
-    compare_results(first, second)
+    compare_results(results)
 
 
 @command

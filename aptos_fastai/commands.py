@@ -38,6 +38,7 @@ from aptos_fastai.pipeline.graph import (
     write_submissions,
 )
 from aptos_fastai.pipeline.refresh import refresh_folds
+from aptos_fastai.pipeline.run_recipe import RECIPE, check_name
 from aptos_fastai.pipeline.summary import SYNTHETIC, oof_table, show_summary, stage_kappa_text, summarise
 from aptos_fastai.recipe import NAMED_SECTIONS, SECTIONS, Recipe, read_recipe
 from aptos_fastai.run_folder import Run
@@ -58,12 +59,21 @@ def run_all(run: Run, deidentify: bool = False) -> None:
         if outputs_up_to_date(run):
             say(f'Nothing to do: every stage is up to date in {run.root}')
             if deidentify: write_report_again(run, bars, deidentify)
-            show_summary(run, read_record(run.root / 'summary.json') or {})
+            show_summary(run, of_present_recipe(run))
             return
         train_nodes(run, run.recipe.stages, bars)
         summary = write_outputs(run, bars, start, deidentify)
     show_summary(run, summary)
     say(f'{format_duration(time.monotonic() - start)} in all')
+
+
+def of_present_recipe(run: Run) -> dict:
+    "Return summary.json of a run that is up to date; its hash of recipe.ini becomes that of the present one"
+    summary, recipe_sha256 = read_record(run.root / 'summary.json') or {}, file_hash(run.root / RECIPE)
+    if summary.get('recipe_sha256') == recipe_sha256: return summary
+    summary['recipe_sha256'] = recipe_sha256
+    write_record(run.root / 'summary.json', summary)
+    return summary
 
 
 def fit(csv: str | Path, images: str | Path = '', unlabelled: str | Path = '', *, name: str = '',
@@ -98,6 +108,7 @@ def understand_and_write(csv: str | Path, images: str | Path, unlabelled: str | 
     "Print how the tables of `fit` are understood and write its recipe; return the recipe and the data folder"
     tables = understand_tables(csv, images, unlabelled, ask, keys)
     name = name or name_of(csv)
+    check_name(name)
     recipe = Path(runs) / name / f'{name}.ini'
     data = write_fit_recipe(tables, recipe, sets)
     for table_name, understood in tables.items():
@@ -129,7 +140,7 @@ def write_outputs(run: Run, bars: Bars, start: float, deidentify: bool = False) 
     write_csv(run.root / 'oof.csv', oof)
     hashes = {name: file_hash(run.root / name) for name in output_files(run)}
     summary = dict(summarise(run, oof), gate=gate_result(run, scores), seconds=round(time.monotonic() - start, 1),
-                   inputs_digest=inputs_digest(run), outputs=hashes)
+                   inputs_digest=inputs_digest(run), outputs=hashes, recipe_sha256=file_hash(run.root / RECIPE))
     write_report(run, summary, oof, scores, bars, deidentify)
     write_record(run.root / 'summary.json', summary)
     if not run.recipe.demo:
@@ -167,12 +178,12 @@ def counts_text(values: pd.Series) -> str:
 
 
 def train_stage(run: Run, stage: str) -> None:
-    "Train one stage and the unfinished stages that it builds on"
-    needed = run.ancestors(require_name(run.recipe, stage, run.recipe.stages))
+    "Train one stage, or the members of an ensemble, and the unfinished stages that they build on"
+    needed = run.ancestors(require_name(run.recipe, stage, run.recipe.nodes))
     with start_run(run, needed) as (run, bars):
-        trained = train_nodes(run, needed, bars)
+        changed = train_nodes(run, needed, bars)
         kappa = stage_kappa_text(run, stage)
-    say(f'{stage} -> {run.root / stage}' if trained else f'Nothing to do: {stage} is up to date in {run.root / stage}')
+    say(f'{stage} -> {run.root / stage}' if changed else f'Nothing to do: {stage} is up to date in {run.root / stage}')
     say(f'{stage}: {kappa}')
 
 

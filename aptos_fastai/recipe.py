@@ -80,7 +80,8 @@ def _key(default: Any = MISSING, help: str = '', choices: tuple[str, ...] | None
 @dataclass(frozen=True)
 class General:
     "[recipe]: random seed and folds"
-    seed: int = _key(42, 'random seed of folds, shuffling, augmentation and the demo', low=0, high=2**31)
+    seed: int = _key(42, 'random seed of the folds and the demo, and of trainings without a seed of their own', low=0,
+                     high=2**31)
     splits: int = _key(5, 'number of cross-validation folds', low=2, high=20)
     conflicts: str = _key('keep', 'duplicate images with different grades. keep: train on both; drop: train on none; '
                           'mean: train on the mean grade', choices=('keep', 'drop', 'mean'))
@@ -238,7 +239,12 @@ class Stage:
     drop_path: float = _key(0., 'drop path (stochastic depth) probability of the last block, rising linearly from the '
                             'first; 0: off', low=0, high=.9)
     size: int = _key(256, 'side of the square input, pixels', low=32, high=2048)
-    folds: int = _key(1, 'how many of the [recipe] splits folds are trained, from fold 0', low=1, high=20)
+    folds: int = _key(1, 'how many of the [recipe] splits folds are trained, from fold 0. One fold can serve all folds '
+                      'of stages that build on it, unless it trains on tables that validate them', low=1, high=20)
+    seed: int = _key(-1, 'random seed of this training (first weights of the head, order, augmentation); -1: that of '
+                     '[recipe], which also makes the folds', low=-1, high=2**31)
+    seeds: int = _key(1, 'train the stage this many times on the same folds, with the seeds seed, seed + 1 …: NAME is '
+                      'then the mean of the stages NAME_seed1, NAME_seed2 …', low=1, high=20)
     epochs: int = _key(10, 'epochs with all layers trainable; 0: a linear probe, which trains the head alone for '
                        '`freeze_epochs` on features of the images in the views of `tta`', low=0, high=1000)
     freeze_epochs: int = _key(0, 'epochs before those that train the head only; the body stays as it is, batch '
@@ -411,6 +417,8 @@ class Recipe:
     owner: str = ''
     contact: str = ''
     order: tuple[str, ...] = ()              # stages and ensembles, parents first
+    sections: Ini = field(default_factory=dict, repr=False, compare=False)      # its texts, with those of --set
+    sets: tuple[str, ...] = field(default=(), repr=False, compare=False)        # the SECTION.KEY=VALUE of --set
 
     @property
     def nodes(self) -> dict[str, Stage | Ensemble]:
@@ -463,6 +471,22 @@ class Recipe:
             parents = {m for parent in stage.parents for m in self.members(parent)}
             if parents & lost or tables & {table for _, table in stage.sources}: lost.add(name)
         return lost
+
+    def folds_of(self, node: str) -> int:
+        "Return how many folds a stage has, or all members of an ensemble"
+        return min(self.stages[m].folds for m in self.members(node))
+
+    def held_out_tables(self, stage: str) -> list[str]:
+        """Return the tables of which no image, nor a copy or another eye of its patient, may train a stage.
+
+        They validate stages of more folds, which all start from or learn from the one fold of this stage.
+        """
+        found: dict[str, None] = {}
+        for child in self.stages.values():
+            nodes = [o for o in child.parents if stage in self.members(o)]
+            if any(self.folds_of(o) < child.folds for o in nodes): found |= dict.fromkeys(child.validated_tables)
+            if nodes: found |= dict.fromkeys(self.held_out_tables(child.name))
+        return list(found)
 
     def members(self, node: str) -> dict[str, float]:
         "Return the stages whose scores `node` averages, with weights that add up to 1"
@@ -537,18 +561,21 @@ def read_recipe(path: str | Path, *, demo: bool = False, sets: Sequence[str] = (
     path = Path(path)
     ini = read_ini(path)
     for text in sets: override(ini, text)
+    sections = dict(ini)
     _check_section_names(path, ini)
     for name in _names(ini, 'table'): ini[f'table.{name}'] = _with_preset(path, name, ini[f'table.{name}'])
     tables = {n: _build(path, f'table.{n}', Table, ini[f'table.{n}'], name=n) for n in _names(ini, 'table')}
     ensembles = {n: _build(path, f'ensemble.{n}', Ensemble, ini[f'ensemble.{n}'], name=n)
                  for n in _names(ini, 'ensemble')}
+    for e in ensembles.values(): _check_weights(path, e)
     stages = {n: _build(path, f'stage.{n}', Stage, _stage_texts(ini, n, demo), name=n) for n in _names(ini, 'stage')}
     single = {s: _build(path, s, SECTIONS[s], ini.get(s, {})) for s in SECTIONS if s not in NAMED_SECTIONS}
     if demo: stages = {n: _demo_stage(path, s, single['demo']) for n, s in stages.items()}
+    stages, ensembles = _with_seeds(path, stages, ensembles, single['recipe'].seed)
     recipe = Recipe(name=f'{path.stem}-demo' if demo else path.stem, path=path,
                     demo=single['demo'] if demo else None, images=single['images'], augment=single['augment'],
                     tables=tables, stages=stages, ensembles=ensembles, submit=single['submit'], gate=single['gate'],
-                    refer=single['refer'],
+                    refer=single['refer'], sections=sections, sets=tuple(sets),
                     **vars(single['recipe']))
     return checked(recipe)
 
@@ -664,6 +691,45 @@ def _demo_stage(path: Path, stage: Stage, demo: Demo) -> Stage:
     return replace(stage, arch=archs.get(stage.arch, stage.arch), size=max(32, stage.size // demo.shrink))
 
 
+# Stages of several seeds
+
+def _with_seeds(path: Path, stages: dict[str, Stage], ensembles: dict[str, Ensemble],
+                seed: int) -> tuple[dict[str, Stage], dict[str, Ensemble]]:
+    """Return the stages, one of `seeds` = n replaced by n stages, and the ensembles, with the mean of these n.
+
+    A stage starts from the stage `init` of its own number; if that has fewer seeds, from the first one.
+    """
+    copies = {n: [f'{n}_seed{i}' for i in range(1, s.seeds + 1)] if s.seeds > 1 else [n] for n, s in stages.items()}
+    for n, names in copies.items():
+        taken = {*stages, *ensembles} & set(names) - {n}
+        if taken: raise ConfigError(f'{path} [stage.{n}] seeds = {stages[n].seeds}: makes a stage {min(taken)}, which '
+                                    'the recipe has already. Rename that one.')
+    found = {}
+    for n, s in stages.items():
+        first = seed if s.seed < 0 else s.seed
+        for i, name in enumerate(copies[n]):
+            parents = copies.get(s.init, [s.init])
+            init = parents[i] if i < len(parents) else parents[0]
+            found[name] = replace(s, name=name, init=init, seed=first + i, seeds=1)
+    means = {n: Ensemble(n, tuple(names)) for n, names in copies.items() if len(names) > 1}
+    return found, means | {n: _with_members(e, copies) for n, e in ensembles.items()}
+
+
+def _check_weights(path: Path, e: Ensemble) -> None:
+    "Check that an ensemble has a weight for each member"
+    if not e.weights or (len(e.weights) == len(e.members) and any(e.weights)): return
+    raise ConfigError(f'{path} [ensemble.{e.name}] weights = {" ".join(map(str, e.weights))}: enter one number for '
+                      f'each of the {len(e.members)} members, not all 0.')
+
+
+def _with_members(e: Ensemble, copies: dict[str, list[str]]) -> Ensemble:
+    "Return an ensemble with each member of several seeds replaced by its stages, which share its weight"
+    if all(len(copies.get(m, [])) < 2 for m in e.members): return e
+    weights = dict(zip(e.members, e.weights or (1.,) * len(e.members), strict=True))
+    shared = {name: w / len(copies[m]) for m, w in weights.items() for name in copies.get(m, [m])}
+    return replace(e, members=tuple(shared), weights=tuple(shared.values()))
+
+
 # Checking the graph
 
 def _fail(r: Recipe, section: str, key: str, value: Any, why: str) -> NoReturn:
@@ -682,11 +748,19 @@ def _check_graph(r: Recipe) -> tuple[str, ...]:
         _check_training(r, s)
         _check_init(r, s)
         _check_sources(r, s)
-        _check_folds(r, s)
+    for e in r.ensembles.values(): _check_members(r, e)
+    order = _topological_order(r)
+    for s in r.stages.values(): _check_folds(r, s)
+    for s in r.stages.values(): _check_held_out(r, s)
     for s in r.stages.values(): _check_hard_labels(r, s)
     for s in r.stages.values(): _check_validated(r, s)
     for e in r.ensembles.values(): _check_ensemble(r, e)
     _check_submit(r)
+    return order
+
+
+def _topological_order(r: Recipe) -> tuple[str, ...]:
+    "Return the names of stages and ensembles, parents first. Raises `ConfigError` for a cycle"
     try: return tuple(TopologicalSorter({name: node.parents for name, node in r.nodes.items()}).static_order())
     except CycleError as e:
         raise ConfigError(f'{r.path}: the stages form a cycle: {" -> ".join(e.args[1])}. '
@@ -795,12 +869,22 @@ def _check_parent_validated(r: Recipe, s: Stage, ancestor: Stage, seen: set[str]
 
 
 def _check_folds(r: Recipe, s: Stage) -> None:
-    "Check that the folds of a stage exist, and that its parents train them too"
+    "Check that the folds of a stage exist, and that its parents train them too, or train one that serves them all"
     section = f'stage.{s.name}'
     if s.folds > r.splits: _fail(r, section, 'folds', s.folds, f'the maximum is [recipe] splits = {r.splits}.')
-    for m in [m for parent in s.parents for m in r.members(parent) if m in r.stages]:
-        n = r.stages[m].folds
-        if n < s.folds: _fail(r, section, 'folds', s.folds, f'its parent stage {m} trains only {n}. Use at most {n}.')
+    for parent in (o for o in s.parents if o in r.nodes):
+        n = r.folds_of(parent)
+        if 1 < n < s.folds:
+            _fail(r, section, 'folds', s.folds, f'its parent {parent} trains only {n}. Use at most {n}, or set folds '
+                  f'of {parent} to {s.folds}, or to 1 if it trains on other tables.')
+
+
+def _check_held_out(r: Recipe, s: Stage) -> None:
+    "Check that a stage whose one fold serves several of another does not train on the tables that validate that one"
+    leaked = [t for t in r.held_out_tables(s.name) if t in s.graded_tables]
+    if leaked:
+        _fail(r, f'stage.{s.name}', 'folds', s.folds, f'it trains on {leaked[0]}, whose folds validate a stage that '
+              'builds on it and trains more of them. Set folds of both to the same number.')
 
 
 def _check_hard_labels(r: Recipe, s: Stage) -> None:
@@ -817,10 +901,14 @@ def _check_hard_labels(r: Recipe, s: Stage) -> None:
               'thresholds = 0.5 1.5 2.5 3.5.')
 
 
-def _check_ensemble(r: Recipe, e: Ensemble) -> None:
-    "Check the members of an ensemble and their weights"
+def _check_members(r: Recipe, e: Ensemble) -> None:
+    "Check that the members of an ensemble are stages"
     for m in e.members:
         if m not in r.stages: _fail(r, f'ensemble.{e.name}', 'members', m, _no_stage(r))
+
+
+def _check_ensemble(r: Recipe, e: Ensemble) -> None:
+    "Check that the same tables validate all members of an ensemble"
     validated = {m: sorted(r.stages[m].validated_tables) for m in e.members}
     first = e.members[0]
     for m, tables in validated.items():
@@ -828,9 +916,6 @@ def _check_ensemble(r: Recipe, e: Ensemble) -> None:
             _fail(r, f'ensemble.{e.name}', 'members', e.members,
                   f'{m} is validated on {" ".join(tables)}, {first} on {" ".join(validated[first])}. Set the key '
                   '`validate` of the stages to the same tables.')
-    if e.weights and (len(e.weights) != len(e.members) or not sum(e.weights)):
-        _fail(r, f'ensemble.{e.name}', 'weights', e.weights,
-              f'enter one number for each of the {len(e.members)} members, not all 0.')
 
 
 def _check_submit(r: Recipe) -> None:

@@ -26,8 +26,8 @@ RESCORED = {PREDS}                           # is made again from the weights if
 
 # Keys of a stage that do not change its weights. `init`, `train` and `validate` enter as the fingerprints of what they
 # name, not by its names; `thresholds` and `labels` where they are used. A precision that `auto` chose counts as chosen
-NOT_IN_FINGERPRINT = {'name', 'folds', 'workers', 'compile', 'track', 'init', 'train', 'validate', 'thresholds',
-                      'labels', 'tta', 'precision'}
+NOT_IN_FINGERPRINT = {'name', 'folds', 'seed', 'seeds', 'workers', 'compile', 'track', 'init', 'train', 'validate',
+                      'thresholds', 'labels', 'tta', 'precision'}
 # Keys that a linear probe does not use either: it trains the head alone, on features of images without augmentation
 NOT_IN_PROBES = {'layer_decay', 'lr_div', 'drop_path'}
 
@@ -116,7 +116,7 @@ class Run:
         fold has in the folder of a stage that the recipe no longer has.
         """
         new = [name for name in self.recipe.stages if not (self.root / name).exists()]
-        old = [f for f in sorted(self.root.glob(f'*/fold*/{FINISHED}')) if f.parts[-3] not in self.recipe.nodes]
+        old = [f for f in sorted(self.root.glob(f'*/fold*/{FINISHED}')) if f.parts[-3] not in self.recipe.stages]
         if not new or not old: return {}
         trained = {(_fingerprint_of(f), f.parts[-2]): f.parts[-3] for f in old}
         found: dict[str, str] = {}
@@ -138,14 +138,33 @@ class Run:
         left out that share a group (patient, duplicate) with an image of the fold in another graded table, which may
         validate this stage or one that builds on it.
         """
-        frame = self.frames[table]
-        if table not in stage.graded_tables or table in stage.validated_tables: return frame.fold != fold
+        frame, kept = self.frames[table], ~self.held_out(stage, table)
+        if table not in stage.graded_tables or table in stage.validated_tables: return kept & (frame.fold != fold)
         others = [o for name, o in self.frames.items() if name != table and self.recipe.tables[name].graded]
-        return ~frame.group.isin(pd.concat([o.group[o.fold == fold] for o in others]))
+        return kept & ~frame.group.isin(pd.concat([o.group[o.fold == fold] for o in others]))
+
+    def validation_part(self, stage: Stage, table: str, fold: int) -> pd.Series:
+        "Return which images of a graded table of `train` validate a fold of a stage, as a mask"
+        frame = self.frames[table]
+        if table not in stage.validated_tables: return pd.Series(False, frame.index)
+        return (frame.fold == fold) & ~self.held_out(stage, table)
+
+    def held_out(self, stage: Stage, table: str) -> pd.Series:
+        """Return which images of a table a stage may not see in any fold, as a mask.
+
+        One fold of it serves all folds of stages that build on it: these images share a group (patient, duplicate) with
+        one that validates such a stage.
+        """
+        groups = [self.frames[name].group for name in self.recipe.held_out_tables(stage.name) if name in self.frames]
+        return self.frames[table].group.isin(pd.concat(groups) if groups else [])
 
     def folds_of(self, node: str) -> range:
         "Return the folds of a stage, or those that all members of an ensemble have"
-        return range(min(self.recipe.stages[m].folds for m in self.recipe.members(node)))
+        return range(self.recipe.folds_of(node))
+
+    def parent_fold(self, node: str, fold: int) -> int:
+        "Return the fold of a parent that a fold of a stage builds on: the same one, or the only one of the parent"
+        return min(fold, self.recipe.folds_of(node) - 1)
 
     # What is finished
 
@@ -190,18 +209,20 @@ class Run:
         r, s = self.recipe, self.recipe.stages[stage]
         return dict(
             settings=training_settings(s), augment=asdict(r.augment) if s.epochs else {}, prep=asdict(self.prep_of(s)),
-            seed=r.seed, fold=fold,
-            init=self.fingerprint(s.init, fold) if s.init else '',
+            seed=s.seed, fold=fold,
+            init=self.fingerprint(s.init, self.parent_fold(s.init, fold)) if s.init else '',
             train=[self._source(s, teacher, table, fold) for teacher, table in s.sources])
 
     def _source(self, stage: Stage, teacher: str, table: str, fold: int) -> dict:
         "Return what determines the images and labels of one entry of `train`"
         facts = dict(self.table_facts[table], validates=table in stage.validated_tables)
+        held_out = self.held_out(stage, table)
+        if held_out.any(): facts['held_out'] = digest(self.frames[table].id_code[held_out].tolist())
         if not teacher: return dict(facts, teacher='')
         thresholds = self.label_thresholds(teacher) if stage.labels == 'hard' else ''
         views = [self.recipe.stages[m].tta for m in self.recipe.members(teacher)]
-        return dict(facts, teacher=self.fingerprint(teacher, fold), labels=stage.labels, thresholds=thresholds,
-                    views=views)
+        return dict(facts, teacher=self.fingerprint(teacher, self.parent_fold(teacher, fold)), labels=stage.labels,
+                    thresholds=thresholds, views=views)
 
     def fingerprint(self, node: str, fold: int) -> str:
         "Return the SHA-256 of all that determines a fold's weights: its own inputs and those of its parents"
@@ -227,13 +248,14 @@ class Run:
                 for m in self.recipe.members(node) for k in self.folds_of(node)}
 
     def parent_weight_hashes(self, stage: str, fold: int) -> dict[str, str]:
-        "Return the SHA-256 of the weights of each parent stage"
-        return {m: self.finished_record(m, fold)['files'][WEIGHTS]['sha256'] for m in self.parent_stages(stage)}
+        "Return the SHA-256 of the weights of each parent stage of a fold"
+        return {m: self.finished_record(m, k)['files'][WEIGHTS]['sha256']
+                for m, k in self.parent_folds(stage, fold).items()}
 
-    def parent_stages(self, stage: str) -> list[str]:
-        "Return the parents of a stage, each once, with ensembles replaced by their members"
-        return list(dict.fromkeys(m for parent in self.recipe.stages[stage].parents
-                                  for m in self.recipe.members(parent)))
+    def parent_folds(self, stage: str, fold: int) -> dict[str, int]:
+        "Return the parents of a fold of a stage, ensembles replaced by their members: stage -> its fold"
+        return {m: self.parent_fold(parent, fold) for parent in self.recipe.stages[stage].parents
+                for m in self.recipe.members(parent)}
 
     def finished(self, stage: str, fold: int) -> bool:
         """Return whether the weights of a fold are up to date; `outdated` says whether the rest of its folder is.
@@ -281,7 +303,7 @@ class Run:
 
     def _weights_of_parents(self, stage: str, fold: int) -> list[str]:
         "Return the SHA-256 of the weights of each parent that is finished"
-        records = [self.record(m, fold) for m in self.parent_stages(stage)]
+        records = [self.record(m, k) for m, k in self.parent_folds(stage, fold).items()]
         return [r['files'][WEIGHTS]['sha256'] for r in records if r]
 
     def outdated(self, stage: str, fold: int) -> str:
@@ -292,9 +314,10 @@ class Run:
         """
         record, s = self.finished_record(stage, fold), self.recipe.stages[stage]
         if record['settings']['tta'] != s.tta or RESCORED & self.damaged_files(stage, fold): return 'scores'
+        if 'trained_on' not in record: return 'record'                         # of an older version
         recorded = [record['stage'], sorted(record['parents']), record['settings'], record['gate']]
         gate = dict(asdict(self.recipe.gate), rules=record['gate']['rules'])
-        now = [stage, sorted(self.parent_stages(stage)), self.settings_to_record(stage, record), gate]
+        now = [stage, sorted(self.parent_folds(stage, fold)), self.settings_to_record(stage, record), gate]
         return '' if digest(recorded) == digest(now) else 'record'
 
     def settings_to_record(self, stage: str, record: dict) -> dict:
@@ -316,9 +339,9 @@ class Run:
         todo: dict[str, list[int]] = {}
         for name in self.recipe.order:
             if name not in self.recipe.stages or (nodes is not None and name not in nodes): continue
-            parents = self.parent_stages(name)
             folds = [k for k in range(self.recipe.stages[name].folds)
-                     if any(k in todo.get(m, []) for m in parents) or not self.finished(name, k)]
+                     if any(n in todo.get(m, []) for m, n in self.parent_folds(name, k).items())
+                     or not self.finished(name, k)]
             if folds: todo[name] = folds
         return todo
 

@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from aptos_fastai.cli import main
+from aptos_fastai.common.io import file_hash, write_csv, write_record
 from aptos_fastai.deploy import parity
+from aptos_fastai.metrics import quadratic_kappa
 from aptos_fastai.pipeline.graph import load_run
 
 ROOT = Path(__file__).parents[1]
@@ -197,6 +199,25 @@ def browser():
 def open_toy_run(toy):
     "Return the `Run` of a toy run folder"
     return load_run(str(ROOT / 'settings.ini'), 'demo', str(toy.parent), TOY_KEYS)
+
+
+def write_finished_run(root, grades=None, node='teacher', resampled='patients', **summary):
+    """Write what `runs` and `compare` read of a finished run: summary.json and oof.csv. `grades` are those of the stage
+    on 60 images of the grades 0, 1, 2, 3, 4, 0, …, two of each patient.
+    """
+    y = np.arange(60) % 5
+    grades = y if grades is None else np.asarray(grades)
+    oof = pd.DataFrame(dict(source='train', id_code=[f'0{i}' for i in range(60)], diagnosis=y, fold=np.arange(60) // 30,
+                            group=[f'p{i // 2}' for i in range(60)], **{node: grades + .1, f'{node}_grade': grades}))
+    oof = summary.pop('oof', oof)
+    write_csv(root / 'oof.csv', oof)
+    kappa = quadratic_kappa(oof[f'{node}_grade'], oof.diagnosis)
+    stage = dict(stage=node, kappa=kappa, kappa_interval=[kappa - .1, kappa + .1], validated=len(oof), warnings=[],
+                 resampled=resampled, seconds=90)
+    write_record(root / 'summary.json', dict(
+        stages=[stage], submission=dict(node=node), clusters=[], synthetic=False, date='2020-02-29',
+        outputs={'oof.csv': file_hash(root / 'oof.csv')}) | summary)
+    return root
 
 
 def toy_args(toy, *more):

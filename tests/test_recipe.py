@@ -113,7 +113,7 @@ BAD_RECIPES = [                              # --set values and words of the mes
     (['stage.retrain.train=train nope'], 'train = nope: no such table'),
     (['stage.retrain.source_weights=1'], 'enter one number above 0 for each of the 2 entries of train.'),
     (['stage.folds=6'], 'folds = 6: the maximum is [recipe] splits = 5.'),
-    (['stage.teacher.folds=2'], 'folds = 5: its parent stage teacher trains only 2. Use at most 2.'),
+    (['stage.teacher.folds=2'], 'folds = 5: its parent teacher trains only 2. Use at most 2, or'),
     (['ensemble.e.members=teacher nope'], 'members = nope: no such stage'),
     (['ensemble.e.members=teacher', 'ensemble.e.weights=1 2'], 'enter one number for each of the 1 members'),
     (['ensemble.teacher.members=retrain'], '[ensemble.teacher]: a stage has the same name. Rename one of them.'),

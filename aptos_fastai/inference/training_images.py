@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from aptos_fastai.common.io import AptosError, read_record, verify_file, write_bytes
+from aptos_fastai.common.io import AptosError, file_hash, read_record, verify_file, write_bytes
 from aptos_fastai.data.duplicates import near_known
-from aptos_fastai.run_folder import FINISHED
+from aptos_fastai.run_folder import FINISHED, WEIGHTS
 
 if TYPE_CHECKING:
     from aptos_fastai.inference.model_spec import ModelSpec
@@ -39,7 +39,16 @@ def write_run_images(root: Path, frames: dict[str, pd.DataFrame]) -> None:
 def training_images(model: 'ModelSpec', root: Path) -> Known:
     "Return the images that a model in a bundle or run folder `root` was trained or tuned on. Raises `AptosError`"
     bundle = read_record(root / 'bundle.json')
-    return _of_bundle(root, bundle) if bundle else _of_run(root, model)
+    if bundle: return _of_bundle(root, bundle)
+    return _of_run(root, [Path(m.file).parent.as_posix() for m in model.members])
+
+
+def images_of_weights(file: Path) -> Known | None:
+    "Return the images that a file of weights was trained on, by a run's or bundle's record beside it; None: no record"
+    bundle, record = read_record(file.parent / 'bundle.json'), read_record(file.parent / FINISHED)
+    if bundle and file.name in bundle['files']: return _of_bundle(file.parent, bundle)
+    if not record or file.name != WEIGHTS or file_hash(file) != record['files'][WEIGHTS]['sha256']: return None
+    return _of_run(file.parents[2], [f'{file.parents[1].name}/{file.parent.name}'])
 
 
 def _of_bundle(root: Path, bundle: dict) -> Known:
@@ -49,11 +58,11 @@ def _of_bundle(root: Path, bundle: dict) -> Known:
     return _read(verify_file(root / BUNDLE_IMAGES, sha256, 'Export the run again.')), bundle['training_images']
 
 
-def _of_run(root: Path, model: 'ModelSpec') -> Known:
-    "Return the images of the tables that the networks of a model and their parents were trained on"
+def _of_run(root: Path, networks: list[str]) -> Known:
+    "Return the images of the tables that networks (STAGE/foldK) and their parents were trained on"
     file = root / RUN_IMAGES
     if not file.is_file(): return None, OLD.format(file, 'Run `all` again')
-    images, records = _read(file), _records(root, model)
+    images, records = _read(file), _records(root, networks)
     counts, notes, used = images.source.value_counts(), [], set()
     for name, record in records.items():
         tables = [entry.rpartition(':')[2] for entry in record['settings']['train']]
@@ -64,17 +73,21 @@ def _of_run(root: Path, model: 'ModelSpec') -> Known:
     return known[HASHES].drop_duplicates(), '; '.join(notes)
 
 
-def _records(root: Path, model: 'ModelSpec') -> dict[str, dict]:
-    "Return STAGE/foldK -> record of every network of a model and of those that they build on. Raises `AptosError`"
-    todo, records = [str(Path(m.file).parent.as_posix()) for m in model.members], {}
+def _records(root: Path, networks: list[str]) -> dict[str, dict]:
+    "Return STAGE/foldK -> record of networks and of those that they build on. Raises `AptosError`"
+    todo, records = list(networks), {}
     while todo:
         name = todo.pop()
         record = read_record(root / name / FINISHED)
         if not record: raise AptosError(f'{root / name}: no finished fold here, but the model builds on it. Run `all`.')
         records[name] = record
-        parents = (f'{stage}/fold{record["fold"]}' for stage in record['parents'])
-        todo += [parent for parent in parents if parent not in records]
+        todo += [parent for parent in _parents(record) if parent not in records]
     return records
+
+
+def _parents(record: dict) -> list[str]:
+    "Return STAGE/foldK of the networks that one builds on; in a record of an older version they had its own fold"
+    return list(record.get('trained_on') or (f'{stage}/fold{record["fold"]}' for stage in record['parents']))
 
 
 def _is_foreign(record: dict) -> bool:

@@ -1,4 +1,7 @@
-"Compare two runs, or two evaluations on one table: paired differences on the same images."
+"Compare runs and stages, or two evaluations on one table: paired differences on the same images."
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 
 import pandas as pd
@@ -17,17 +20,26 @@ from aptos_fastai.pipeline.summary import (
     validated,
 )
 
-MIN_COMMON = 50                              # images that two evaluations must have in common
+MIN_COMMON = 50                              # images that what is compared must have in common
+NOT_CORRECTED = ('The intervals are not corrected for several comparisons: the best of several differences is '
+                 'optimistic.')
 
 
-def compare_results(first: str, second: str) -> None:
-    "`compare FIRST SECOND`: compare two finished runs, or two evaluations. Raises `AptosError`"
-    kinds = [_is_evaluation(Path(path)) for path in (first, second)]
-    if kinds[0] != kinds[1]:
-        one, other = (first, second) if kinds[0] else (second, first)
-        raise AptosError(f'{one}: is an evaluation, and {other} is none. Give two runs, or two evaluations.')
-    if kinds[0]: compare_evaluations(Path(first), Path(second))
-    else: compare_runs(first, second)
+def compare_results(paths: Sequence[str]) -> None:
+    """`compare PATH PATH ...`: compare finished runs, stages of them (RUN:STAGE), or two evaluations.
+
+    Raises `AptosError`.
+    """
+    if len(paths) < 2: raise AptosError(f'{paths[0]}: nothing to compare it with. Give two or more.')
+    evaluations = [path for path in paths if _is_evaluation(Path(path))]
+    others = [path for path in paths if path not in evaluations]
+    if evaluations and others:
+        raise AptosError(f'{evaluations[0]}: is an evaluation, and {others[0]} is none. Give two runs, or two '
+                         'evaluations.')
+    if len(evaluations) > 2: raise AptosError(f'{evaluations[2]}: evaluations are compared in pairs. Give two.')
+    if evaluations: compare_evaluations(*map(Path, evaluations))
+    elif len(paths) == 2 and not any(split_stage(path)[1] for path in paths): compare_runs(*paths)
+    else: compare_models(paths)
 
 
 def _is_evaluation(path: Path) -> bool: return path.name == EVALUATION or (path / EVALUATION).is_file()
@@ -37,11 +49,11 @@ def _is_evaluation(path: Path) -> bool: return path.name == EVALUATION or (path 
 
 def compare_runs(first: str, second: str) -> None:
     "Print kappa of two runs for each common stage and the submission, on the images that both validated"
-    (summary_a, oof_a), (summary_b, oof_b) = _read_results(first), _read_results(second)
+    (summary_a, oof_a), (summary_b, oof_b) = read_results(first), read_results(second)
     names_b = {result['stage'] for result in summary_b['stages']}
     common = [result['stage'] for result in summary_a['stages'] if result['stage'] in names_b]
     final_a, final_b = summary_a['submission']['node'], summary_b['submission']['node']
-    rows, resampled = [], {}
+    rows, resampled, few = [], {}, {}
     for label, a, b in [*((name, name, name) for name in common), ('submission', final_a, final_b)]:
         both = validated(oof_a, a).merge(validated(oof_b, b), on=['source', 'id_code'], suffixes=('', '_b'))
         if not len(both): continue
@@ -49,22 +61,36 @@ def compare_runs(first: str, second: str) -> None:
         if changed:
             raise AptosError(f'{second}: {changed} images have other grades than in {first}. '
                              'Compare runs on the same tables.')
+        if len(both) < MIN_COMMON:
+            few[label] = len(both)
+            continue
         seconds = [_seconds(summary_a, a), _seconds(summary_b, b)]
         resampled[label], both['group'] = compared_groups(both, _result(summary_a, a), _result(summary_b, b))
         rows.append(comparison_row(label, both, seconds))
     if not rows:
-        raise AptosError(f'{first} and {second}: no validation image in common. Compare runs on the same tables.')
+        common_images = f'only {max(few.values())} validation images' if few else 'no validation image'
+        raise AptosError(f'{first} and {second}: {common_images} in common; at least {MIN_COMMON} are needed. Compare '
+                         'runs on the same tables.')
     table('kappa on the images that both runs validated',
           ['stage', 'n', 'first', 'second', 'difference (95 % CI)', 'time', 'folds'], rows,
           right=('n', 'first', 'second', 'folds'), wrap=('time',))
     say(f'first: {first}, submission by {final_a}. second: {second}, submission by {final_b}.')
-    say(DISCLAIMER, 'dim')
-    say(f'Paired bootstrap over {by_value(resampled)}: a difference whose interval contains 0 may be chance.\n'
-        'folds: fraction of the images that both runs validated in the same fold.', 'dim')
-    say(OUT_OF_FOLD, 'yellow')
+    if few:
+        left_out = ', '.join(f'{label} ({n})' for label, n in few.items())
+        say(f'left out, fewer than {MIN_COMMON} images in common: {left_out}', 'yellow')
+    say_conditions(resampled)
+    if len({row[0] for row in rows} - {'submission'}) > 1: say(NOT_CORRECTED, 'yellow')
     for folder, summary in ((first, summary_a), (second, summary_b)):
         for text in all_warnings(summary['stages']): say(f'{folder}: {text}', 'yellow')
     if summary_a['synthetic'] or summary_b['synthetic']: say(SYNTHETIC, 'yellow')
+
+
+def say_conditions(resampled: dict[str, str]) -> None:
+    "Print what the differences between runs are; `resampled` says of each what its interval resamples"
+    say(DISCLAIMER, 'dim')
+    say(f'Paired bootstrap over {by_value(resampled)}: a difference whose interval contains 0 may be chance.\n'
+        'folds: fraction of the images that both validated in the same fold.', 'dim')
+    say(OUT_OF_FOLD, 'yellow')
 
 
 def compared_groups(both: pd.DataFrame, a: dict, b: dict) -> tuple[str, pd.Series]:
@@ -81,7 +107,83 @@ def comparison_row(label: str, both: pd.DataFrame, seconds: list[float]) -> list
     return [label, len(both), *kappas, difference, ' / '.join(map(format_duration, seconds)), f'{same_fold:.0%}']
 
 
-def _read_results(folder: str) -> tuple[dict, pd.DataFrame]:
+# Several runs and stages
+
+@dataclass
+class Model:
+    "What is compared: the submission of a run, or one of its stages or ensembles"
+    path: str                                # as it was named: RUN or RUN:STAGE
+    stage: str
+    result: dict                             # its entry of `stages` in summary.json
+    synthetic: bool
+    valid: pd.DataFrame = field(repr=False)  # what it has validated: `validated`
+
+
+def split_stage(path: str) -> tuple[str, str]:
+    "Return the run folder and the stage of RUN:STAGE; the stage is empty if `path` is a folder"
+    folder, colon, stage = path.rpartition(':')
+    return (folder, stage) if colon and folder and not Path(path).exists() else (path, '')
+
+
+def read_model(path: str) -> Model:
+    "Return what RUN or RUN:STAGE names. Raises `AptosError`"
+    folder, stage = split_stage(path)
+    summary, oof = read_results(folder)
+    stage = stage or summary['submission']['node']
+    names = [result['stage'] for result in summary['stages']]
+    if stage not in names:
+        raise AptosError(f'{path}: {folder} has no results of {stage}. Choose from: {", ".join(names)}.')
+    return Model(path, stage, _result(summary, stage), summary['synthetic'], validated(oof, stage))
+
+
+def compare_models(paths: Sequence[str]) -> None:
+    "Print kappa of runs and stages on the images that all of them validated, and differences from the first one"
+    models = [read_model(path) for path in paths]
+    common = common_images(models)
+    valid = [common.merge(m.valid, on=list(common)).reset_index(drop=True) for m in models]
+    for m, rows in zip(models, valid, strict=True):
+        changed = (rows.diagnosis != valid[0].diagnosis).sum()
+        if changed:
+            raise AptosError(f'{m.path}: {changed} images have other grades than in {paths[0]}. Compare runs on the '
+                             'same tables.')
+    resampled, rows = {}, [model_row(models[0], valid[0])]
+    for m, own in zip(models[1:], valid[1:], strict=True):
+        both = valid[0].join(own.add_suffix('_b'))
+        resampled[m.path], both['group'] = compared_groups(both, models[0].result, m.result)
+        difference = difference_text(*paired_interval(both.grade, both.grade_b, both.diagnosis, both.group))
+        rows.append(model_row(m, own, difference, f'{(both.fold == both.fold_b).mean():.0%}'))
+    table(f'kappa on the {len(common)} images that all validated',
+          ['model', 'stage', 'validated', 'kappa', 'difference (95 % CI)', 'time', 'folds'], rows,
+          right=('validated', 'kappa', 'folds'), wrap=('model', 'time'))
+    counts = ', '.join(f'{len(common)} of {len(m.valid)}' for m in models)
+    say(f'first row: the reference. Compared images of those that each validated: {counts}.')
+    say_conditions(resampled)
+    if len(rows) > 2: say(NOT_CORRECTED, 'yellow')
+    for m in models:
+        for text in m.result['warnings']: say(f'{m.path}: {text}', 'yellow')
+    if any(m.synthetic for m in models): say(SYNTHETIC, 'yellow')
+
+
+def common_images(models: Sequence[Model]) -> pd.DataFrame:
+    "Return source and id_code of the images that all models validated. Raises `AptosError` if they are too few"
+    keys = ['source', 'id_code']
+    common = reduce(lambda a, b: a.merge(b, on=keys), [m.valid[keys] for m in models])
+    if len(common) >= MIN_COMMON: return common
+    counts = ', '.join(f'{m.path} {len(m.valid)}' for m in models)
+    raise AptosError(f'{len(common)} images in common that all validated; at least {MIN_COMMON} are needed. Validated: '
+                     f'{counts}. Leave out the one that validated others, or compare runs on the same tables.')
+
+
+def model_row(model: Model, valid: pd.DataFrame, difference: str = 'reference', same_fold: str = '') -> list:
+    "Return a row of `compare_models`; `valid` has the model's grades of the images that all validated"
+    kappa = f'{quadratic_kappa(valid.grade, valid.diagnosis):.3f}'
+    seconds = format_duration(model.result['seconds'])
+    return [model.path, model.stage, len(model.valid), kappa, difference, seconds, same_fold]
+
+
+# The results of a run
+
+def read_results(folder: str | Path) -> tuple[dict, pd.DataFrame]:
     "Return summary.json and oof.csv of a run folder. Raises `AptosError` if the run is not finished"
     root = Path(folder)
     summary, oof = read_record(root / 'summary.json'), root / 'oof.csv'
@@ -89,7 +191,7 @@ def _read_results(folder: str) -> tuple[dict, pd.DataFrame]:
         raise AptosError(f'{root / "summary.json"}: written by an older version. Run `all` again.')
     if not summary or not oof.is_file():
         raise AptosError(f'{root}: not a finished run (no summary.json and oof.csv). '
-                         'Give <runs>/<recipe>, or run `all` first.')
+                         'Give <runs>/<name>, or run `all` first.')
     return summary, pd.read_csv(oof, dtype=dict(id_code=str))
 
 

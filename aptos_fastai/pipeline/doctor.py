@@ -174,11 +174,11 @@ def check_run_folder(root: Path) -> Iterator[Finding]:
         for p in created[1:]: p.rmdir()
 
 
-def check_plan(recipe: str, data: str, runs: str, sets: list[str]) -> Iterator[Finding]:
+def check_plan(recipe: str, data: str, runs: str, sets: list[str], name: str) -> Iterator[Finding]:
     "Check batch sizes, and time and disk space that `all` still needs"
     from aptos_fastai.pipeline.graph import check_run, load_run
     from aptos_fastai.pipeline.plan import plan_cost
-    run = load_run(recipe, data, runs, sets)
+    run = load_run(recipe, data, runs, sets, name=name)
     todo = run.todo()
     check_run(run, todo)
     plan = plan_cost(run, todo)
@@ -189,7 +189,8 @@ def check_plan(recipe: str, data: str, runs: str, sets: list[str]) -> Iterator[F
     yield 'disk', f'{plan.disk / 1e9:.2f} GB needed, {free / 1e9:.1f} GB free', free > 1.1 * plan.disk
 
 
-def find_problems(recipe: str, data: str, runs: str, sets: Iterable[str], every_image: bool) -> Iterator[Finding]:
+def find_problems(recipe: str, data: str, runs: str, sets: Iterable[str], every_image: bool,
+                  name: str) -> Iterator[Finding]:
     "Yield every finding, in the order in which a run would meet it"
     keys, demo = list(sets), data == 'demo'
     yield from check_software()
@@ -208,9 +209,9 @@ def find_problems(recipe: str, data: str, runs: str, sets: Iterable[str], every_
     yield from found or [('tables', 'synthetic demo, generated at its first use', True)]
     weights = list(check_initial_weights(parsed))
     yield from weights
-    if not Path(runs).is_file(): yield from check_run_folder(Path(runs) / parsed.name)
+    if not Path(runs).is_file(): yield from check_run_folder(Path(runs) / (name or parsed.name))
     if all(ok for _, _, ok in found):
-        try: yield from check_plan(recipe, data, runs, keys)
+        try: yield from check_plan(recipe, data, runs, keys, name)
         except AptosError as e:
             if not any(not ok and text in str(e) for _, text, ok in weights): yield 'plan', str(e), False
 
@@ -220,10 +221,10 @@ MARKS: dict[bool | str, tuple[str, str | None]] = {
     True: ('ok  ', None), WARNING: ('WARN', 'yellow'), False: ('FAIL', 'red')}
 
 
-def doctor(recipe: str, data: str, runs: str, sets: Iterable[str], every_image: bool = False) -> None:
+def doctor(recipe: str, data: str, runs: str, sets: Iterable[str], every_image: bool = False, name: str = '') -> None:
     "Print a line for each finding; read a sample of the images, or all. Raises `AptosError` if `all` would fail"
     keys, problems, warnings = list(sets), 0, False
-    for what, found, ok in find_problems(recipe, data, runs, keys, every_image):
+    for what, found, ok in find_problems(recipe, data, runs, keys, every_image, name):
         status, style = MARKS[ok]
         say(f'{status} {what}: {found}', style)
         problems += not ok

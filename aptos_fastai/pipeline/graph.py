@@ -1,5 +1,4 @@
 "Walk the graph of a recipe: tables, images, stages, pseudo-labels, submission. Skip what is finished."
-import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -33,8 +32,10 @@ from aptos_fastai.data.tables import TableContents, read_contents, read_order, w
 from aptos_fastai.decisions import without_ungradable
 from aptos_fastai.inference.training_images import write_run_images
 from aptos_fastai.metrics import GRADES, PredictionSets, apply_thresholds, grade_scores
+from aptos_fastai.pipeline.lineage import check_lineage, report_held_out, report_weights
 from aptos_fastai.pipeline.reasons import NEVER, training_reasons
 from aptos_fastai.pipeline.refresh import move_renamed, refresh_folds
+from aptos_fastai.pipeline.run_recipe import check_weights_folder, is_stored, relative_to_root, store_recipe
 from aptos_fastai.pipeline.summary import SUMMARY_FORMAT, SYNTHETIC, node_decision, tables_text
 from aptos_fastai.recipe import ConfigError, Recipe, Stage, did_you_mean, read_recipe
 from aptos_fastai.run_folder import Run
@@ -46,14 +47,16 @@ OUTPUTS = ('submission.csv', 'scores.csv', 'oof.csv')     # their SHA-256 are in
 # Load and prepare a run
 
 def load_run(recipe: str | Path = 'settings.ini', data: str | Path = 'demo', runs: str | Path = 'runs',
-             sets: Iterable[str] = (), node: str = '') -> Run:
+             sets: Iterable[str] = (), node: str = '', name: str = '') -> Run:
     """Return the run of a recipe on a data folder, with its tables read and checked. `start_run` prepares the images.
 
     Writes nothing but the demo's images (`data` = 'demo'). `sets` are SECTION.KEY=VALUE; `node` is a stage or
-    ensemble that the recipe must have. Raises `AptosError` for a wrong recipe, table or folder.
+    ensemble that the recipe must have; the run folder is <runs>/<name>, without `name` that of the recipe. Raises
+    `AptosError` for a wrong recipe, table or folder.
     """
     demo = str(data) == 'demo'
     parsed = read_recipe(recipe, demo=demo, sets=list(sets))
+    if name: parsed = replace(parsed, name=name)
     if node: require_name(parsed, node, parsed.nodes)
     runs_folder = Path(runs)
     if runs_folder.exists() and not runs_folder.is_dir():
@@ -66,7 +69,7 @@ def load_run(recipe: str | Path = 'settings.ini', data: str | Path = 'demo', run
     tables = read_contents(parsed, data_folder)
     if parsed.submit.table: read_order(parsed.tables[parsed.submit.table], data_folder)     # an error now, not later
     root = runs_folder / parsed.name
-    check_same_data(root, data_folder, demo)
+    check_same_data(root, data_folder, demo, may_have_moved=is_stored(parsed, root))
     frames = {name: contents.frame for name, contents in tables.items()}
     run = Run(parsed, data_folder, root, frames, left_out, count_ungradable(tables))
     return with_folds(with_prepared(run))
@@ -111,22 +114,20 @@ def write_demo_tables(recipe: Recipe, folder: Path, what_to_do: str) -> Path:
         raise AptosError(f'{folder}: cannot write to this folder ({e.strerror}). {what_to_do}') from None
 
 
-def check_same_data(root: Path, data: Path, demo: bool) -> None:
+def check_same_data(root: Path, data: Path, demo: bool, may_have_moved: bool = False) -> None:
     """Raise `AptosError` if the run folder `root` belongs to another data folder, whose results would be overwritten.
 
-    With `demo` the folder may change, but run.json must still be what a run wrote.
+    With `demo` the folder may change, but run.json must still be what a run on the demo wrote. With `may_have_moved`
+    the data may be elsewhere if its folder is no longer there.
     """
     record = read_record(root / 'run.json')
-    if demo or not record or record['data'] == _relative_to_root(root, data): return
+    if not record or demo and record['synthetic']: return
     first = (root / record['data']).resolve()
-    raise AptosError(f'{root}: belongs to the data folder {first}, not to {data}. Choose another folder with --runs, '
-                     f'or delete {root / "run.json"} if the data was only moved.')
-
-
-def _relative_to_root(root: Path, data: Path) -> str:
-    "Return the data folder's path from the run folder, which stays the same when both are moved together"
-    try: return Path(os.path.relpath(data.resolve(), root.resolve())).as_posix()
-    except ValueError: return data.resolve().as_posix()      # another drive on Windows
+    moved = may_have_moved and not record['synthetic'] and not first.exists()
+    if not demo and (moved or record['data'] == relative_to_root(root, data)): return
+    now = 'the demo' if demo else data
+    raise AptosError(f'{root}: belongs to the data folder {first}, not to {now}. Choose another --name or --runs, or '
+                     f'delete {root / "run.json"} if the data was only moved.')
 
 
 def with_prepared(run: Run) -> Run:
@@ -174,8 +175,9 @@ def with_folds(run: Run) -> Run:
 def start_run(run: Run, nodes: Iterable[str] = ()) -> Iterator[tuple[Run, Bars]]:
     """Lock the run folder, prepare every image, write the folds; yield the prepared run and the progress bars.
 
-    First checks whether the unfinished stages among `nodes` can train. No other process can work in the run folder
-    until the block ends. Raises `AptosError`.
+    First checks whether the unfinished stages among `nodes` can train. With stages among them, the recipe becomes that
+    of the run folder (recipe.ini). No other process can work in the run folder until the block ends. Raises
+    `AptosError`.
     """
     stages = {n: s for n, s in run.recipe.stages.items() if n in set(nodes)}
     check_run(run, [n for n in run.recipe.order if n in stages and not run.record(n, stages[n].folds - 1)])
@@ -185,11 +187,13 @@ def start_run(run: Run, nodes: Iterable[str] = ()) -> Iterator[tuple[Run, Bars]]
         write_folds(run.recipe, run.frames, run.root / 'folds.csv')
         write_run_images(run.root, run.frames)
         report_duplicates(run)
+        report_held_out(run)
         warn_missing_grades(run)
         if run.recipe.demo: write_bytes(run.root / 'SYNTHETIC.txt', f'{SYNTHETIC}.\n'.encode())
         write_record(run.root / 'run.json', dict(
-            data=_relative_to_root(run.root, run.data), recipe=run.recipe.path.name, synthetic=bool(run.recipe.demo),
-            relabels={name: dict(file=_relative_to_root(run.root, o.file), **o.record())
+            data=relative_to_root(run.root, run.data), **store_recipe(run, replace=bool(stages)),
+            synthetic=bool(run.recipe.demo),
+            relabels={name: dict(file=relative_to_root(run.root, o.file), **o.record())
                       for name, o in run.relabels.items()}))
         yield run, bars
 
@@ -252,7 +256,9 @@ def check_run(run: Run, stages: Collection[str]) -> None:
     for name in stages: check_batch(run, run.recipe.stages[name])
     from aptos_fastai.training.weights import check_weights
     for name in stages:
-        with stage_errors(run, name): check_weights(run.recipe.stages[name])
+        with stage_errors(run, name):
+            check_weights_folder(run, run.recipe.stages[name])
+            check_weights(run.recipe.stages[name])
     check_training(run, stages)
     for name in stages:
         with stage_errors(run, name): check_installed(run.recipe.stages[name])
@@ -322,15 +328,19 @@ def check_installed(stage: Stage) -> None:
 # Train, label, score, submit
 
 def train_nodes(run: Run, nodes: Iterable[str], bars: Bars) -> int:
-    """Train the unfinished stages among `nodes`, parents first, and write labels they need; return the number of folds.
+    """Train the unfinished stages among `nodes`, parents first, and write labels they need.
 
-    Finished ones whose names, views or other keys changed are brought up to date without a training.
+    Finished ones whose names, views or other keys changed are brought up to date without a training. Returns how many
+    folds were trained or brought up to date.
     """
     nodes = set(nodes)
     todo = run.todo(nodes)
-    refresh_folds(run, run.to_refresh(todo, nodes), bars)          # first: pseudo-labels depend on validation scores
-    if not todo: return 0
+    outdated = run.to_refresh(todo, nodes)
+    refresh_folds(run, outdated, bars)       # first: pseudo-labels depend on validation scores
+    if not todo: return sum(map(len, outdated.values()))
     check_run(run, todo)
+    for name, folds in todo.items():
+        for k in folds: check_lineage(run, name, k)
     from aptos_fastai.pipeline.stage import train_fold
     for line in training_reasons(run, todo):
         if not line.endswith(NEVER): say(f'to train: {line}')
@@ -339,11 +349,12 @@ def train_nodes(run: Run, nodes: Iterable[str], bars: Bars) -> int:
             stage = run.recipe.stages[name]
             details = f'{stage.arch}, {stage.size} px, {tables_text(stage)}'
             say(f'stage {i} of {len(todo)}: {name}  ({details}) -> {run.root / name}', 'bold')
+            report_weights(run, stage)
             for teacher, table in stage.sources:
                 if teacher: write_missing_labels(run, teacher, table, bars)
             for k in folds: train_fold(run, name, k, bars)
             overall.to(i)
-    return sum(map(len, todo.values()))
+    return sum(map(len, [*todo.values(), *outdated.values()]))
 
 
 def write_missing_labels(run: Run, node: str, table: str, bars: Bars) -> Path:

@@ -89,7 +89,7 @@ def stage_cost(run: Run, name: str, folds: list[int], measured: dict) -> StageCo
     train = valid = 0
     for _, source in stage.sources:
         train += int(run.training_part(stage, source, folds[0]).sum())
-        if source in stage.validated_tables: valid += int((run.frames[source].fold == folds[0]).sum())
+        if source in stage.graded_tables: valid += int(run.validation_part(stage, source, folds[0]).sum())
     epochs = stage.epochs + stage.freeze_epochs
     scored = valid + sum(len(run.frames[t]) for t in tables_scored_by(run.recipe, name))
     if not stage.epochs: epochs, scored = 0, train + scored          # a linear probe: its body only scores

@@ -32,7 +32,7 @@ def fold_reasons(run: Run, name: str, fold: int, todo: dict[str, list[int]]) -> 
     record = run.record(name, fold)
     if not record: return [_unfinished(run, name, fold)]
     if 'inputs' not in record: return [OLDER]
-    trained_again = [m for m in run.parent_stages(name) if fold in todo.get(m, [])]
+    trained_again = [m for m, k in run.parent_folds(name, fold).items() if k in todo.get(m, [])]
     now = run.inputs(name, fold)
     found = [*_changed_settings(run, name, record),
              *_changed_recipe(run.recipe.stages[name], record, now),
@@ -94,7 +94,7 @@ def _changed_recipe(stage: Stage, record: dict, now: dict) -> list[str]:
     augment = now['augment'] if record['augment'] else {}                                  # a linear probe has none
     return [*changed_keys(record['augment'], augment, '[augment] '),
             *changed_keys(old, prep, '[images] '),
-            *changed_keys(dict(seed=record['seed']), dict(seed=now['seed']), '[recipe] ')]
+            *changed_keys(dict(seed=record['seed']), dict(seed=now['seed']))]
 
 
 def _changed_sources(run: Run, name: str, record: dict, new: dict) -> list[str]:
@@ -126,6 +126,8 @@ def _changed_table(run: Run, table: str, old: dict, new: dict) -> list[str]:
     if not lines and differs('pixels'): lines.append('image files changed' if is_prepared else 'images to prepare')
     if not lines and differs('targets'): lines.append('duplicates with conflicting grades changed')
     if not lines and differs('folds'): lines.append('other folds')
+    if old.get('held_out') != new.get('held_out'): lines.append('other images are left out: they are copies of '
+                                                                'validation images of stages that build on this one')
     if differs('validates'): lines.append(f'{"validates" if new["validates"] else "no longer validates"} this stage')
     return [f'table {table}: {", ".join(lines)}'] if lines else []
 
@@ -133,5 +135,5 @@ def _changed_table(run: Run, table: str, old: dict, new: dict) -> list[str]:
 def _changed_parents(run: Run, name: str, fold: int, record: dict) -> list[str]:
     "Return the finished parents that a fold was not trained from"
     used = record['parents'].values()
-    return [f'{m} was trained again' for m in run.parent_stages(name)
-            if (parent := run.record(m, fold)) and parent['files'][WEIGHTS]['sha256'] not in used]
+    return [f'{m} was trained again' for m, k in run.parent_folds(name, fold).items()
+            if (parent := run.record(m, k)) and parent['files'][WEIGHTS]['sha256'] not in used]

@@ -38,8 +38,8 @@ def refresh_fold(run: Run, name: str, fold: int, bars: Bars) -> None:
     files = {**record['files'], PREDS: file_state(folder / PREDS)}
     gate = dict(record['gate'], **asdict(run.recipe.gate))
     settings = run.settings_to_record(name, record)
-    write_record(folder / FINISHED, {**record, **fold_settings(run, name, fold), 'settings': settings, 'gate': gate,
-                                     'files': files})
+    write_record(folder / FINISHED, {'origin': {}, **record, **fold_settings(run, name, fold), 'settings': settings,
+                                     'gate': gate, 'files': files})
 
 
 def new_preds(run: Run, name: str, fold: int, record: dict, bars: Bars) -> pd.DataFrame | None:

@@ -25,6 +25,7 @@ from aptos_fastai.common.distributed import is_peer_lost, rank, run_on_all_ranks
 from aptos_fastai.common.io import AptosError, atomic_write, digest, file_state, write_bytes, write_csv, write_record
 from aptos_fastai.inference.gate import FeatureDistance, gate_rules
 from aptos_fastai.pipeline.features import FrozenFeatures, frozen_features, probe
+from aptos_fastai.pipeline.lineage import seen_by_weights, training_images
 from aptos_fastai.pipeline.pseudo_labels import read_labels
 from aptos_fastai.pipeline.scores import PREDS_COLUMNS, predict_features, predict_views, read_exported
 from aptos_fastai.recipe import Stage
@@ -61,8 +62,10 @@ def training_frame(run: Run, stage: Stage, fold: int, labels: dict[tuple[str, st
     for i, (teacher, table) in enumerate(stage.sources):
         images = run.frames[table]
         trains = run.training_part(stage, table, fold)
-        if teacher: part = _pseudo_labelled_part(images[trains], fold, teacher, table, labels[teacher, table])
-        else: part = _graded_part(images, trains, (images.fold == fold) & (table in stage.validated_tables))
+        if teacher:
+            teachers_fold = run.parent_fold(teacher, fold)
+            part = _pseudo_labelled_part(images[trains], teachers_fold, teacher, table, labels[teacher, table])
+        else: part = _graded_part(images, trains, run.validation_part(stage, table, fold))
         if stage.source_weights: part['weight'] = stage.source_weights[i]
         parts.append(part)
     frame = pd.concat(parts, ignore_index=True)
@@ -93,14 +96,16 @@ def stage_learner(run: Run, name: str, fold: int = 0) -> Learner:
 
     Raises `AptosError` if the parent is not trained.
     """
-    stage, seed = run.recipe.stages[name], run.recipe.seed
-    set_seed(seed)
+    stage = run.recipe.stages[name]
+    set_seed(stage.seed)
     labels = {(teacher, table): read_labels(run, teacher, table, stage.labels)
               for teacher, table in stage.sources if teacher}
     frame = training_frame(run, stage, fold, labels)
     stats = body_stats(stage.arch, stage.mean, stage.std)
-    dls = get_dls(frame, stage, run.prep_of(stage), run.recipe.augment, stats, seed=seed, path=run.fold_dir(name, fold))
-    weights = read_exported(run, stage.init, fold).model.state_dict() if stage.init else None
+    dls = get_dls(frame, stage, run.prep_of(stage), run.recipe.augment, stats, seed=stage.seed,
+                  path=run.fold_dir(name, fold))
+    parent_fold = run.parent_fold(stage.init, fold) if stage.init else 0
+    weights = read_exported(run, stage.init, parent_fold).model.state_dict() if stage.init else None
     learn = get_learner(stage, dls, weights)
     say_loaded(stage, fold, learn)
     return learn
@@ -133,7 +138,7 @@ def fit_and_write(bars: Bars, run: Run, name: str, fold: int, precision: str) ->
     fit_end = time.monotonic()
     warn_rising_loss(title, hist)
     learn.model.load_state_dict(hist.weights)
-    distance = fit_distance(learn, run.recipe.seed, bars, title, frozen)
+    distance = fit_distance(learn, stage.seed, bars, title, frozen)
     valid = learn.dls.valid.items.copy()
     if frozen: scores, distances = frozen.scores(learn, valid, distance)
     else:
@@ -158,12 +163,13 @@ def fit_and_write(bars: Bars, run: Run, name: str, fold: int, precision: str) ->
 def initial_weights(run: Run, stage: Stage, fold: int, learn: Learner) -> dict:
     """Return what a fold's record says of the weights that its training started from.
 
-    `loaded` is what was loaded from a file by `weights`, of the stage `init` if there is one, else null. `mean` and
-    `std` are those that images are normalised by.
+    `loaded` is what was loaded from a file by `weights`, of the stage `init` if there is one, else null; `origin` is
+    what is known of the images that the file was trained on. `mean` and `std` are those that images are normalised by.
     """
     mean, std = body_stats(stage.arch, stage.mean, stage.std)
-    loaded = run.finished_record(stage.init, fold).get('loaded') if stage.init else learn.model[0].loaded
-    return dict(loaded=loaded, mean=list(mean), std=list(std))
+    if stage.init: loaded = run.finished_record(stage.init, run.parent_fold(stage.init, fold)).get('loaded')
+    else: loaded = learn.model[0].loaded
+    return dict(loaded=loaded, origin=seen_by_weights(run, stage), mean=list(mean), std=list(std))
 
 
 def fit_distance(learn: Learner, seed: int, bars: Bars, title: str, frozen: FrozenFeatures | None) -> FeatureDistance:
@@ -191,8 +197,8 @@ def fold_settings(run: Run, name: str, fold: int) -> dict:
     recipe, inputs = run.recipe, run.inputs(name, fold)
     return dict(stage=name, fold=fold, fingerprint=run.fingerprint(name, fold), synthetic=bool(recipe.demo),
                 settings=asdict(recipe.stages[name]), augment=inputs['augment'], prep=inputs['prep'],
-                seed=recipe.seed, parents=run.parent_weight_hashes(name, fold),
-                inputs=dict(init=inputs['init'], train=inputs['train']))
+                seed=recipe.stages[name].seed, parents=run.parent_weight_hashes(name, fold),
+                inputs=dict(init=inputs['init'], train=inputs['train']), trained_on=training_images(run, name, fold))
 
 
 def fit_fold(run: Run, name: str, fold: int, precision: str, bars: Bars, title: str,
@@ -213,7 +219,7 @@ def fit_fold(run: Run, name: str, fold: int, precision: str, bars: Bars, title: 
     opt = checkpoint.load(learn)
     done, epochs = checkpoint.saved_epochs, stage.freeze_epochs + stage.epochs
     if done: say(f'  {title}: resumes after epoch {done} of {epochs}')
-    cbs: list[Callback] = [Reproducible(run.recipe.seed, hist)]
+    cbs: list[Callback] = [Reproducible(stage.seed, hist)]
     if ema: cbs.append(ema)
     cbs += [*optional_callbacks(stage, precision), hist]
     with bars(title, epochs * (len(learn.dls.train) // world_size()), 'batches') as bar:

@@ -23,6 +23,7 @@ from aptos_fastai.metrics import (
     quadratic_kappa,
 )
 from aptos_fastai.pipeline.clusters import MAX_VALUES, cluster_results, cluster_warnings
+from aptos_fastai.pipeline.lineage import weights_warnings
 from aptos_fastai.recipe import Stage, parse_thresholds
 from aptos_fastai.run_folder import Run
 
@@ -141,7 +142,8 @@ def kappa_result(run: Run, name: str, valid: pd.DataFrame) -> dict:
         scores=run.score_hashes(name))
     decision, no_point = node_decision(run, name, valid)
     notes = [*grade_warnings(valid), *patient_warnings(run, valid), *epoch_warnings(run, name),
-             *relabel_warnings(run, valid), *warnings(result, not_fitted), *no_point]
+             *relabel_warnings(run, valid), *origin_warnings(run, name, valid), *warnings(result, not_fitted),
+             *no_point]
     text = interval_text(result['kappa'], result['kappa_interval'], result['resampled'])
     return dict(result, kappa_text=text, warnings=notes, decision=asdict(decision), recall=recall_results(valid),
                 auc=auc_of(valid, REFERABLE), confusion=confusion_results(valid))
@@ -240,6 +242,15 @@ def relabel_warnings(run: Run, valid: pd.DataFrame) -> list[str]:
     if not regraded + lost: return []
     return [f'{regraded} images regraded and {lost} left out after a review of labels that a model contradicted: '
             'optimistic']
+
+
+def origin_warnings(run: Run, node: str, valid: pd.DataFrame) -> list[str]:
+    "Return warnings of files of initial weights that were, or may have been, trained on validation images"
+    networks = {name: None for m in run.recipe.members(node) for name in run.finished_record(m, 0)['trained_on']}
+    records = [run.finished_record(stage, int(k)) for stage, _, k in (name.partition('/fold') for name in networks)]
+    found = [o for r in records if r['origin']
+             for o in weights_warnings(r['loaded']['file'], r['origin'], set(valid.source))]
+    return list(dict.fromkeys(found))
 
 
 def warnings(result: dict, not_fitted: str = '') -> list[str]:

@@ -1,12 +1,12 @@
-"Two evaluations on one table, side by side."
+"Runs, stages and evaluations, side by side."
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import expect_error
+from conftest import expect_error, write_finished_run
 
 from aptos_fastai.cli import main
 from aptos_fastai.common.io import file_hash, read_record, write_csv, write_record
-from aptos_fastai.metrics import MIDPOINTS, apply_thresholds, paired_auc, paired_interval
+from aptos_fastai.metrics import MIDPOINTS, apply_thresholds, paired_auc, paired_interval, quadratic_kappa
 from aptos_fastai.pipeline.compare import matched
 from aptos_fastai.pipeline.summary import difference_text
 
@@ -90,3 +90,78 @@ def test_patients_are_resampled_if_either_evaluation_knows_them(tmp_path, capsys
     main(['compare', *map(str, folders)])
     assert f'Paired bootstrap over {over}:' in capsys.readouterr().out
     assert read_record(folders[0] / 'evaluation.json')
+
+
+# Several runs and stages
+
+def off_by_one(n): return np.where(np.arange(60) < n, (np.arange(60) + 1) % 5, np.arange(60) % 5)
+
+
+def rows_starting(out, text): return [' '.join(o.split()) for o in out.splitlines() if o.startswith(text)]
+
+
+def test_several_runs_and_single_stages_are_compared_with_the_first(tmp_path, monkeypatch, capsys):
+    for name, n in (('a', 10), ('b', 20), ('c', 4)): write_finished_run(tmp_path / name, off_by_one(n))
+    monkeypatch.chdir(tmp_path)
+    main(['compare', 'a', 'b', 'c:teacher'])
+    out = capsys.readouterr().out
+    assert 'kappa on the 60 images that all validated' in out and 'Paired bootstrap over patients:' in out
+    y, groups = np.arange(60) % 5, pd.Series([f'p{i // 2}' for i in range(60)])
+    assert f'{quadratic_kappa(off_by_one(10), y):.3f} reference' in rows_starting(out, 'a ')[0]
+    for name, n in (('b ', 20), ('c:teacher ', 4)):
+        difference = difference_text(*paired_interval(off_by_one(10), off_by_one(n), y, groups))
+        row, = rows_starting(out, name)
+        assert f'{quadratic_kappa(off_by_one(n), y):.3f} {difference}' in row and '100%' in row
+    assert 'not corrected for several comparisons' in out
+
+
+def test_one_stage_of_a_run_against_another(tmp_path, capsys):
+    a = write_finished_run(tmp_path / 'a', off_by_one(10))
+    main(['compare', f'{a}:teacher', f'{a}:teacher'])
+    out = capsys.readouterr().out
+    assert out.count('+0.000 (+0.000 to +0.000)') == 1 and 'not corrected' not in out
+    expect_error(capsys, ['compare', a, f'{a}:techer'], 'has no results of techer', 'Choose from: teacher')
+
+
+def test_runs_are_compared_on_their_common_images(tmp_path, capsys):
+    a, b, c = (write_finished_run(tmp_path / name, off_by_one(n)) for name, n in (('a', 10), ('b', 20), ('c', 4)))
+    oof = pd.read_csv(b / 'oof.csv', dtype=dict(id_code=str))
+    write_finished_run(b, oof=oof.iloc[8:].sample(frac=1, random_state=0))     # other images, in another order
+    main(['compare', str(a), str(b), str(c)])
+    out = capsys.readouterr().out
+    assert 'kappa on the 52 images that all validated' in out
+    assert '52 of 60, 52 of 52, 52 of 60' in out
+    y = np.arange(8, 60) % 5
+    for n in (10, 20, 4): assert f' {quadratic_kappa(off_by_one(n)[8:], y):.3f} ' in out
+    write_finished_run(b, oof=oof.iloc[11:])
+    expect_error(capsys, ['compare', a, b, c], '49 images in common that all validated; at least 50', f'{b} 49')
+    expect_error(capsys, ['compare', a, b], 'only 49 validation images in common; at least 50')
+    expect_error(capsys, ['compare', a, f'{b}:teacher'], '49 images in common')
+
+
+def test_several_runs_with_other_grades_are_refused(tmp_path, capsys):
+    a, b, c = (write_finished_run(tmp_path / name) for name in 'abc')
+    oof = pd.read_csv(c / 'oof.csv', dtype=dict(id_code=str))
+    write_finished_run(c, oof=oof.assign(diagnosis=oof.diagnosis.where(oof.index > 2, 4)))
+    expect_error(capsys, ['compare', a, b, c], f'{c}: 3 images have other grades than in {a}')
+
+
+def test_a_stage_with_few_common_images_is_left_out_of_two_runs(tmp_path, capsys):
+    a, b = (write_finished_run(tmp_path / name) for name in 'ab')
+    for root in (a, b):
+        summary, oof = read_record(root / 'summary.json'), pd.read_csv(root / 'oof.csv', dtype=dict(id_code=str))
+        oof = oof.assign(probe=oof.teacher.where(oof.index < 12), probe_grade=oof.teacher_grade)
+        write_csv(root / 'oof.csv', oof)
+        write_record(root / 'summary.json', dict(summary, stages=[*summary['stages'], dict(summary['stages'][0],
+                                                                                           stage='probe')]))
+    main(['compare', str(a), str(b)])
+    out = capsys.readouterr().out
+    assert not rows_starting(out, 'probe') and 'fewer than 50 images in common: probe (12)' in out
+    assert 'not corrected' not in out        # the submission is the stage
+
+
+def test_how_many_and_what_can_be_compared(tmp_path, capsys):
+    run, evaluation = write_finished_run(tmp_path / 'a'), write_evaluation(tmp_path / 'e', rows_of_evaluation())
+    expect_error(capsys, ['compare', run], 'nothing to compare it with')
+    expect_error(capsys, ['compare', evaluation, evaluation, evaluation], 'evaluations are compared in pairs')
+    expect_error(capsys, ['compare', run, run, evaluation], f'{evaluation}: is an evaluation, and {run} is none')
