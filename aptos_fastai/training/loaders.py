@@ -261,16 +261,16 @@ def start_workers_by_fork() -> None:
 class LoadBatch:
     """Load a batch in a loader process: `loaders` are the DataLoaders as they were when the process started.
 
-    A task is the DataLoader's number, the state of its iteration (see `LoaderProcesses.load`) and the images' indices.
+    A task: the number of the iteration, that of its DataLoader, its random seed and transforms, the images' indices.
     """
-    def __init__(self, loaders: list[TfmdDL]): self.loaders, self.state = loaders, b''
+    def __init__(self, loaders: list[TfmdDL]): self.loaders, self.iteration = loaders, 0
 
-    def __getitem__(self, task: tuple[int, bytes, list[int]]):
-        number, state, idxs = task
+    def __getitem__(self, task: tuple[int, int, int, tuple, list[int]]):
+        iteration, number, seed, transforms, idxs = task
         dl = self.loaders[number]
-        if state != self.state:                   # the first batch of an iteration in this process
-            self.state = state
-            seed, dl.after_item, dl.before_batch = pickle.loads(state)
+        if iteration != self.iteration:           # its first batch in this process
+            self.iteration = iteration
+            dl.after_item, dl.before_batch = transforms
             set_seed(seed + get_worker_info().id)
         return dl.do_batch([dl.do_item(i) for i in idxs])
 
@@ -282,7 +282,8 @@ class LoaderProcesses(DataLoader):
     the next one starts others.
     """
     def __init__(self, loaders: Sequence[TfmdDL]):
-        first, self.loaders, self.tasks, self.busy = loaders[0], list(loaders), [], False
+        first, self.loaders, self.tasks = loaders[0], list(loaders), []
+        self.busy, self.iterations = False, 0
         super().__init__(LoadBatch(self.loaders), batch_size=None, sampler=self.tasks, collate_fn=noop,
                          num_workers=first.fake_l.num_workers, pin_memory=first.pin_memory, persistent_workers=True,
                          generator=torch.Generator())      # draws nothing from PyTorch's own one
@@ -296,8 +297,10 @@ class LoaderProcesses(DataLoader):
         The processes are given the transforms as they are now, with the epoch's number in them, and a random seed.
         """
         seed = torch.empty((), dtype=torch.int64).random_().item()      # as PyTorch draws one for every iteration
-        state = pickle.dumps((seed, dl.after_item, dl.before_batch))
-        self.tasks[:] = [(self.loaders.index(dl), state, idxs) for idxs in batches]
+        transforms, number = (dl.after_item, dl.before_batch), self.loaders.index(dl)
+        pickle.dumps(transforms)             # an error here: one in the thread that sends tasks would be lost
+        self.iterations += 1
+        self.tasks[:] = [(self.iterations, number, seed, transforms, idxs) for idxs in batches]
         self.busy = True
         try: yield from self
         except BaseException:
