@@ -254,7 +254,8 @@ if __name__ == '__main__':
     p.add_argument('--data', required=True, help='folder of the tables')
     p.add_argument('--results', type=Path, default=Path('runs/ablation.csv'), help='CSV of scores; runs lie beside it')
     p.add_argument('--folds', type=int, choices=range(2, 6), default=3, help='how many of five folds: 2 to 5')
-    p.add_argument('--seeds', type=int, nargs='+', default=[42], help='of folds and training')
+    p.add_argument('--seeds', type=lambda text: [int(o) for o in text.split(',')], default=[42], metavar='SEED,...',
+                   help='of folds and training')
     args = p.parse_args()
     try: main(args.data, args.results, args.variants or list(VARIANTS), args.folds, args.seeds)
     except AptosError as e: raise SystemExit(str(e)) from None
