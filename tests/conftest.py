@@ -28,6 +28,7 @@ TOY_KEYS = [
     'demo.pretrain=60', 'demo.train=60', 'demo.test=20', 'demo.shrink=8',
     'demo.archs=legacy_seresnet50:test_resnet densenet121:test_resnet', 'demo.stage.epochs=1', 'stage.tta=hflip',
     'stage.precision=f32',                   # `auto` would time both precisions in every test
+    'submit.final=retrain_512',              # a single network, whose files many tests look into
 ]
 TOY = [option for key in TOY_KEYS for option in ('--set', key)]
 

@@ -8,9 +8,10 @@ from aptos_fastai.recipe import ConfigError, parse_thresholds, read_recipe
 SETTINGS = ROOT / 'settings.ini'
 PUBLISHED = ROOT / 'recipes/published.ini'
 ONE_TABLE = ROOT / 'recipes/one_table.ini'
+SHIPPED = [SETTINGS, *sorted((ROOT / 'recipes').glob('*.ini'))]
 
 
-@pytest.mark.parametrize('file', [SETTINGS, PUBLISHED, ONE_TABLE], ids=lambda f: f.name)
+@pytest.mark.parametrize('file', SHIPPED, ids=lambda f: f.name)
 def test_shipped_recipe_orders_parents_first(file):
     r = read_recipe(file)
     assert set(r.order) == set(r.nodes)
@@ -33,8 +34,17 @@ def test_shipped_recipe_has_the_stages_of_the_published_method(file):
     assert ('finetune_256', 'aptos_test') in stages['retrain_512'].sources
     assert stages['retrain_512'].init in ('pretrain_512', 'finetune_512')
     assert set(r.ensembles['ensemble'].members) == {'finetune_dense', 'finetune_256', 'finetune_512'}
-    assert r.submit.final == 'retrain_512'
+    assert 'retrain_512' in r.members(r.submit.final)
     assert set(r.submit.also) >= {'finetune_dense', 'finetune_256', 'finetune_512', 'ensemble'}
+
+
+@pytest.mark.parametrize('file', [SETTINGS, ROOT / 'recipes/gold.ini'], ids=lambda f: f.name)
+def test_one_pretraining_serves_the_five_folds_of_the_shipped_stages(file):
+    r = read_recipe(file)
+    assert {s.name for s in r.stages.values() if s.folds == 1} == {n for n in r.stages if n.startswith('pretrain_')}
+    for s in r.stages.values():
+        if s.folds == 1: assert r.held_out_tables(s.name) == ['aptos_train']
+    assert r.folds_of(r.submit.final) == 5
 
 
 def test_published_recipe_has_the_published_constants():

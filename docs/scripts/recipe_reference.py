@@ -21,11 +21,15 @@ This page is generated from `aptos_fastai/recipe.py`; `python run.py keys` print
 
 ## Shipped recipes
 
-- `settings.ini`: pretrain, fine-tune, pseudo-label, retrain, and an ensemble of three. It needs
-  EyePACS 2015 and APTOS 2019, or the demo.
-- `recipes/published.ini`: the same graph with the constants of the 2020 team's code.
-- `recipes/one_table.ini`: a teacher, a student retrained on its labels, and the mean of both, five
-  folds each. It needs one graded and one ungraded table.
+- `settings.ini`: EyePACS 2015 and APTOS 2019, or the demo; a GPU. The mean of three fine-tuned networks and one that is
+  retrained with soft labels, five folds each.
+- `recipes/published.ini`: the same tables; the constants of the 2020 team's code. One retrained network.
+- `recipes/gold.ini`: the same tables; a GPU with 16 GB, a night. ConvNeXt V2 and EfficientNetV2, retrained twice with
+  soft labels of all networks, two seeds.
+- `recipes/cpu.ini`: APTOS 2019 alone, or the demo; two CPU cores, 4 hours. A teacher at 160 px, a student that starts
+  from it at 224 px, the mean of both, five folds each.
+- `recipes/one_table.ini`: a graded table of your own, and an ungraded one if there is one; two CPU cores. A teacher, a
+  student retrained on its labels, the mean of both, five folds each.
 
 `python run.py init FOLDER` copies them to a folder when you installed the package without a clone.
 """

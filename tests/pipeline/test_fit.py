@@ -153,7 +153,7 @@ def test_a_recipe_without_tables_that_are_missing():
     with pytest.raises(ConfigError, match='final = retrain: needs test, which --data lacks'):
         read_recipe(ROOT / 'recipes/one_table.ini', sets=['submit.final=retrain']).without(['test'])
     settings = read_recipe(ROOT / 'settings.ini', sets=['submit.final=ensemble']).without(['aptos_test'])
-    assert 'retrain_512' not in settings.stages and list(settings.ensembles) == ['ensemble']
+    assert 'retrain_512' not in settings.stages and list(settings.ensembles) == ['ensemble', 'blend']
 
 
 # Several graded tables

@@ -90,7 +90,7 @@ def test_summary(toy):
     summary = read_json(toy / 'summary.json')
     assert summary['outputs'].keys() == {'submission.csv', 'scores.csv', 'oof.csv'} and summary['inputs_digest']
     names = [result['stage'] for result in summary['stages']]
-    assert names[-1] == 'ensemble' and set(names) == {*STAGES, 'ensemble'}
+    assert set(names) == {*STAGES, 'ensemble', 'blend'}
     for result in summary['stages']:
         low, high = result['kappa_interval']
         assert low - 1e-9 <= result['kappa'] <= high + 1e-9
