@@ -388,7 +388,8 @@ def score_test_table(run: Run, bars: Bars) -> pd.DataFrame:
     oof = run.oof(submit.final)
     sets = PredictionSets(submit.coverage).fit(oof.score, oof.diagnosis, oof.fold)
     thresholds = run.thresholds(submit.final, submit.thresholds)
-    by_fold = [fold_scores(run, submit.final, submit.table, k, bars).score for k in run.folds_of(submit.final)]
+    members = run.member_weights(submit.final)
+    by_fold = [fold_scores(run, members, submit.table, k, bars).score for k in run.folds_of(submit.final)]
     df['grade'], df['grade_low'], df['grade_high'] = grade_scores(
         final.score, thresholds, sets, np.stack(by_fold, axis=1))
     df['score_sd'] = final.score_sd
