@@ -315,6 +315,28 @@ def cross_fitted_grades(scores: ArrayLike, targs: ArrayLike, parts: ArrayLike, h
     return grades
 
 
+def fit_weights(scores: ArrayLike, targs: ArrayLike) -> np.ndarray:
+    """Return the weights (m,) of the columns of `scores` (n, m) whose weighted mean has the least squared error.
+
+    None is negative and they add up to 1 (Breiman 1996, "Stacked regressions"). For weights of any sum t > 0 the errors
+    of the members add up to t times those of a mean, so non-negative least squares with the further equation "the sum
+    is 1" finds the weights of the best mean, times a t that is divided out.
+    """
+    from scipy.optimize import nnls  # imported here because it takes a second
+    s, y = np.asarray(scores, float), np.asarray(targs, float)
+    errors = (s - y[:, None]) / np.sqrt(len(y))
+    weights, _ = nnls(np.vstack([errors, np.ones(s.shape[1])]), np.append(np.zeros(len(y)), 1.))
+    return weights / weights.sum()
+
+
+def cross_fitted_weights(scores: ArrayLike, targs: ArrayLike, parts: ArrayLike) -> np.ndarray:
+    "Return weights (n, m): for each row of `scores` those by `fit_weights` on the other parts (a label per row)"
+    s, y, part = np.asarray(scores, float), np.asarray(targs, float), np.asarray(parts)
+    weights = np.empty(s.shape)
+    for k in np.unique(part): weights[part == k] = fit_weights(s[part != k], y[part != k])
+    return weights
+
+
 def stratified_group_parts(targs: ArrayLike, groups: ArrayLike, n: int = 5) -> np.ndarray:
     """Return a part 0 … `n`-1 for each image: grades spread evenly, a group never split.
 

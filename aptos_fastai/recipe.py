@@ -36,6 +36,20 @@ def _check_thresholds(text: str, _: Any) -> None:
     except ValueError: raise ValueError('enter optimal, regularised or four increasing numbers.') from None
 
 
+FITTED = 'fitted'                            # value of an ensemble's `weights`
+
+
+def parse_weights(text: str) -> tuple[float, ...]:
+    "Return the numbers in an ensemble's `weights`; none if it is `fitted` or empty. Raises ValueError"
+    words = [] if text == FITTED else re.sub(r',\s', ' ', text).split()
+    return tuple(_parse_number(float, word, 0, 1_000_000) for word in words)
+
+
+def _check_member_weights(text: str, _: Any) -> None:
+    try: parse_weights(text)
+    except ValueError: raise ValueError(f'enter {FITTED}, or for each member a number from 0 to 1000000.') from None
+
+
 def _check_range(_: str, value: tuple[float, ...]) -> None:
     if len(value) != 2 or value[0] > value[1]: raise ValueError('enter two numbers, the smaller one first.')
 
@@ -320,12 +334,24 @@ class Ensemble:
     "[ensemble.NAME]: weighted mean of the scores of stages"
     name: str
     members: tuple[str, ...] = _key(help='stages')
-    weights: tuple[float, ...] = _key((), 'weight of each member; empty: equal weights', low=0, high=1_000_000)
+    weights: str = _key('', 'weight of each member, a number from 0 to 1000000; empty: equal weights; fitted: those '
+                        'whose mean has the least squared error on the out-of-fold scores', check=_check_member_weights)
 
     @property
     def parents(self) -> list[str]:
         "The stages it averages"
         return list(self.members)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        "The weight of each member in the recipe; equal ones where it has none"
+        weights = parse_weights(self.weights) or (1.,) * len(self.members)
+        return dict(zip(self.members, weights, strict=True))
+
+    def with_shares(self, shares: dict[str, float]) -> 'Ensemble':
+        "Return the ensemble with other members and their weights; those of `fitted` stay so"
+        weights = FITTED if self.weights == FITTED else ' '.join(map(repr, shares.values()))
+        return replace(self, members=tuple(shares), weights=weights)
 
 
 @dataclass(frozen=True)
@@ -449,10 +475,9 @@ class Recipe:
         stages = {n: s for n, s in self.stages.items() if n not in self._stages_that_need(set(tables))}
         ensembles, instead = {}, dict.fromkeys(self.stages.keys() - stages, '')
         for name, e in self.ensembles.items():
-            weights = e.weights or (1.,) * len(e.members)
-            left = {m: w for m, w in zip(e.members, weights, strict=True) if m in stages}
+            left = {m: w for m, w in e.shares.items() if m in stages}
             if len(left) < 2: instead[name] = next(iter(left), '')
-            else: ensembles[name] = replace(e, members=tuple(left), weights=e.weights and tuple(left.values()))
+            else: ensembles[name] = e.with_shares(left)
         final, *also = (instead.get(name, name) for name in (self.submit.final, *self.submit.also))
         if not final:
             raise ConfigError(f'{self.path} [submit] final = {self.submit.final}: needs {", ".join(tables)}, which '
@@ -489,11 +514,17 @@ class Recipe:
         return list(found)
 
     def members(self, node: str) -> dict[str, float]:
-        "Return the stages whose scores `node` averages, with weights that add up to 1"
+        """Return the stages whose scores `node` averages, with weights that add up to 1.
+
+        Weights that are fitted (`is_fitted`) are equal here: `Run.member_weights` has the fitted ones.
+        """
         if node in self.stages: return {node: 1.}
-        e = self.ensembles[node]
-        weights = e.weights or (1.,) * len(e.members)
-        return {m: w / sum(weights) for m, w in zip(e.members, weights, strict=True)}
+        shares = self.ensembles[node].shares
+        return {m: w / sum(shares.values()) for m, w in shares.items()}
+
+    def is_fitted(self, node: str) -> bool:
+        "Return whether `node` is an ensemble whose weights are fitted to out-of-fold scores"
+        return node in self.ensembles and self.ensembles[node].weights == FITTED
 
 
 # Parsing one value
@@ -716,18 +747,21 @@ def _with_seeds(path: Path, stages: dict[str, Stage], ensembles: dict[str, Ensem
 
 
 def _check_weights(path: Path, e: Ensemble) -> None:
-    "Check that an ensemble has a weight for each member"
-    if not e.weights or (len(e.weights) == len(e.members) and any(e.weights)): return
-    raise ConfigError(f'{path} [ensemble.{e.name}] weights = {" ".join(map(str, e.weights))}: enter one number for '
+    "Check that an ensemble names each member once, and has no weights or one for each"
+    twice = [m for m in e.members if e.members.count(m) > 1]
+    if twice:
+        raise ConfigError(f'{path} [ensemble.{e.name}] members = {" ".join(e.members)}: {twice[0]} is named twice. '
+                          'Name each stage once; weights can make it count more.')
+    weights = parse_weights(e.weights)
+    if not weights or (len(weights) == len(e.members) and any(weights)): return
+    raise ConfigError(f'{path} [ensemble.{e.name}] weights = {e.weights}: enter one number for '
                       f'each of the {len(e.members)} members, not all 0.')
 
 
 def _with_members(e: Ensemble, copies: dict[str, list[str]]) -> Ensemble:
-    "Return an ensemble with each member of several seeds replaced by its stages, which share its weight"
+    "Return an ensemble with each member of several seeds replaced by its stages, which share its weight if it is fixed"
     if all(len(copies.get(m, [])) < 2 for m in e.members): return e
-    weights = dict(zip(e.members, e.weights or (1.,) * len(e.members), strict=True))
-    shared = {name: w / len(copies[m]) for m, w in weights.items() for name in copies.get(m, [m])}
-    return replace(e, members=tuple(shared), weights=tuple(shared.values()))
+    return e.with_shares({name: w / len(copies[m]) for m, w in e.shares.items() for name in copies.get(m, [m])})
 
 
 # Checking the graph
@@ -753,6 +787,7 @@ def _check_graph(r: Recipe) -> tuple[str, ...]:
     for s in r.stages.values(): _check_folds(r, s)
     for s in r.stages.values(): _check_held_out(r, s)
     for s in r.stages.values(): _check_hard_labels(r, s)
+    for s in r.stages.values(): _check_fitted_labels(r, s)
     for s in r.stages.values(): _check_validated(r, s)
     for e in r.ensembles.values(): _check_ensemble(r, e)
     _check_submit(r)
@@ -899,6 +934,15 @@ def _check_hard_labels(r: Recipe, s: Stage) -> None:
         _fail(r, f'stage.{s.name}', 'labels', s.labels, f'its teacher {teacher} has one fold, so its thresholds are '
               f'fitted on the images that validate {s.name}. Set folds = 2 or more for both, or [{section}] '
               'thresholds = 0.5 1.5 2.5 3.5.')
+
+
+def _check_fitted_labels(r: Recipe, s: Stage) -> None:
+    "Check that no label comes from weights of an ensemble that were fitted on the images that validate the student"
+    for entry, (teacher, _) in zip(s.train, s.sources, strict=True):
+        if not r.is_fitted(teacher) or r.folds_of(teacher) > 1: continue
+        _fail(r, f'stage.{s.name}', 'train', entry, f'the weights of {teacher} are fitted on its only fold, whose '
+              f'images validate {s.name}. Set folds of its members to 2 or more, or give [ensemble.{teacher}] weights '
+              'as numbers.')
 
 
 def _check_members(r: Recipe, e: Ensemble) -> None:

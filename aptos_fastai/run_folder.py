@@ -1,5 +1,5 @@
 "The run folder: its paths, which stages are finished, and the files they wrote. Imports no torch."
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -11,8 +11,15 @@ from aptos_fastai.common.io import AptosError, digest, file_hash, is_trusted, re
 from aptos_fastai.data.relabels import Relabels, read_relabels
 from aptos_fastai.data.retina import Prep, get_prep
 from aptos_fastai.data.tables import find_folder
-from aptos_fastai.metrics import GRADES, stratified_group_parts, thresholds_or_midpoints, upper_quantile
-from aptos_fastai.recipe import Recipe, Stage, parse_thresholds
+from aptos_fastai.metrics import (
+    GRADES,
+    cross_fitted_weights,
+    fit_weights,
+    stratified_group_parts,
+    thresholds_or_midpoints,
+    upper_quantile,
+)
+from aptos_fastai.recipe import FITTED, Recipe, Stage, parse_thresholds
 
 FINISHED = 'stage.json'                      # a fold's record, written last: its presence means finished
 EXPORT = 'learner.pkl'
@@ -228,6 +235,9 @@ class Run:
         "Return the SHA-256 of all that determines a fold's weights: its own inputs and those of its parents"
         r = self.recipe
         if node in r.stages: return digest(self.inputs(node, fold))
+        if r.is_fitted(node):                # the scores of the other folds determine the weights
+            return digest([FITTED, fold, [[self.fingerprint(m, k) for k in self.folds_of(node)]
+                                          for m in r.members(node)]])
         return digest([[self.fingerprint(m, fold), weight] for m, weight in r.members(node).items()])
 
     def label_thresholds(self, node: str) -> str:
@@ -248,9 +258,21 @@ class Run:
                 for m in self.recipe.members(node) for k in self.folds_of(node)}
 
     def parent_weight_hashes(self, stage: str, fold: int) -> dict[str, str]:
-        "Return the SHA-256 of the weights of each parent stage of a fold"
-        return {m: self.finished_record(m, k)['files'][WEIGHTS]['sha256']
-                for m, k in self.parent_folds(stage, fold).items()}
+        "Return the SHA-256 of the weights of each network that determines a fold's weights, by `parent_networks`"
+        return {name: self.finished_record(m, k)['files'][WEIGHTS]['sha256']
+                for name, (m, k) in self.parent_networks(stage, fold).items()}
+
+    def parent_networks(self, stage: str, fold: int) -> dict[str, tuple[str, int]]:
+        """Return the networks that determine the weights of a fold of a stage: name in its record -> (stage, fold).
+
+        They are those of `parent_folds`, by the name of the stage, and of teachers with fitted weights the networks of
+        the other folds, whose scores determine these weights, as STAGE/foldK.
+        """
+        r, own = self.recipe, self.parent_folds(stage, fold)
+        found = {m: (m, k) for m, k in own.items()}
+        for teacher in filter(r.is_fitted, r.stages[stage].parents):
+            found |= {f'{m}/fold{k}': (m, k) for m in r.members(teacher) for k in self.folds_of(teacher) if k != own[m]}
+        return found
 
     def parent_folds(self, stage: str, fold: int) -> dict[str, int]:
         "Return the parents of a fold of a stage, ensembles replaced by their members: stage -> its fold"
@@ -303,7 +325,7 @@ class Run:
 
     def _weights_of_parents(self, stage: str, fold: int) -> list[str]:
         "Return the SHA-256 of the weights of each parent that is finished"
-        records = [self.record(m, k) for m, k in self.parent_folds(stage, fold).items()]
+        records = [self.record(m, k) for m, k in self.parent_networks(stage, fold).values()]
         return [r['files'][WEIGHTS]['sha256'] for r in records if r]
 
     def outdated(self, stage: str, fold: int) -> str:
@@ -317,7 +339,7 @@ class Run:
         if 'trained_on' not in record: return 'record'                         # of an older version
         recorded = [record['stage'], sorted(record['parents']), record['settings'], record['gate']]
         gate = dict(asdict(self.recipe.gate), rules=record['gate']['rules'])
-        now = [stage, sorted(self.parent_folds(stage, fold)), self.settings_to_record(stage, record), gate]
+        now = [stage, sorted(self.parent_networks(stage, fold)), self.settings_to_record(stage, record), gate]
         return '' if digest(recorded) == digest(now) else 'record'
 
     def settings_to_record(self, stage: str, record: dict) -> dict:
@@ -340,7 +362,7 @@ class Run:
         for name in self.recipe.order:
             if name not in self.recipe.stages or (nodes is not None and name not in nodes): continue
             folds = [k for k in range(self.recipe.stages[name].folds)
-                     if any(n in todo.get(m, []) for m, n in self.parent_folds(name, k).items())
+                     if any(n in todo.get(m, []) for m, n in self.parent_networks(name, k).values())
                      or not self.finished(name, k)]
             if folds: todo[name] = folds
         return todo
@@ -354,27 +376,54 @@ class Run:
     def oof(self, node: str, fold: int | None = None) -> pd.DataFrame:
         """Return the out-of-fold scores of a stage or ensemble: columns id_code, source, diagnosis, fold, score.
 
-        With `fold`, the scores of that fold's validation images only. Raises `RecordError`.
+        Fitted weights of an ensemble are cross-fitted: those of each part (`parts`) are fitted on the other parts. With
+        `fold`, the scores of that fold's validation images only. Raises `RecordError`.
         """
-        folds = self.folds_of(node) if fold is None else [fold]
-        mean = None
-        for m, weight in self.recipe.members(node).items():
-            df = self._validation_scores(m, folds)
-            if mean is None:
-                mean = df.assign(score=weight * df.score)
-                continue
-            if not (mean.id_code.equals(df.id_code) and mean.source.equals(df.source)):
-                raise RecordError(f'[ensemble.{node}]: {m} was validated on other images than the other members. '
-                                  'Train all members on the same tables.')
-            mean['score'] += weight * df.score
-        assert mean is not None
-        return mean.drop(columns='feature_distance')
+        if not self.recipe.is_fitted(node):
+            members = self._member_scores(node, self.folds_of(node) if fold is None else [fold])
+            return self._mean(members, self.recipe.members(node))
+        members = self._member_scores(node, self.folds_of(node))
+        rows, scores = next(iter(members.values())), np.stack([o.score for o in members.values()], 1)
+        weights = cross_fitted_weights(scores, rows.diagnosis, self.parts(rows))
+        oof = self._mean(members, dict(zip(members, weights.T, strict=True)))
+        return oof if fold is None else oof[oof.fold == fold].reset_index(drop=True)
+
+    def member_weights(self, node: str, without: int | None = None) -> dict[str, float]:
+        """Return the members of a stage or ensemble that have a weight above 0, with weights that add up to 1.
+
+        Fitted weights are fitted on the out-of-fold scores of all folds. With `without`, those of that fold are left
+        out, unless there are no others. Raises `RecordError`.
+        """
+        weights = self.recipe.members(node)
+        if self.recipe.is_fitted(node):
+            folds = self.folds_of(node)
+            members = self._member_scores(node, [k for k in folds if k != without] or folds)
+            scores, grades = [o.score for o in members.values()], next(iter(members.values())).diagnosis
+            weights = dict(zip(members, fit_weights(np.stack(scores, 1), grades).tolist(), strict=True))
+        return {m: w for m, w in weights.items() if w}
+
+    def _member_scores(self, node: str, folds: Iterable[int]) -> dict[str, pd.DataFrame]:
+        "Return `_validation_scores` of each member of a stage or ensemble, in the order of the first one's images"
+        keys = ['source', 'id_code', 'fold']
+        found = {m: self._validation_scores(m, folds) for m in self.recipe.members(node)}
+        images = next(iter(found.values()))[keys]
+        for m, df in found.items():
+            found[m] = images.merge(df, on=keys)[df.columns]
+            if len(found[m]) == len(df) == len(images): continue
+            raise RecordError(f'[ensemble.{node}]: {m} was validated on other images than the other members. '
+                              'Train all members on the same tables.')
+        return found
+
+    def _mean(self, members: dict[str, pd.DataFrame], weights: Mapping[str, float | np.ndarray]) -> pd.DataFrame:
+        "Return the rows of `_member_scores` with the weighted mean of the scores"
+        rows = next(iter(members.values())).drop(columns='feature_distance')
+        return rows.assign(score=sum(w * members[m].score for m, w in weights.items()))
 
     def out_of_fold_distances(self, node: str) -> np.ndarray:
         "Return the feature distance of each row of `oof`: the mean over members, each in its own unit"
-        parts = [weight / self.distance_unit(m) * self._validation_scores(m, self.folds_of(node)).feature_distance
-                 for m, weight in self.recipe.members(node).items()]
-        return np.sum(parts, 0)
+        members = self._member_scores(node, self.folds_of(node))
+        return np.sum([weight / self.distance_unit(m) * members[m].feature_distance
+                       for m, weight in self.member_weights(node).items()], 0)
 
     def distance_unit(self, stage: str) -> float:
         """Return the feature distance that is exceeded by at most the fraction `reject` of a stage's validation images.
@@ -408,9 +457,9 @@ class Run:
         """
         fixed = parse_thresholds(how)
         if fixed: return np.array(fixed), ''
-        oof = self.oof(node)
-        others = oof[oof.fold != without]
-        if len(others): oof = others
+        others = [k for k in self.folds_of(node) if k != without]
+        if without is None or not others: oof = self.oof(node)
+        else: oof = self._mean(self._member_scores(node, others), self.member_weights(node, without))
         try: return thresholds_or_midpoints(how, oof.score, oof.diagnosis)
         except AptosError as e: raise RecordError(f'{self.root / node}: {e}. Train with a lower lr.') from None
 

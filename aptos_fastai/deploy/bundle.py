@@ -89,7 +89,7 @@ def run_metrics(root: Path, model: ModelSpec, deidentify: bool = False) -> dict:
     if not deidentify: summary['largest_errors'] = largest_errors
     keys = OF_RUN | OF_SUBMISSION if name == summary['submission']['node'] else OF_RUN
     return {key: stage[key] for key in OF_STAGE} | {key: summary[key] for key in sorted(keys)} | dict(
-        node=name, points=[o['threshold'] for o in stage['decision']['points']])
+        node=name, fitted=stage.get('fitted', False), points=[o['threshold'] for o in stage['decision']['points']])
 
 
 def export_run(path: str, parity: int | None = None, deidentify: bool = False) -> None:

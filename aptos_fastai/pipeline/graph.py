@@ -252,6 +252,7 @@ def warn_missing_grades(run: Run) -> None:
 def check_run(run: Run, stages: Collection[str]) -> None:
     "Raise `ConfigError` now for what would stop a stage later: a batch size too large, weights or packages missing"
     if not stages: return
+    for name in run.recipe.ensembles: check_members(run, name)
     for name in stages: check_pseudo_labelled(run, run.recipe.stages[name])
     for name in stages: check_batch(run, run.recipe.stages[name])
     from aptos_fastai.training.weights import check_weights
@@ -283,6 +284,28 @@ def check_training(run: Run, stages: Iterable[str]) -> None:
             if stage.init: check_init(stage, run.recipe.stages[stage.init])
             check_optimization(stage)
             candidate_precisions(stage)
+
+
+def check_members(run: Run, ensemble: str) -> None:
+    "Raise `ConfigError` if the members of an ensemble are not validated by the same images"
+    first, *others = run.recipe.members(ensemble)
+    for k in run.folds_of(ensemble):
+        images = validation_images(run, first, k)
+        for m in others:
+            different = sorted(images ^ validation_images(run, m, k))
+            if not different: continue
+            names = first_few([f'{id_code} of {table}' for table, id_code in different])
+            raise ConfigError(f'{run.recipe.path}: {ensemble} averages {first} and {m}, but only one of them is '
+                              f'validated by {len(different)} images of fold {k}: {names}. The other one leaves them '
+                              'out, as copies or patients of images that validate stages that build on it. Let the '
+                              'same stages build on both, or average other stages.')
+
+
+def validation_images(run: Run, stage: str, fold: int) -> set[tuple[str, str]]:
+    "Return table and id of the images that validate a fold of a stage"
+    s = run.recipe.stages[stage]
+    return {(table, id_code) for table in s.validated_tables
+            for id_code in run.frames[table].id_code[run.validation_part(s, table, fold)]}
 
 
 def check_pseudo_labelled(run: Run, stage: Stage) -> None:
@@ -388,7 +411,8 @@ def score_test_table(run: Run, bars: Bars) -> pd.DataFrame:
     oof = run.oof(submit.final)
     sets = PredictionSets(submit.coverage).fit(oof.score, oof.diagnosis, oof.fold)
     thresholds = run.thresholds(submit.final, submit.thresholds)
-    by_fold = [fold_scores(run, submit.final, submit.table, k, bars).score for k in run.folds_of(submit.final)]
+    members = run.member_weights(submit.final)
+    by_fold = [fold_scores(run, members, submit.table, k, bars).score for k in run.folds_of(submit.final)]
     df['grade'], df['grade_low'], df['grade_high'] = grade_scores(
         final.score, thresholds, sets, np.stack(by_fold, axis=1))
     df['score_sd'] = final.score_sd

@@ -107,7 +107,8 @@ def plan_cost(run: Run, todo: dict[str, list[int]], outdated: Collection[str] = 
     for name in run.recipe.order:
         stage = run.recipe.stages.get(name)
         if stage is None:
-            rows.append([name, 'mean of ' + ', '.join(run.recipe.members(name)), '', '', '', ''])
+            fitted = '; weights fitted' if run.recipe.is_fitted(name) else ''
+            rows.append([name, 'mean of ' + ', '.join(run.recipe.members(name)) + fitted, '', '', '', ''])
             continue
         folds = todo.get(name, [])
         cost = stage_cost(run, name, folds or [0], measured)

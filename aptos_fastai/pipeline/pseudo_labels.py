@@ -13,9 +13,9 @@ FILES = dict(soft='soft_pseudo_label.csv', hard='hard_pseudo_label.csv')
 
 def _inputs_digest(run: Run, node: str, table: str) -> str:
     "Return the SHA-256 of what labels are made from: weights, images, thresholds and views"
-    members = run.recipe.members(node)
-    tta = [run.recipe.stages[m].tta for m in members]
-    return digest([run.weight_hashes(node), members, run.table_hashes[table], run.label_thresholds(node), tta])
+    tta = [run.recipe.stages[m].tta for m in run.recipe.members(node)]
+    weights = [run.member_weights(node, without=k) for k in run.folds_of(node)]
+    return digest([run.weight_hashes(node), weights, run.table_hashes[table], run.label_thresholds(node), tta])
 
 
 def labels_up_to_date(run: Run, node: str, table: str) -> bool:
@@ -32,10 +32,12 @@ def write_labels(run: Run, node: str, table: str, bars: Bars) -> None:
 
     Columns: id_code; diagnosis, the mean score over folds or its grade; fold0 ..., the same of each fold;
     score_sd0 ..., the standard deviation over that fold's views and members.
-    Fold k of a student learns from column foldK only: no image is validated by a model whose teacher trained on it.
+    Fold k of a student learns from column foldK only: no image is validated by a model whose teacher trained on it, or
+    whose teacher's weights or thresholds were fitted on it.
     """
     folder, how = run.label_dir(node, table), run.label_thresholds(node)
-    scores = {k: fold_scores(run, node, table, k, bars) for k in run.folds_of(node)}
+    members = {k: run.member_weights(node, without=k) for k in run.folds_of(node)}
+    scores = {k: fold_scores(run, members[k], table, k, bars) for k in members}
     mean = np.mean([o.score for o in scores.values()], 0)
     soft = {f'fold{k}': o.score for k, o in scores.items()}
     hard = {f'fold{k}': apply_thresholds(o.score, run.thresholds(node, how, without=k)) for k, o in scores.items()}
@@ -47,7 +49,7 @@ def write_labels(run: Run, node: str, table: str, bars: Bars) -> None:
     write_csv(folder / FILES['hard'], pd.DataFrame(dict(id_code=ids, diagnosis=grades, **hard, **score_sd)))
     write_record(folder / 'provenance.json', dict(
         inputs_digest=_inputs_digest(run, node, table), labelled_by=node, table=table, synthetic=bool(run.recipe.demo),
-        thresholds=thresholds.tolist(), weights=run.weight_hashes(node),
+        thresholds=thresholds.tolist(), members=list(members.values()), weights=run.weight_hashes(node),
         files={name: file_hash(folder / name) for name in FILES.values()}))
 
 

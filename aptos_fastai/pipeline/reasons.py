@@ -32,7 +32,8 @@ def fold_reasons(run: Run, name: str, fold: int, todo: dict[str, list[int]]) -> 
     record = run.record(name, fold)
     if not record: return [_unfinished(run, name, fold)]
     if 'inputs' not in record: return [OLDER]
-    trained_again = [m for m, k in run.parent_folds(name, fold).items() if k in todo.get(m, [])]
+    trained_again = list(dict.fromkeys(
+        m for m, k in run.parent_networks(name, fold).values() if k in todo.get(m, [])))
     now = run.inputs(name, fold)
     found = [*_changed_settings(run, name, record),
              *_changed_recipe(run.recipe.stages[name], record, now),
@@ -40,6 +41,7 @@ def fold_reasons(run: Run, name: str, fold: int, todo: dict[str, list[int]]) -> 
              *(f'{m} is trained again' for m in trained_again),
              *(_changed_parents(run, name, fold, record) if not trained_again else []),
              *(f'{file} is missing or has another size' for file in sorted(run.damaged_files(name, fold) - RESCORED))]
+    found = found or _changed_ensembles(run, name, record, now)
     return found or [OLDER]                  # whose fingerprint held what this version leaves out
 
 
@@ -135,5 +137,13 @@ def _changed_table(run: Run, table: str, old: dict, new: dict) -> list[str]:
 def _changed_parents(run: Run, name: str, fold: int, record: dict) -> list[str]:
     "Return the finished parents that a fold was not trained from"
     used = record['parents'].values()
-    return [f'{m} was trained again' for m, k in run.parent_folds(name, fold).items()
-            if (parent := run.record(m, k)) and parent['files'][WEIGHTS]['sha256'] not in used]
+    again = [m for m, k in run.parent_networks(name, fold).values()
+             if (parent := run.record(m, k)) and parent['files'][WEIGHTS]['sha256'] not in used]
+    return [f'{m} was trained again' for m in dict.fromkeys(again)]
+
+
+def _changed_ensembles(run: Run, name: str, record: dict, now: dict) -> list[str]:
+    "Return the ensembles that label for a stage and are not those that its record knows"
+    entries = zip(record['inputs']['train'], now['train'], run.recipe.stages[name].sources, strict=True)
+    return [f'members or weights of [ensemble.{teacher}] changed' for before, after, (teacher, _) in entries
+            if teacher in run.recipe.ensembles and before['teacher'] != after['teacher']]

@@ -126,8 +126,10 @@ class Review:
     @cached_property
     def members(self) -> dict[str, float]:
         "The stages whose networks give the scores, with their weights"
+        result = next(o for o in self.summary['stages'] if o['stage'] == self.node)
         submission = self.summary['submission']
-        return submission['members'] if self.node == submission['node'] else {self.node: 1.}
+        older = submission['members'] if self.node == submission['node'] else {self.node: 1.}
+        return {m: weight for m, weight in result.get('members', older).items() if weight}
 
     def progress(self) -> dict[str, int]:
         "Return how many images the list has, how many are reviewed, and what became of them"

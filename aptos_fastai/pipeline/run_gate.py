@@ -23,7 +23,7 @@ def table_distances(run: Run, node: str, table: str, bars: Bars) -> np.ndarray:
     "Return the feature distance (n,) of each image of a table: the mean over members and folds"
     folds = run.folds_of(node)
     parts = [weight / len(folds) / run.distance_unit(m) * stage_scores(run, m, table, k, bars).feature_distance
-             for m, weight in run.recipe.members(node).items() for k in folds]
+             for m, weight in run.member_weights(node).items() for k in folds]
     return np.sum(parts, 0)
 
 

@@ -122,11 +122,12 @@ def validation_scores(run: Run, name: str, fold: int, bars: Bars) -> pd.DataFram
     return valid.assign(score=scores.mean(1), fold=fold, feature_distance=distances)[PREDS_COLUMNS]
 
 
-def fold_scores(run: Run, node: str, table: str, fold: int, bars: Bars) -> pd.DataFrame:
-    "Return the scores of a table by one fold of a stage or ensemble"
-    return pool([(w, stage_scores(run, m, table, fold, bars)) for m, w in run.recipe.members(node).items()])
+def fold_scores(run: Run, members: dict[str, float], table: str, fold: int, bars: Bars) -> pd.DataFrame:
+    "Return the scores of a table by one fold of a stage or ensemble, of which `members` are `Run.member_weights`"
+    return pool([(w, stage_scores(run, m, table, fold, bars)) for m, w in members.items()])
 
 
 def node_scores(run: Run, node: str, table: str, bars: Bars) -> pd.DataFrame:
     "Return the scores of a table by a stage or ensemble: the mean over folds"
-    return pool([(1., fold_scores(run, node, table, k, bars)) for k in run.folds_of(node)])
+    members = run.member_weights(node)
+    return pool([(1., fold_scores(run, members, table, k, bars)) for k in run.folds_of(node)])

@@ -134,7 +134,9 @@ def kappa_result(run: Run, name: str, valid: pd.DataFrame) -> dict:
     "Return kappa with its interval and warnings, and the thresholds fitted on all validation images"
     setting = threshold_setting(run, name)
     thresholds, not_fitted = run.fitted_thresholds(name, setting)
+    members = dict.fromkeys(run.recipe.members(name), 0.) | run.member_weights(name)
     result = dict(
+        members=members, fitted=run.recipe.is_fitted(name),
         validated=len(valid), kappa=quadratic_kappa(valid.grade, valid.diagnosis),
         kappa_interval=kappa_interval(valid.grade, valid.diagnosis, valid.group), resampled=run.grouped_by(valid),
         kappa_midpoints=quadratic_kappa(apply_thresholds(valid.score, MIDPOINTS), valid.diagnosis),
@@ -291,10 +293,12 @@ def submission_result(run: Run, valid: pd.DataFrame, result: dict) -> dict:
     """
     from aptos_fastai.pipeline.run_gate import run_gate  # imported here because it imports PyTorch
     submit = run.recipe.submit
-    members = run.recipe.members(submit.final)
+    members = run.member_weights(submit.final)
+    weights, scores = ({name: sha256 for name, sha256 in result[key].items() if name.partition('/')[0] in members}
+                       for key in ('weights', 'scores'))
     sets = PredictionSets(submit.coverage).fit(valid.score, valid.diagnosis, valid.fold)
     return dict(file='submission.csv' if submit.table else '', node=submit.final, members=members,
-                coverage=submit.coverage, weights=result['weights'], scores=result['scores'],
+                coverage=submit.coverage, weights=weights, scores=scores,
                 radius=[float(r) if np.isfinite(r) else None for r in sets.radius_], calibration=sets.calibration_,
                 thresholds=result['thresholds'], images=len(run.frames[submit.table]) if submit.table else 0,
                 kappa_text=result['kappa_text'],
@@ -310,6 +314,12 @@ def submission_result(run: Run, valid: pd.DataFrame, result: dict) -> dict:
 def tables_text(stage: Stage) -> str:
     "Return what a stage trains on: 'aptos_train, aptos_test by finetune_256'"
     return ', '.join(f'{name} by {teacher}' if teacher else name for teacher, name in stage.sources)
+
+
+def mean_text(result: dict) -> str:
+    "Return what an ensemble averages, from its entry of `stages`: 'mean of a (0.62), b (0.38), weights fitted'"
+    members = ', '.join(f'{m} ({weight:.2f})' for m, weight in result['members'].items())
+    return f'mean of {members}{", weights fitted" if result["fitted"] else ""}'
 
 
 def interval_text(value: float, interval: Sequence[float], over: str = '') -> str:
@@ -403,7 +413,7 @@ def summary_row(run: Run, result: dict) -> list:
     "Return a stage's or ensemble's row of `show_summary`"
     name, stage = result['stage'], run.recipe.stages.get(result['stage'])
     kappa = interval_text(result['kappa'], result['kappa_interval'])
-    if stage is None: return [name, f'mean of {len(result["tables"])}', result['validated'], '', '', kappa, '']
+    if stage is None: return [name, mean_text(result), result['validated'], '', '', kappa, '']
     tables = '\n'.join(f'{name}\nby {teacher}' if teacher else name for teacher, name in stage.sources)
     images = f'{result["images"]["train"]}\n+{result["images"]["valid"]}'
     epochs = f'{result["folds"]}x{result["epochs"]}' if result['folds'] > 1 else str(result['epochs'])

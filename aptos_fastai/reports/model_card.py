@@ -60,7 +60,7 @@ def details(model: ModelSpec, bundle: dict) -> list[tuple[str, str]]:
 
 def network_rows(model: ModelSpec, bundle: dict) -> list[list]:
     "Return a row for each network."
-    return [[f'{o["stage"]} fold {o["fold"]}, {m.arch}', m.size, ', '.join(o['settings']['train']),
+    return [[f'{o["stage"]} fold {o["fold"]}, {m.arch}', f'{m.weight:.3f}', m.size, ', '.join(o['settings']['train']),
              o['images']['train'], o['images']['valid']] for o, m in zip(bundle['lineage'], model.members, strict=True)]
 
 

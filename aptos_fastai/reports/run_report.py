@@ -165,7 +165,7 @@ def gallery(run: Run, df: pd.DataFrame, caption: Callable) -> list[dict]:
     The networks of the row's fold explain the image; `caption` makes text of a row.
     """
     stored = {name: frame.set_index('id_code') for name, frame in run.frames.items()}
-    members = run.recipe.members(run.recipe.submit.final)
+    members = run.member_weights(run.recipe.submit.final)
     graders = {k: Grader(fold_model(run.root, members, k), run.root) for k in df.fold.unique()}
     out = []
     for row in df.itertuples():

@@ -5,7 +5,7 @@ from aptos_fastai.common.console import Bars, format_duration
 from aptos_fastai.data.duplicates import duplicates_table
 from aptos_fastai.data.store import read_prepared, store_folder
 from aptos_fastai.metrics import GRADES
-from aptos_fastai.pipeline.summary import EPOCH_CHOSEN, all_warnings, by_value, interval_text, tables_text
+from aptos_fastai.pipeline.summary import EPOCH_CHOSEN, all_warnings, by_value, interval_text, mean_text, tables_text
 from aptos_fastai.recipe import General, Stage, parse_thresholds
 from aptos_fastai.reports import plots
 from aptos_fastai.reports.html import Figure, Table
@@ -49,7 +49,8 @@ def stage_results(run: Run, summary: dict) -> list[Figure | Table]:
                                [r['kappa_interval'] for r in rows], 'quadratic weighted kappa')
     columns = ['stage', 'trained on', 'network', 'validation\nimages', 'kappa', 'thresholds', 'time']
     return [figure(f'Out-of-fold quadratic weighted kappa by stage, n = {images} images', plot,
-                   'Thresholds are fixed, or fitted on other images than those they grade (cross-fitted); '
+                   'Thresholds are fixed, or fitted on other images than those they grade (cross-fitted), as are '
+                   'fitted weights of an ensemble; '
                    f'{EPOCH_CHOSEN}. Lines: 95 % CI, bootstrap over '
                    f'{by_value({r["stage"]: r["resampled"] for r in rows})}.'),
             Table(columns, [_stage_row(run, r) for r in rows]),
@@ -62,7 +63,7 @@ def _stage_row(run: Run, result: dict) -> list:
     method = result['threshold_method']
     if parse_thresholds(method): method = 'fixed'
     return [result['stage'],
-            tables_text(stage) if stage else 'mean of ' + ', '.join(result['tables']),
+            tables_text(stage) if stage else mean_text(result),
             f'{stage.arch} {stage.size} px' if stage else '',
             result['validated'],
             interval_text(result['kappa'], result['kappa_interval'], result['resampled']),

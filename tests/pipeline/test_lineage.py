@@ -4,7 +4,7 @@ import shutil
 
 import pandas as pd
 import pytest
-from conftest import write_table
+from conftest import expect_error, write_table
 
 from aptos_fastai.cli import main
 from aptos_fastai.common.io import AptosError
@@ -160,6 +160,15 @@ def test_a_name_that_seeds_would_make_twice_is_refused(folder):
     sets = ['stage.finetune.seeds=2', 'stage.finetune_seed2.train=train']
     with pytest.raises(ConfigError, match=r'\[stage.finetune\] seeds = 2: makes a stage finetune_seed2, which the'):
         read_recipe(folder / 'recipe.ini', sets=sets)
+
+
+def test_members_that_leave_out_other_images_are_refused_before_training(folder, tmp_path, capsys):
+    "`pretrain` leaves out copies of the images that validate `finetune`; `alone`, on which nothing builds, does not"
+    sets = ['stage.alone.train=old', 'ensemble.two.members=pretrain alone']
+    args = ['plan', *options(folder, *sets)]
+    expect_error(capsys, args, 'two averages pretrain and alone, but only one of them is validated by',
+                 'images of fold 0: copy', 'Let the same stages build on both, or average other stages.')
+    main(['plan', *options(folder, sets[0], 'ensemble.two.members=finetune retrain', 'stage.retrain.folds=3')])
 
 
 def test_more_seeds_train_only_the_new_ones(folder, tmp_path, capsys):
