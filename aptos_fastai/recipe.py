@@ -210,6 +210,11 @@ class Table:
         if self.patient or self.pairs or self.group or len(self.id_columns) > 1: return 'patients'
         return f'blocks of {self.block} ids' if self.block else 'images'
 
+    @property
+    def names_eyes(self) -> bool:
+        "Whether the table says of which patient and which eye an image is"
+        return bool(self.eye) and self.grouped_by == 'patients'
+
 
 DIVIDE = 'Divide values for pixels from 0 to 255 by 255.'
 WEIGHT_SOURCES = 'imagenet', 'bundled', 'none'      # values of a stage's `weights` that are no file
@@ -338,6 +343,9 @@ class Submit:
                            'increasing numbers', check=_check_thresholds)
     coverage: float = _key(.9, 'target probability that the prediction set (grade_low to grade_high in scores.csv) '
                            'contains the true grade of an image of the same source', low=.5, high=.99)
+    eyes: str = _key('single', 'single: each image is graded alone; fused: where there is an image of the patient\'s '
+                     'other eye, `final` grades by the scores of both eyes, fitted out-of-fold. The grade is then no '
+                     'independent reading of the eye', choices=('single', 'fused'))
 
 
 @dataclass(frozen=True)
@@ -395,6 +403,7 @@ COLUMNS_OF_SCORES = frozenset((              # of scores.csv and oof.csv, beside
     'id_code', 'source', 'diagnosis', 'fold', 'group', 'score', 'grade', 'grade_low', 'grade_high', 'score_sd',
     'ungradable', 'decision', 'referable', 'sight_threatening', 'referable_high_specificity', 'p_referable',
     'p_sight_threatening', 'p_0', 'p_1', 'p_2', 'p_3', 'p_4'))
+COLUMNS_OF_FUSION = frozenset(('fused', 'fused_score', 'fused_grade'))          # the same, with [submit] eyes = fused
 
 
 @dataclass(frozen=True)
@@ -770,6 +779,7 @@ def _topological_order(r: Recipe) -> tuple[str, ...]:
 def _check_column_names(r: Recipe) -> None:
     "Check that no stage or ensemble is named like another column of the files in which it is a column"
     taken = {*COLUMNS_OF_SCORES, *(f'{name}_grade' for name in r.nodes)}
+    if r.submit.eyes == 'fused': taken |= COLUMNS_OF_FUSION
     for name in r.nodes:
         kind = 'stage' if name in r.stages else 'ensemble'
         if name in taken:
@@ -924,10 +934,24 @@ def _check_submit(r: Recipe) -> None:
         for name in names:
             if name not in r.nodes: _fail(r, 'submit', key, name, _no_node(r))
     _check_refer(r.path, r.refer)
+    _check_eyes(r)
     table = r.submit.table
     if not table: return
     if table not in r.tables: _fail(r, 'submit', 'table', table, _no_table(r))
     if r.tables[table].graded: _fail(r, 'submit', 'table', table, 'this table is graded. Name an ungraded table.')
+
+
+def _check_eyes(r: Recipe) -> None:
+    "Check that eyes can be fused: a table that validates the model names patients and eyes, and so does the test table"
+    if r.submit.eyes != 'fused': return
+    validated = {table: r.tables[table] for m in r.members(r.submit.final) for table in r.stages[m].validated_tables}
+    if not any(t.names_eyes for t in validated.values()):
+        _fail(r, 'submit', 'eyes', r.submit.eyes, f'no table that validates {r.submit.final} ({", ".join(validated)}) '
+              'names both patients and eyes. Set the keys eye and patient (or pairs, group) of one, or eyes = single.')
+    test = r.tables.get(r.submit.table)
+    if test and not test.names_eyes:
+        _fail(r, 'submit', 'eyes', r.submit.eyes, f'the table {test.name} does not name both patients and eyes. Set '
+              'its keys eye and patient (or pairs, group), or eyes = single.')
 
 
 def _check_refer(path: Path, refer: Refer) -> None:
