@@ -42,6 +42,8 @@ from aptos_fastai.reports.training_report import (
 from aptos_fastai.run_folder import Run
 
 UNCERTAIN_IMAGES = 12
+BOTH_EYES = ('Figures are of images graded alone; the section "Both eyes" has those of images that are graded by both '
+             'eyes of the patient.')
 THUMBNAIL = 224                              # side of a gallery image, pixels
 
 
@@ -96,6 +98,7 @@ def introduction(run: Run, result: dict) -> str:
     return '\n'.join([
         f'Trained on: {", ".join(tables)}.{tested}',
         *left_out,
+        *([BOTH_EYES] if submit.eyes == 'fused' else []),
         f'{OUT_OF_FOLD} Where a metric is not, it is labelled.',
         *(f'Warning: {text}.' for text in result['warnings']),
         DISCLAIMER])
