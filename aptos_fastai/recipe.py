@@ -285,6 +285,8 @@ class Stage:
     labels: str = _key('soft', 'pseudo-labels to train on: soft (scores) or hard (grades)', choices=('soft', 'hard'))
     source_weights: tuple[float, ...] = _key((), 'sampling weight of the images of each entry of `train`; '
                                              'empty: every image once per epoch', low=0, high=1000)
+    balance: str = _key('', 'column that the tables `carry` (camera, site …): images of each value are drawn equally '
+                        'often, so that one camera does not dominate; empty: off')
     workers: int = _key(-1, 'processes that load images; -1: chosen by cores and device', low=-1, high=256)
     precision: str = _key('auto', 'training precision; auto: on a GPU bf16, or fp16 if bf16 is unsupported; on a CPU '
                           'with bf16 the faster of f32 and bf16, measured; of a linear probe f32',
@@ -293,6 +295,11 @@ class Stage:
                       choices=('no', 'tensorboard', 'wandb'))
     compile: str = _key('no', 'yes: torch.compile the body; takes a minute or more and needs a C++ compiler',
                         choices=('no', 'yes'))
+
+    @property
+    def draws_by_weight(self) -> bool:
+        "Whether images are drawn by weights, with replacement, instead of each once per epoch"
+        return bool(self.source_weights or self.balance)
 
     @property
     def sources(self) -> list[tuple[str, str]]:
@@ -852,6 +859,10 @@ def _check_sources(r: Recipe, s: Stage) -> None:
     if s.source_weights and (len(s.source_weights) != len(s.train) or not all(s.source_weights)):
         _fail(r, section, 'source_weights', s.source_weights,
               f'enter one number above 0 for each of the {len(s.train)} entries of train.')
+    lacking = [table for _, table in s.sources if s.balance and s.balance not in r.tables[table].carried]
+    if lacking:
+        _fail(r, section, 'balance', s.balance, f'the table {lacking[0]} does not carry this column. Add it to the key '
+              f'carry of [table.{lacking[0]}].')
 
 
 def _check_validated(r: Recipe, s: Stage) -> None:

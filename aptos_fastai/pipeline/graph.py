@@ -259,7 +259,9 @@ def check_run(run: Run, stages: Collection[str]) -> None:
     "Raise `ConfigError` now for what would stop a stage later: a batch size too large, weights or packages missing"
     if not stages: return
     for name in stages: check_pseudo_labelled(run, run.recipe.stages[name])
-    for name in stages: check_batch(run, run.recipe.stages[name])
+    for name in stages:
+        check_batch(run, run.recipe.stages[name])
+        check_balance(run, run.recipe.stages[name])
     from aptos_fastai.training.weights import check_weights
     for name in stages:
         with stage_errors(run, name):
@@ -319,6 +321,20 @@ def check_batch(run: Run, stage: Stage) -> None:
         if stage.bs * stage.accumulate > images:
             raise ConfigError(f'{section} accumulate = {stage.accumulate}: {few}. '
                               f'With bs = {stage.bs} set it to {images // stage.bs} or less.')
+
+
+def check_balance(run: Run, stage: Stage) -> None:
+    "Raise `ConfigError` if the column that balances a stage's training images is empty for some, or has one value"
+    if not stage.balance: return
+    key = f'{run.recipe.path} [stage.{stage.name}] balance = {stage.balance}'
+    images = pd.concat([run.frames[table] for _, table in stage.sources], ignore_index=True)
+    empty = images.id_code[images[stage.balance] == '']
+    if len(empty):
+        raise ConfigError(f'{key}: the column is empty for {len(empty)} of {len(images)} images ({first_few(empty)}). '
+                          'Fill it, or remove the key.')
+    if images[stage.balance].nunique() < 2:
+        raise ConfigError(f'{key}: all images have the value {images[stage.balance].iloc[0]}, so there is nothing to '
+                          'balance. Remove the key.')
 
 
 def check_installed(stage: Stage) -> None:
