@@ -102,7 +102,7 @@ def test_the_column_is_part_of_the_fingerprint_only_where_it_balances(data, tmp_
     csv = pd.read_csv(data / 'train.csv')
     csv.assign(camera=csv.camera.iloc[::-1].to_numpy()).to_csv(data / 'train.csv', index=False)
     run = opened(tmp_path)
-    assert 'values of the column balance changed' in training_reasons(run, run.todo())[0]
+    assert 'the column of balance changed' in training_reasons(run, run.todo())[0]
     run = opened(tmp_path, 'stage.teacher.balance=')
     assert 'balance: camera -> (empty)' in training_reasons(run, run.todo())[0]
     without = run.fingerprint('teacher', 0)
