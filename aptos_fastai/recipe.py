@@ -224,6 +224,11 @@ class Table:
         if self.patient or self.pairs or self.group or len(self.id_columns) > 1: return 'patients'
         return f'blocks of {self.block} ids' if self.block else 'images'
 
+    @property
+    def names_eyes(self) -> bool:
+        "Whether the table says of which patient and which eye an image is"
+        return bool(self.eye) and self.grouped_by == 'patients'
+
 
 DIVIDE = 'Divide values for pixels from 0 to 255 by 255.'
 WEIGHT_SOURCES = 'imagenet', 'bundled', 'none'      # values of a stage's `weights` that are no file
@@ -294,6 +299,8 @@ class Stage:
     labels: str = _key('soft', 'pseudo-labels to train on: soft (scores) or hard (grades)', choices=('soft', 'hard'))
     source_weights: tuple[float, ...] = _key((), 'sampling weight of the images of each entry of `train`; '
                                              'empty: every image once per epoch', low=0, high=1000)
+    balance: str = _key('', 'column that the tables `carry` (camera, site …): images of each value are drawn equally '
+                        'often, so that one camera does not dominate; empty: off')
     workers: int = _key(-1, 'processes that load images; -1: chosen by cores and device', low=-1, high=256)
     precision: str = _key('auto', 'training precision; auto: on a GPU bf16, or fp16 if bf16 is unsupported; on a CPU '
                           'with bf16 the faster of f32 and bf16, measured; of a linear probe f32',
@@ -302,6 +309,11 @@ class Stage:
                       choices=('no', 'tensorboard', 'wandb'))
     compile: str = _key('no', 'yes: torch.compile the body; takes a minute or more and needs a C++ compiler',
                         choices=('no', 'yes'))
+
+    @property
+    def draws_by_weight(self) -> bool:
+        "Whether images are drawn by weights, with replacement, instead of each once per epoch"
+        return bool(self.source_weights or self.balance)
 
     @property
     def sources(self) -> list[tuple[str, str]]:
@@ -364,6 +376,9 @@ class Submit:
                            'increasing numbers', check=_check_thresholds)
     coverage: float = _key(.9, 'target probability that the prediction set (grade_low to grade_high in scores.csv) '
                            'contains the true grade of an image of the same source', low=.5, high=.99)
+    eyes: str = _key('single', 'single: each image is graded alone; fused: where there is an image of the patient\'s '
+                     'other eye, `final` grades by the scores of both eyes, fitted out-of-fold. The grade is then no '
+                     'independent reading of the eye', choices=('single', 'fused'))
 
 
 @dataclass(frozen=True)
@@ -421,6 +436,7 @@ COLUMNS_OF_SCORES = frozenset((              # of scores.csv and oof.csv, beside
     'id_code', 'source', 'diagnosis', 'fold', 'group', 'score', 'grade', 'grade_low', 'grade_high', 'score_sd',
     'ungradable', 'decision', 'referable', 'sight_threatening', 'referable_high_specificity', 'p_referable',
     'p_sight_threatening', 'p_0', 'p_1', 'p_2', 'p_3', 'p_4'))
+COLUMNS_OF_FUSION = frozenset(('fused', 'fused_score', 'fused_grade'))          # the same, with [submit] eyes = fused
 
 
 @dataclass(frozen=True)
@@ -805,6 +821,7 @@ def _topological_order(r: Recipe) -> tuple[str, ...]:
 def _check_column_names(r: Recipe) -> None:
     "Check that no stage or ensemble is named like another column of the files in which it is a column"
     taken = {*COLUMNS_OF_SCORES, *(f'{name}_grade' for name in r.nodes)}
+    if r.submit.eyes == 'fused': taken |= COLUMNS_OF_FUSION
     for name in r.nodes:
         kind = 'stage' if name in r.stages else 'ensemble'
         if name in taken:
@@ -877,6 +894,10 @@ def _check_sources(r: Recipe, s: Stage) -> None:
     if s.source_weights and (len(s.source_weights) != len(s.train) or not all(s.source_weights)):
         _fail(r, section, 'source_weights', s.source_weights,
               f'enter one number above 0 for each of the {len(s.train)} entries of train.')
+    lacking = [table for _, table in s.sources if s.balance and s.balance not in r.tables[table].carried]
+    if lacking:
+        _fail(r, section, 'balance', s.balance, f'the table {lacking[0]} does not carry this column. Add it to the key '
+              f'carry of [table.{lacking[0]}].')
 
 
 def _check_validated(r: Recipe, s: Stage) -> None:
@@ -968,10 +989,24 @@ def _check_submit(r: Recipe) -> None:
         for name in names:
             if name not in r.nodes: _fail(r, 'submit', key, name, _no_node(r))
     _check_refer(r.path, r.refer)
+    _check_eyes(r)
     table = r.submit.table
     if not table: return
     if table not in r.tables: _fail(r, 'submit', 'table', table, _no_table(r))
     if r.tables[table].graded: _fail(r, 'submit', 'table', table, 'this table is graded. Name an ungraded table.')
+
+
+def _check_eyes(r: Recipe) -> None:
+    "Check that eyes can be fused: a table that validates the model names patients and eyes, and so does the test table"
+    if r.submit.eyes != 'fused': return
+    validated = {table: r.tables[table] for m in r.members(r.submit.final) for table in r.stages[m].validated_tables}
+    if not any(t.names_eyes for t in validated.values()):
+        _fail(r, 'submit', 'eyes', r.submit.eyes, f'no table that validates {r.submit.final} ({", ".join(validated)}) '
+              'names both patients and eyes. Set the keys eye and patient (or pairs, group) of one, or eyes = single.')
+    test = r.tables.get(r.submit.table)
+    if test and not test.names_eyes:
+        _fail(r, 'submit', 'eyes', r.submit.eyes, f'the table {test.name} does not name both patients and eyes. Set '
+              'its keys eye and patient (or pairs, group), or eyes = single.')
 
 
 def _check_refer(path: Path, refer: Refer) -> None:

@@ -51,6 +51,7 @@ def training_keys(settings: dict) -> dict:
     "Return the keys of a stage, or of its record, that its weights depend on"
     left_out = set(NOT_IN_FINGERPRINT)
     if settings['keep'] == 'kappa': left_out -= {'thresholds'}                 # they choose the epoch
+    if not settings.get('balance'): left_out.add('balance')                    # older records lack the key
     if not settings['epochs']: left_out = (left_out | NOT_IN_PROBES) - {'tta'}           # a probe trains on these views
     return {k: v for k, v in settings.items() if k not in left_out}
 
@@ -224,6 +225,7 @@ class Run:
         "Return what determines the images and labels of one entry of `train`"
         facts = dict(self.table_facts[table], validates=table in stage.validated_tables)
         held_out = self.held_out(stage, table)
+        if stage.balance: facts['balance'] = digest(self.frames[table][stage.balance].tolist())
         if held_out.any(): facts['held_out'] = digest(self.frames[table].id_code[held_out].tolist())
         if not teacher: return dict(facts, teacher='')
         thresholds = self.label_thresholds(teacher) if stage.labels == 'hard' else ''

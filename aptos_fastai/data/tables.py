@@ -17,6 +17,7 @@ from aptos_fastai.data.spreadsheet import TableError, count, first_few, read_spr
 from aptos_fastai.metrics import GRADES
 from aptos_fastai.recipe import Recipe, Table
 
+PATIENT_OF_EYE = 'patient_of_eye'            # column: the group as read; that of duplicates becomes one for all of them
 RENAME = 'Rename one, or set the column name in the recipe; header = no if the first row is no header.'
 
 
@@ -62,9 +63,9 @@ def _is_there(table: Table, data: Path) -> bool:
 def read_table(table: Table, data: Path) -> pd.DataFrame:
     """Read `table` under the folder `data`, one row per image.
 
-    Columns: id_code, diagnosis (float32; NaN if the table is ungraded), path, group, source, eye (if the table has it)
-    and those of `carry`. Raises `TableError` for a missing file, folder or column, no rows, invalid grades, duplicate
-    ids, missing images.
+    Columns: id_code, diagnosis (float32; NaN if the table is ungraded), path, group, source, eye (if the table has it),
+    those of `carry` and, if the table has patients and eyes, `PATIENT_OF_EYE`. Raises `TableError` for a missing file,
+    folder or column, no rows, invalid grades, duplicate ids, missing images.
     """
     return table_contents(table, data).frame
 
@@ -95,6 +96,7 @@ def table_contents(table: Table, data: Path) -> TableContents:
     frame = pd.DataFrame(dict(id_code=ids, diagnosis=grades, path=paths, group=groups, source=table.name))
     for column in table.carry_columns: frame[column] = df[column]
     if table.eye: frame['eye'] = eyes(csv, df, ids, table)
+    if table.names_eyes: frame[PATIENT_OF_EYE] = groups
     if not table.graded: return TableContents(frame, notes)
     if table.relabels:
         frame, ungradable_now, note = apply_relabels(frame, table, folder)

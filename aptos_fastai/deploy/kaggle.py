@@ -56,6 +56,9 @@ def write_kaggle(run: str, user: str) -> None:
     if not re.fullmatch(r'[A-Za-z0-9-]{1,40}', user):
         raise AptosError(f'--user {user}: not a Kaggle user name. Use letters, digits and -.')
     model, root = read_model(run)
+    if model.eyes:
+        raise AptosError(f'{run}: grades by both eyes of a patient, but the images of {COMPETITION} name no patients. '
+                         'Set [submit] eyes = single and run `all`, which trains nothing.')
     out = Path(run) / 'kaggle'
     dataset, kernel = out / 'dataset', out / 'kernel'
     slug = _slug(f'aptos-fastai-{model.name}')

@@ -43,6 +43,9 @@ def write_operating_point(model: str, refer: Refer, output: str = '', graded: st
     Raises `AptosError` if the folder exists or no point can be chosen.
     """
     spec, root = read_model(model)
+    if spec.eyes:
+        raise AptosError(f'{model}: grades by both eyes of a patient, whose operating points are fitted by `all` only. '
+                         'Set them in [refer] of the recipe and run `all`, which trains nothing.')
     folder = Path(output) if output else default_folder(Path(model), refer)
     if folder.exists(): raise AptosError(f'{folder}: already exists. Choose another folder with -o.')
     if not folder.parent.is_dir(): raise AptosError(f'{folder.parent}: no such folder. Make it, or choose another.')

@@ -16,6 +16,7 @@ from aptos_fastai.common.io import AptosError, atomic_write
 from aptos_fastai.common.privacy import patient_data
 from aptos_fastai.data.dicom import is_dicom, tags_of
 from aptos_fastai.inference.explain import grade_text
+from aptos_fastai.inference.eyes import GRADED_ALONE
 from aptos_fastai.inference.grader import Grader, load_grader
 from aptos_fastai.inference.model_spec import SYNTHETIC_MODEL
 
@@ -61,6 +62,7 @@ def write_dicom_report(model: str, image: str, output: str) -> None:
     say(patient_data(out.name, 'names the patient by key, study and image by their UIDs'), 'dim')
     say(DISCLAIMER, 'dim')
     if grader.model.synthetic: say(SYNTHETIC_MODEL, 'yellow')
+    if grader.model.eyes: say(GRADED_ALONE, 'yellow')
 
 
 def read_source(file: Path) -> Any:

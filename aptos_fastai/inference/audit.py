@@ -90,6 +90,6 @@ def processed_text(audit: dict) -> str:
 
 
 def differing_parts(recorded: dict[str, str], current: dict[str, str]) -> Sequence[str]:
-    "Return the parts of a model whose digests differ: weights, thresholds, gate, operating_point"
-    names = [name for name in current if name != 'model']
-    return [name for name in names if recorded.get(name) != current[name]]
+    "Return the parts of a model whose digests differ: weights, thresholds, gate, operating_point, eyes"
+    names = [name for name in current | recorded if name != 'model']
+    return [name for name in names if recorded.get(name) != current.get(name)]

@@ -13,9 +13,10 @@ from aptos_fastai.common.console import Bars, say
 from aptos_fastai.common.io import AptosError, digest, read_record
 from aptos_fastai.data.duplicates import group_duplicates
 from aptos_fastai.data.spreadsheet import first_few
-from aptos_fastai.data.tables import TableContents, describe, find_folder
+from aptos_fastai.data.tables import PATIENT_OF_EYE, TableContents, describe, find_folder
 from aptos_fastai.data.understand import Ask, Understood, find_table
 from aptos_fastai.decisions import DECISION_COLUMNS, LEVELS, P_COLUMNS, UNGRADABLE, DecisionSpec
+from aptos_fastai.inference.eyes import evaluate_eyes
 from aptos_fastai.inference.grader import Grader, load_grader
 from aptos_fastai.inference.measures import (
     EVALUATION,
@@ -48,6 +49,8 @@ FEW_IMAGES = 30                              # fewer are too few for any conclus
 SEEN = ('{} of {} images were used to train or tune the model ({} identical, {} near copies) and are counted all the '
         'same (--include-seen): these figures are optimistic')
 PATIENTS = 'patients unknown: the intervals may be too narrow'
+ALONE = ('the model grades by both eyes of a patient in predict; these figures are of every image graded alone, except '
+         'where they are called fused')
 
 
 @dataclass
@@ -239,8 +242,8 @@ def _results(rows: pd.DataFrame, table: Table, model: ModelSpec, choices: Choice
         probabilities=_probabilities(df, model.decision),
         recall=recall_results(df), confusion=confusion_results(df), calibration=calibration_results(df),
         prediction_sets=set_results(df, model.coverage), gate=gate_results(df, by_graders), subgroups=subgroups,
-        include_seen=choices.include_seen, unreadable=_errors(rows)[:20],
-        warnings=_warnings(counts, table, choices, subgroups))
+        **_eyes(df, table, model), include_seen=choices.include_seen, unreadable=_errors(rows)[:20],
+        warnings=_warnings(counts, table, choices, subgroups, bool(model.eyes)))
 
 
 def _detection(df: pd.DataFrame, spec: DecisionSpec) -> dict[str, dict]:
@@ -268,6 +271,13 @@ def _probabilities(df: pd.DataFrame, spec: DecisionSpec) -> dict[str, dict] | No
     return {name: probability_results(df, df[f'p_{name}'].to_numpy(float), level) for level, name in LEVELS.items()}
 
 
+def _eyes(df: pd.DataFrame, table: Table, model: ModelSpec) -> dict[str, dict | None]:
+    "Return how well a model that fuses both eyes grades by them; all other metrics are of images graded alone"
+    if not model.eyes: return {}
+    if not table.names_eyes: return dict(eyes=None)
+    return dict(eyes=evaluate_eyes(model.eyes, df.rename(columns={PATIENT_OF_EYE: 'patient'})))
+
+
 def _nothing_left(rows: pd.DataFrame, graded: pd.DataFrame, table: Table) -> str:
     "Return the message for a table without images to evaluate"
     if len(graded):
@@ -285,7 +295,7 @@ def _counts(rows: pd.DataFrame, graded: pd.DataFrame, df: pd.DataFrame) -> dict:
                 copies=int(copies.sum()))
 
 
-def _warnings(counts: dict, table: Table, choices: Choices, subgroups: list[dict]) -> list[str]:
+def _warnings(counts: dict, table: Table, choices: Choices, subgroups: list[dict], fuses: bool) -> list[str]:
     "Return what every reader of the metrics must know"
     found, seen = [], counts['identical'] + counts['near_copies']
     if choices.include_seen and seen:
@@ -295,6 +305,7 @@ def _warnings(counts: dict, table: Table, choices: Choices, subgroups: list[dict
     if counts['unreadable']:
         found.append(f'{counts["unreadable"]} of {counts["images"]} images cannot be read and are left out')
     if table.grouped_by != 'patients': found.append(PATIENTS)
+    if fuses: found.append(ALONE)
     for subgroup in subgroups:
         found += [subgroup_warning(subgroup['column'], o) for o in subgroup['values'] if o['differs']]
     return found

@@ -18,6 +18,7 @@ from aptos_fastai.data.decode import decode
 from aptos_fastai.data.retina import Circle, Prep, crop_box
 from aptos_fastai.data.spreadsheet import read_spreadsheet, safe_cell
 from aptos_fastai.inference.backends import to_tensor
+from aptos_fastai.inference.eyes import GRADED_ALONE
 from aptos_fastai.inference.find_images import find_images
 from aptos_fastai.inference.grader import Grader, Squares, load_grader
 from aptos_fastai.inference.model_spec import SYNTHETIC_MODEL
@@ -217,6 +218,7 @@ def explain_files(model: str, paths: Iterable[str], output: str, *, root: str | 
     say(patient_data(folder, 'holds copies of the images and their file names'), 'dim')
     say(DISCLAIMER, 'dim')
     if grader.model.synthetic: say(SYNTHETIC_MODEL, 'yellow')
+    if grader.model.eyes: say(GRADED_ALONE, 'yellow')
     if failed: raise AptosError(f'{len(failed)} of {len(rows)} images could not be explained: {"; ".join(failed[:3])}')
 
 

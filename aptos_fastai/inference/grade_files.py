@@ -70,8 +70,9 @@ def grade_files(model: str, paths: Iterable[str], output: str, backend: str = 't
         _grade_into(part, grader, entries, columns)
         _check_free(out, overwrite)
         audit_file(out).unlink(missing_ok=True)            # if this stops now, the CSV has none rather than a wrong one
-        if people is None and not choices.deidentify: write_bytes(out, part.read_bytes())
-        else: write_with_people(part, out, people, choices, grader.model.gate)
+        model_eyes = grader.model.eyes
+        if people is None and not choices.deidentify and not model_eyes: write_bytes(out, part.read_bytes())
+        else: write_with_people(part, out, people, choices, grader.model.gate, model_eyes, grader.prevalence)
         patients = None if people is None else out.with_name(PATIENTS)
         write_audit(out, audit, part.with_suffix(STARTS), options, patients)
         _remove_parts(out)

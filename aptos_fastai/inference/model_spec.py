@@ -12,6 +12,7 @@ from safetensors.torch import load
 from aptos_fastai.common.io import AptosError, digest, read_record, verify_file, write_bytes
 from aptos_fastai.data.retina import Prep, square_of
 from aptos_fastai.decisions import DecisionSpec, decision_of_record
+from aptos_fastai.inference.eyes import FUSES, EyesSpec, eyes_of_record
 from aptos_fastai.inference.gate import FeatureDistance, GateSpec, fit_gate, gate_of_record
 from aptos_fastai.inference.referral import fit_decision
 from aptos_fastai.metrics import (
@@ -69,11 +70,13 @@ class ModelSpec:
     warnings: tuple[str, ...] = ()           # that every figure of the model needs
     gate: GateSpec = GateSpec()              # what counts as a gradable fundus image
     decision: DecisionSpec = DecisionSpec()  # which images are referred, and the probabilities of the grades
+    eyes: EyesSpec | None = None             # what grades by both eyes of a patient; all else grades an image alone
 
     @property
     def digests(self) -> dict[str, str]:
         """Short hashes of what predictions depend on: weights, thresholds, gate, operating_point, and all as `model`.
 
+        A model that fuses both eyes has one of `eyes`, too.
         They are equal for a run and its bundle, and different for two models of one name.
         """
         members = [{k: v for k, v in asdict(m).items() if k not in ('file', 'distance') and (k, v) != ('prepared', 0)}
@@ -82,6 +85,7 @@ class ModelSpec:
         decision['points'] = [[o.lowest_grade, o.threshold] for o in self.decision.points]
         parts = dict(weights=[members, asdict(self.prep)], gate=asdict(self.gate), operating_point=decision,
                      thresholds=[self.thresholds, self.coverage, self.calibration])
+        if self.eyes: parts['eyes'] = self.eyes.predicts_by
         short = {name: digest(value)[:12] for name, value in parts.items()}
         return dict(model=digest(short)[:12], **short)
 
@@ -187,7 +191,8 @@ def _bundle_model(bundle: dict) -> ModelSpec:
     o = bundle['model']
     if 'decision' not in o: raise AptosError('bundle.json: written by an older version. Export the run again.')
     parts = dict(prep=Prep(**o['prep']), members=tuple(MemberSpec(**m) for m in o['members']),
-                 gate=gate_of_record(o['gate']), decision=decision_of_record(o['decision']))
+                 gate=gate_of_record(o['gate']), decision=decision_of_record(o['decision']),
+                 eyes=eyes_of_record(o.get('eyes')))
     return ModelSpec(**{**o, **parts})
 
 
@@ -206,9 +211,11 @@ def run_model(root: Path, summary: dict) -> ModelSpec:
                for folder in s['weights']}
     sets = PredictionSets(s['coverage'], s['calibration'])
     gate = gate_of_record(s['gate'])
-    decision = decision_of_record(s['decision'])
+    decision, eyes = decision_of_record(s['decision']), eyes_of_record(s.get('eyes'))
+    warnings = [*s['warnings'], FUSES] if eyes else s['warnings']
     model = _folds_model(root, name, weights, s['thresholds'], sets, gate, decision, s['distance_units'],
-                         s['kappa_text'], s['warnings'])
+                         s['kappa_text'], warnings)
+    model = replace(model, eyes=eyes)
     for member, sha256 in zip(model.members, s['weights'].values(), strict=True):
         if member.sha256 == sha256: continue
         raise AptosError(f'{root}: {PurePosixPath(member.file).parent} was trained again after the submission was '

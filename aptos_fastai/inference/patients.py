@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from pandas.core.groupby import DataFrameGroupBy
 
@@ -18,6 +19,7 @@ from aptos_fastai.data.groups import EYES, UNKNOWN
 from aptos_fastai.data.spreadsheet import first_few, has_columns, safe_cell
 from aptos_fastai.decisions import DO_NOT_REFER, NOT_GRADABLE, REFER, UNCERTAIN_REFER, UNGRADABLE
 from aptos_fastai.inference.deidentify import pseudonyms, without_names
+from aptos_fastai.inference.eyes import EyesSpec, fused_text
 from aptos_fastai.inference.find_images import ImageEntry
 from aptos_fastai.inference.gate import GateSpec
 
@@ -29,6 +31,8 @@ SIDES = 'left', 'right'
 MISSING_EYE = 'ungradable', 'ignore'         # what a missing or ungradable eye makes of a patient who is not referred
 REFERRED = REFER, UNCERTAIN_REFER
 UNREADABLE = 'cannot be read'
+UNKNOWN_PEOPLE = ('the model grades by both eyes of a patient, but patients are unknown here: every image is graded '
+                  'alone. Add --patient and --eye.')
 
 
 @dataclass(frozen=True)
@@ -248,16 +252,43 @@ def check_patients_free(grades: Path, people: pd.DataFrame | None, overwrite: bo
                      'with -o.')
 
 
-def write_with_people(part: Path, grades: Path, people: pd.DataFrame | None, choices: Choices, gate: GateSpec) -> None:
-    "Write the finished rows in `part` to `grades`, with their patients or de-identified; write patients.csv before"
+def write_with_people(part: Path, grades: Path, people: pd.DataFrame | None, choices: Choices, gate: GateSpec,
+                      eyes: EyesSpec | None = None, prevalence: float | None = None) -> None:
+    """Write the finished rows in `part` to `grades`, with their patients or de-identified; write patients.csv before.
+
+    With `eyes` images are graded by both eyes of their patient, where both are there.
+    """
     df = pd.read_csv(part, dtype=str, keep_default_na=False)
     if choices.deidentify: df = without_names(df.loc[:, 'file':], 'file')
+    if eyes: df = with_fused(df, eyes, people, prevalence)
     if people is not None:
         patients = patient_table(_as_numbers(df.join(people)), choices.missing_eye)
         write_csv(grades.with_name(PATIENTS), patients.assign(patient=patients.patient.map(safe_cell)))
         say(f'{counts_text(patients, gate)} -> {grades.with_name(PATIENTS)}')
         df = df.join(people.map(safe_cell))
     write_csv(grades, df)
+
+
+def with_fused(df: pd.DataFrame, eyes: EyesSpec, people: pd.DataFrame | None, prevalence: float | None) -> pd.DataFrame:
+    """Return the rows (texts) of grades.csv with own_score and fused (yes, no), those that have a fellow by both eyes.
+
+    What the gate refuses is graded by no other eye, and no other eye by it.
+    """
+    if people is None: say(UNKNOWN_PEOPLE, 'yellow')
+    known = pd.DataFrame(dict(patient='', eye=''), df.index) if people is None else people
+    usable = (df.score != '') & (df.ungradable == '')
+    new = eyes.fused_rows(pd.to_numeric(df.score), known, usable, prevalence).map(_cell_text)
+    fused = df.index.isin(new.index)
+    df = df.assign(own_score=df.score, fused=np.where(fused, 'yes', 'no'))
+    df.loc[new.index, new.columns] = new
+    say(fused_text(fused))
+    return df
+
+
+def _cell_text(value: object) -> str:
+    "Return a cell as grades.csv has it"
+    if isinstance(value, float): return '' if value != value else f'{value:.4f}'
+    return str(value)
 
 
 def _as_numbers(df: pd.DataFrame) -> pd.DataFrame:

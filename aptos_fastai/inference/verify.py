@@ -28,6 +28,7 @@ from aptos_fastai.inference.audit import (
     processed_text,
 )
 from aptos_fastai.inference.backends import MAX_DIFFERENCE
+from aptos_fastai.inference.eyes import EyesSpec
 from aptos_fastai.inference.find_images import ImageEntry, find_images
 from aptos_fastai.inference.grader import COLUMNS, Grader, load_grader
 from aptos_fastai.inference.model_spec import ModelSpec, read_model
@@ -37,7 +38,7 @@ from aptos_fastai.metrics import GRADE_NAMES, apply_thresholds
 SAME_MACHINE = 1e-3                          # difference of a score in f32 with the same backend on the same device
 ROUNDING = 5e-5                              # of a number with four decimals
 NEEDED = ['file', 'score', 'grade']          # columns of a CSV that can be verified
-NUMBERS = ['score', 'score_sd', 'grade', 'grade_low', 'grade_high', *P_COLUMNS]
+NUMBERS = ['score', 'own_score', 'score_sd', 'grade', 'grade_low', 'grade_high', *P_COLUMNS]
 ALWAYS = ['flags', 'ungradable']             # of a repeated prediction must be equal, ...
 SETS = ['grade_low', 'grade_high']           # ... and these where its score is the same to `SAME_MACHINE`, or unproven
 NOT_FOUND = 'image not found; give what predict was given as --images'
@@ -198,6 +199,8 @@ def contradictions(df: pd.DataFrame, spec: ModelSpec, audit: dict | None) -> dic
     _compare_texts(found, refused, [pd.DataFrame(_ungradable_texts(spec), refused.index)])
     graded = df[~error & ~ungradable & df.score.notna()]
     prevalence = audit['prevalence'] if audit else None
+    if spec.eyes: found |= fusion_contradictions(graded, spec.eyes, audit)
+    graded = graded[~is_fused(graded)] if spec.eyes else graded
     variants = [expected(graded, graded.score + shift, spec, prevalence) for shift in (0., -ROUNDING, ROUNDING)]
     _compare_texts(found, graded, variants)
     if {*SETS} <= {*df}:
@@ -209,6 +212,33 @@ def contradictions(df: pd.DataFrame, spec: ModelSpec, audit: dict | None) -> dic
         wrong = ~((graded[name] >= low) & (graded[name] <= high))
         for i in graded.index[wrong]:
             found.setdefault(i, f'{name} {_cell(graded[name][i])}, expected {variants[0][name][i]:.4f}')
+    return found
+
+
+def is_fused(df: pd.DataFrame) -> pd.Series:
+    "Return which rows say that they are graded by both eyes"
+    return df.get('fused', pd.Series('', df.index)) == 'yes'
+
+
+def fusion_contradictions(graded: pd.DataFrame, eyes: EyesSpec, audit: dict | None) -> dict[int, str]:
+    "Return row -> what contradicts the fusion of the model: who is fused, with which score, and what follows from that"
+    if not {'own_score', 'fused'} <= {*graded}:
+        return dict.fromkeys(graded.index, 'has no own_score and fused, but the model fuses both eyes')
+    people = pd.DataFrame({name: graded.get(name, pd.Series('', graded.index)) for name in ('patient', 'eye')})
+    new = eyes.fused_rows(graded.own_score, people, True, audit['prevalence'] if audit else None)
+    new.index = graded.index[new.index]
+    due, found = graded.index.isin(new.index), {}
+    for i in graded.index[due != is_fused(graded)]: found[i] = f'fused {graded.fused[i]}, but that does not follow'
+    alone, fused = graded[~due], graded[due]
+    for i in alone.index[alone.score != alone.own_score]: found.setdefault(i, 'not fused, but score is not own_score')
+    p_columns = [name for name in P_COLUMNS if audit and name in fused and eyes.decision.probabilities]
+    for name in ['score', *p_columns]:
+        for i in fused.index[~((fused[name] - new[name]).abs() <= 2 * ROUNDING)]:
+            found.setdefault(i, f'{name} {_cell(fused[name][i])}, expected {new[name][i]:.4f} by both eyes')
+    exact = [name for name in ('grade', 'grade_name', *SETS, *DECISION_COLUMNS) if name in fused]
+    for name in exact:
+        for i in fused.index[fused[name] != new[name]]:
+            found.setdefault(i, f'{name} {_cell(fused[name][i])}, expected {_cell(new[name][i])} by both eyes')
     return found
 
 
@@ -293,10 +323,13 @@ def repeat(found: Findings, grader: Grader, df: pd.DataFrame, chosen: np.ndarray
         found.reasons.append('no row has a score, so no prediction can be repeated')
         return
     tolerance, exact = tolerance_of(audit, audit_record(grader))
+    fused = is_fused(df) & bool(grader.model.eyes)
+    if grader.model.eyes and 'own_score' in df: df = df.assign(score=df.own_score)       # the rest follows from these
     wrong = {i: NOT_FOUND for i, file in files.items() if file is None}
     largest = 0.
     for i, new in predict_again(grader, {i: file for i, file in files.items() if file is not None}):
-        difference = difference_of(df.loc[i], new, tolerance, exact, ['score'] if audit else ['score', 'score_sd'])
+        numbers = ['score'] if audit else ['score', 'score_sd']
+        difference = difference_of(df.loc[i], new, tolerance, exact and not fused[i], numbers)
         if difference: wrong[i] = difference
         else: largest = max(largest, abs(df.score[i] - new.score))
     how = f'{grader.backend} {grader.precision}; scores differ by up to {largest:.4f}, allowed is {tolerance:g}'

@@ -131,6 +131,6 @@ def probe(stage: Stage, learn: Learner, features: FrozenFeatures) -> Learner:
     "Return the Learner that trains the head of `learn` on features of its images"
     train, valid = (dl.items for dl in (learn.dls.train, learn.dls.valid))
     train_rows, valid_rows = (FeatureRows(features.of(o), o.diagnosis.to_numpy()) for o in (train, valid))
-    weights = train.weight.to_numpy() if stage.source_weights else None
+    weights = train.weight.to_numpy() if stage.draws_by_weight else None
     dls = feature_dls(stage, train_rows, valid_rows, learn.dls.device, learn.dls.path, weights)
     return probe_learner(stage, dls, learn.model[1])

@@ -30,13 +30,15 @@ from aptos_fastai.data.spreadsheet import first_few
 from aptos_fastai.data.store import prepare_table, prepared_already, store_folder, stored_column
 from aptos_fastai.data.tables import TableContents, read_contents, read_order, with_present_tables
 from aptos_fastai.decisions import without_ungradable
+from aptos_fastai.inference.eyes import fused_text
 from aptos_fastai.inference.training_images import write_run_images
 from aptos_fastai.metrics import GRADES, PredictionSets, apply_thresholds, grade_scores
+from aptos_fastai.pipeline.eyes import check_eyes, eyes_digest, fit_run_eyes, people_of
 from aptos_fastai.pipeline.lineage import check_lineage, report_held_out, report_weights
 from aptos_fastai.pipeline.reasons import NEVER, training_reasons
 from aptos_fastai.pipeline.refresh import move_renamed, refresh_folds
 from aptos_fastai.pipeline.run_recipe import check_weights_folder, is_stored, relative_to_root, store_recipe
-from aptos_fastai.pipeline.summary import SUMMARY_FORMAT, SYNTHETIC, node_decision, tables_text
+from aptos_fastai.pipeline.summary import SUMMARY_FORMAT, SYNTHETIC, graded_alone, node_decision, tables_text
 from aptos_fastai.recipe import ConfigError, Recipe, Stage, did_you_mean, read_recipe
 from aptos_fastai.run_folder import Run
 
@@ -72,7 +74,9 @@ def load_run(recipe: str | Path = 'settings.ini', data: str | Path = 'demo', run
     check_same_data(root, data_folder, demo, may_have_moved=is_stored(parsed, root))
     frames = {name: contents.frame for name, contents in tables.items()}
     run = Run(parsed, data_folder, root, frames, left_out, count_ungradable(tables))
-    return with_folds(with_prepared(run))
+    run = with_folds(with_prepared(run))
+    check_eyes(run)
+    return run
 
 
 def count_ungradable(tables: dict[str, TableContents]) -> dict[str, int]:
@@ -207,7 +211,9 @@ def prepare_images(run: Run, bars: Bars) -> Run:
     sizes = run.recipe.prepared_sizes
     frames = {name: prepare_table(contents.frame, run.store, run.prep, bars, sizes=sizes, skip_unreadable=skip)
               for name, contents in tables.items()}
-    return with_folds(replace(run, frames=frames, ungradable=count_ungradable(tables)))
+    prepared = with_folds(replace(run, frames=frames, ungradable=count_ungradable(tables)))
+    check_eyes(prepared)                     # again: unreadable images are left out now
+    return prepared
 
 
 def report_duplicates(run: Run) -> None:
@@ -254,7 +260,9 @@ def check_run(run: Run, stages: Collection[str]) -> None:
     if not stages: return
     for name in run.recipe.ensembles: check_members(run, name)
     for name in stages: check_pseudo_labelled(run, run.recipe.stages[name])
-    for name in stages: check_batch(run, run.recipe.stages[name])
+    for name in stages:
+        check_batch(run, run.recipe.stages[name])
+        check_balance(run, run.recipe.stages[name])
     from aptos_fastai.training.weights import check_weights
     for name in stages:
         with stage_errors(run, name):
@@ -338,6 +346,20 @@ def check_batch(run: Run, stage: Stage) -> None:
                               f'With bs = {stage.bs} set it to {images // stage.bs} or less.')
 
 
+def check_balance(run: Run, stage: Stage) -> None:
+    "Raise `ConfigError` if the column that balances a stage's training images is empty for some, or has one value"
+    if not stage.balance: return
+    key = f'{run.recipe.path} [stage.{stage.name}] balance = {stage.balance}'
+    images = pd.concat([run.frames[table] for _, table in stage.sources], ignore_index=True)
+    empty = images.id_code[images[stage.balance] == '']
+    if len(empty):
+        raise ConfigError(f'{key}: the column is empty for {len(empty)} of {len(images)} images ({first_few(empty)}). '
+                          'Fill it, or remove the key.')
+    if images[stage.balance].nunique() < 2:
+        raise ConfigError(f'{key}: all images have the value {images[stage.balance].iloc[0]}, so there is nothing to '
+                          'balance. Remove the key.')
+
+
 def check_installed(stage: Stage) -> None:
     "Raise `AptosError` if a stage needs a package or compiler that is not installed"
     if world_size() > 1 and find_spec('accelerate') is None:
@@ -400,7 +422,8 @@ def score_test_table(run: Run, bars: Bars) -> pd.DataFrame:
 
     Columns: id_code; a score for each stage and ensemble; then of the final one score, grade, grade_low and grade_high
     (the prediction set at [submit] coverage), score_sd (standard deviation over views, folds and members), why the gate
-    finds the image ungradable, and the columns of `DecisionSpec.decide`.
+    finds the image ungradable, and the columns of `DecisionSpec.decide`. With [submit] eyes = fused also `fused`,
+    yes where these are of both eyes' scores; the column of the final one and score_sd are of the image alone.
     """
     from aptos_fastai.pipeline.run_gate import ungradable_test
     from aptos_fastai.pipeline.scores import fold_scores, node_scores
@@ -418,10 +441,25 @@ def score_test_table(run: Run, bars: Bars) -> pd.DataFrame:
     df['score_sd'] = final.score_sd
     df['ungradable'] = ungradable_test(run, final.score, bars)
     decision, _ = node_decision(run, submit.final, oof.assign(group=run.groups(oof)))
-    df = in_submission_order(run, df.assign(**decision.decide(df.score, df.grade, df.grade_high)))
+    df = with_fused(run, df.assign(**decision.decide(df.score, df.grade, df.grade_high)))
+    df = in_submission_order(run, df)
     df = without_ungradable(df, df.ungradable != '')
     write_csv(run.root / 'scores.csv', df)
     return df
+
+
+def with_fused(run: Run, scores: pd.DataFrame) -> pd.DataFrame:
+    "Return `scores` with the column fused and by both eyes the images that have a fellow; unchanged without fusion"
+    submit = run.recipe.submit
+    if submit.eyes != 'fused': return scores
+    spec, _ = fit_run_eyes(run, graded_alone(run, submit.final))
+    assert spec
+    people = people_of(run, run.frames[submit.table])
+    new = spec.fused_rows(scores.score, people, scores.ungradable == '')
+    say(f'{submit.table}: {fused_text(scores.index.isin(new.index))}')
+    scores = scores.assign(fused=np.where(scores.index.isin(new.index), 'yes', 'no'))
+    for name in new.columns.intersection(scores.columns): scores.loc[new.index, name] = new[name]
+    return scores
 
 
 def in_submission_order(run: Run, scores: pd.DataFrame) -> pd.DataFrame:
@@ -436,7 +474,8 @@ def in_submission_order(run: Run, scores: pd.DataFrame) -> pd.DataFrame:
         say(f'{table}: {lost} images have no score (skip_unreadable = yes). '
             'They get the most frequent grade and the prediction set 0-4.', 'yellow')
     rows = scores.set_index('id_code').reindex(ids).reset_index()
-    rows = rows.fillna(dict(grade=scores.grade.mode()[0], grade_low=0, grade_high=GRADES - 1, ungradable=UNREADABLE))
+    rows = rows.fillna(dict(grade=scores.grade.mode()[0], grade_low=0, grade_high=GRADES - 1, ungradable=UNREADABLE,
+                            fused='no'))
     return rows.astype(dict(grade=int, grade_low=int, grade_high=int))
 
 
@@ -450,6 +489,7 @@ def write_submissions(run: Run, scores: pd.DataFrame) -> None:
             'Reasons: column ungradable of scores.csv.', 'yellow')
     for n in submitted_nodes(run.recipe):
         grades = pd.Series(apply_thresholds(scores[n], run.thresholds(n, submit.thresholds))).where(scores[n].notna())
+        if n == submit.final: grades = scores.grade        # by both eyes, where they are fused
         diagnosis = grades.fillna(grades.mode()[0]).astype(int)
         rows = pd.DataFrame(dict(id_code=scores.id_code, diagnosis=diagnosis))
         write_csv(run.root / 'submissions' / f'{n}.csv', rows)
@@ -480,4 +520,4 @@ def inputs_digest(run: Run) -> str:
     records = [[run.record(name, k) for k in range(s.folds)] for name, s in r.stages.items()]
     files = [[o and o['files'] for o in folds] for folds in records]
     recipe = repr([r.submit, r.ensembles, r.stages, r.tables, r.gate, r.refer, r.owner, r.contact])
-    return digest([SUMMARY_FORMAT, run.table_hashes.get(r.submit.table, ''), recipe, files])
+    return digest([SUMMARY_FORMAT, run.table_hashes.get(r.submit.table, ''), recipe, files, eyes_digest(run)])

@@ -57,6 +57,7 @@ def _changed_settings(run: Run, name: str, record: dict) -> list[str]:
     "Return the changed keys of a stage that its weights depend on"
     stage = run.recipe.stages[name]
     now = {k: v for k, v in training_settings(stage).items() if k != 'weights'}
+    if record['settings'].get('balance'): now['balance'] = stage.balance        # an empty one is left out
     lines = [*changed_keys(record['settings'], now), *_changed_weights(run, name, record)]
     precision = run.changed_precision(name, record)
     return [*lines, f'precision: {record["precision"]} -> {precision}'] if precision else lines
@@ -130,6 +131,7 @@ def _changed_table(run: Run, table: str, old: dict, new: dict) -> list[str]:
     if not lines and differs('folds'): lines.append('other folds')
     if old.get('held_out') != new.get('held_out'): lines.append('other images are left out: they are copies of '
                                                                 'validation images of stages that build on this one')
+    if 'balance' in old and 'balance' in new and differs('balance'): lines.append('the column of balance changed')
     if differs('validates'): lines.append(f'{"validates" if new["validates"] else "no longer validates"} this stage')
     return [f'table {table}: {", ".join(lines)}'] if lines else []
 

@@ -55,8 +55,9 @@ DISTANCE_IMAGES = 2000                       # training images, at most, that th
 def training_frame(run: Run, stage: Stage, fold: int, labels: dict[tuple[str, str], pd.DataFrame]) -> pd.DataFrame:
     """Return the images of one fold: `valid` is True for those that validate it, `diagnosis` is the grade or target.
 
-    `labels` holds the pseudo-labels by (teacher, table). Pseudo-labelled images only train; those that duplicate an
-    image of the validation part, or are of the same patient, are left out. Raises `AptosError`.
+    With `source_weights` or `balance`, `weight` is the sampling weight. `labels` holds the pseudo-labels by (teacher,
+    table). Pseudo-labelled images only train; those that duplicate an image of the validation part, or are of the same
+    patient, are left out. Raises `AptosError`.
     """
     parts = []
     for i, (teacher, table) in enumerate(stage.sources):
@@ -66,14 +67,22 @@ def training_frame(run: Run, stage: Stage, fold: int, labels: dict[tuple[str, st
             teachers_fold = run.parent_fold(teacher, fold)
             part = _pseudo_labelled_part(images[trains], teachers_fold, teacher, table, labels[teacher, table])
         else: part = _graded_part(images, trains, run.validation_part(stage, table, fold))
-        if stage.source_weights: part['weight'] = stage.source_weights[i]
+        if stage.draws_by_weight: part['weight'] = stage.source_weights[i] if stage.source_weights else 1.
         parts.append(part)
     frame = pd.concat(parts, ignore_index=True)
+    if stage.balance: frame['weight'] = balanced_weights(frame, stage.balance)
     n = int((~frame.valid).sum())
     if stage.bs > n:
         raise AptosError(f'[stage.{stage.name}] bs = {stage.bs}: only {n} images train in fold {fold}. '
                          f'Set bs to {n} or less.')
     return frame
+
+
+def balanced_weights(frame: pd.DataFrame, column: str) -> pd.Series:
+    "Return the weights of images so that those of the training images of each value of `column` add up to 1"
+    trains = ~frame.valid
+    total = frame.weight[trains].groupby(frame[column][trains]).sum()
+    return frame.weight / frame[column].map(total).fillna(1.)         # a value that only validates is not drawn
 
 
 def _graded_part(images: pd.DataFrame, trains: pd.Series, valid: pd.Series) -> pd.DataFrame:

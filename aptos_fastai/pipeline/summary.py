@@ -10,6 +10,7 @@ import pandas as pd
 from aptos_fastai.common.console import format_duration, say, table
 from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.decisions import DecisionSpec, decision_of_record
+from aptos_fastai.inference.eyes import NO_INDEPENDENT_READING
 from aptos_fastai.inference.measures import auc_of, confusion_results, recall_results, set_results
 from aptos_fastai.inference.referral import cross_fitted_sets, decision_results, fit_decision
 from aptos_fastai.metrics import (
@@ -23,6 +24,7 @@ from aptos_fastai.metrics import (
     quadratic_kappa,
 )
 from aptos_fastai.pipeline.clusters import MAX_VALUES, cluster_results, cluster_warnings
+from aptos_fastai.pipeline.eyes import fit_run_eyes, fused_columns
 from aptos_fastai.pipeline.lineage import weights_warnings
 from aptos_fastai.recipe import Stage, parse_thresholds
 from aptos_fastai.run_folder import Run
@@ -56,19 +58,27 @@ def out_of_fold_grades(run: Run, oof: pd.DataFrame, setting: str) -> np.ndarray:
     return cross_fitted_grades(oof.score, oof.diagnosis, run.parts(oof), setting)
 
 
+def graded_alone(run: Run, node: str) -> pd.DataFrame:
+    "Return the out-of-fold scores of a stage or ensemble with the columns grade and group"
+    oof = run.oof(node)
+    return oof.assign(grade=out_of_fold_grades(run, oof, threshold_setting(run, node)), group=run.groups(oof))
+
+
 def oof_table(run: Run) -> pd.DataFrame:
     """Return oof.csv, a row for each validation image.
 
     Columns: source, id_code, diagnosis, fold, group (patient, block of ids, or the image alone; with its duplicates);
-    NAME and NAME_grade, score and grade by each stage and ensemble; then the columns that the tables `carry`.
+    NAME and NAME_grade, score and grade by each stage and ensemble; with [submit] eyes = fused fused_score and
+    fused_grade by both eyes; then the columns that the tables `carry`.
     """
     total: pd.DataFrame | None = None
     for name in run.recipe.order:
-        oof = run.oof(name)
-        grades = out_of_fold_grades(run, oof, threshold_setting(run, name))
-        oof = oof.assign(group=run.groups(oof), **{name: oof.score, f'{name}_grade': grades}).drop(columns='score')
+        oof = graded_alone(run, name).rename(columns=dict(score=name, grade=f'{name}_grade'))
         total = oof if total is None else total.merge(oof, on=KEYS, how='outer')
     assert total is not None
+    if run.recipe.submit.eyes == 'fused':
+        fused = fused_columns(run, run.oof(run.recipe.submit.final))
+        total = total.merge(fused, on=['source', 'id_code'], how='left')
     return with_carried(run, total)
 
 
@@ -288,6 +298,7 @@ def trained_on(run: Run, node: str, name: str) -> bool:
 def submission_result(run: Run, valid: pd.DataFrame, result: dict) -> dict:
     """Return what turns test images into the submission: members, weights, thresholds, prediction sets; and cautions.
 
+    `eyes` is what grades by both eyes, if they are fused; all else grades an image alone.
     `calibration` holds the distances that the prediction sets are fitted on, for each grade and fold; `radius` says
     the same in one number for each grade. `result` is the submitted stage's or ensemble's.
     """
@@ -297,6 +308,9 @@ def submission_result(run: Run, valid: pd.DataFrame, result: dict) -> dict:
     weights, scores = ({name: sha256 for name, sha256 in result[key].items() if name.partition('/')[0] in members}
                        for key in ('weights', 'scores'))
     sets = PredictionSets(submit.coverage).fit(valid.score, valid.diagnosis, valid.fold)
+    eyes, notes = fit_run_eyes(run, valid)
+    cautions = [SETS_CAUTION] if trained_on(run, submit.final, submit.table) else []
+    if eyes: cautions += [NO_INDEPENDENT_READING, *notes]
     return dict(file='submission.csv' if submit.table else '', node=submit.final, members=members,
                 coverage=submit.coverage, weights=weights, scores=scores,
                 radius=[float(r) if np.isfinite(r) else None for r in sets.radius_], calibration=sets.calibration_,
@@ -305,8 +319,7 @@ def submission_result(run: Run, valid: pd.DataFrame, result: dict) -> dict:
                 gate=asdict(run_gate(run, submit.final)), decision=result['decision'],
                 refer=asdict(run.recipe.refer),
                 distance_units={m: run.distance_unit(m) for m in members},
-                warnings=result['warnings'],
-                cautions=[SETS_CAUTION] if trained_on(run, submit.final, submit.table) else [])
+                warnings=result['warnings'], eyes=eyes and asdict(eyes), cautions=cautions)
 
 
 # On the terminal
@@ -372,6 +385,28 @@ def difference_text(value: float, low: float, high: float) -> str:
     return f'{value:+.3f} ({low:+.3f} to {high:+.3f})'
 
 
+def eyes_rows(results: dict) -> list[list[str]]:
+    "Return how images with a fellow are graded, with kappa and AUC of referable grades; and what the fusion gains"
+    def text(name: str) -> str:
+        o = results.get(name)
+        if not o: return ''
+        if o['value'] is None: return f'undefined: {o["reason"]}'
+        if 'gain' in name: return difference_text(o['value'], *o['interval'])
+        return interval_text(o['value'], o['interval'])
+    rows = [['alone', text('alone'), text('auc_alone')], ['alone, score refitted', text('own_score'), ''],
+            ['by both eyes (fused)', text('fused'), text('auc_fused')],
+            ['fused minus alone', text('gain'), text('auc_gain')],
+            ['fused minus refitted', text('gain_over_own_score'), '']]
+    return [row for row in rows if row[1]]
+
+
+def eyes_text(results: dict) -> str:
+    "Return the figures of a fusion in lines"
+    rows = [f'{name}: kappa {kappa}' + (f', AUC {area}' if area else '') for name, kappa, area in eyes_rows(results)]
+    over = f'{results["images"]} images of {results["patients"]} patients with both eyes'
+    return '\n'.join([f'{over}, cross-fitted (95 % CI over patients):', *rows])
+
+
 def show_summary(run: Run, summary: dict) -> None:
     "Print the summary as a table, with what its columns mean"
     demo = ' (SYNTHETIC demo)' if run.recipe.demo else ''
@@ -385,6 +420,7 @@ def show_summary(run: Run, summary: dict) -> None:
         f'Intervals: bootstrap over {resampled}.\n'
         f'Drop of kappa between clusters of images: {clusters_text(summary["clusters"])}.\n'
         f'Operating points of {submission["node"]}:\n{points_text(submission["decision"])}', 'dim')
+    if submission.get('eyes'): say(eyes_text(submission['eyes']['results']))
     say(OUT_OF_FOLD, 'yellow')
     for text in [*all_warnings(summary['stages']), *submission['cautions']]: say(text, 'yellow')
     if summary['left_out']: say(summary['left_out'], 'yellow')

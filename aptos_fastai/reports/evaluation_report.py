@@ -16,7 +16,7 @@ from aptos_fastai.pipeline.summary import SETS_CONDITION
 from aptos_fastai.reports import plots
 from aptos_fastai.reports.grade_report import recall_figure
 from aptos_fastai.reports.html import Bar, Figure, Section, Table, write_html
-from aptos_fastai.reports.parts import card, figure, measure_text, percent, thresholds_text
+from aptos_fastai.reports.parts import card, eyes_table, figure, measure_text, percent, thresholds_text
 from aptos_fastai.reports.referral_report import (
     brier_table,
     decision_curve_section,
@@ -89,6 +89,12 @@ def metric_rows(record: dict) -> list[tuple[str, dict]]:
                  (f'specificity, {name}', part['specificity'])]
     rows += [(f'{name}, all rules: operating point or ungradable', programme[name.lower()])
              for name in ('sensitivity', 'specificity', 'PPV', 'NPV')]
+    if record.get('eyes'):
+        eyes = record['eyes']
+        rows += [('kappa of images with a fellow, alone', eyes['alone']),
+                 ('the same, by both eyes (fused)', eyes['fused']),
+                 ('fused minus alone', eyes['gain']), ('sensitivity, referable, fused', eyes['sensitivity']),
+                 ('specificity, referable, fused', eyes['specificity'])]
     return [*rows, ('coverage of prediction sets', record['prediction_sets']['coverage']),
             ('their mean size, of 5 grades', record['prediction_sets']['mean_size']),
             ('share rejected by the gate', record['gate']['rejected'])]
@@ -124,6 +130,7 @@ def write_report(evaluation: Evaluation) -> None:
                 *probability_sections(record, df),
                 Section('Calibration of the score', calibration_section(record, df), grid=True),
                 Section('Prediction sets', set_section(record)),
+                *eyes_sections(record),
                 Section('Ungradable images', gate_section(record)),
                 Section('Subgroups', subgroup_section(record)),
                 Section('Largest errors', [error_table(df)]),
@@ -135,6 +142,11 @@ def write_report(evaluation: Evaluation) -> None:
     write_html(evaluation.folder / HTML, 'evaluation.html', title=f'{model["name"]} on {name}: evaluation', note=note,
                warning=SYNTHETIC_MODEL if record['synthetic'] else '', cards=cards(record), facts=facts(record),
                warnings=warnings, sections=sections)
+
+
+def eyes_sections(record: dict) -> list[Section]:
+    "Return the section on both eyes, of a model that fuses them and a table that names patients and eyes"
+    return [Section('Both eyes', [eyes_table(record['eyes'])])] if record.get('eyes') else []
 
 
 def evaluated(evaluation: Evaluation) -> pd.DataFrame:

@@ -10,7 +10,7 @@ from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.decisions import LEVELS
 from aptos_fastai.inference.model_spec import ModelSpec
 from aptos_fastai.metrics import GRADE_NAMES, GRADES, REFERABLE, SIGHT_THREATENING, proportion_interval
-from aptos_fastai.pipeline.summary import OUT_OF_FOLD, SETS_CONDITION
+from aptos_fastai.pipeline.summary import OUT_OF_FOLD, SETS_CONDITION, eyes_rows
 from aptos_fastai.recipe import parse_thresholds
 from aptos_fastai.reports.html import render
 from aptos_fastai.reports.parts import chosen_for, cluster_kappa, measure_text, percent, set_rows, thresholds_text
@@ -31,7 +31,8 @@ def card_text(model: ModelSpec, bundle: dict, parity: list[dict], evaluations: l
                   clusters=cluster_tables(metrics), errors=error_rows(metrics),
                   error_kinds=error_kinds(metrics), carried=carried_texts(metrics), gate=gate_texts(metrics),
                   grades=', '.join(f'{grade} {name}' for grade, name in enumerate(GRADE_NAMES)),
-                  thresholds=thresholds_text(model.thresholds), percent=percent, measure=measure_text,
+                  thresholds=thresholds_text(model.thresholds), thresholds_text=thresholds_text,
+                  eyes_rows=eyes_rows, percent=percent, measure=measure_text,
                   out_of_fold=OUT_OF_FOLD, sets_condition=SETS_CONDITION, disclaimer=DISCLAIMER)
 
 

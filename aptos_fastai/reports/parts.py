@@ -4,14 +4,26 @@ from collections.abc import Iterable
 from matplotlib.figure import Figure as Plot
 
 from aptos_fastai.decisions import OperatingPoint
-from aptos_fastai.pipeline.summary import interval_text
+from aptos_fastai.inference.eyes import NO_INDEPENDENT_READING
+from aptos_fastai.pipeline.summary import eyes_rows, interval_text
 from aptos_fastai.reports import plots
-from aptos_fastai.reports.html import Figure
+from aptos_fastai.reports.html import Figure, Table
 
 
 def figure(title: str, plot: Plot, caption: str = '', whole: bool = False) -> Figure:
     "Return a plot with its title and caption, as SVG; `whole`: as wide as the page."
     return Figure(title, plots.to_svg(plot, title), caption, whole)
+
+
+def eyes_table(results: dict) -> Table:
+    "Return kappa and AUC of images with a fellow, alone and by both eyes."
+    rows = [[name, kappa, auc] for name, kappa, auc in eyes_rows(results)]
+    refitted = (' Refitted: the score goes through the same regression without the other eye; what is gained over it '
+                'is the part of the other eye.') if 'own_score' in results else ''
+    return Table(['graded', 'kappa (95 % CI)', 'AUC, referable (95 % CI)'], rows,
+                 f'{results["images"]} images of {results["patients"]} patients with an image of the other eye; '
+                 f'intervals over patients, paired where something is subtracted.{refitted} Coverage of the prediction '
+                 f'sets of fused images: {measure_text(results["coverage"])}. Caution: {NO_INDEPENDENT_READING}.')
 
 
 def percent(share: float) -> str:

@@ -13,7 +13,7 @@ from aptos_fastai.inference.deidentify import without_ids
 from aptos_fastai.inference.explain import heatmap, overlay_heatmap
 from aptos_fastai.inference.grader import Grader
 from aptos_fastai.inference.model_spec import fold_model, run_model
-from aptos_fastai.pipeline.summary import OUT_OF_FOLD, SYNTHETIC, largest_errors, validated
+from aptos_fastai.pipeline.summary import OUT_OF_FOLD, SYNTHETIC, largest_errors, points_text, validated
 from aptos_fastai.reports.conclusion import cards, conclusion, submitted
 from aptos_fastai.reports.grade_report import (
     cluster_section,
@@ -22,8 +22,8 @@ from aptos_fastai.reports.grade_report import (
     score_section,
     threshold_comparison,
 )
-from aptos_fastai.reports.html import Section, embed_image, write_html
-from aptos_fastai.reports.parts import thresholds_text
+from aptos_fastai.reports.html import Section, Table, embed_image, write_html
+from aptos_fastai.reports.parts import eyes_table, thresholds_text
 from aptos_fastai.reports.referral_report import (
     cross_fitted_rules,
     decision_curve_section,
@@ -42,6 +42,8 @@ from aptos_fastai.reports.training_report import (
 from aptos_fastai.run_folder import Run
 
 UNCERTAIN_IMAGES = 12
+BOTH_EYES = ('Figures are of images graded alone; the section "Both eyes" has those of images that are graded by both '
+             'eyes of the patient.')
 THUMBNAIL = 224                              # side of a gallery image, pixels
 
 
@@ -96,6 +98,7 @@ def introduction(run: Run, result: dict) -> str:
     return '\n'.join([
         f'Trained on: {", ".join(tables)}.{tested}',
         *left_out,
+        *([BOTH_EYES] if submit.eyes == 'fused' else []),
         f'{OUT_OF_FOLD} Where a metric is not, it is labelled.',
         *(f'Warning: {text}.' for text in result['warnings']),
         DISCLAIMER])
@@ -117,10 +120,23 @@ def facts(run: Run, summary: dict) -> list[tuple[str, str]]:
 def grade_sections(summary: dict, valid: pd.DataFrame, predictions: pd.DataFrame | None) -> list[Section]:
     "Return the sections that show how well the model grades."
     over, thresholds = submitted(summary)['resampled'], summary['submission']['thresholds']
+    eyes = summary['submission'].get('eyes')
     return [Section('Confusion matrix and per-grade recall', confusion_section(submitted(summary)), grid=True),
             Section('Scores and grades', score_section(summary, valid, predictions, thresholds), grid=True),
             Section('Prediction sets', prediction_sets(summary, over, predictions), grid=True),
+            *([Section('Both eyes', eyes_section(eyes))] if eyes else []),
             Section('Kappa by cluster', cluster_section(summary))]
+
+
+def eyes_section(eyes: dict) -> list[Table | str]:
+    "Return how well images are graded by both eyes, and by which formula."
+    fusion = eyes['fusion']
+    own, fellow = f'{fusion["own"]:.3f} × own score', f'{fusion["fellow"]:.3f} × mean score of the other eye'
+    return ['Where there is a gradable image of the patient\'s other eye, the model grades by both. All other figures '
+            'of this report but those of test images are of images graded alone.', eyes_table(eyes['results']),
+            f'Fused score = {fusion["intercept"]:.3f} + {own} + {fellow}. '
+            f'Thresholds: {thresholds_text(eyes["thresholds"])}.',
+            f'Operating points of fused images: {points_text(eyes["decision"])}']
 
 
 def decision_sections(run: Run, summary: dict, valid: pd.DataFrame) -> list[Section]:

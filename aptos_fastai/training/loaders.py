@@ -366,7 +366,7 @@ class WeightedImageDL(FromKeptProcesses, WeightedDL):
 
 def get_dls(frame: pd.DataFrame, stage: Stage, prep: Prep, aug: Augment, stats: tuple, *, seed: int = 42,
             path='.') -> DataLoaders:
-    """Return DataLoaders of `frame` (columns stored, diagnosis, valid and, with `source_weights`, weight).
+    """Return DataLoaders of `frame` (columns stored, diagnosis, valid and, if `draws_by_weight`, weight).
 
     A column `stored_SIZE` for the size of `prep` is read in the place of `stored`.
     `stats` are the mean and std to normalise with: those of the body's pretraining. Training images are augmented
@@ -384,7 +384,7 @@ def get_dls(frame: pd.DataFrame, stage: Stage, prep: Prep, aug: Augment, stats: 
         item_tfms=[*item_augment, ToTensor()],
         batch_tfms=[*copies, IntToFloatTensor(), *batch_augment, Normalize.from_stats(*stats, cuda=cuda)])
     kind: dict = dict(dl_type=ImageDL)
-    if stage.source_weights:
+    if stage.draws_by_weight:
         weights = frame.weight.to_numpy()[~frame.valid.to_numpy(bool)]
         kind = dict(dl_type=WeightedImageDL, dl_kwargs=[dict(wgts=weights), {}])
     bs = stage.bs // world_size()                  # per process
