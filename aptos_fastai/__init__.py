@@ -33,6 +33,8 @@ if 'OMP_WAIT_POLICY' not in os.environ: os.environ.setdefault('GOMP_SPINCOUNT', 
 
 # ONNX Runtime (since 1.32 also on Linux) writes a device id into the home folder and sends usage events when imported.
 os.environ['ORT_DISABLE_TELEMETRY'] = '1'
+# MLflow sends usage events when it is used, and writes an id into the home folder.
+os.environ['MLFLOW_DISABLE_TELEMETRY'] = 'true'
 
 warnings.filterwarnings('ignore', message='.torch.jit.script. is deprecated', category=FutureWarning)     # timm uses it
 warnings.filterwarnings('ignore', message='IProgress not found')     # progress bars of other packages in notebooks

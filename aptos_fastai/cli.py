@@ -368,6 +368,20 @@ def train(options: RunOptions, stage: Stage) -> None:
 
 
 @command
+def tune(options: RunOptions, stage: Stage,
+         trials: Annotated[int, typer.Option(
+             metavar='N', help='Go on until the sweep has N trials.', parser=whole_number)] = 20) -> None:
+    """Try values of a stage's keys by out-of-fold kappa. The recipe's section [tune.STAGE] holds the ranges, Optuna
+    chooses. The best values and the recipe's own are measured again on other folds. The recipe stays as it is.
+
+    python run.py tune teacher --recipe recipes/one_table.ini --data ~/idrid --set "tune.teacher.lr=1e-4 1e-2 log"
+    python run.py tune teacher --run runs/large --trials 40
+    """
+    from aptos_fastai import commands
+    commands.tune_stage(options.load(stage), stage, trials)
+
+
+@command
 def label(options: RunOptions,
           stage: Annotated[str, argument('STAGE', 'The stage or ensemble that labels.')],
           table: Annotated[str, argument('TABLE', 'An ungraded table. Default: [submit] table.')] = '') -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, asdict, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ from aptos_fastai.pipeline.graph import (
 from aptos_fastai.pipeline.refresh import refresh_folds
 from aptos_fastai.pipeline.run_recipe import RECIPE, check_name
 from aptos_fastai.pipeline.summary import SYNTHETIC, oof_table, show_summary, stage_kappa_text, summarise
-from aptos_fastai.recipe import NAMED_SECTIONS, SECTIONS, Recipe, read_recipe
+from aptos_fastai.recipe import NAMED_SECTIONS, SECTIONS, TUNE_HELP, Recipe, read_recipe
 from aptos_fastai.run_folder import Run
 
 if TYPE_CHECKING:
@@ -303,6 +304,22 @@ def find_batch_size(run: Run, name: str) -> None:
     say(f'[stage.{name}] largest bs that fits: {largest}; {advice}')
 
 
+def tune_stage(run: Run, stage: str, trials: int) -> None:
+    "Try values of a stage's keys, compare the best with the recipe's, and draw which keys mattered"
+    if find_spec('optuna') is None: raise AptosError('tune: needs the package optuna. Run pip install optuna.')
+    from aptos_fastai.pipeline import tune
+    from aptos_fastai.reports.plots import importance_bars, write_png
+    found = tune.tune_stage(run, stage, trials)
+    plot = found.folder / 'importance.png'
+    if not found.importance:
+        plot.unlink(missing_ok=True)         # of an earlier study
+        return
+    demo = ' (synthetic demo)' if run.recipe.demo else ''
+    label = f'{stage}: share of the differences of kappa between trials{demo}'
+    write_png(importance_bars(found.importance, label), plot)
+    say(f'how much each key mattered -> {plot}')
+
+
 def write_demo_folder(recipe: str, sets: Iterable[str], folder: str) -> None:
     "Write the synthetic demo's tables to a folder"
     demo = read_recipe(recipe, demo=True, sets=list(sets))
@@ -338,6 +355,8 @@ def show_keys() -> None:
             head = f'  {key.name:<14} {default_text(key) or "empty":<18} '
             text = key.metadata['help'] + accepted_text(key)
             say(textwrap.fill(text, 80, initial_indent=head, subsequent_indent=' ' * 36))
+    say('\n[tune.STAGE]', 'bold')
+    say(textwrap.fill(TUNE_HELP, 80, initial_indent='  ', subsequent_indent='  '))
 
 
 def default_text(key: Field) -> str:

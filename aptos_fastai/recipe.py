@@ -232,6 +232,7 @@ class Table:
 
 DIVIDE = 'Divide values for pixels from 0 to 255 by 255.'
 WEIGHT_SOURCES = 'imagenet', 'bundled', 'none'      # values of a stage's `weights` that are no file
+MLFLOW_SERVER = 'MLFLOW_TRACKING_URI'               # the user's environment variable: MLflow's server or database
 
 
 @dataclass(frozen=True)
@@ -305,8 +306,9 @@ class Stage:
     precision: str = _key('auto', 'training precision; auto: on a GPU bf16, or fp16 if bf16 is unsupported; on a CPU '
                           'with bf16 the faster of f32 and bf16, measured; of a linear probe f32',
                           choices=('auto', 'f32', 'bf16', 'fp16'))
-    track: str = _key('no', 'live tracking beside history.csv: tensorboard (in the run folder) or wandb (online)',
-                      choices=('no', 'tensorboard', 'wandb'))
+    track: str = _key('no', 'live tracking beside history.csv: tensorboard (in the run folder), mlflow (there, too, or '
+                      'where MLFLOW_TRACKING_URI says) or wandb (online)',
+                      choices=('no', 'tensorboard', 'mlflow', 'wandb'))
     compile: str = _key('no', 'yes: torch.compile the body; takes a minute or more and needs a C++ compiler',
                         choices=('no', 'yes'))
 
@@ -428,9 +430,32 @@ SECTIONS: dict[str, type] = dict(recipe=General, images=Images, augment=Augment,
                                  ensemble=Ensemble, submit=Submit, gate=Gate, refer=Refer, demo=Demo)
 NAMED_SECTIONS = ('table', 'stage', 'ensemble')
 SECTION_NAME = re.compile(r'(recipe|images|augment|submit|gate|refer|stage|demo|demo\.stage)'
-                          r'|(table|stage|ensemble|demo\.stage)\.[A-Za-z]\w*')
-ACCEPTED_SECTIONS = ('[recipe] [images] [augment] [table.NAME] [stage] [stage.NAME] [ensemble.NAME] [submit] '
-                     '[gate] [refer] [demo] [demo.stage] [demo.stage.NAME]')
+                          r'|(table|stage|ensemble|tune|demo\.stage)\.[A-Za-z]\w*')
+ACCEPTED_SECTIONS = ('[recipe] [images] [augment] [table.NAME] [stage] [stage.NAME] [ensemble.NAME] [tune.STAGE] '
+                     '[submit] [gate] [refer] [demo] [demo.stage] [demo.stage.NAME]')
+
+# Keys of a stage that `tune` does not try: what is trained and validated, by which rule it is judged, and how it runs
+NOT_TUNED = {'train', 'validate', 'init', 'folds', 'seed', 'seeds', 'thresholds', 'workers', 'track', 'compile'}
+TUNE_HELP = ('what `tune STAGE` tries: a key of [stage] = FROM TO for a number, FROM TO log on a logarithmic scale, '
+             'or A | B | C, values to choose from')
+
+
+@dataclass(frozen=True)
+class Range:
+    "[tune.STAGE] KEY: what `tune` tries for a key of [stage], numbers from `low` to `high`, or `choices`"
+    text: str
+    low: float = 0                           # int for a key of whole numbers
+    high: float = 0
+    log: bool = False
+    choices: tuple[str, ...] = ()
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        "The choices, or the lowest and the highest value, as texts of a recipe"
+        return self.choices or (str(self.low), str(self.high))
+
+
+Ranges = dict[str, Range]                    # key of a stage -> what is tried
 
 COLUMNS_OF_SCORES = frozenset((              # of scores.csv and oof.csv, beside one for each stage and ensemble
     'id_code', 'source', 'diagnosis', 'fold', 'group', 'score', 'grade', 'grade_low', 'grade_high', 'score_sd',
@@ -459,6 +484,7 @@ class Recipe:
     owner: str = ''
     contact: str = ''
     order: tuple[str, ...] = ()              # stages and ensembles, parents first
+    tune: dict[str, Ranges] = field(default_factory=dict, repr=False, compare=False)       # of [tune.STAGE]
     sections: Ini = field(default_factory=dict, repr=False, compare=False)      # its texts, with those of --set
     sets: tuple[str, ...] = field(default=(), repr=False, compare=False)        # the SECTION.KEY=VALUE of --set
 
@@ -598,6 +624,58 @@ def _build(path: Path, section: str, cls: type, texts: dict[str, str], **given: 
     return cls(**values)
 
 
+def _parse_ranges(path: Path, stage: str, texts: dict[str, str]) -> Ranges:
+    "Return the ranges of [tune.STAGE]"
+    known = {f.name: f for f in fields(Stage) if f.name not in NOT_TUNED | {'name'}}
+    found: Ranges = {}
+    for k, text in texts.items():
+        if k not in known:
+            what = 'a key that is not tuned.' if k in NOT_TUNED else f'no such key{did_you_mean(k, known)}'
+            raise ConfigError(f'{path} [tune.{stage}] {k}: {what} Accepted keys: {", ".join(known)}.')
+        try: found[k] = _parse_range(known[k], text.strip())
+        except ValueError as e: raise ConfigError(f'{path} [tune.{stage}] {k} = {text}: {e}') from None
+    return found
+
+
+def _parse_range(key: Field, text: str) -> Range:
+    "Return what `tune` tries for a key of a stage. Raises ValueError with what to enter"
+    if '|' in text or key.type not in (int, float):
+        choices = tuple(o.strip() for o in text.split('|'))
+        values = [_parse_value(key, o) for o in choices]
+        if len(set(values)) < max(2, len(values)): raise ValueError('enter different values, separated by |.')
+        return Range(' | '.join(choices), choices=choices)
+    *numbers, last = text.split() or ['']
+    log = last == 'log'
+    if not log: numbers.append(last)
+    if len(numbers) != 2: raise ValueError('enter FROM TO, FROM TO log, or values separated by |.')
+    low, high = (_parse_value(key, o) for o in numbers)
+    if low >= high: raise ValueError('enter the smaller number first.')
+    if log and low <= 0: raise ValueError('a logarithmic scale begins above 0.')
+    return Range(' '.join(text.split()), low, high, log)
+
+
+def _check_tuned(path: Path, ini: Ini) -> None:
+    "Raise `ConfigError` for a section [tune.NAME] that is of no stage"
+    stages, ensembles = _names(ini, 'stage'), _names(ini, 'ensemble')
+    for name in _names(ini, 'tune'):
+        if name in stages: continue
+        what = f'no such stage{did_you_mean(name, stages)}'
+        if name in ensembles: what = 'an ensemble, which is not trained. Tune a stage.'
+        raise ConfigError(f'{path} [tune.{name}]: {what} Stages: {", ".join(stages)}.')
+
+
+def key_text(recipe: Recipe, stage: str, key: str) -> str:
+    "Return the text of a key of a stage, as [stage.NAME], its defaults or --set give it"
+    texts = _stage_texts(recipe.sections, stage, bool(recipe.demo))
+    default = next(f.default for f in fields(Stage) if f.name == key)
+    return texts.get(key, ' '.join(map(str, default)) if isinstance(default, tuple) else str(default)).strip()
+
+
+def parse_key(key: str, text: str) -> Any:
+    "Return the value of a key of [stage] from its text. Raises ValueError with what to enter"
+    return _parse_value(next(f for f in fields(Stage) if f.name == key), text)
+
+
 # Reading the file
 
 def read_recipe(path: str | Path, *, demo: bool = False, sets: Sequence[str] = ()) -> Recipe:
@@ -605,24 +683,37 @@ def read_recipe(path: str | Path, *, demo: bool = False, sets: Sequence[str] = (
 
     `sets` are SECTION.KEY=VALUE strings (from --set) that override the file. Raises `ConfigError`.
     """
-    path = Path(path)
-    ini = read_ini(path)
+    return parse_recipe(Path(path), read_ini(Path(path)), demo, sets)
+
+
+def changed(recipe: Recipe, sets: Sequence[str]) -> Recipe:
+    "Return the checked recipe with further SECTION.KEY=VALUE. Raises `ConfigError`"
+    ini = {section: dict(keys) for section, keys in recipe.sections.items()}
+    parsed = parse_recipe(recipe.path, ini, bool(recipe.demo), [*recipe.sets, *sets])
+    left_out = [name for name in parsed.tables if name not in recipe.tables]
+    return replace(parsed.without(left_out) if left_out else parsed, name=recipe.name)
+
+
+def parse_recipe(path: Path, ini: Ini, demo: bool, sets: Sequence[str]) -> Recipe:
+    "Return the checked recipe of the sections of a file, which it changes. Raises `ConfigError`"
     for text in sets: override(ini, text)
     sections = dict(ini)
     _check_section_names(path, ini)
+    _check_tuned(path, ini)
     for name in _names(ini, 'table'): ini[f'table.{name}'] = _with_preset(path, name, ini[f'table.{name}'])
     tables = {n: _build(path, f'table.{n}', Table, ini[f'table.{n}'], name=n) for n in _names(ini, 'table')}
     ensembles = {n: _build(path, f'ensemble.{n}', Ensemble, ini[f'ensemble.{n}'], name=n)
                  for n in _names(ini, 'ensemble')}
     for e in ensembles.values(): _check_weights(path, e)
     stages = {n: _build(path, f'stage.{n}', Stage, _stage_texts(ini, n, demo), name=n) for n in _names(ini, 'stage')}
+    ranges = {n: _parse_ranges(path, n, ini[f'tune.{n}']) for n in _names(ini, 'tune')}
     single = {s: _build(path, s, SECTIONS[s], ini.get(s, {})) for s in SECTIONS if s not in NAMED_SECTIONS}
     if demo: stages = {n: _demo_stage(path, s, single['demo']) for n, s in stages.items()}
     stages, ensembles = _with_seeds(path, stages, ensembles, single['recipe'].seed)
     recipe = Recipe(name=f'{path.stem}-demo' if demo else path.stem, path=path,
                     demo=single['demo'] if demo else None, images=single['images'], augment=single['augment'],
                     tables=tables, stages=stages, ensembles=ensembles, submit=single['submit'], gate=single['gate'],
-                    refer=single['refer'], sections=sections, sets=tuple(sets),
+                    refer=single['refer'], tune=ranges, sections=sections, sets=tuple(sets),
                     **vars(single['recipe']))
     return checked(recipe)
 

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 PACKAGES = 'aptos_fastai fastai torch timm pandas numpy scikit-learn opencv-python-headless pillow'.split()
 EXTRAS = dict(dicom='pydicom', excel='openpyxl', export='onnxruntime', openvino='openvino', serve='starlette',
-              parallel='accelerate', tensorboard='tensorboard', wandb='wandb', test='pytest',
-              **{'dicom-report': 'highdicom'})
+              parallel='accelerate', tensorboard='tensorboard', mlflow='mlflow', wandb='wandb', tune='optuna',
+              test='pytest', **{'dicom-report': 'highdicom'})
 DOWNLOADS = {                                # folder that a recipe names -> commands that download and unpack it
     'aptos2019-blindness-detection': [
         'kaggle competitions download -c aptos2019-blindness-detection -p {data}',

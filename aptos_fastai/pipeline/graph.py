@@ -1,4 +1,5 @@
 "Walk the graph of a recipe: tables, images, stages, pseudo-labels, submission. Skip what is finished."
+import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ from aptos_fastai.pipeline.reasons import NEVER, training_reasons
 from aptos_fastai.pipeline.refresh import move_renamed, refresh_folds
 from aptos_fastai.pipeline.run_recipe import check_weights_folder, is_stored, relative_to_root, store_recipe
 from aptos_fastai.pipeline.summary import SUMMARY_FORMAT, SYNTHETIC, graded_alone, node_decision, tables_text
-from aptos_fastai.recipe import ConfigError, Recipe, Stage, did_you_mean, read_recipe
+from aptos_fastai.recipe import MLFLOW_SERVER, ConfigError, Recipe, Stage, did_you_mean, read_recipe
 from aptos_fastai.run_folder import Run
 
 UNREADABLE = 'cannot be read'                              # in the column ungradable of scores.csv
@@ -364,10 +365,16 @@ def check_installed(stage: Stage) -> None:
     "Raise `AptosError` if a stage needs a package or compiler that is not installed"
     if world_size() > 1 and find_spec('accelerate') is None:
         raise AptosError(f'{world_size()} processes need the package accelerate. Run pip install accelerate.')
-    if stage.track != 'no' and find_spec(stage.track) is None:
+    if any(find_spec(package) is None for package in tracker_packages(stage.track)):
         raise AptosError(f'track = {stage.track}: not installed. Run pip install {stage.track}, or set track = no.')
     if stage.compile == 'yes' and not any(map(shutil.which, ('c++', 'g++', 'clang++', 'cl'))):
         raise AptosError('compile = yes: needs a C++ compiler. Install g++ or clang++, or set compile = no.')
+
+
+def tracker_packages(track: str) -> list[str]:
+    "Return the packages that a tracker needs; MLflow in the run folder is a database"
+    if track == 'no': return []
+    return [track, 'sqlalchemy', 'alembic'] if track == 'mlflow' and not os.environ.get(MLFLOW_SERVER) else [track]
 
 
 # Train, label, score, submit

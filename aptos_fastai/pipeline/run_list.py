@@ -134,10 +134,12 @@ def base_recipe(root: Path, file: Path, sections: Ini) -> Ini | None:
 def changed_keys(sections: Ini, base: Ini, demo: bool) -> Iterator[str]:
     """Yield 'SECTION.KEY=VALUE' of each key that `sections` give another value than `base`.
 
-    A value of --set is in [stage] and in [demo.stage]: it is named once, and without `demo` nothing of the demo.
+    A value of --set is in [stage] and in [demo.stage]: it is named once, and without `demo` nothing of the demo. Ranges
+    of `tune` change no result.
     """
     for name, keys in sections.items():
-        if name.partition('.')[0] == 'demo' and not demo: continue
+        kind = name.partition('.')[0]
+        if kind == 'tune' or kind == 'demo' and not demo: continue
         plain = sections.get(name.removeprefix('demo.'), {}) if name.startswith('demo.') else {}
         before = base.get(name, {})
         for key, value in keys.items():

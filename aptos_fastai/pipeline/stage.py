@@ -1,4 +1,5 @@
 "Train one fold of a stage and write its folder."
+import os
 import platform
 import shutil
 import subprocess
@@ -28,7 +29,7 @@ from aptos_fastai.pipeline.features import FrozenFeatures, frozen_features, prob
 from aptos_fastai.pipeline.lineage import seen_by_weights, training_images
 from aptos_fastai.pipeline.pseudo_labels import read_labels
 from aptos_fastai.pipeline.scores import PREDS_COLUMNS, predict_features, predict_views, read_exported
-from aptos_fastai.recipe import Stage
+from aptos_fastai.recipe import MLFLOW_SERVER, Stage
 from aptos_fastai.run_folder import EXPORT, FEATURES, FINISHED, FOLD_FILES, HISTORY, PREDS, WEIGHTS, Run
 from aptos_fastai.training.callbacks import (
     AccumulateGradients,
@@ -36,6 +37,7 @@ from aptos_fastai.training.callbacks import (
     FrozenBody,
     History,
     LossScaling,
+    MLflowCallback,
     Reproducible,
     ShowProgress,
     TrainingDiverged,
@@ -233,7 +235,7 @@ def fit_fold(run: Run, name: str, fold: int, precision: str, bars: Bars, title: 
     cbs += [*optional_callbacks(stage, precision), hist]
     with bars(title, epochs * (len(learn.dls.train) // world_size()), 'batches') as bar:
         if rank() == 0:
-            cbs += [checkpoint, ShowProgress(title, epochs, bar, hist), *tracker_callbacks(run, name, fold)]
+            cbs += [checkpoint, ShowProgress(title, epochs, bar, hist), *tracker_callbacks(run, name, fold, key, hist)]
         try: fit_stage(learn, stage, cbs, done, opt)
         finally:                             # also where it diverges: weights of a network, not of its head alone
             if frozen and hist.weights: hist.weights = cpu_state_dict(whole.model) | hist.weights
@@ -272,9 +274,10 @@ def optional_callbacks(stage: Stage, precision: str) -> list[Callback]:
     return cbs
 
 
-def tracker_callbacks(run: Run, name: str, fold: int) -> list[Callback]:
-    "Return fastai's callback for the experiment tracker that the stage's `track` names"
-    tracker = run.recipe.stages[name].track
+def tracker_callbacks(run: Run, name: str, fold: int, key: str, hist: History) -> list[Callback]:
+    "Return the callback for the experiment tracker that the stage's `track` names; `key` is a hash of the training"
+    stage, folder = run.recipe.stages[name], run.fold_dir(name, fold).relative_to(run.root)
+    tracker, title = stage.track, f'{run.recipe.name} {" ".join(folder.parts)}'
     if tracker == 'tensorboard':
         from fastai.callback.tensorboard import TensorBoardCallback
 
@@ -286,13 +289,19 @@ def tracker_callbacks(run: Run, name: str, fold: int) -> list[Callback]:
                 for i, options in enumerate(self.opt.hypers):
                     for name, value in options.items():
                         if value is not None: self.writer.add_scalar(f'{name}_{i}', value, self.train_iter)
-        return [TensorBoard(run.root / tracker / name / f'fold{fold}', trace_model=False, log_preds=False)]
+        return [TensorBoard(run.root / tracker / folder, trace_model=False, log_preds=False)]
     if tracker == 'wandb':
         import wandb
         from fastai.callback.wandb import WandbCallback
-        wandb.init(project='aptos_fastai', name=f'{run.recipe.name} {name} fold{fold}', dir=run.root,
-                   reinit='finish_previous')
+        wandb.init(project='aptos_fastai', name=title, dir=run.root, reinit='finish_previous')
         return [WandbCallback(log_preds=False)]
+    if tracker == 'mlflow':
+        uri = os.environ.get(MLFLOW_SERVER)
+        if not uri:
+            (run.root / tracker).mkdir(parents=True, exist_ok=True)
+            uri = f'sqlite:///{(run.root / tracker).resolve().as_posix()}/mlflow.db'
+        tags = dict(run=run.recipe.name, stage=name, fold=str(fold), synthetic=str(bool(run.recipe.demo)))
+        return [MLflowCallback(uri, title, asdict(stage), tags, key, stage.freeze_epochs + stage.epochs, hist)]
     return []
 
 
@@ -305,7 +314,7 @@ def actionable_errors(stage: Stage, fold: int, out: Path, title: str, hist: Hist
         if hist.weights and rank() == 0:
             write_weights(out / BEST_WEIGHTS, hist.weights)
             message += f' The best epoch\'s weights are in {out / BEST_WEIGHTS}'
-        raise AptosError(message) from None
+        raise TrainingDiverged(message) from None
     except AptosError as e: raise AptosError(_own_message(e)) from None
     except KeyboardInterrupt:
         total = stage.freeze_epochs + stage.epochs

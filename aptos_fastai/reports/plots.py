@@ -3,6 +3,7 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -15,6 +16,7 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
+from aptos_fastai.common.io import atomic_write
 from aptos_fastai.metrics import GRADES
 from aptos_fastai.reports.colours import BLUE, GRADES_LIGHT, GREEN, ORANGE, RED
 
@@ -73,6 +75,25 @@ def to_svg(fig: Figure, title: str) -> Markup:
     style = f'max-width:{width:.0f}px'
     if width > WIDE: style += f';min-width:{MIN_WIDTH}px'
     return Markup(text.replace('<svg', f'<svg role="img" aria-label="{Markup.escape(title)}" style="{style}"', 1))
+
+
+@styled
+def write_png(fig: Figure, file: Path) -> None:
+    "Write the figure as a PNG on white, atomically."
+    with atomic_write(file) as temp: fig.savefig(temp, format='png', dpi=PIXELS_PER_INCH, facecolor='white')
+
+
+@styled
+def importance_bars(importance: dict[str, float], label: str) -> Figure:
+    "Draw a bar for each key, the longest first."
+    fig, ax = subplots(5.6, .9 + .34 * len(importance))
+    y = np.arange(len(importance))[::-1]
+    ax.barh(y, list(importance.values()), .62, color=BLUE)
+    for value, row in zip(importance.values(), y, strict=True):
+        ax.annotate(f'{value:.2f}', (value, row), (5, 0), textcoords='offset points', va='center')
+    ax.set_yticks(y, list(importance))
+    ax.set(xlabel=label, xlim=(0, 1.12), ylim=(-.6, len(importance) - .4))
+    return fig
 
 
 @styled

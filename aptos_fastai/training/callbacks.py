@@ -1,4 +1,5 @@
 "fastai callbacks for training: seeds, history, moving average, loss scaling, gradient accumulation, progress."
+import logging
 import math
 import random
 import time
@@ -243,3 +244,49 @@ class ShowProgress(Callback):
             seconds_per_epoch = (time.monotonic() - self.fit_start) / (self.finished - self.resumed_at)
             line += f'  {format_duration(seconds_per_epoch * (self.epochs - self.finished))} left'
         say(line, 'dim' if console.is_terminal else None)
+
+
+class MLflowCallback(Callback):
+    """Log the parameters of a training, and losses, kappa and learning rate of every epoch, by MLflow's client.
+
+    fastai has a callback for TensorBoard and Weights & Biases, none for MLflow. `uri` is a server or database, `key` a
+    hash of the training: if that was interrupted, it goes on in the same run of MLflow. `epochs` are those of all fits.
+    """
+    order = 65                                # after History
+    experiment = 'aptos_fastai'
+
+    def __init__(self, uri: str, title: str, params: dict, tags: dict, key: str, epochs: int, history: History):
+        self.uri, self.title, self.params, self.epochs, self.hist = uri, title, params, epochs, history
+        self.tags, self.logged, self.run_id = dict(tags, training=key), 0, ''
+
+    def before_fit(self):
+        if self.run_id: return                # the second fit of a training
+        import mlflow
+        from mlflow.entities import Param
+        logging.getLogger('mlflow').setLevel(logging.WARNING)          # not of tables that it creates
+        self.client = mlflow.MlflowClient(tracking_uri=self.uri)
+        found = self.client.get_experiment_by_name(self.experiment)
+        experiment = found.experiment_id if found else self.client.create_experiment(self.experiment)
+        earlier = self.client.search_runs([experiment], f"tags.training = '{self.tags['training']}'", max_results=1)
+        if self.hist.rows and earlier:
+            self.run_id = earlier[0].info.run_id
+            self.logged = len(self.client.get_metric_history(self.run_id, 'kappa'))
+        else:
+            self.run_id = self.client.create_run(experiment, tags=self.tags, run_name=self.title).info.run_id
+            params = [Param(name, str(value)) for name, value in self.params.items()]
+            self.client.log_batch(self.run_id, params=params)
+        self.log_rows()
+
+    def after_epoch(self):
+        self.log_rows()
+        if len(self.hist.rows) == self.epochs: self.client.set_terminated(self.run_id)
+
+    def log_rows(self):
+        "Log the epochs that are not logged yet"
+        from mlflow.entities import Metric
+        for row in self.hist.rows[self.logged:]:
+            now = int(time.time() * 1000)
+            values = {name: value for name, value in row.items() if name not in ('epoch', 'kept')}
+            self.client.log_batch(self.run_id, [Metric(name, value, now, row['epoch'])
+                                                for name, value in values.items()])
+        self.logged = len(self.hist.rows)

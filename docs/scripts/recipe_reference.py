@@ -14,6 +14,7 @@ This page is generated from `aptos_fastai/recipe.py`; `python run.py keys` print
 
 - `[stage]` holds the defaults of every `[stage.NAME]`.
 - `[demo.stage]` and `[demo.stage.NAME]` override stage keys when the recipe runs on the demo.
+- `[tune.STAGE]` holds the ranges of `python run.py tune STAGE`: [Tune a stage](train.md#tune-a-stage).
 - `--set SECTION.KEY=VALUE` changes one key for one run: `--set stage.finetune_256.epochs=5`.
 - A list is written with spaces: `train = aptos_train finetune_256:aptos_test`.
 - Sections and keys are checked before anything runs. An unknown key is an error that names the file,

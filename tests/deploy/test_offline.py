@@ -1,4 +1,4 @@
-"Nothing that grades or exports opens a connection or leaves a file in the home folder, whichever backend it uses."
+"Nothing that grades, exports or tracks in the run folder opens a connection or leaves a file in the home folder."
 import json
 import os
 import shutil
@@ -12,6 +12,9 @@ from aptos_fastai.deploy.bundle import PACKAGES
 
 # What Matplotlib, which fastai imports, keeps in the home folder: its list of fonts, and settings
 CACHES = '.cache/matplotlib', '.config/matplotlib'
+# Set or read by packages that report their use; under these MLflow does not, whatever this package sets
+TELEMETRY = ('ORT_DISABLE_TELEMETRY', 'MLFLOW_DISABLE_TELEMETRY', 'MLFLOW_TRACKING_URI', 'DO_NOT_TRACK', 'CI',
+             'GITHUB_ACTIONS', 'PYTEST_CURRENT_TEST')
 # Runs a command of this package; a connection that Python code tries is refused and makes the exit status 3
 PROGRAM = """
 import socket, sys
@@ -34,7 +37,7 @@ def run_offline(home, *args):
     "Run a command with `home` as empty home folder; assert that it connects nowhere and leaves no file there"
     home.mkdir()
     env = {k: v for k, v in os.environ.items()
-           if not k.startswith('XDG_') and k not in ('TORCH_HOME', 'HF_HOME', 'MPLCONFIGDIR', 'ORT_DISABLE_TELEMETRY')}
+           if not k.startswith('XDG_') and k not in ('TORCH_HOME', 'HF_HOME', 'MPLCONFIGDIR', *TELEMETRY)}
     command = [sys.executable, '-c', PROGRAM, *map(str, args)]
     trace = home.with_suffix('.trace')
     if shutil.which('strace') and _can_trace(trace):       # sees the connections of native code, too
@@ -76,6 +79,14 @@ def test_predict_makes_no_connection(exported, image_paths, tmp_path, backend):
     out = tmp_path / 'grades.csv'
     run_offline(tmp_path / 'home', 'predict', exported, *image_paths[:4], '-o', out, '--backend', backend)
     assert len(out.read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize('tracker', ['tensorboard', 'mlflow'])
+def test_tracking_in_the_run_folder_makes_no_connection(tables, small_recipe, tmp_path, tracker):
+    pytest.importorskip(tracker)
+    run_offline(tmp_path / 'home', 'train', 'teacher', '--recipe', small_recipe, '--data', tables, '--runs',
+                tmp_path / 'r', '--set', 'stage.folds=1', '--set', f'stage.track={tracker}')
+    assert any((tmp_path / 'r/small' / tracker).rglob('*'))
 
 
 def test_a_connection_is_refused():

@@ -14,7 +14,7 @@ from torch import nn
 from aptos_fastai.cli import main
 from aptos_fastai.data.retina import Prep
 from aptos_fastai.recipe import Augment, Stage
-from aptos_fastai.training import precision
+from aptos_fastai.training import callbacks, precision
 from aptos_fastai.training.callbacks import History
 from aptos_fastai.training.loaders import get_dls
 from aptos_fastai.training.model import get_learner
@@ -215,6 +215,7 @@ def test_the_largest_batch_needs_a_gpu(toy, capsys):
 
 
 @pytest.mark.parametrize('key, words', [('track=wandb', 'Run pip install wandb, or set track = no'),
+                                        ('track=mlflow', 'Run pip install mlflow, or set track = no'),
                                         ('compile=yes', 'needs a C++ compiler')])
 def test_missing_software_is_an_error_before_anything_trains(tables, small_recipe, tmp_path, capsys, monkeypatch, key,
                                                              words):
@@ -235,3 +236,57 @@ def test_a_tracker_gets_the_losses_and_does_not_change_the_stage(tables, small_r
     written = weights.stat().st_mtime_ns
     main(args)                                # without the tracker the stage is still up to date
     assert weights.stat().st_mtime_ns == written
+
+
+def mlflow_runs(uri):
+    "Return the client and the runs in a database of MLflow"
+    mlflow = pytest.importorskip('mlflow')
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name('aptos_fastai')
+    return client, client.search_runs([experiment.experiment_id]) if experiment else []
+
+
+MLFLOW_WARNS = pytest.mark.filterwarnings('ignore:The ..noload.. loader strategy:DeprecationWarning')   # of SQLAlchemy
+
+
+@MLFLOW_WARNS
+def test_mlflow_gets_parameters_and_every_epoch_in_the_run_folder(tables, small_recipe, tmp_path, monkeypatch):
+    monkeypatch.delenv('MLFLOW_TRACKING_URI', raising=False)
+    args = ['train', 'teacher', *options(tables, small_recipe, tmp_path / 'r'), *ONE_FOLD, '--set', 'stage.epochs=2',
+            '--set', 'stage.freeze_epochs=1']
+    main([*args, '--set', 'stage.track=mlflow'])
+    client, (run,) = mlflow_runs(f'sqlite:///{tmp_path}/r/small/mlflow/mlflow.db')
+    assert run.info.status == 'FINISHED' and run.info.run_name == 'small teacher fold0'
+    assert {k: run.data.tags[k] for k in ('run', 'stage', 'fold', 'synthetic')} == dict(
+        run='small', stage='teacher', fold='0', synthetic='False')
+    assert run.data.params['lr'] == '0.003' and run.data.params['arch'] == 'test_resnet'
+    history = pd.read_csv(tmp_path / 'r/small/teacher/fold0/history.csv')
+    for name in ('train_loss', 'valid_loss', 'kappa', 'lr'):
+        logged = client.get_metric_history(run.info.run_id, name)
+        assert [(o.step, o.value) for o in logged] == list(zip(history.epoch, history[name], strict=True))
+    written = (tmp_path / 'r/small/teacher/fold0/weights.safetensors').stat().st_mtime_ns
+    main(args)                                # without the tracker the stage is still up to date
+    assert (tmp_path / 'r/small/teacher/fold0/weights.safetensors').stat().st_mtime_ns == written
+
+
+@MLFLOW_WARNS
+def test_mlflow_goes_on_in_the_run_of_an_interrupted_training(tables, small_recipe, tmp_path, monkeypatch, capsys):
+    uri = f'sqlite:///{tmp_path}/mine.db'
+    monkeypatch.setenv('MLFLOW_TRACKING_URI', uri)       # of the user
+    args = ['train', 'teacher', *options(tables, small_recipe, tmp_path / 'r'), *ONE_FOLD, '--set', 'stage.epochs=3',
+            '--set', 'stage.track=mlflow']
+    before_epoch = callbacks.Reproducible.before_epoch
+
+    def stop_in_third_epoch(self):
+        if len(self.hist.rows) == 2: raise KeyboardInterrupt
+        before_epoch(self)
+    with monkeypatch.context() as m:
+        m.setattr(callbacks.Reproducible, 'before_epoch', stop_in_third_epoch)
+        with pytest.raises(SystemExit): main(args)
+    client, (stopped,) = mlflow_runs(uri)
+    assert stopped.info.status == 'RUNNING'
+    main(args)
+    client, (run,) = mlflow_runs(uri)
+    assert run.info.run_id == stopped.info.run_id and run.info.status == 'FINISHED'
+    assert [o.step for o in client.get_metric_history(run.info.run_id, 'kappa')] == [0, 1, 2]
+    assert not (tmp_path / 'r/small/mlflow').exists()
