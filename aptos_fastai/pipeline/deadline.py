@@ -28,7 +28,7 @@ class Deadline:
     that lead to the same submitted stage: none is started if the submitted one would end too late.
     """
     hours: float
-    start: float = field(default_factory=clock.seconds)
+    start: float = field(default_factory=lambda: clock.seconds())
     measured: dict = field(default_factory=dict, repr=False)
     took: dict[str, tuple[float, float]] = field(default_factory=dict)       # stage -> real and estimated seconds
     refused: dict[str, str] = field(default_factory=dict)                    # stage -> why it is left out
