@@ -4,6 +4,7 @@ Each function marked `@command` is a command: its docstring is the help, its par
 what it calls inside its body, so that `--help` stays fast.
 """
 import functools
+import math
 import os
 import signal
 import sys
@@ -46,6 +47,14 @@ def whole_number(text: str) -> int:
     except ValueError: raise typer.BadParameter(f'{text} is not a whole number') from None
 
 
+def hours_above_0(text: str) -> float:
+    "Return the number of hours in `text`. Raises `BadParameter`"
+    try: hours = float(text)
+    except ValueError: hours = 0
+    if not 0 < hours < math.inf: raise typer.BadParameter(f'{text}: enter a number of hours above 0, as 4 or 0.5')
+    return hours
+
+
 RecipeFile = Annotated[str, typer.Option(metavar='FILE', help='The recipe.')]
 Sets = Annotated[list[str] | None, typer.Option(
     '--set', metavar='SECTION.KEY=VALUE', help='Change a key of the recipe for this run. May be repeated.')]
@@ -56,6 +65,9 @@ Root = Annotated[str | None, typer.Option(
     metavar='FOLDER', help='Base folder of relative paths in a CSV. Default: the folder of the CSV.')]
 Deidentify = Annotated[bool, typer.Option(
     '--deidentify', help='Leave ids, file names, patients and images out of what is written.')]
+Hours = Annotated[float | None, typer.Option(
+    metavar='H', parser=hours_above_0, help='Take at most about H hours: stages that would end later are left out. A '
+    'later `all` trains them.')]
 TableRecipe = Annotated[str, typer.Option(metavar='FILE', help='The recipe that has the table TABLE.')]
 TableData = Annotated[str, typer.Option(
     metavar='FOLDER', help='The folder of the table, for a preset or a table of the recipe.')]
@@ -247,15 +259,19 @@ def program(version: Annotated[bool, typer.Option(
 
 
 @command
-def all(options: RunOptions, deidentify: Deidentify = False) -> None:
+def all(options: RunOptions, hours: Hours = None, deidentify: Deidentify = False) -> None:
     """Train every stage and write submission.csv. Finished stages are skipped.
 
     python run.py all
     python run.py all --data ~/kaggle --name large --set stage.size=384
+    python run.py all --recipe recipes/one_table.ini --data ~/idrid --hours 0.5
     python run.py all runs/large
     """
+    from aptos_fastai.common.clock import seconds
+    start = seconds()                        # imports of PyTorch count
     from aptos_fastai import commands
-    commands.run_all(options.load(), deidentify)
+    deadline = commands.Deadline(hours, start) if hours else None
+    commands.run_all(options.load(), deidentify, deadline)
 
 
 Column = Annotated[str, typer.Option(metavar='COLUMN', help='Default: found by names and contents.')]
@@ -273,17 +289,44 @@ def fit(csv: Annotated[str, argument('CSV', 'A CSV or .xlsx with a grade for eac
         ungradable: Ungradable = '',
         name: Annotated[str, typer.Option(metavar='NAME', help='Name of the run. Default: that of the CSV.')] = '',
         runs: Annotated[str, typer.Option(metavar='FOLDER', help='Results go to FOLDER/NAME/.')] = 'runs',
+        hours: Annotated[float | None, typer.Option(
+            metavar='H', parser=hours_above_0, help='Choose the settings for about H hours on this machine, and leave '
+            'out stages that would end later.')] = None,
         sets: Sets = None, deidentify: Deidentify = False) -> None:
     """Train on a graded table without a recipe. Says which column it takes for id, grade, patient and eye, and why;
     writes the recipe that it uses into the run folder. The run folder grades new images.
 
     python run.py fit grades.csv images/
+    python run.py fit grades.csv images/ --hours 2
     python run.py fit labels.xlsx photos/ unlabelled/ --grade "DR grade" --set stage.epochs=5
     """
     from aptos_fastai import commands
     keys = given(id=id, grade=grade, patient=patient, eye=eye, ungradable=ungradable)
     commands.fit(csv, images, unlabelled, name=name, runs=runs, sets=sets or [], ask=ask_user(),
-                 deidentify=deidentify, **keys)
+                 deidentify=deidentify, hours=hours, **keys)
+
+
+@command
+def configure(data: Annotated[str, typer.Option(
+                  metavar='FOLDER', help='The folder with train.csv and train_images/, and perhaps test.csv and '
+                  'test_images/.')],
+              hours: Annotated[float, typer.Option(
+                  metavar='H', parser=hours_above_0, help='How long `all` may take on this machine, hours.')],
+              output: Annotated[str, typer.Option(
+                  '-o', '--output', metavar='FILE', help='The recipe to write.')] = 'configured.ini',
+              runs: Annotated[str, typer.Option(
+                  metavar='FOLDER', help='Where results will go. Images prepared there need no time.')] = 'runs',
+              sets: Sets = None) -> None:
+    """Write a recipe for a number of hours. Times networks on this machine, counts images and grades, and chooses size,
+    epochs, folds, views, pseudo-labels and seeds; the recipe says why. Trains nothing.
+
+    python run.py configure --data ~/idrid --hours 4
+    python run.py configure --data ~/idrid --hours 0.5 -o half_an_hour.ini
+    """
+    from pathlib import Path
+
+    from aptos_fastai.pipeline.fit import write_configured_recipe
+    write_configured_recipe(Path(data), Path(output), Path(runs), sets or [], hours)
 
 
 def given(**values: str) -> dict[str, str]:

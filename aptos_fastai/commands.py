@@ -22,8 +22,10 @@ from aptos_fastai.common.privacy import LEAVE_OUT, patient_data
 from aptos_fastai.data.store import read_prepared, store_folder
 from aptos_fastai.data.tables import describe
 from aptos_fastai.data.understand import Ask
+from aptos_fastai.pipeline.deadline import Deadline
 from aptos_fastai.pipeline.fit import GRADED, understand_tables, write_fit_recipe
 from aptos_fastai.pipeline.graph import (
+    as_answered,
     check_run,
     inputs_digest,
     load_run,
@@ -48,12 +50,14 @@ if TYPE_CHECKING:
     from aptos_fastai.inference.evaluate import Choices
 
 
-def run_all(run: Run, deidentify: bool = False) -> None:
+def run_all(run: Run, deidentify: bool = False, deadline: Deadline | None = None) -> None:
     """Prepare, train, label, score, submit and report; do nothing if every output is up to date.
 
-    `deidentify` leaves ids and images out of the report, and writes one that is up to date again.
+    `deidentify` leaves ids and images out of the report, and writes one that is up to date again. With a `deadline`,
+    stages that would end too late are left out.
     """
     start = time.monotonic()
+    if deadline: deadline.check(run)
     if run.recipe.demo: say(SYNTHETIC, 'yellow')
     if world_size() > 1: say(f'{world_size()} processes share preparing, training and scoring')
     with start_run(run, run.recipe.stages) as (run, bars):
@@ -62,7 +66,8 @@ def run_all(run: Run, deidentify: bool = False) -> None:
             if deidentify: write_report_again(run, bars, deidentify)
             show_summary(run, of_present_recipe(run))
             return
-        train_nodes(run, run.recipe.stages, bars)
+        train_nodes(run, run.recipe.stages, bars, deadline)
+        if deadline: run = deadline.without_rest(run)
         summary = write_outputs(run, bars, start, deidentify)
     show_summary(run, summary)
     say(f'{format_duration(time.monotonic() - start)} in all')
@@ -79,17 +84,19 @@ def of_present_recipe(run: Run) -> dict:
 
 def fit(csv: str | Path, images: str | Path = '', unlabelled: str | Path = '', *, name: str = '',
         runs: str | Path = 'runs', sets: Iterable[str] = (), ask: Ask | None = None, deidentify: bool = False,
-        **keys: str) -> PreparedRun:
+        hours: float | None = None, **keys: str) -> PreparedRun:
     """Train on a graded table without a recipe; return the run: `run.grader.predict(files)` grades new images.
 
     `csv` is a CSV or .xlsx with a row for each image in the folder `images`, or a folder with a sub-folder for each
     grade; `unlabelled` is a folder of ungraded images to predict and train on, too. Columns are understood by their
     names and contents and printed; `keys` (id, grade, patient, eye, group, ungradable, carry, where, header) override
     that. Writes the recipe <runs>/<name>/<name>.ini and everything that `all` writes; with `deidentify` the report has
-    no ids and no images. Raises `AptosError`, also where two columns would do and there is no `ask` to choose one.
+    no ids and no images. With `hours` the settings are chosen for that time, and stages that would end later are left
+    out. Raises `AptosError`, also where two columns would do and there is no `ask` to choose one.
     """
-    recipe, data = understand_and_write(csv, images, unlabelled, name, runs, sets, ask, keys)
-    run_all(load_run(recipe, data, runs), deidentify)
+    deadline = Deadline(hours) if hours else None
+    recipe, data = understand_and_write(csv, images, unlabelled, name, runs, sets, ask, keys, deadline)
+    run_all(load_run(recipe, data, runs), deidentify, deadline)
     return as_prepared(load_run(recipe, data, runs))
 
 
@@ -105,13 +112,14 @@ def inspect(load: Callable[[], Run], table: str, count: int, images: str, runs: 
 
 
 def understand_and_write(csv: str | Path, images: str | Path, unlabelled: str | Path, name: str, runs: str | Path,
-                         sets: Iterable[str], ask: Ask | None, keys: dict[str, str]) -> tuple[Path, Path]:
+                         sets: Iterable[str], ask: Ask | None, keys: dict[str, str],
+                         deadline: Deadline | None = None) -> tuple[Path, Path]:
     "Print how the tables of `fit` are understood and write its recipe; return the recipe and the data folder"
     tables = understand_tables(csv, images, unlabelled, ask, keys)
     name = name or name_of(csv)
     check_name(name)
     recipe = Path(runs) / name / f'{name}.ini'
-    data = write_fit_recipe(tables, recipe, sets)
+    data = write_fit_recipe(tables, recipe, sets, deadline)
     for table_name, understood in tables.items():
         for reason in (*understood.reasons, describe(understood.table, understood.contents)):
             say(f'{table_name}: {reason}')
@@ -205,6 +213,7 @@ def label_table(run: Run, node: str, name: str) -> None:
 def start_trained_run(run: Run) -> Iterator[tuple[Run, Bars]]:
     "`start_run`. Raises `AptosError` if there is no test table, or a stage that the submission needs is not finished"
     require_test_table(run)
+    run = as_answered(run)
     needed = set().union(*(run.ancestors(n) for n in submitted_nodes(run.recipe))) & set(run.recipe.stages)
     require_finished(run, [n for n in run.recipe.order if n in needed and not run.record(n, 0)])
     with start_run(run) as (run, bars):
@@ -259,7 +268,7 @@ def thresholds_text(thresholds: Iterable[float] | np.ndarray) -> str:
 
 def report_run(run: Run, deidentify: bool = False) -> None:
     "Write report.html again from the results of `all`; `deidentify` leaves out ids and images"
-    with start_run(run) as (run, bars):
+    with start_run(as_answered(run)) as (run, bars):
         if not (run.root / 'summary.json').is_file() or not outputs_up_to_date(run):
             raise AptosError(f'{run.root}: not finished, or the recipe has changed. Run `all`; it writes the report.')
         write_report_again(run, bars, deidentify)

@@ -4,7 +4,7 @@ From top to bottom: the sections and their keys; parsing one value; reading the 
 """
 import configparser
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence, Set
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from difflib import get_close_matches
 from graphlib import CycleError, TopologicalSorter
@@ -485,6 +485,7 @@ class Recipe:
     contact: str = ''
     order: tuple[str, ...] = ()              # stages and ensembles, parents first
     tune: dict[str, Ranges] = field(default_factory=dict, repr=False, compare=False)       # of [tune.STAGE]
+    whole: 'Recipe | None' = field(default=None, repr=False)    # the recipe before stages were postponed
     sections: Ini = field(default_factory=dict, repr=False, compare=False)      # its texts, with those of --set
     sets: tuple[str, ...] = field(default=(), repr=False, compare=False)        # the SECTION.KEY=VALUE of --set
 
@@ -496,12 +497,14 @@ class Recipe:
     @property
     def prepared_sizes(self) -> list[int]:
         "Sides of the prepared squares, pixels, the largest first: `[images] size`, or without it that of each stage"
-        return [self.images.size] if self.images.size else sorted({s.size for s in self.stages.values()}, reverse=True)
+        stages = (self.whole or self).stages.values()
+        return [self.images.size] if self.images.size else sorted({s.size for s in stages}, reverse=True)
 
     @property
     def used_tables(self) -> list[Table]:
         "Tables that a stage or the submission needs, in the order of the recipe"
-        names = {table for s in self.stages.values() for _, table in s.sources} | {self.submit.table}
+        stages = (self.whole or self).stages.values()
+        names = {table for s in stages for _, table in s.sources} | {self.submit.table}
         return [t for name, t in self.tables.items() if name in names]
 
     @property
@@ -514,30 +517,58 @@ class Recipe:
 
         An ensemble averages its remaining members; one that has a single member left is replaced by it.
         """
-        stages = {n: s for n, s in self.stages.items() if n not in self._stages_that_need(set(tables))}
-        ensembles, instead = {}, dict.fromkeys(self.stages.keys() - stages, '')
+        tables = list(tables)
+        stages, ensembles, submit = self._remaining(self._stages_that_need(set(tables)))
+        if not submit.final:
+            raise ConfigError(f'{self.path} [submit] final = {self.submit.final}: needs {", ".join(tables)}, which '
+                              '--data lacks. Add it, or name another stage.')
+        submit = replace(submit, table='' if submit.table in tables else submit.table)
+        kept = {n: t for n, t in self.tables.items() if n not in tables}
+        return checked(replace(self, tables=kept, stages=stages, ensembles=ensembles, submit=submit))
+
+    def without_stages(self, names: Iterable[str]) -> 'Recipe':
+        """Return the recipe without some stages, which are postponed, and those that build on them.
+
+        Ensembles change as in `without`. If nothing of `final` is left, the last one of `also` that is left takes its
+        place. Tables, squares and folds stay those of the `whole` recipe. Raises `ConfigError` if no model is left.
+        """
+        lost = self._stages_that_need(set(), set(names))
+        if not lost: return self
+        stages, ensembles, submit = self._remaining(lost)
+        if not submit.final:
+            if not submit.also:
+                raise ConfigError(f'{self.path} [submit] final = {self.submit.final}: without {", ".join(lost)} no '
+                                  'model is left.')
+            submit = replace(submit, final=submit.also[-1], also=submit.also[:-1])
+        return checked(replace(self, stages=stages, ensembles=ensembles, submit=submit, whole=self.whole or self))
+
+    @property
+    def postponed(self) -> list[str]:
+        "The stages that `without_stages` has left out"
+        return [name for name in self.whole.stages if name not in self.stages] if self.whole else []
+
+    def _remaining(self, lost: Collection[str]) -> tuple[dict[str, Stage], dict[str, Ensemble], Submit]:
+        "Return the stages, ensembles and submission without the `lost` stages; `final` is '' if nothing of it is left"
+        stages = {n: s for n, s in self.stages.items() if n not in lost}
+        ensembles, instead = {}, dict.fromkeys(lost, '')
         for name, e in self.ensembles.items():
             left = {m: w for m, w in e.shares.items() if m in stages}
             if len(left) < 2: instead[name] = next(iter(left), '')
             else: ensembles[name] = e.with_shares(left)
         final, *also = (instead.get(name, name) for name in (self.submit.final, *self.submit.also))
-        if not final:
-            raise ConfigError(f'{self.path} [submit] final = {self.submit.final}: needs {", ".join(tables)}, which '
-                              '--data lacks. Add it, or name another stage.')
-        submit = replace(self.submit, table='' if self.submit.table in tables else self.submit.table, final=final,
-                         also=tuple(dict.fromkeys(name for name in also if name not in ('', final))))
-        kept = {n: t for n, t in self.tables.items() if n not in tables}
-        return checked(replace(self, tables=kept, stages=stages, ensembles=ensembles, submit=submit))
+        return stages, ensembles, replace(
+            self.submit, final=final, also=tuple(dict.fromkeys(name for name in also if name not in ('', final))))
 
-    def _stages_that_need(self, tables: set[str]) -> set[str]:
-        "Return the stages that train on one of the tables, and those that build on such stages"
-        lost: set[str] = set()
+    def _stages_that_need(self, tables: Set[str], stages: Set[str] = frozenset()) -> list[str]:
+        "Return `stages`, those that train on one of `tables`, and those that build on such stages"
+        lost: dict[str, None] = {}
         for name in self.order:
             if name not in self.stages: continue
             stage = self.stages[name]
             parents = {m for parent in stage.parents for m in self.members(parent)}
-            if parents & lost or tables & {table for _, table in stage.sources}: lost.add(name)
-        return lost
+            if name in stages or parents & lost.keys() or tables & {table for _, table in stage.sources}:
+                lost[name] = None
+        return list(lost)
 
     def folds_of(self, node: str) -> int:
         "Return how many folds a stage has, or all members of an ensemble"
@@ -548,6 +579,7 @@ class Recipe:
 
         They validate stages of more folds, which all start from or learn from the one fold of this stage.
         """
+        if self.whole: return self.whole.held_out_tables(stage)
         found: dict[str, None] = {}
         for child in self.stages.values():
             nodes = [o for o in child.parents if stage in self.members(o)]

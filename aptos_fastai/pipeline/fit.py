@@ -1,12 +1,18 @@
-"Write the recipe that `fit` trains by: recipes/one_table.ini with the tables as they were understood."
-from collections.abc import Iterable
+"Write the recipe that `fit` trains by, or `configure`: recipes/one_table.ini with tables and settings as understood."
+import shlex
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 
+from aptos_fastai.common.console import say
 from aptos_fastai.common.io import AptosError, write_bytes
+from aptos_fastai.data.tables import with_present_tables
 from aptos_fastai.data.understand import Ask, Understood, relative, understand_table
+from aptos_fastai.pipeline.configure import configure
+from aptos_fastai.pipeline.deadline import Deadline
 from aptos_fastai.pipeline.graph import check_same_data
-from aptos_fastai.recipe import Table, override, read_ini, read_recipe, shipped_folder
+from aptos_fastai.pipeline.run_recipe import commented_text, keep_sections, parsed, section_and_key, sets_applied
+from aptos_fastai.recipe import Ini, Table, read_ini, read_recipe, shipped_folder
 
 BASE = 'recipes/one_table.ini'
 GRADED, UNGRADED = 'train', 'test'           # tables of `BASE`
@@ -22,29 +28,66 @@ def understand_tables(csv: str | Path, images: str | Path, unlabelled: str | Pat
     return tables
 
 
-def write_fit_recipe(tables: dict[str, Understood], file: Path, sets: Iterable[str]) -> Path:
+def write_fit_recipe(tables: dict[str, Understood], file: Path, sets: Iterable[str],
+                     deadline: Deadline | None = None) -> Path:
     """Write the recipe of the tables to `file`, with a reason beside each key that was chosen; return its data folder.
 
-    `sets` are SECTION.KEY=VALUE. Raises `AptosError`, before anything is written.
+    `sets` are SECTION.KEY=VALUE. With a `deadline` its settings are chosen for the time that is left; a recipe that is
+    there stays. Raises `AptosError`, before anything is written.
     """
-    data = tables[GRADED].data
-    base = shipped_folder() / BASE
-    ini = read_ini(base)
-    for text in sets: override(ini, text)
-    ini[f'table.{GRADED}'] = table_keys(tables[GRADED], data)
-    if UNGRADED in tables: ini[f'table.{UNGRADED}'] = table_keys(tables[UNGRADED], data)
-    else: _leave_out_ungraded(ini, base)
-    lines = [f'# Written by fit from {BASE}. Change it and run it: run.py all --recipe {file.name} --data FOLDER']
-    for name, understood in tables.items(): lines += [f'# {name}: {reason}' for reason in understood.reasons]
-    for section, keys in ini.items(): lines += ['', f'[{section}]', *(f'{k} = {v}' for k, v in keys.items())]
-    text = '\n'.join(lines) + '\n'
-    _check(text, file)
+    data, sets = tables[GRADED].data, list(sets)
+    ini = base_sections([UNGRADED] if UNGRADED not in tables else [])
+    for name, understood in tables.items(): ini[f'table.{name}'] = table_keys(understood, data)
+    own = sets_applied(ini, sets)
+    check_same_data(file.parent, data, demo=False)
+    if deadline and is_continued(file, own, sets): return data
+    header = [f'Written by fit from {BASE}. Change it and run it: run.py all --recipe {file.name} --data FOLDER']
+    header += [f'{name}: {reason}' for name, understood in tables.items() for reason in understood.reasons]
+    if deadline:
+        chosen = configure(ini, sets, data, file, file.parent, deadline.budget, deadline.hours)
+        text = commented_text(chosen.ini, [*header, *chosen.lines], chosen.reasons)
+        for line in chosen.lines: say(line)
+    else:
+        with parsed(own, file): text = commented_text(own, header, {})
     if file.is_file() and _keys(file.read_text(encoding='utf-8')) != _keys(text):
         raise AptosError(f'{file.parent}: an earlier fit wrote another recipe here. Choose another --name, or delete '
                          'this folder.')
-    check_same_data(file.parent, data, demo=False)
     write_bytes(file, text.encode())
     return data
+
+
+def base_sections(missing: Iterable[str]) -> Ini:
+    "Return the sections of `BASE` without `missing` tables and the stages that need them"
+    base = shipped_folder() / BASE
+    recipe = read_recipe(base)
+    missing = list(missing)
+    return keep_sections(read_ini(base), recipe.without(missing)) if missing else read_ini(base)
+
+
+def is_continued(file: Path, own: Ini, sets: Iterable[str]) -> bool:
+    "Return whether the recipe of an earlier fit on the same tables, with the same `sets`, is in `file`"
+    if not file.is_file(): return False
+    there = read_ini(file)
+    def tables(sections: Ini) -> Ini: return {k: v for k, v in sections.items() if k.startswith('table.')}
+    if tables(own) != tables(there): return False
+    return all(there.get(section, {}).get(key) == own[section][key] for section, key in map(section_and_key, sets))
+
+
+def write_configured_recipe(data: Path, file: Path, runs: Path, sets: Sequence[str], hours: float) -> None:
+    """Write the recipe of `BASE` for a data folder with settings for a number of hours, and print why.
+
+    Raises `AptosError`, before anything is written.
+    """
+    if file.exists(): raise AptosError(f'{file}: already exists. Choose another file with -o, or delete it.')
+    present, left_out = with_present_tables(read_recipe(shipped_folder() / BASE), data)
+    if left_out: say(left_out, 'yellow')
+    ini = base_sections([name for name in (GRADED, UNGRADED) if name not in present.tables])
+    chosen = configure(ini, sets, data, file, runs / file.stem, 3600 * hours, hours)
+    command = f'python run.py all --recipe {shlex.quote(str(file))} --data {shlex.quote(str(data))} --hours {hours:g}'
+    write_bytes(file, commented_text(chosen.ini, [f'Written by configure from {BASE}. Run it: {command}',
+                                                  *chosen.lines], chosen.reasons).encode())
+    for line in chosen.lines: say(line)
+    say(f'recipe -> {file}\nto train: {command}')
 
 
 def table_keys(understood: Understood, data: Path) -> dict[str, str]:
@@ -56,24 +99,5 @@ def table_keys(understood: Understood, data: Path) -> dict[str, str]:
     return keys
 
 
-def _leave_out_ungraded(ini: dict[str, dict[str, str]], base: Path) -> None:
-    "Remove the ungraded table and the stages that need it"
-    recipe = read_recipe(base).without([UNGRADED])
-    kept = {*(f'table.{n}' for n in recipe.tables), *(f'stage.{n}' for n in recipe.stages),
-            *(f'ensemble.{n}' for n in recipe.ensembles)}
-    for section in list(ini):
-        if '.' in section and section not in kept: del ini[section]
-    submit = recipe.submit
-    ini['submit'] |= dict(table=submit.table, final=submit.final, also=' '.join(submit.also))
-
-
 def _keys(text: str) -> list[str]: return [line for line in text.splitlines() if not line.startswith('#')]
 
-
-def _check(text: str, file: Path) -> None:
-    "Raise `AptosError` if a recipe of this text cannot run; its message names the later file"
-    temporary = file.with_name(f'.{file.name}')
-    write_bytes(temporary, text.encode())
-    try: read_recipe(temporary)
-    except AptosError as e: raise AptosError(str(e).replace(str(temporary), str(file))) from None
-    finally: temporary.unlink()

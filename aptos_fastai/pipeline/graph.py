@@ -2,10 +2,11 @@
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -42,6 +43,9 @@ from aptos_fastai.pipeline.run_recipe import check_weights_folder, is_stored, re
 from aptos_fastai.pipeline.summary import SUMMARY_FORMAT, SYNTHETIC, graded_alone, node_decision, tables_text
 from aptos_fastai.recipe import MLFLOW_SERVER, ConfigError, Recipe, Stage, did_you_mean, read_recipe
 from aptos_fastai.run_folder import Run
+
+if TYPE_CHECKING:
+    from aptos_fastai.pipeline.deadline import Deadline
 
 UNREADABLE = 'cannot be read'                              # in the column ungradable of scores.csv
 OUTPUTS = ('submission.csv', 'scores.csv', 'oof.csv')     # their SHA-256 are in summary.json
@@ -157,6 +161,13 @@ def prepared_as_other(run: Run, frame: pd.DataFrame) -> pd.DataFrame:
         except ImageError: continue          # a damaged prepared.csv that this run does not need
         if 'stored' in found: return found.assign(source=source)
     return frame
+
+
+def as_answered(run: Run) -> Run:
+    "Return the run without the stages that its last `all` left out for lack of time (`postponed` in summary.json)"
+    summary = read_record(run.root / 'summary.json') or {}
+    recipe = run.recipe.without_stages(run.recipe.stages.keys() & summary.get('postponed', []))
+    return replace(run, recipe=recipe, left_out=summary['left_out']) if recipe.postponed else run
 
 
 def with_common_size(run: Run, frames: dict[str, pd.DataFrame]) -> tuple[dict[str, pd.DataFrame], Prep | None]:
@@ -379,14 +390,16 @@ def tracker_packages(track: str) -> list[str]:
 
 # Train, label, score, submit
 
-def train_nodes(run: Run, nodes: Iterable[str], bars: Bars) -> int:
+def train_nodes(run: Run, nodes: Iterable[str], bars: Bars, deadline: 'Deadline | None' = None) -> int:
     """Train the unfinished stages among `nodes`, parents first, and write labels they need.
 
-    Finished ones whose names, views or other keys changed are brought up to date without a training. Returns how many
-    folds were trained or brought up to date.
+    Finished ones whose names, views or other keys changed are brought up to date without a training. With a `deadline`,
+    which allows each fold before it starts, stages may stay unfinished. Returns how many folds were trained or brought
+    up to date.
     """
     nodes = set(nodes)
     todo = run.todo(nodes)
+    if deadline: todo = deadline.in_order(run, todo)
     outdated = run.to_refresh(todo, nodes)
     refresh_folds(run, outdated, bars)       # first: pseudo-labels depend on validation scores
     if not todo: return sum(map(len, outdated.values()))
@@ -396,17 +409,22 @@ def train_nodes(run: Run, nodes: Iterable[str], bars: Bars) -> int:
     from aptos_fastai.pipeline.stage import train_fold
     for line in training_reasons(run, todo):
         if not line.endswith(NEVER): say(f'to train: {line}')
+    trained = 0
     with bars('stages', len(todo)) as overall:
         for i, (name, folds) in enumerate(todo.items(), 1):
+            if deadline and not deadline.allows(run, name): continue
             stage = run.recipe.stages[name]
             details = f'{stage.arch}, {stage.size} px, {tables_text(stage)}'
             say(f'stage {i} of {len(todo)}: {name}  ({details}) -> {run.root / name}', 'bold')
             report_weights(run, stage)
             for teacher, table in stage.sources:
                 if teacher: write_missing_labels(run, teacher, table, bars)
-            for k in folds: train_fold(run, name, k, bars)
+            for k in folds:
+                if deadline and not deadline.allows(run, name): break
+                with deadline.timed(run, name, k) if deadline else nullcontext(): train_fold(run, name, k, bars)
+                trained += 1
             overall.to(i)
-    return sum(map(len, [*todo.values(), *outdated.values()]))
+    return trained + sum(map(len, outdated.values()))
 
 
 def write_missing_labels(run: Run, node: str, table: str, bars: Bars) -> Path:

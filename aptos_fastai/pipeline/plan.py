@@ -1,5 +1,6 @@
 "Show what `all` would do, with an estimate of time and disk space. Train nothing."
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -7,9 +8,12 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from aptos_fastai.common import clock
 from aptos_fastai.common.console import format_duration, say, table
 from aptos_fastai.common.distributed import cores, world_size
 from aptos_fastai.common.io import AptosError
+from aptos_fastai.data.decode import ImageError
+from aptos_fastai.data.retina import Prep, prepare_sizes, square_of
 from aptos_fastai.data.store import missing_images
 from aptos_fastai.pipeline.graph import check_run, check_training, outputs_up_to_date, submitted_nodes
 from aptos_fastai.pipeline.reasons import training_reasons
@@ -23,6 +27,10 @@ BYTES_PER_PIXEL = .28                        # of a stored JPEG: 74 kB at 512 px
 CHECKPOINT_RATIO = 5.
 CPU_PIXELS = 2 ** 20                         # of a batch: 16 images at 256 px
 PREPARE_SECONDS = .03                        # a 12-megapixel original on one core (benchmarks/images.py)
+FOLD_SECONDS = 1.                            # to build the network of a fold and to write its folder
+REPORT_SECONDS = 20.                         # outputs and report, without scores and heat maps (docs/performance.md)
+HEAT_MAPS = 24                               # images of a report with heat maps, by each network of a fold
+TIMED_IMAGES = 6                             # that are prepared and loaded to time both
 
 
 class Speed(NamedTuple):
@@ -33,27 +41,43 @@ class Speed(NamedTuple):
     parameters: int
 
 
+class ImageSeconds(NamedTuple):
+    "Seconds of one core to prepare an original, and to load a prepared image for training"
+    prepare: float
+    load: float
+
+
 @dataclass
 class StageCost:
-    "Estimate for the folds of a stage: images of one fold, seconds and bytes of all of them"
+    "Estimate for the folds of a stage: images of one fold; seconds to train and to score tables, and bytes, of all"
     train: int
     valid: int
-    seconds: float
+    training: float
+    scoring: float
     disk: float
+
+    @property
+    def seconds(self) -> float:
+        "Seconds of all folds"
+        return self.training + self.scoring
 
 
 @dataclass
 class PlanCost:
-    "Estimate of what `all` has still to do: a row of the table for each node, seconds, bytes, images to prepare"
+    """Estimate of what `all` has still to do: a row of the table for each node, seconds, bytes, images to prepare.
+
+    `prepare_seconds` are part of `seconds`.
+    """
     rows: list[list]
     seconds: float
     disk: float
     new_images: int
+    prepare_seconds: float
 
-    @property
-    def prepare_seconds(self) -> float:
-        "Seconds to prepare the new images on this machine"
-        return self.new_images * PREPARE_SECONDS / cores()
+
+def speed_key(stage: Stage) -> tuple:
+    "Return what the speed of a stage's network depends on"
+    return stage.arch, stage.size, stage.bs, stage.precision, stage.optimizer
 
 
 def measured_speed(stage: Stage, measured: dict) -> Speed:
@@ -64,7 +88,7 @@ def measured_speed(stage: Stage, measured: dict) -> Speed:
     from torch.cuda import is_available as has_gpu
 
     from aptos_fastai.training.precision import candidate_precisions, step_seconds
-    key = stage.arch, stage.size, stage.bs, stage.precision, stage.optimizer
+    key = speed_key(stage)
     if key not in measured:
         images = max(1, stage.bs // world_size())
         if not has_gpu(): images = min(images, max(4, CPU_PIXELS // stage.size ** 2))
@@ -81,28 +105,80 @@ def tables_scored_by(recipe: Recipe, stage: str) -> set[str]:
     return {name for node, name in pairs if stage in recipe.members(node)}
 
 
+def image_seconds(run: Run, stage: Stage, measured: dict) -> ImageSeconds:
+    """Return how long a core takes to prepare an image of the run and to load it for a stage: by a few graded ones.
+
+    Of hypothetical tables: that of 12-megapixel originals, without loading.
+    """
+    images = next(frame for name, frame in run.frames.items() if run.recipe.tables[name].graded)
+    if 'path' not in images: return ImageSeconds(PREPARE_SECONDS, 0.)
+    prep = run.prep_of(stage)
+    if (prep, stage.size) not in measured:
+        paths = images.path.iloc[np.linspace(0, len(images) - 1, TIMED_IMAGES).astype(int)]
+        measured[prep, stage.size] = _timed_images(run, stage, prep, list(paths))
+    return measured[prep, stage.size]
+
+
+def _timed_images(run: Run, stage: Stage, prep: Prep, paths: list[str]) -> ImageSeconds:
+    "Return the mean seconds to prepare and to load the images that can be read"
+    import torch
+
+    from aptos_fastai.training.loaders import FundusAugment
+    on_device = run.recipe.augment.mode == 'batch' or run.recipe.augment.mode == 'auto' and torch.cuda.is_available()
+    augment = None if on_device else FundusAugment(run.recipe.augment)
+    times = []
+    for path in paths:
+        with suppress(ImageError, OSError):
+            start = clock.seconds()
+            jpegs, _ = prepare_sizes(Path(path).read_bytes(), prep, run.recipe.prepared_sizes)
+            prepared = clock.seconds()
+            square = square_of(jpegs[prep.size], prep, stage.size)
+            if augment: augment.apply(square, 0)
+            times.append((prepared - start, clock.seconds() - prepared))
+    return ImageSeconds(*np.mean(times, 0)) if times else ImageSeconds(PREPARE_SECONDS, 0.)
+
+
+def with_loading(step: float, stage: Stage, load: float) -> float:
+    "Return the seconds of an image in a step with those to load it: beside the step on a GPU, before it on a CPU"
+    from torch.cuda import is_available as has_gpu
+
+    from aptos_fastai.training.loaders import loader_workers
+    waiting = load / max(1, loader_workers(stage))
+    return max(step, waiting) if has_gpu() else step + waiting
+
+
 def stage_cost(run: Run, name: str, folds: list[int], measured: dict) -> StageCost:
-    "Estimate the training of the folds of a stage and the scoring of its tables"
+    """Estimate the training of the folds of a stage and the scoring of its tables.
+
+    The folds of a linear probe share the features of its tables, which fold 0 counts.
+    """
     from aptos_fastai.inference.views import VIEWS
-    stage = run.recipe.stages[name]
-    speed = measured_speed(stage, measured)
+    from aptos_fastai.pipeline.stage import DISTANCE_IMAGES
+    stage, views = run.recipe.stages[name], VIEWS[run.recipe.stages[name].tta]
+    speed, load = measured_speed(stage, measured), image_seconds(run, stage, measured).load
     train = valid = 0
     for _, source in stage.sources:
         train += int(run.training_part(stage, source, folds[0]).sum())
         if source in stage.graded_tables: valid += int(run.validation_part(stage, source, folds[0]).sum())
-    epochs = stage.epochs + stage.freeze_epochs
-    scored = valid + sum(len(run.frames[t]) for t in tables_scored_by(run.recipe, name))
-    if not stage.epochs: epochs, scored = 0, train + scored          # a linear probe: its body only scores
-    seconds = epochs * (train * speed.train + valid * speed.validate) + VIEWS[stage.tta] * scored * speed.score
-    return StageCost(train, valid, len(folds) * seconds, len(folds) * speed.parameters * 8.)
+    scored = sum(len(run.frames[t]) for t in tables_scored_by(run.recipe, name))
+    score = with_loading(views * speed.score, stage, load)
+    if stage.epochs:
+        epoch = train * with_loading(speed.train, stage, load) + valid * with_loading(speed.validate, stage, load)
+        distances = min(train, DISTANCE_IMAGES) * with_loading(speed.score, stage, load)
+        training = len(folds) * ((stage.epochs + stage.freeze_epochs) * epoch + valid * score + distances)
+    else: training = score * sum(len(run.frames[t]) for _, t in stage.sources) * (0 in folds)
+    training += FOLD_SECONDS * len(folds)
+    return StageCost(train, valid, training, len(folds) * scored * score, len(folds) * speed.parameters * 8.)
 
 
-def plan_cost(run: Run, todo: dict[str, list[int]], outdated: Collection[str] = ()) -> PlanCost:
+def plan_cost(run: Run, todo: dict[str, list[int]], outdated: Collection[str] = (),
+              measured: dict | None = None) -> PlanCost:
     """Estimate the folds in `todo` (stage -> folds), by a few timed steps of each network on this machine.
 
-    `outdated` are finished stages that are only scored or recorded again, which is not estimated.
+    `outdated` are finished stages that are only scored or recorded again, which is not estimated. `measured` is a cache
+    of what was timed.
     """
-    measured: dict = {}
+    measured = {} if measured is None else measured
     rows, seconds, disk, largest_checkpoint = [], 0., 0., 0.
     for name in run.recipe.order:
         stage = run.recipe.stages.get(name)
@@ -121,9 +197,22 @@ def plan_cost(run: Run, todo: dict[str, list[int]], outdated: Collection[str] = 
     missing = images_to_prepare(run)
     pixels = sum(size ** 2 * n for by_size in missing for size, n in by_size.items())
     new_images = sum(max(by_size.values()) for by_size in missing)
-    plan = PlanCost(rows, seconds, disk + largest_checkpoint + pixels * BYTES_PER_PIXEL, new_images)
-    plan.seconds += plan.prepare_seconds
-    return plan
+    disk += largest_checkpoint + pixels * BYTES_PER_PIXEL
+    preparing = preparing_seconds(run, measured)
+    return PlanCost(rows, seconds + preparing, disk, new_images, preparing)
+
+
+def preparing_seconds(run: Run, measured: dict) -> float:
+    "Return the seconds to prepare the images of a run that are not prepared yet, on this machine"
+    new_images = sum(max(by_size.values()) for by_size in images_to_prepare(run))
+    if not new_images: return 0.
+    return new_images * image_seconds(run, next(iter(run.recipe.stages.values())), measured).prepare / cores()
+
+
+def report_seconds(run: Run, stages: Iterable[str], measured: dict) -> float:
+    "Return the seconds of the outputs and the report of some stages, without their scores"
+    heat_maps = sum(HEAT_MAPS * measured_speed(run.recipe.stages[name], measured).train for name in stages)
+    return REPORT_SECONDS + heat_maps
 
 
 def images_to_prepare(run: Run) -> list[dict[int, int]]:

@@ -3,10 +3,12 @@ import configparser
 import io
 import os
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from aptos_fastai.common.io import AptosError, read_record, write_bytes
-from aptos_fastai.recipe import ConfigError, Ini, Recipe, Stage
+from aptos_fastai.recipe import ConfigError, Ini, Recipe, Stage, override, read_recipe
 from aptos_fastai.run_folder import Run
 
 RECIPE = 'recipe.ini'
@@ -40,6 +42,53 @@ def ini_text(sections: Ini) -> str:
     file = io.StringIO()
     parser.write(file)
     return file.getvalue()
+
+
+def commented_text(sections: Ini, lines: Iterable[str], reasons: dict[str, str]) -> str:
+    "Return sections as the text of a recipe with `lines` before them and, above each key, its reason (SECTION.KEY)"
+    text = [f'# {line}' for line in lines]
+    for section, keys in sections.items():
+        text += ['', f'[{section}]']
+        for key, value in keys.items():
+            reason = reasons.get(f'{section}.{key}')
+            text += [*([f'# {reason}'] if reason else []), f'{key} = {value}']
+    return '\n'.join(text) + '\n'
+
+
+@contextmanager
+def parsed(sections: Ini, file: Path) -> Iterator[Recipe]:
+    """Yield the recipe of sections that are to be written to `file`; inside the block a temporary file has them.
+
+    Raises `AptosError` if it cannot run; its message names `file`.
+    """
+    temporary = file.with_name(f'.{file.name}')
+    write_bytes(temporary, ini_text(sections).encode())
+    try: yield read_recipe(temporary)
+    except AptosError as e: raise type(e)(str(e).replace(str(temporary), str(file))) from None
+    finally: temporary.unlink()
+
+
+def sets_applied(sections: Ini, sets: Iterable[str]) -> Ini:
+    "Return sections with SECTION.KEY=VALUE of --set"
+    found = {section: dict(keys) for section, keys in sections.items()}
+    for text in sets: override(found, text)
+    return found
+
+
+def section_and_key(text: str) -> tuple[str, str]:
+    "Return the section and the key of SECTION.KEY=VALUE"
+    section, _, key = text.partition('=')[0].strip().rpartition('.')
+    return section, key
+
+
+def keep_sections(sections: Ini, recipe: Recipe) -> Ini:
+    "Return the sections of those tables, stages and ensembles that `recipe` has, with what it submits"
+    kept = {*(f'table.{n}' for n in recipe.tables), *(f'stage.{n}' for n in recipe.stages),
+            *(f'ensemble.{n}' for n in recipe.ensembles)}
+    found = {name: dict(keys) for name, keys in sections.items() if '.' not in name or name in kept}
+    submit = recipe.submit
+    found['submit'] |= dict(table=submit.table, final=submit.final, also=' '.join(submit.also))
+    return found
 
 
 def store_recipe(run: Run, replace: bool) -> dict:

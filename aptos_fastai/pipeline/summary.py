@@ -114,7 +114,7 @@ def summarise(run: Run, oof: pd.DataFrame) -> dict:
     result['warnings'] += cluster_warnings(clusters)
     return dict(recipe=run.recipe.name, date=time.strftime('%Y-%m-%d'), owner=run.recipe.owner,
                 contact=run.recipe.contact, synthetic=synthetic, note=SYNTHETIC if synthetic else '',
-                left_out=run.left_out, tables=table_results(run), stages=stages,
+                left_out=run.left_out, postponed=run.recipe.postponed, tables=table_results(run), stages=stages,
                 submission=submission_result(run, valid, result), clusters=clusters,
                 decision=validated_decisions(run, valid, result), prediction_sets=validated_sets(run, valid),
                 largest_errors=error_results(valid))

@@ -403,18 +403,19 @@ def test_plan_for_hypothetical_tables(small_recipe, tmp_path, monkeypatch, capsy
     def one_second(stage, precisions, n):
         return dict.fromkeys(precisions, 1.), dict.fromkeys([*precisions, 'f32'], .1), 1000
     monkeypatch.setattr('aptos_fastai.training.precision.step_seconds', one_second)
-    from aptos_fastai.pipeline.plan import hypothetical_run, plan_cost
+    from aptos_fastai.pipeline.plan import FOLD_SECONDS, hypothetical_run, plan_cost
     from aptos_fastai.recipe import read_recipe
     plans = []
-    for n in (1000, 10000):
+    for n in (100, 1000):
         run = hypothetical_run(read_recipe(small_recipe), f'train={n} test={n // 10}')
         plans.append(plan_cost(run, {stage: [0, 1] for stage in run.recipe.stages}))
-    assert plans[0].new_images == 1100 and plans[1].seconds == pytest.approx(10 * plans[0].seconds)
+    assert plans[1].new_images == 1100
+    assert plans[1].seconds == pytest.approx(10 * plans[0].seconds - 9 * 4 * FOLD_SECONDS)
     # 1 s to train an image, .1 s to score one. Each fold validates 200 images once an epoch and once in two views,
-    # and scores the 100 test images in two views
+    # scores the 100 test images in two views, and the training images for its feature distances
     forward = .1 * (200 + 2 * (200 + 100))
-    teacher, retrain = 800 + forward, 900 + forward
-    assert plans[0].seconds == pytest.approx(2 * (teacher + retrain) + 1100 * .03 / cores())
+    teacher, retrain = 1.1 * 800 + forward + FOLD_SECONDS, 1.1 * 900 + forward + FOLD_SECONDS
+    assert plans[1].seconds == pytest.approx(2 * (teacher + retrain) + 1100 * .03 / cores())
     main(['plan', '--recipe', str(small_recipe), '--images', 'train=1000000 test=5'])
     assert 'To prepare: 1000005 images' in capsys.readouterr().out
     assert {p.name for p in tmp_path.iterdir()} == {'small.ini'}

@@ -1,0 +1,190 @@
+"`configure` and `fit --hours`: settings for a number of hours, with their reasons."
+import math
+
+import numpy as np
+import pytest
+from conftest import expect_error, write_table
+
+from aptos_fastai.cli import main
+from aptos_fastai.data.understand import understand_table
+from aptos_fastai.pipeline import configure as configuring
+from aptos_fastai.pipeline import plan
+from aptos_fastai.pipeline.configure import PROBE, PSEUDO, WHOLE, Ladder, Step, climb, values
+from aptos_fastai.pipeline.deadline import Deadline
+from aptos_fastai.pipeline.fit import GRADED, write_fit_recipe
+from aptos_fastai.recipe import read_recipe
+from aptos_fastai.training.precision import StepSeconds
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    "A machine without a GPU on which an image of 224 px trains in 0.9 s and is scored in 0.3 s; images are 512 px wide"
+    def step_seconds(stage, precisions, n):
+        forward = .3 * (stage.size / 224) ** 2
+        return StepSeconds(dict.fromkeys(precisions, 3 * forward), dict.fromkeys([*precisions, 'f32'], forward), 1000)
+    monkeypatch.setattr('aptos_fastai.training.precision.step_seconds', step_seconds)
+    monkeypatch.setattr(plan, 'image_seconds', lambda run, stage, measured: plan.ImageSeconds(0., 0.))
+    monkeypatch.setattr('torch.cuda.is_available', lambda: False)
+    monkeypatch.setattr(configuring, 'retina_width', lambda recipe, images: 512)
+
+
+@pytest.fixture
+def configured(machine, tables, tmp_path, capsys):
+    "A function that runs `configure` and returns the recipe, its text and the estimate as a part of the hours"
+    found = []
+    def run(hours, *options):
+        file = tmp_path / f'r{len(found)}.ini'
+        found.append(file)
+        main(['configure', '--data', str(tables), '--hours', str(hours), '-o', str(file),
+              '--runs', str(tmp_path / 'runs'), *options])
+        return read_recipe(file), file.read_text(), capsys.readouterr().out
+    return run
+
+
+def seconds_of(recipe, tables, tmp_path):
+    "The estimate of `plan` for a recipe"
+    from aptos_fastai.pipeline.graph import load_run
+    run = load_run(recipe.path, tables, tmp_path / 'runs')
+    todo, measured = run.todo(), {}
+    return plan.plan_cost(run, todo, measured=measured).seconds + plan.report_seconds(run, todo, measured)
+
+
+# Ladders
+
+def test_each_step_takes_longer(machine, tables, tmp_path, monkeypatch):
+    "Both ladders, by the estimate of `plan`; the first rung of the whole network is dearer than the last probe's views"
+    prices = []
+    def record(ladder, price, limit):
+        prices.append(price)
+        return climb(ladder, price, limit)
+    monkeypatch.setattr(configuring, 'climb', record)
+    main(['configure', '--data', str(tables), '--hours', '100', '-o', str(tmp_path / 'a.ini')])
+    price = prices[0]
+    for ladder in (WHOLE, PROBE):
+        keys = values(ladder.start)
+        costs = [price(keys)]
+        for step in ladder.steps:
+            if price(keys | step.keys) == math.inf: continue             # a larger network needs a GPU
+            keys |= step.keys
+            costs.append(price(keys))
+        assert len(costs) > 10 and (np.diff(costs) > 0).all()
+
+
+def test_a_step_that_does_not_fit_is_skipped_and_later_ones_of_its_keys_are_not_tried():
+    tried = []
+    def price(keys):
+        tried.append(dict(keys))
+        return sum(map(float, keys.values()))
+    ladder = Ladder({'a.x': ('1', 'first'), 'a.y': ('1', 'first')},
+                    (Step({'a.x': '2'}, 'twice'), Step({'a.y': '50'}, 'dear'), Step({'a.y': '60'}, 'dearer'),
+                     Step({'a.x': '4'}, 'four')))
+    found = climb(ladder, price, 10.)
+    assert found.keys == {'a.x': ('4', 'four'), 'a.y': ('1', 'first')} and found.seconds == 5
+    assert found.too_dear == (ladder.steps[1], 52.) and not any(keys['a.y'] == '60' for keys in tried)
+
+
+# Recipes
+
+def test_more_hours_choose_more_and_are_used(configured, tables, tmp_path):
+    "From a probe to several trainings with pseudo-labels; never more than the hours, and mostly 85 % of them"
+    recipes = {hours: configured(hours)[0] for hours in (.1, .3, 1., 2., 5.)}
+    shares = [seconds_of(o, tables, tmp_path) / 3600 / hours for hours, o in recipes.items()]
+    assert max(shares) <= .95 and all(share > .85 for share in shares[1:]), shares
+    probe, small, teacher, *_, large = recipes.values()
+    assert [o.stages['teacher'].epochs > 0 for o in recipes.values()] == [False, True, True, True, True]
+    assert probe.stages['teacher'].loss == 'cross_entropy' and probe.submit.final == 'teacher'
+    assert small.stages['teacher'].size <= teacher.stages['teacher'].size <= large.images.size
+    assert teacher.stages['teacher'].tta == 'd4' and teacher.stages['teacher'].folds == 5
+    assert large.submit.final == 'both' and any(s.sources[-1] == ('teacher', 'test') for s in large.stages.values())
+    assert all(o.submit.table == 'test' for o in recipes.values())
+
+
+def test_the_reason_is_above_each_key(configured):
+    _, text, out = configured(1)
+    lines = text.splitlines()
+    for key in ('size', 'folds', 'bs', 'epochs', 'tta', 'arch', 'weights'):
+        place = next(i for i, line in enumerate(lines) if line.startswith(f'{key} = ') and i > lines.index('[stage]'))
+        assert lines[place - 1].startswith('# '), key
+    assert '# eight views: their mean had a higher kappa than one view' in text
+    assert '# No larger network: there is no GPU' in text and 'Settings for 1 hours: about' in text
+    assert 'Too long, with the settings at that step:' in out and '--hours 1' in out
+
+
+def test_all_reads_the_recipe(configured, tables, tmp_path, capsys):
+    recipe, *_ = configured(1)
+    main(['plan', '--recipe', str(recipe.path), '--data', str(tables), '--runs', str(tmp_path / 'runs')])
+    assert 'never trained' in capsys.readouterr().out
+
+
+def test_what_the_user_sets_stays(configured):
+    recipe, text, _ = configured(1, '--set', 'stage.size=96', '--set', 'stage.retrain.epochs=1')
+    assert {s.size for s in recipe.stages.values()} == {96} and '# set by the user\nsize = 96' in text
+
+
+def test_without_an_ungraded_table_or_with_few_images_there_are_no_pseudo_labels(configured, tables):
+    (tables / 'test.csv').write_text('id_code\ntest000\ntest001\ntest002\n')
+    recipe, text, _ = configured(5)
+    assert set(recipe.submit.also) == set() and '3 ungraded images beside 40 graded ones are too few' in text
+    assert recipe.submit.table == 'test'
+    (tables / 'test.csv').unlink()
+    (tables / 'test_images').rename(tables / 'elsewhere')
+    recipe, text, out = configured(5)
+    assert recipe.submit.table == '' and '# No pseudo-labels: there is no ungraded table' in text
+    assert 'test' not in recipe.tables and 'runs without this table' in out
+
+
+def test_squares_are_no_larger_than_the_retinas_and_folds_no_more_than_the_rarest_grade(configured, tables,
+                                                                                         monkeypatch):
+    monkeypatch.setattr(configuring, 'retina_width', lambda recipe, images: 260)
+    csv = (tables / 'train.csv').read_text().splitlines()
+    (tables / 'train.csv').write_text('\n'.join([csv[0], *(o for o in csv[1:] if not o.endswith(',4')), csv[5],
+                                                 csv[10], csv[15]]) + '\n')
+    recipe, text, _ = configured(20)
+    assert recipe.stages and {s.size for s in recipe.stages.values()} == {256} and recipe.images.size == 260
+    assert recipe.splits == 3 and 'the rarest grade has 3 patients or images' in text
+    assert {s.folds for s in recipe.stages.values()} == {3} and len(recipe.stages) == 10        # 5 seeds of both
+
+
+def test_pseudo_labels_are_a_step_of_their_own():
+    assert sum(PSEUDO in step.keys for step in WHOLE.steps) == 1
+
+
+# What is refused
+
+def test_too_few_hours(machine, tables, tmp_path, capsys):
+    args = ['configure', '--data', tables, '-o', tmp_path / 'a.ini', '--runs', tmp_path / 'runs']
+    err = expect_error(capsys, [*args, '--hours', '0.001'], '--hours 0.001: too little for 40 graded images',
+                       'a linear probe, takes about', 'Set --hours')
+    assert not list(tmp_path.glob('*.ini')) and not list(tmp_path.glob('.*.ini'))
+    main([str(o) for o in [*args, '--hours', err.partition('Set --hours ')[2].partition(' ')[0]]])
+    expect_error(capsys, [*args, '--hours', '1'], 'a.ini: already exists', '-o')
+
+
+def test_a_folder_without_tables(tmp_path, capsys):
+    expect_error(capsys, ['configure', '--data', tmp_path, '--hours', '1', '-o', tmp_path / 'a.ini'], 'train.csv')
+    expect_error(capsys, ['configure', '--hours', '1'], '--data')
+
+
+# fit
+
+def test_fit_keeps_the_recipe_that_it_configured(machine, tables, tmp_path, capsys):
+    "The times of another day would choose other settings: an interrupted fit goes on with those of its first day"
+    table, file = understand_table(tables / 'train.csv', tables / 'train_images'), tmp_path / 'r/a/a.ini'
+    write_fit_recipe({GRADED: table}, file, ['stage.wd=.02'], Deadline(1.))
+    text = file.read_text()
+    assert 'Settings for 1 hours' in text and '# train: id: id_code' in text and 'wd = .02' in text
+    write_fit_recipe({GRADED: table}, file, ['stage.wd=.02'], Deadline(5.))
+    assert file.read_text() == text
+    with pytest.raises(Exception, match='an earlier fit wrote another recipe here'):
+        write_fit_recipe({GRADED: table}, file, ['stage.wd=.03'], Deadline(1.))
+
+
+def test_fit_with_hours_trains_what_it_has_chosen(tmp_path, capsys):
+    write_table(tmp_path / 'd', 40)
+    sets = ['stage.arch=test_resnet', 'stage.weights=none', 'stage.size=32', 'stage.folds=2', 'stage.freeze_epochs=0',
+            'stage.epochs=1', 'stage.bs=8', 'stage.precision=f32', 'images.size=64', 'stage.seeds=1']
+    main(['fit', str(tmp_path / 'd/train.csv'), str(tmp_path / 'd/train_images'), '--hours', '2',
+          '--runs', str(tmp_path / 'r'), *(o for key in sets for o in ('--set', key))])
+    recipe = read_recipe(tmp_path / 'r/train/train.ini')
+    assert recipe.stages['teacher'].size == 32 and recipe.stages['teacher'].tta == 'd4'
+    assert (tmp_path / 'r/train/report.html').is_file() and 'left out' not in capsys.readouterr().out

@@ -1,0 +1,198 @@
+"`--hours`: stages that would end too late are left out, the answer is whole, and a later `all` completes the run."
+import json
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, expect_error, modified_times
+
+from aptos_fastai.cli import main
+from aptos_fastai.common import clock
+from aptos_fastai.common.io import write_record
+from aptos_fastai.inference.grader import load_grader
+from aptos_fastai.pipeline import plan, stage
+from aptos_fastai.pipeline.deadline import LATE, Deadline, enough_hours, goals
+from aptos_fastai.pipeline.graph import load_run, outputs_up_to_date
+from aptos_fastai.recipe import ConfigError, read_recipe
+
+LEFT_OUT = 'left out for lack of time'
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    "A clock that only trainings move: each fold takes `slower` times its estimate, of 1 s for an image and epoch"
+    fake = SimpleNamespace(now=1000., slower={}, trained=[])
+    speed = plan.Speed(train=1., validate=.1, score=.1, parameters=1000)
+    monkeypatch.setattr(clock, 'seconds', lambda: fake.now)
+    monkeypatch.setattr(plan, 'measured_speed', lambda stage, measured: speed)
+    monkeypatch.setattr(plan, 'image_seconds', lambda run, stage, measured: plan.ImageSeconds(0., 0.))
+    train_fold = stage.train_fold
+
+    def timed(run, name, fold, bars):
+        train_fold(run, name, fold, bars)
+        fake.trained.append((name, fold))
+        fake.now += fake.slower.get(name, 1.) * plan.stage_cost(run, name, [fold], {}).training
+    monkeypatch.setattr(stage, 'train_fold', timed)
+    return fake
+
+
+@pytest.fixture
+def args(small_recipe, tables, tmp_path):
+    return ['--recipe', str(small_recipe), '--data', str(tables), '--runs', str(tmp_path / 'r')]
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    "Without the report, which takes most of the time of a toy run"
+    monkeypatch.setattr('aptos_fastai.reports.run_report.write_report',
+                        lambda run, *args: (run.root / 'report.html').write_text('none'))
+
+
+def hours_for(args, goal):
+    "The hours in which `goal` just ends in time, as planned, with 2 % for folds that copies of images change"
+    run = load_run(*args[1::2])
+    return Deadline(1., 0.).until(run, goal, run.todo()) * 1.02 / 3600 / LATE
+
+
+def summary_of(tmp_path): return json.loads((tmp_path / 'r/small/summary.json').read_text())
+
+
+# What fits
+
+def test_what_does_not_fit_is_left_out_and_a_later_run_completes_it(args, fake, tmp_path, capsys):
+    root, hours = tmp_path / 'r/small', hours_for(args, 'teacher')
+    main(['all', *args, '--hours', str(hours)])
+    out = ' '.join(capsys.readouterr().out.split())
+    assert out.count(f'{LEFT_OUT} (--hours') == 2              # when it is decided, and with the results
+    assert 'retrain (retrain: about' in out and 'The model is teacher. A later `all` trains the rest.' in out
+    assert fake.trained == [('teacher', 0), ('teacher', 1)]
+    summary = summary_of(tmp_path)
+    assert summary['postponed'] == ['retrain'] and LEFT_OUT in summary['left_out']
+    assert [o['stage'] for o in summary['stages']] == ['teacher'] and summary['submission']['node'] == 'teacher'
+    assert LEFT_OUT in (root / 'report.html').read_text() and (root / 'submission.csv').is_file()
+    assert load_grader(root).model.name == 'small/teacher'
+    for command in ('report', 'submit', 'score'): main([command, *args])       # of the answer that is there
+    assert summary_of(tmp_path) == summary
+    before = modified_times(root / 'teacher/fold0')
+    capsys.readouterr()
+    main(['all', *args])
+    out = capsys.readouterr().out
+    assert 'stage 1 of 1: retrain' in out and LEFT_OUT not in out
+    assert summary_of(tmp_path)['postponed'] == [] and summary_of(tmp_path)['submission']['node'] == 'both'
+    assert modified_times(root / 'teacher/fold0') == before
+    main(['all', *args, '--hours', '.001'])
+    assert 'Nothing to do: every stage is up to date' in capsys.readouterr().out
+
+
+def test_with_enough_hours_nothing_is_left_out(args, fake, no_report, tmp_path, capsys):
+    main(['all', *args, '--hours', str(hours_for(args, 'retrain'))])
+    assert LEFT_OUT not in capsys.readouterr().out
+    assert summary_of(tmp_path)['submission']['node'] == 'both' and summary_of(tmp_path)['left_out'] == ''
+    assert outputs_up_to_date(load_run(*args[1::2]))
+
+
+def test_folds_that_take_longer_than_planned_leave_out_later_stages(args, fake, no_report, tmp_path, capsys):
+    fake.slower = dict(teacher=1.5)
+    main(['all', *args, '--hours', str(hours_for(args, 'retrain'))])
+    assert summary_of(tmp_path)['postponed'] == ['retrain']
+    assert fake.trained == [('teacher', 0), ('teacher', 1)]
+
+
+def test_a_stage_that_turns_out_too_slow_is_left_unfinished(args, fake, no_report, tmp_path, capsys):
+    "Its second fold would end too late: its first is kept for a later run"
+    fake.slower = dict(retrain=3.)
+    main(['all', *args, '--hours', str(hours_for(args, 'retrain'))])
+    assert fake.trained[2:] == [('retrain', 0)] and summary_of(tmp_path)['submission']['node'] == 'teacher'
+    main(['all', *args])
+    assert fake.trained[3:] == [('retrain', 1)] and summary_of(tmp_path)['submission']['node'] == 'both'
+
+
+def test_the_only_model_is_finished_late_rather_than_not_at_all(args, fake, no_report, tmp_path, capsys):
+    fake.slower = dict(teacher=3.)
+    main(['all', *args, '--hours', str(hours_for(args, 'teacher'))])
+    out = ' '.join(capsys.readouterr().out.split())
+    assert out.count('too late for --hours') == 1 and 'nothing less is a model: it goes on' in out
+    assert summary_of(tmp_path)['submission']['node'] == 'teacher'
+
+
+def test_parents_that_are_useless_without_a_stage_are_left_out_too(tables, small_recipe, fake, no_report, tmp_path):
+    "`big` starts from `base`: neither is trained, because `big` would end too late; `teacher` is the model"
+    text = small_recipe.read_text().replace('[ensemble.both]', '[stage.base]\ntrain = train\n[stage.big]\ninit = base\n'
+                                            'train = train\nepochs = 40\n[ensemble.both]')
+    small_recipe.write_text(text.replace('members = teacher retrain', 'members = teacher big')
+                            .replace('also = teacher retrain', 'also = teacher'))
+    args = ['--recipe', str(small_recipe), '--data', str(tables), '--runs', str(tmp_path / 'r')]
+    run = load_run(*args[1::2])
+    assert goals(run.recipe) == ['teacher', 'big']
+    todo = run.todo()
+    assert list(Deadline(1., 0.).in_order(run, todo)) == ['teacher', 'base', 'big', 'retrain']
+    hours = Deadline(1., 0.).until(run, 'teacher', todo) * 4 / 3600
+    main(['all', *args, '--hours', str(hours)])
+    assert {name for name, _ in fake.trained} == {'teacher', 'retrain'}
+    assert summary_of(tmp_path)['postponed'] == ['base', 'big']
+
+
+# What is refused
+
+def test_too_few_hours_are_refused_before_anything_is_prepared(args, fake, no_report, tmp_path, capsys):
+    err = expect_error(capsys, ['all', *args, '--hours', '0.001'], '--hours 0.001: too little.',
+                       'teacher would be a model', 'Set --hours', 'or write a smaller recipe with `configure`')
+    assert not list((tmp_path / 'r').rglob('*.jpg')) and not (tmp_path / 'r/small').exists()
+    enough = err.partition('Set --hours ')[2].partition(' ')[0]
+    main(['all', *args, '--hours', enough])
+    assert summary_of(tmp_path)['submission']['node'] == 'teacher'
+
+
+@pytest.mark.parametrize('hours', ['x', '0', '-1', 'nan', 'inf'])
+@pytest.mark.parametrize('command', [['all'], ['fit', 'grades.csv'], ['configure', '--data', '.']])
+def test_wrong_hours(command, hours, capsys):
+    expect_error(capsys, [*command, '--hours', hours], f'{hours}: enter a number of hours above 0, as 4 or 0.5')
+
+
+def test_enough_hours():
+    assert enough_hours(3600) == '1.05' and enough_hours(1) == '0.01' and enough_hours(360_000) == '105'
+
+
+# Estimates
+
+def test_finished_epochs_of_a_fold_are_not_counted(args, fake, tmp_path):
+    run, deadline = load_run(*args[1::2], sets=['stage.epochs=4']), Deadline(1., 0.)
+    whole = deadline.training(run, 'teacher', [0, 1])
+    folder = run.fold_dir('teacher', 0)
+    folder.mkdir(parents=True)
+    write_record(folder / 'checkpoint.json', dict(epochs=3))
+    assert deadline.training(run, 'teacher', [0, 1]) == pytest.approx(whole * 5 / 8)
+
+
+def test_time_counts_from_the_start_of_the_command(fake):
+    deadline = Deadline(2.)
+    fake.now += 3600
+    assert deadline.budget == 3600 and deadline.left == pytest.approx(2 * 3600 * LATE - 3600)
+
+
+# Recipes without postponed stages
+
+def test_without_stages_another_submitted_one_takes_the_place_of_the_final_one():
+    recipe = read_recipe(ROOT / 'settings.ini')
+    smaller = recipe.without_stages(['retrain_512'])
+    assert (smaller.submit.final, smaller.postponed) == ('ensemble', ['retrain_512'])
+    assert smaller.used_tables == recipe.used_tables and smaller.prepared_sizes == recipe.prepared_sizes
+    smaller = smaller.without_stages(['pretrain_256', 'pretrain_512'])
+    assert smaller.submit.final == 'finetune_dense' and smaller.prepared_sizes == recipe.prepared_sizes
+    assert set(smaller.stages) == {'pretrain_dense', 'finetune_dense'}
+    with pytest.raises(ConfigError, match='no model is left'): smaller.without_stages(['pretrain_dense'])
+    assert recipe.without_stages([]) is recipe
+
+
+def test_seeds_are_left_out_one_by_one(tmp_path):
+    recipe = read_recipe(ROOT / 'recipes/one_table.ini', sets=['stage.teacher.seeds=2'])
+    assert goals(recipe) == ['teacher_seed1', 'teacher_seed2', 'retrain']
+    smaller = recipe.without_stages(['teacher_seed2'])
+    assert set(smaller.stages) == {'teacher_seed1'} and smaller.submit.final == 'teacher_seed1'
+
+
+def test_images_that_a_stage_may_not_see_stay_the_same_without_its_child():
+    sets = ['stage.teacher.folds=1', 'stage.pre.train=other', 'stage.pre.folds=1', 'stage.teacher.folds=5',
+            'stage.teacher.init=pre', 'table.other.csv=o.csv', 'table.other.grade=diagnosis', 'submit.also=pre retrain']
+    recipe = read_recipe(ROOT / 'recipes/one_table.ini', sets=sets)
+    assert recipe.held_out_tables('pre') == ['train']
+    assert recipe.without_stages(['teacher']).held_out_tables('pre') == ['train']
