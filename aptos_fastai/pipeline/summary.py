@@ -449,7 +449,9 @@ def summary_row(run: Run, result: dict) -> list:
     "Return a stage's or ensemble's row of `show_summary`"
     name, stage = result['stage'], run.recipe.stages.get(result['stage'])
     kappa = interval_text(result['kappa'], result['kappa_interval'])
-    if stage is None: return [name, mean_text(result), result['validated'], '', '', kappa, '']
+    if stage is None:
+        members = '\n'.join(f'{weight:.2f} {m}' for m, weight in result['members'].items() if result['fitted'])
+        return [name, members or f'mean of {len(result["tables"])}', result['validated'], '', '', kappa, '']
     tables = '\n'.join(f'{name}\nby {teacher}' if teacher else name for teacher, name in stage.sources)
     images = f'{result["images"]["train"]}\n+{result["images"]["valid"]}'
     epochs = f'{result["folds"]}x{result["epochs"]}' if result['folds'] > 1 else str(result['epochs'])
