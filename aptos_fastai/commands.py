@@ -255,6 +255,9 @@ def submit_run(run: Run) -> None:
     if summary and digest(summary['submission'].get('refer')) != digest(asdict(run.recipe.refer)):
         say('[refer] has changed since the last `all`: report and predict still use its operating points. Run `all`, '
             'which trains nothing.', 'yellow')
+    if summary and bool(summary['submission'].get('eyes')) != (submit.eyes == 'fused'):
+        say(f'[submit] eyes = {submit.eyes} is new since the last `all`: report and predict still grade as before. Run '
+            '`all`, which trains nothing.', 'yellow')
     if not summary or summary['submission']['thresholds'] == thresholds.tolist(): return
     say('report.html and the commands predict, export, serve and kaggle still use the thresholds of the last `all`:\n'
         f'{thresholds_text(summary["submission"]["thresholds"])}. '

@@ -241,10 +241,15 @@ def patient_warnings(run: Run, valid: pd.DataFrame) -> list[str]:
 
 
 def epoch_warnings(run: Run, node: str) -> list[str]:
-    "Return a warning if a stage's epoch was chosen on its validation images"
-    chosen = sorted({run.recipe.stages[m].keep for m in run.recipe.members(node)} - {'last'})
+    "Return warnings if the epoch of a stage, or of some members of an ensemble, was chosen on the validation images"
+    kept = {run.recipe.stages[m].keep for m in run.recipe.members(node)}
+    chosen = sorted(kept - {'last'})
     if not chosen: return []
-    return [f'the epoch was chosen on the validation images (keep = {" or ".join(chosen)}): slightly optimistic']
+    found = [f'the epoch was chosen on the validation images (keep = {" or ".join(chosen)}): slightly optimistic']
+    if run.recipe.is_fitted(node) and len(kept) > 1:
+        found.append(f'members keep epochs in different ways ({", ".join(sorted(kept))}): fitted weights prefer those '
+                     'whose epoch was chosen on the validation images. Set keep of all members to last')
+    return found
 
 
 def relabel_warnings(run: Run, valid: pd.DataFrame) -> list[str]:

@@ -15,7 +15,7 @@ from aptos_fastai.metrics import quadratic_kappa
 from aptos_fastai.pipeline.graph import load_run
 from aptos_fastai.pipeline.pseudo_labels import read_labels
 from aptos_fastai.pipeline.reasons import training_reasons
-from aptos_fastai.pipeline.summary import out_of_fold_grades
+from aptos_fastai.pipeline.summary import epoch_warnings, out_of_fold_grades
 from aptos_fastai.recipe import ConfigError, read_recipe
 from aptos_fastai.run_folder import FINISHED, FOLD_FILES, PREDS, WEIGHTS, Run
 
@@ -104,6 +104,13 @@ def with_grades_of_fold(run, fold, stages=('first', 'second')):
 
 
 # What the weights are
+
+@pytest.mark.parametrize('keep, warnings', [('last', 0), ('kappa', 2)])
+def test_members_that_keep_other_epochs_are_warned_of(run, keep, warnings):
+    run.recipe.stages['second'] = replace(run.recipe.stages['second'], keep=keep)
+    found = epoch_warnings(run, 'blend')
+    assert len(found) == warnings and all('kappa' in text for text in found)
+
 
 def test_fitted_weights_prefer_the_better_member(run):
     "Of two unbiased members with independent errors the best weights are inverse to the variances: 0.8 and 0.2"
