@@ -126,6 +126,8 @@ def test_single_eyes_need_no_training_and_grade_as_the_fused_model_grades_an_ima
     main(['all', *arguments(copy)])
     assert 'Nothing to do' in capsys.readouterr().out
     weights = (copy / 'runs/eyes/teacher/fold0/weights.safetensors').stat().st_mtime_ns
+    main(['submit', *arguments(copy, '--set', 'submit.eyes=single')])
+    assert 'eyes = single is new since the last `all`' in ' '.join(capsys.readouterr().out.split())
     main(['all', *arguments(copy, '--set', 'submit.eyes=single')])
     assert (copy / 'runs/eyes/teacher/fold0/weights.safetensors').stat().st_mtime_ns == weights
     df = read_scores(copy)
