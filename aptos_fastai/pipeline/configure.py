@@ -4,6 +4,7 @@
 step makes the training longer. It is taken if the recipe with it still ends in time, by the estimate of `plan`.
 """
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -346,3 +347,9 @@ def lines_of(found: Climb, facts: Facts, hours: float) -> list[str]:
     if facts.no_pseudo_labels: lines.append(f'No pseudo-labels: {facts.no_pseudo_labels}')
     if facts.no_network: lines.append(f'No larger network: {facts.no_network}')
     return lines
+
+
+def configured_hours(file: Path) -> str:
+    "Return the hours for which the recipe in `file` was configured, as `lines_of` writes them; empty: for none"
+    found = re.search(r'^# Settings for (\S+) hours:', file.read_text(encoding='utf-8'), re.MULTILINE)
+    return found[1] if found else ''

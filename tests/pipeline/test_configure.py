@@ -6,6 +6,7 @@ import pytest
 from conftest import expect_error, write_table
 
 from aptos_fastai.cli import main
+from aptos_fastai.common.io import AptosError
 from aptos_fastai.data.understand import understand_table
 from aptos_fastai.pipeline import configure as configuring
 from aptos_fastai.pipeline import plan
@@ -167,16 +168,45 @@ def test_a_folder_without_tables(tmp_path, capsys):
 
 # fit
 
-def test_fit_keeps_the_recipe_that_it_configured(machine, tables, tmp_path, capsys):
-    "The times of another day would choose other settings: an interrupted fit goes on with those of its first day"
+@pytest.fixture
+def write(machine, tables, tmp_path, capsys):
+    "A function that writes the recipe of `fit` with or without hours; returns its text and what was printed"
     table, file = understand_table(tables / 'train.csv', tables / 'train_images'), tmp_path / 'r/a/a.ini'
-    write_fit_recipe({GRADED: table}, file, ['stage.wd=.02'], Deadline(1.))
-    text = file.read_text()
+
+    def write(hours=None, sets=()):
+        write_fit_recipe({GRADED: table}, file, sets, Deadline(hours) if hours else None)
+        return file.read_text(), ' '.join(capsys.readouterr().out.split())
+    return write
+
+
+def test_fit_keeps_the_recipe_that_it_configured(write, monkeypatch, tmp_path):
+    "The times of another day would choose other settings: an interrupted fit goes on with those of its first day"
+    text, out = write(1., ['stage.wd=.02'])
+    assert 'goes on with' not in out
     assert 'Settings for 1 hours' in text and '# train: id: id_code' in text and 'wd = .02' in text
-    write_fit_recipe({GRADED: table}, file, ['stage.wd=.02'], Deadline(5.))
-    assert file.read_text() == text
-    with pytest.raises(Exception, match='an earlier fit wrote another recipe here'):
-        write_fit_recipe({GRADED: table}, file, ['stage.wd=.03'], Deadline(1.))
+    monkeypatch.setattr(configuring, 'climb', lambda *args: pytest.fail('chosen again'))
+    again, out = write(1., ['stage.wd=.02'])
+    assert again == text and f'goes on with {tmp_path / "r/a/a.ini"}' in out
+
+
+@pytest.mark.parametrize('first, second, words', [
+    ((1.,), (8.,), 'fit --hours 1, not fit --hours 8'),
+    ((), (8.,), 'fit without --hours, not fit --hours 8'),
+    ((1.,), (), 'fit --hours 1, not fit without --hours'),
+    ((1., ['stage.wd=.02']), (1., ['stage.wd=.03']), 'fit --hours 1 with other tables or keys'),
+])
+def test_a_recipe_for_other_hours_is_kept_if_it_trains_and_replaced_if_nothing_was_trained(write, first, second, words,
+                                                                                            tmp_path):
+    text, _ = write(*first)
+    fold = tmp_path / 'r/a/teacher/fold0'
+    fold.mkdir(parents=True)
+    with pytest.raises(AptosError, match='an earlier fit wrote another recipe here') as e: write(*second)
+    assert words in str(e.value) and '--name' in str(e.value)
+    assert (tmp_path / 'r/a/a.ini').read_text() == text and not list((tmp_path / 'r/a').glob('*.old'))
+    fold.rmdir()
+    new, out = write(*second)
+    assert new != text and 'replaced, because nothing was trained by it' in out
+    assert (tmp_path / 'r/a/a.ini.old').read_text() == text
 
 
 def test_fit_with_hours_trains_what_it_has_chosen(tmp_path, capsys):
