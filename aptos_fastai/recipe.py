@@ -530,7 +530,8 @@ class Recipe:
         """Return the recipe without some stages, which are postponed, and those that build on them.
 
         Ensembles change as in `without`. If nothing of `final` is left, the last one of `also` that is left takes its
-        place. Tables, squares and folds stay those of the `whole` recipe. Raises `ConfigError` if no model is left.
+        place; its `eyes` are single if no table that validates it names eyes. Tables, squares and folds stay those of
+        the `whole` recipe. Raises `ConfigError` if no model is left.
         """
         lost = self._stages_that_need(set(), set(names))
         if not lost: return self
@@ -540,7 +541,12 @@ class Recipe:
                 raise ConfigError(f'{self.path} [submit] final = {self.submit.final}: without {", ".join(lost)} no '
                                   'model is left.')
             submit = replace(submit, final=submit.also[-1], also=submit.also[:-1])
-        return checked(replace(self, stages=stages, ensembles=ensembles, submit=submit, whole=self.whole or self))
+        smaller = replace(self, stages=stages, ensembles=ensembles, submit=submit, whole=self.whole or self)
+        return checked(smaller if smaller.names_eyes(submit.final) else smaller.with_single_eyes())
+
+    def with_single_eyes(self) -> 'Recipe':
+        "Return the recipe with [submit] eyes = single"
+        return replace(self, submit=replace(self.submit, eyes='single'))
 
     @property
     def postponed(self) -> list[str]:
@@ -595,6 +601,11 @@ class Recipe:
         if node in self.stages: return {node: 1.}
         shares = self.ensembles[node].shares
         return {m: w / sum(shares.values()) for m, w in shares.items()}
+
+    def names_eyes(self, node: str) -> bool:
+        "Return whether a table that validates a stage or ensemble names both patients and eyes"
+        return any(self.tables[table].names_eyes for m in self.members(node)
+                   for table in self.stages[m].validated_tables)
 
     def is_fitted(self, node: str) -> bool:
         "Return whether `node` is an ensemble whose weights are fitted to out-of-fold scores"
@@ -1122,8 +1133,8 @@ def _check_submit(r: Recipe) -> None:
 def _check_eyes(r: Recipe) -> None:
     "Check that eyes can be fused: a table that validates the model names patients and eyes, and so does the test table"
     if r.submit.eyes != 'fused': return
-    validated = {table: r.tables[table] for m in r.members(r.submit.final) for table in r.stages[m].validated_tables}
-    if not any(t.names_eyes for t in validated.values()):
+    if not r.names_eyes(r.submit.final):
+        validated = dict.fromkeys(table for m in r.members(r.submit.final) for table in r.stages[m].validated_tables)
         _fail(r, 'submit', 'eyes', r.submit.eyes, f'no table that validates {r.submit.final} ({", ".join(validated)}) '
               'names both patients and eyes. Set the keys eye and patient (or pairs, group) of one, or eyes = single.')
     test = r.tables.get(r.submit.table)

@@ -35,7 +35,7 @@ from aptos_fastai.decisions import without_ungradable
 from aptos_fastai.inference.eyes import fused_text
 from aptos_fastai.inference.training_images import write_run_images
 from aptos_fastai.metrics import GRADES, PredictionSets, apply_thresholds, grade_scores
-from aptos_fastai.pipeline.eyes import check_eyes, eyes_digest, fit_run_eyes, people_of
+from aptos_fastai.pipeline.eyes import check_eyes, eyes_digest, fit_run_eyes, people_of, without_stages
 from aptos_fastai.pipeline.lineage import check_lineage, report_held_out, report_weights
 from aptos_fastai.pipeline.reasons import NEVER, training_reasons
 from aptos_fastai.pipeline.refresh import move_renamed, refresh_folds
@@ -166,8 +166,8 @@ def prepared_as_other(run: Run, frame: pd.DataFrame) -> pd.DataFrame:
 def as_answered(run: Run) -> Run:
     "Return the run without the stages that its last `all` left out for lack of time (`postponed` in summary.json)"
     summary = read_record(run.root / 'summary.json') or {}
-    recipe = run.recipe.without_stages(run.recipe.stages.keys() & summary.get('postponed', []))
-    return replace(run, recipe=recipe, left_out=summary['left_out']) if recipe.postponed else run
+    smaller = without_stages(run, run.recipe.stages.keys() & summary.get('postponed', []))
+    return replace(smaller, left_out=summary['left_out']) if smaller.recipe.postponed else run
 
 
 def with_common_size(run: Run, frames: dict[str, pd.DataFrame]) -> tuple[dict[str, pd.DataFrame], Prep | None]:

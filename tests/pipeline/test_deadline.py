@@ -172,7 +172,7 @@ def test_time_counts_from_the_start_of_the_command(fake):
 # Recipes without postponed stages
 
 def test_without_stages_another_submitted_one_takes_the_place_of_the_final_one():
-    recipe = read_recipe(ROOT / 'settings.ini')
+    recipe = read_recipe(ROOT / 'settings.ini', sets=['submit.final=retrain_512'])
     smaller = recipe.without_stages(['retrain_512'])
     assert (smaller.submit.final, smaller.postponed) == ('ensemble', ['retrain_512'])
     assert smaller.used_tables == recipe.used_tables and smaller.prepared_sizes == recipe.prepared_sizes
@@ -188,6 +188,16 @@ def test_seeds_are_left_out_one_by_one(tmp_path):
     assert goals(recipe) == ['teacher_seed1', 'teacher_seed2', 'retrain']
     smaller = recipe.without_stages(['teacher_seed2'])
     assert set(smaller.stages) == {'teacher_seed1'} and smaller.submit.final == 'teacher_seed1'
+
+
+def test_a_smaller_model_whose_tables_name_no_eyes_is_not_fused():
+    eyes = [f'table.{name}.{key}' for name in ('other', 'test') for key in ('group=^(p.*)_', 'eye=_([lr])$')]
+    sets = [*eyes, 'table.other.csv=o.csv', 'table.other.grade=diagnosis', 'stage.big.train=other',
+            'submit.final=big', 'submit.also=teacher', 'submit.eyes=fused']
+    recipe = read_recipe(ROOT / 'recipes/one_table.ini', sets=sets)
+    smaller = recipe.without_stages(['big'])
+    assert (recipe.submit.eyes, smaller.submit.final, smaller.submit.eyes) == ('fused', 'teacher', 'single')
+    assert recipe.without_stages(['retrain']).submit.eyes == 'fused'
 
 
 def test_images_that_a_stage_may_not_see_stay_the_same_without_its_child():
