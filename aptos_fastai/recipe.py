@@ -559,6 +559,7 @@ class Recipe:
         ensembles, instead = {}, dict.fromkeys(lost, '')
         for name, e in self.ensembles.items():
             left = {m: w for m, w in e.shares.items() if m in stages}
+            if not any(left.values()): left = {}       # members of weight 0 are no model
             if len(left) < 2: instead[name] = next(iter(left), '')
             else: ensembles[name] = e.with_shares(left)
         final, *also = (instead.get(name, name) for name in (self.submit.final, *self.submit.also))

@@ -183,6 +183,19 @@ def test_without_stages_another_submitted_one_takes_the_place_of_the_final_one()
     assert recipe.without_stages([]) is recipe
 
 
+@pytest.mark.parametrize('weights, lost, final, members', [
+    ('1 0 0', 'a', 'teacher', {}), ('0 1 0', 'b', 'teacher', {}), ('0 1 0', 'a', 'e', dict(b=1., c=0.)),
+    ('0 1 1', 'b', 'e', dict(a=0., c=1.)), ('0 1', 'b', 'teacher', {}), ('1 0', 'b', 'a', {}),
+])
+def test_an_ensemble_is_lost_if_the_weights_that_are_left_are_0(weights, lost, final, members):
+    names = 'abc'[:len(weights.split())]
+    sets = [*(f'stage.{name}.train=train' for name in names), f'ensemble.e.members={" ".join(names)}',
+            f'ensemble.e.weights={weights}', 'submit.final=e', 'submit.also=teacher']
+    smaller = read_recipe(ROOT / 'recipes/one_table.ini', sets=sets).without_stages([lost])
+    assert smaller.submit.final == final and ('e' in smaller.ensembles) == bool(members)
+    if members: assert smaller.members('e') == members
+
+
 def test_seeds_are_left_out_one_by_one(tmp_path):
     recipe = read_recipe(ROOT / 'recipes/one_table.ini', sets=['stage.teacher.seeds=2'])
     assert goals(recipe) == ['teacher_seed1', 'teacher_seed2', 'retrain']
