@@ -39,9 +39,9 @@ from aptos_fastai.pipeline.eyes import check_eyes, eyes_digest, fit_run_eyes, pe
 from aptos_fastai.pipeline.lineage import check_lineage, report_held_out, report_weights
 from aptos_fastai.pipeline.reasons import NEVER, training_reasons
 from aptos_fastai.pipeline.refresh import move_renamed, refresh_folds
-from aptos_fastai.pipeline.run_recipe import check_weights_folder, is_stored, relative_to_root, store_recipe
+from aptos_fastai.pipeline.run_recipe import RECIPE, check_weights_folder, is_stored, relative_to_root, store_recipe
 from aptos_fastai.pipeline.summary import SUMMARY_FORMAT, SYNTHETIC, graded_alone, node_decision, tables_text
-from aptos_fastai.recipe import MLFLOW_SERVER, ConfigError, Recipe, Stage, did_you_mean, read_recipe
+from aptos_fastai.recipe import MLFLOW_SERVER, ConfigError, Recipe, Stage, did_you_mean, read_ini, read_recipe
 from aptos_fastai.run_folder import Run
 
 if TYPE_CHECKING:
@@ -164,10 +164,19 @@ def prepared_as_other(run: Run, frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def as_answered(run: Run) -> Run:
-    "Return the run without the stages that its last `all` left out for lack of time (`postponed` in summary.json)"
+    """Return the run without the unfinished stages that its last `all` left out for lack of time.
+
+    They are `postponed` in summary.json. Raises `AptosError` if the recipe has another `final` since, which needs one.
+    """
     summary = read_record(run.root / 'summary.json') or {}
-    smaller = without_stages(run, run.recipe.stages.keys() & summary.get('postponed', []))
-    return replace(smaller, left_out=summary['left_out']) if smaller.recipe.postponed else run
+    if not summary.get('postponed'): return run
+    unfinished = [name for name in run.todo() if name in summary['postponed']]
+    if not unfinished: return run
+    final, missing = run.recipe.submit.final, run.ancestors(run.recipe.submit.final).intersection(unfinished)
+    if missing and run.recipe.sections['submit']['final'] != read_ini(run.root / RECIPE)['submit']['final']:
+        raise AptosError(f'[submit] final = {final}: {", ".join(sorted(missing))} not finished, because the last `all` '
+                         f'left out stages for lack of time. Run `train {final}` first, or name another stage.')
+    return replace(without_stages(run, unfinished), left_out=summary['left_out'])
 
 
 def with_common_size(run: Run, frames: dict[str, pd.DataFrame]) -> tuple[dict[str, pd.DataFrame], Prep | None]:

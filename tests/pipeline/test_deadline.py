@@ -83,6 +83,21 @@ def test_what_does_not_fit_is_left_out_and_a_later_run_completes_it(args, fake, 
     assert 'Nothing to do: every stage is up to date' in capsys.readouterr().out
 
 
+def test_submit_names_a_stage_that_was_left_out_and_uses_it_once_it_is_trained(args, fake, no_report, tmp_path, capsys):
+    root = tmp_path / 'r/small'
+    main(['all', *args, '--hours', str(hours_for(args, 'teacher'))])
+    before = modified_times(root)
+    for command in ('submit', 'score'):
+        expect_error(capsys, [command, *args, '--set', 'submit.final=retrain'], '[submit] final = retrain: retrain not',
+                     'left out stages for lack of time. Run `train retrain` first')
+    assert modified_times(root) == before
+    main(['submit', *args, '--set', 'submit.final=teacher'])
+    main(['train', 'retrain', *args])
+    main(['submit', *args])
+    assert {file.stem for file in (root / 'submissions').iterdir()} == {'teacher', 'retrain', 'both'}
+    assert (root / 'submission.csv').read_text() == (root / 'submissions/both.csv').read_text()
+
+
 def test_with_enough_hours_nothing_is_left_out(args, fake, no_report, tmp_path, capsys):
     main(['all', *args, '--hours', str(hours_for(args, 'retrain'))])
     assert LEFT_OUT not in capsys.readouterr().out
