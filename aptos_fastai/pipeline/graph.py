@@ -528,6 +528,15 @@ def write_submissions(run: Run, scores: pd.DataFrame) -> None:
         rows = pd.DataFrame(dict(id_code=scores.id_code, diagnosis=diagnosis))
         write_csv(run.root / 'submissions' / f'{n}.csv', rows)
         if n == submit.final: write_csv(run.root / 'submission.csv', rows)
+    remove_old_submissions(run)
+
+
+def remove_old_submissions(run: Run) -> None:
+    "Remove the files in submissions/ that are of no submitted stage or ensemble, which is printed"
+    submitted = submitted_nodes(run.recipe)
+    old = [file for file in sorted((run.root / 'submissions').glob('*.csv')) if file.stem not in submitted]
+    for file in old: file.unlink()
+    if old: say(f'submissions: removed {first_few([o.name for o in old])}, of an earlier run, no longer submitted')
 
 
 # What is up to date

@@ -86,6 +86,11 @@ def test_what_does_not_fit_is_left_out_and_a_later_run_completes_it(args, fake, 
 def test_submit_names_a_stage_that_was_left_out_and_uses_it_once_it_is_trained(args, fake, no_report, tmp_path, capsys):
     root = tmp_path / 'r/small'
     main(['all', *args, '--hours', str(hours_for(args, 'teacher'))])
+    for name in ('both', 'blend'): (root / f'submissions/{name}.csv').write_text('of an earlier run')
+    capsys.readouterr()
+    main(['submit', *args])
+    assert 'removed blend.csv, both.csv' in ' '.join(capsys.readouterr().out.split())
+    assert [file.name for file in (root / 'submissions').iterdir()] == ['teacher.csv']
     before = modified_times(root)
     for command in ('submit', 'score'):
         expect_error(capsys, [command, *args, '--set', 'submit.final=retrain'], '[submit] final = retrain: retrain not',
