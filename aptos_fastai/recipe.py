@@ -558,13 +558,24 @@ class Recipe:
         stages = {n: s for n, s in self.stages.items() if n not in lost}
         ensembles, instead = {}, dict.fromkeys(lost, '')
         for name, e in self.ensembles.items():
-            left = {m: w for m, w in e.shares.items() if m in stages}
-            if not any(left.values()): left = {}       # members of weight 0 are no model
+            left = self._shares_left(e, stages)
             if len(left) < 2: instead[name] = next(iter(left), '')
             else: ensembles[name] = e.with_shares(left)
         final, *also = (instead.get(name, name) for name in (self.submit.final, *self.submit.also))
         return stages, ensembles, replace(
             self.submit, final=final, also=tuple(dict.fromkeys(name for name in also if name not in ('', final))))
+
+    def _shares_left(self, e: Ensemble, stages: Collection[str]) -> dict[str, float]:
+        """Return the weights of an ensemble's members that are left, among `stages`; none if all of them are 0.
+
+        That of a lost member which is one of several `seeds` goes to the others, so that their mean weighs as much.
+        """
+        means = [mean.members for name, mean in self.ensembles.items() if f'stage.{name}' in self.sections]
+        left = {m: w for m, w in e.shares.items() if m in stages}
+        for m in e.shares.keys() - left.keys():
+            others = [o for members in means if m in members for o in members if o in left]
+            for o in others: left[o] += e.shares[m] / len(others)
+        return left if any(left.values()) else {}
 
     def _stages_that_need(self, tables: Set[str], stages: Set[str] = frozenset()) -> list[str]:
         "Return `stages`, those that train on one of `tables`, and those that build on such stages"

@@ -233,6 +233,21 @@ def test_a_smaller_model_whose_tables_name_no_eyes_is_not_fused():
     assert recipe.without_stages(['retrain']).submit.eyes == 'fused'
 
 
+@pytest.mark.parametrize('lost, members', [
+    ('x_seed2', dict(x_seed1=1 / 2, y_seed1=1 / 6, y_seed2=1 / 6, y_seed3=1 / 6)),
+    ('y_seed1', dict(x_seed1=1 / 4, x_seed2=1 / 4, y_seed2=1 / 4, y_seed3=1 / 4)),
+    ('y_seed3 y_seed1', dict(x_seed1=1 / 4, x_seed2=1 / 4, y_seed2=1 / 2)),
+    ('x_seed1 x_seed2', dict(y_seed1=1 / 3, y_seed2=1 / 3, y_seed3=1 / 3)),
+])
+def test_the_weight_of_a_lost_seed_goes_to_the_other_seeds_of_its_stage(lost, members):
+    sets = ['stage.x.train=train', 'stage.x.seeds=2', 'stage.y.train=train', 'stage.y.seeds=3',
+            'ensemble.e.members=x y', 'submit.final=e']
+    recipe = read_recipe(ROOT / 'recipes/one_table.ini', sets=sets)
+    at_once, one_by_one = recipe.without_stages(lost.split()), recipe
+    for name in lost.split(): one_by_one = one_by_one.without_stages([name])
+    for smaller in (at_once, one_by_one): assert smaller.members('e') == pytest.approx(members)
+
+
 def test_images_that_a_stage_may_not_see_stay_the_same_without_its_child():
     sets = ['stage.teacher.folds=1', 'stage.pre.train=other', 'stage.pre.folds=1', 'stage.teacher.folds=5',
             'stage.teacher.init=pre', 'table.other.csv=o.csv', 'table.other.grade=diagnosis', 'submit.also=pre retrain']
