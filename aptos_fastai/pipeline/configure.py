@@ -5,7 +5,7 @@ step makes the training longer. It is taken if the recipe with it still ends in 
 """
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -247,8 +247,8 @@ def configure(ini: Ini, sets: Sequence[str], data: Path, file: Path, root: Path,
         for key, (value, _) in facts.complete(keys).items():
             section, _, name = key.rpartition('.')
             if section: chosen.setdefault(section, {})[name] = value
-        left_out = ini.keys() - chosen.keys()
-        return sets_applied(chosen, [text for text in sets if section_and_key(text)[0] not in left_out])
+        unused = unused_sets(sets, ini, chosen)
+        return sets_applied(chosen, [text for text in sets if text not in unused])
 
     with parsed(with_keys(PROBE.start), file) as recipe:
         run = load_run(recipe.path, data, root.parent, name=root.name)
@@ -264,7 +264,11 @@ def configure(ini: Ini, sets: Sequence[str], data: Path, file: Path, root: Path,
     chosen = facts.complete(found.keys)
     own = {'.'.join(section_and_key(text)) for text in sets}
     reasons = {key: 'set by the user' if key in own else why for key, (_, why) in chosen.items()}
-    return Configured(with_keys(found.keys), reasons, lines_of(found, facts, hours))
+    sections = with_keys(found.keys)
+    lines = lines_of(found, facts, hours)
+    why = f'there are no pseudo-labels: {facts.no_pseudo_labels or "they would take too long"}'
+    if unused := unused_sets(sets, ini, sections): lines.append(f'Not used: --set {" ".join(unused)}, because {why}')
+    return Configured(sections, reasons, lines)
 
 
 @dataclass
@@ -332,6 +336,11 @@ def without_students(ini: Ini, file: Path) -> Ini:
     with parsed(ini, file) as recipe:
         students = [name for name, s in recipe.stages.items() if any(teacher for teacher, _ in s.sources)]
         return keep_sections(ini, recipe.without_stages(students))
+
+
+def unused_sets(sets: Iterable[str], ini: Ini, chosen: Ini) -> list[str]:
+    "Return those of SECTION.KEY=VALUE whose section, of a stage or ensemble of `ini`, is not among the chosen ones"
+    return [text for text in sets if section_and_key(text)[0] in ini.keys() - chosen.keys()]
 
 
 def lines_of(found: Climb, facts: Facts, hours: float) -> list[str]:

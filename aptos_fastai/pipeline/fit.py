@@ -8,7 +8,7 @@ from aptos_fastai.common.console import say
 from aptos_fastai.common.io import AptosError, write_bytes
 from aptos_fastai.data.tables import with_present_tables
 from aptos_fastai.data.understand import Ask, Understood, relative, understand_table
-from aptos_fastai.pipeline.configure import configure, configured_hours
+from aptos_fastai.pipeline.configure import configure, configured_hours, unused_sets
 from aptos_fastai.pipeline.deadline import Deadline
 from aptos_fastai.pipeline.graph import check_same_data
 from aptos_fastai.pipeline.run_recipe import commented_text, keep_sections, parsed, section_and_key, sets_applied
@@ -41,8 +41,10 @@ def write_fit_recipe(tables: dict[str, Understood], file: Path, sets: Iterable[s
     for name, understood in tables.items(): ini[f'table.{name}'] = table_keys(understood, data)
     own = sets_applied(ini, sets)
     check_same_data(file.parent, data, demo=False)
-    if deadline and is_continued(file, own, sets, deadline.hours):
+    if deadline and is_continued(file, ini, sets, deadline.hours):
         say(f'goes on with {file}')
+        unused = ' '.join(unused_sets(sets, ini, read_ini(file)))
+        if unused: say(f'not used: --set {unused}, because the recipe lacks it', 'yellow')
         return data
     if deadline: check_unused(file, deadline.hours)
     header = [f'Written by fit from {BASE}. Change it and run it: run.py all --recipe {file.name} --data FOLDER']
@@ -70,13 +72,18 @@ def base_sections(missing: Iterable[str]) -> Ini:
     return keep_sections(read_ini(base), recipe.without(missing)) if missing else read_ini(base)
 
 
-def is_continued(file: Path, own: Ini, sets: Iterable[str], hours: float) -> bool:
-    "Return whether `file` has the recipe of an earlier fit for as many hours, on the same tables with the same `sets`"
+def is_continued(file: Path, ini: Ini, sets: Sequence[str], hours: float) -> bool:
+    """Return whether `file` has the recipe of an earlier fit for as many hours, on the tables of `ini` with `sets`.
+
+    Those of `sets` that it did not use do not count.
+    """
     if not file.is_file() or configured_hours(file) != f'{hours:g}': return False
-    there = read_ini(file)
+    there, own = read_ini(file), sets_applied(ini, sets)
+    unused = unused_sets(sets, ini, there)
     def tables(sections: Ini) -> Ini: return {k: v for k, v in sections.items() if k.startswith('table.')}
     if tables(own) != tables(there): return False
-    return all(there.get(section, {}).get(key) == own[section][key] for section, key in map(section_and_key, sets))
+    used = (section_and_key(text) for text in sets if text not in unused)
+    return all(there.get(section, {}).get(key) == own[section][key] for section, key in used)
 
 
 def check_unused(file: Path, hours: float | None) -> None:

@@ -12,7 +12,7 @@ from aptos_fastai.pipeline import configure as configuring
 from aptos_fastai.pipeline import plan
 from aptos_fastai.pipeline.configure import PROBE, PSEUDO, WHOLE, Ladder, Step, climb, values
 from aptos_fastai.pipeline.deadline import Deadline
-from aptos_fastai.pipeline.fit import GRADED, write_fit_recipe
+from aptos_fastai.pipeline.fit import GRADED, UNGRADED, write_fit_recipe
 from aptos_fastai.recipe import read_recipe
 from aptos_fastai.training.precision import StepSeconds
 
@@ -122,6 +122,17 @@ def test_what_the_user_sets_stays(configured):
     assert {s.size for s in recipe.stages.values()} == {96} and '# set by the user\nsize = 96' in text
 
 
+def test_what_the_user_sets_for_a_stage_that_there_is_no_time_for_is_named(configured):
+    sets = ('--set', 'stage.wd=.02', '--set', 'stage.retrain.lr=1e-3')
+    line = 'Not used: --set stage.retrain.lr=1e-3, because there are no pseudo-labels: they would take too long'
+    recipe, text, out = configured(.3, *sets)
+    assert 'retrain' not in recipe.stages and recipe.stages['teacher'].wd == .02
+    assert f'# {line}\n' in text and line in ' '.join(out.split())
+    recipe, text, out = configured(5, *sets)
+    assert 'Not used' not in text + out
+    assert {s.lr for name, s in recipe.stages.items() if name.startswith('retrain')} == {1e-3}
+
+
 def test_without_an_ungraded_table_or_with_few_images_there_are_no_pseudo_labels(configured, tables):
     (tables / 'test.csv').write_text('id_code\ntest000\ntest001\ntest002\n')
     recipe, text, _ = configured(5)
@@ -173,8 +184,9 @@ def write(machine, tables, tmp_path, capsys):
     "A function that writes the recipe of `fit` with or without hours; returns its text and what was printed"
     table, file = understand_table(tables / 'train.csv', tables / 'train_images'), tmp_path / 'r/a/a.ini'
 
-    def write(hours=None, sets=()):
-        write_fit_recipe({GRADED: table}, file, sets, Deadline(hours) if hours else None)
+    def write(hours=None, sets=(), ungraded=None):
+        understood = {GRADED: table} | ({UNGRADED: ungraded} if ungraded else {})
+        write_fit_recipe(understood, file, sets, Deadline(hours) if hours else None)
         return file.read_text(), ' '.join(capsys.readouterr().out.split())
     return write
 
@@ -187,6 +199,16 @@ def test_fit_keeps_the_recipe_that_it_configured(write, monkeypatch, tmp_path):
     monkeypatch.setattr(configuring, 'climb', lambda *args: pytest.fail('chosen again'))
     again, out = write(1., ['stage.wd=.02'])
     assert again == text and f'goes on with {tmp_path / "r/a/a.ini"}' in out
+
+
+def test_fit_goes_on_with_a_recipe_that_has_no_use_for_some_sets(write, tables):
+    sets, ungraded = ['stage.wd=.02', 'stage.retrain.lr=1e-3'], understand_table(tables / 'test_images', graded=False,
+                                                                                 name=UNGRADED)
+    text, out = write(.3, sets, ungraded)
+    assert 'Not used: --set stage.retrain.lr=1e-3, because there are no pseudo-labels' in out
+    again, out = write(.3, sets, ungraded)
+    assert again == text and 'goes on with' in out
+    assert 'not used: --set stage.retrain.lr=1e-3, because the recipe lacks it' in out
 
 
 @pytest.mark.parametrize('first, second, words', [
