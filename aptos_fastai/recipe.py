@@ -530,7 +530,8 @@ class Recipe:
         """Return the recipe without some stages, which are postponed, and those that build on them.
 
         Ensembles change as in `without`. If nothing of `final` is left, the last one of `also` that is left takes its
-        place. Tables, squares and folds stay those of the `whole` recipe. Raises `ConfigError` if no model is left.
+        place; its `eyes` are single if no table that validates it names eyes. Tables, squares and folds stay those of
+        the `whole` recipe. Raises `ConfigError` if no model is left.
         """
         lost = self._stages_that_need(set(), set(names))
         if not lost: return self
@@ -540,7 +541,12 @@ class Recipe:
                 raise ConfigError(f'{self.path} [submit] final = {self.submit.final}: without {", ".join(lost)} no '
                                   'model is left.')
             submit = replace(submit, final=submit.also[-1], also=submit.also[:-1])
-        return checked(replace(self, stages=stages, ensembles=ensembles, submit=submit, whole=self.whole or self))
+        smaller = replace(self, stages=stages, ensembles=ensembles, submit=submit, whole=self.whole or self)
+        return checked(smaller if smaller.names_eyes(submit.final) else smaller.with_single_eyes())
+
+    def with_single_eyes(self) -> 'Recipe':
+        "Return the recipe with [submit] eyes = single"
+        return replace(self, submit=replace(self.submit, eyes='single'))
 
     @property
     def postponed(self) -> list[str]:
@@ -552,12 +558,24 @@ class Recipe:
         stages = {n: s for n, s in self.stages.items() if n not in lost}
         ensembles, instead = {}, dict.fromkeys(lost, '')
         for name, e in self.ensembles.items():
-            left = {m: w for m, w in e.shares.items() if m in stages}
+            left = self._shares_left(e, stages)
             if len(left) < 2: instead[name] = next(iter(left), '')
             else: ensembles[name] = e.with_shares(left)
         final, *also = (instead.get(name, name) for name in (self.submit.final, *self.submit.also))
         return stages, ensembles, replace(
             self.submit, final=final, also=tuple(dict.fromkeys(name for name in also if name not in ('', final))))
+
+    def _shares_left(self, e: Ensemble, stages: Collection[str]) -> dict[str, float]:
+        """Return the weights of an ensemble's members that are left, among `stages`; none if all of them are 0.
+
+        That of a lost member which is one of several `seeds` goes to the others, so that their mean weighs as much.
+        """
+        means = [mean.members for name, mean in self.ensembles.items() if f'stage.{name}' in self.sections]
+        left = {m: w for m, w in e.shares.items() if m in stages}
+        for m in e.shares.keys() - left.keys():
+            others = [o for members in means if m in members for o in members if o in left]
+            for o in others: left[o] += e.shares[m] / len(others)
+        return left if any(left.values()) else {}
 
     def _stages_that_need(self, tables: Set[str], stages: Set[str] = frozenset()) -> list[str]:
         "Return `stages`, those that train on one of `tables`, and those that build on such stages"
@@ -595,6 +613,11 @@ class Recipe:
         if node in self.stages: return {node: 1.}
         shares = self.ensembles[node].shares
         return {m: w / sum(shares.values()) for m, w in shares.items()}
+
+    def names_eyes(self, node: str) -> bool:
+        "Return whether a table that validates a stage or ensemble names both patients and eyes"
+        return any(self.tables[table].names_eyes for m in self.members(node)
+                   for table in self.stages[m].validated_tables)
 
     def is_fitted(self, node: str) -> bool:
         "Return whether `node` is an ensemble whose weights are fitted to out-of-fold scores"
@@ -1122,8 +1145,8 @@ def _check_submit(r: Recipe) -> None:
 def _check_eyes(r: Recipe) -> None:
     "Check that eyes can be fused: a table that validates the model names patients and eyes, and so does the test table"
     if r.submit.eyes != 'fused': return
-    validated = {table: r.tables[table] for m in r.members(r.submit.final) for table in r.stages[m].validated_tables}
-    if not any(t.names_eyes for t in validated.values()):
+    if not r.names_eyes(r.submit.final):
+        validated = dict.fromkeys(table for m in r.members(r.submit.final) for table in r.stages[m].validated_tables)
         _fail(r, 'submit', 'eyes', r.submit.eyes, f'no table that validates {r.submit.final} ({", ".join(validated)}) '
               'names both patients and eyes. Set the keys eye and patient (or pairs, group) of one, or eyes = single.')
     test = r.tables.get(r.submit.table)

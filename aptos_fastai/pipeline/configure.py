@@ -4,7 +4,8 @@
 step makes the training longer. It is taken if the recipe with it still ends in time, by the estimate of `plan`.
 """
 import math
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -79,7 +80,8 @@ WHOLE = Ladder(
                                          'that has not seen it'),
         *_sizes(224, why='as measured on IDRiD'),
         *_passes(9, 10, 11, 12, why='one cycle needs about 8 to 12'),
-        Step({PSEUDO: 'yes'}, 'pseudo-labels: the mean of teacher and student had a higher kappa, by 0.02'),
+        Step({PSEUDO: 'yes'}, 'pseudo-labels: the mean of teacher and student had a higher kappa, by 0.02 in one run, '
+                              'not in a repeat'),
         Step({NETWORK: 'legacy_seresnet50', 'stage.weights': 'imagenet', 'stage.lr': '1e-3', 'stage.lr_div': '3'},
              'the network of settings.ini and of the published solution'),
         *_sizes(256, 288, 320, 352, 384, 416, 448, 480, 512, why=LARGER),
@@ -246,8 +248,8 @@ def configure(ini: Ini, sets: Sequence[str], data: Path, file: Path, root: Path,
         for key, (value, _) in facts.complete(keys).items():
             section, _, name = key.rpartition('.')
             if section: chosen.setdefault(section, {})[name] = value
-        left_out = ini.keys() - chosen.keys()
-        return sets_applied(chosen, [text for text in sets if section_and_key(text)[0] not in left_out])
+        unused = unused_sets(sets, ini, chosen)
+        return sets_applied(chosen, [text for text in sets if text not in unused])
 
     with parsed(with_keys(PROBE.start), file) as recipe:
         run = load_run(recipe.path, data, root.parent, name=root.name)
@@ -263,7 +265,11 @@ def configure(ini: Ini, sets: Sequence[str], data: Path, file: Path, root: Path,
     chosen = facts.complete(found.keys)
     own = {'.'.join(section_and_key(text)) for text in sets}
     reasons = {key: 'set by the user' if key in own else why for key, (_, why) in chosen.items()}
-    return Configured(with_keys(found.keys), reasons, lines_of(found, facts, hours))
+    sections = with_keys(found.keys)
+    lines = lines_of(found, facts, hours)
+    why = f'there are no pseudo-labels: {facts.no_pseudo_labels or "they would take too long"}'
+    if unused := unused_sets(sets, ini, sections): lines.append(f'Not used: --set {" ".join(unused)}, because {why}')
+    return Configured(sections, reasons, lines)
 
 
 @dataclass
@@ -333,6 +339,11 @@ def without_students(ini: Ini, file: Path) -> Ini:
         return keep_sections(ini, recipe.without_stages(students))
 
 
+def unused_sets(sets: Iterable[str], ini: Ini, chosen: Ini) -> list[str]:
+    "Return those of SECTION.KEY=VALUE whose section, of a stage or ensemble of `ini`, is not among the chosen ones"
+    return [text for text in sets if section_and_key(text)[0] in ini.keys() - chosen.keys()]
+
+
 def lines_of(found: Climb, facts: Facts, hours: float) -> list[str]:
     "Return the lines that say how settings were chosen, and what was left out"
     from aptos_fastai.training.precision import machine
@@ -346,3 +357,9 @@ def lines_of(found: Climb, facts: Facts, hours: float) -> list[str]:
     if facts.no_pseudo_labels: lines.append(f'No pseudo-labels: {facts.no_pseudo_labels}')
     if facts.no_network: lines.append(f'No larger network: {facts.no_network}')
     return lines
+
+
+def configured_hours(file: Path) -> str:
+    "Return the hours for which the recipe in `file` was configured, as `lines_of` writes them; empty: for none"
+    found = re.search(r'^# Settings for (\S+) hours:', file.read_text(encoding='utf-8'), re.MULTILINE)
+    return found[1] if found else ''

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from aptos_fastai.common import clock
 from aptos_fastai.common.console import format_duration, say
 from aptos_fastai.common.io import AptosError
+from aptos_fastai.pipeline.eyes import MIN_PATIENTS, without_stages
 from aptos_fastai.pipeline.graph import check_run, submitted_nodes
 from aptos_fastai.pipeline.plan import preparing_seconds, report_seconds, stage_cost, tables_scored_by
 from aptos_fastai.recipe import Recipe
@@ -135,12 +136,15 @@ class Deadline:
         "Return the run without the stages that are not finished, which is printed, recorded and reported"
         rest = run.todo()
         if not rest: return run
-        recipe = run.recipe.without_stages(rest)
+        smaller = without_stages(run, rest)
         why = '; '.join(f'{name}: {self.refused[name]}' for name in rest if name in self.refused)
         text = (f'left out for lack of time (--hours {self.hours:g}): {", ".join(rest)} ({why}). The model is '
-                f'{recipe.submit.final}. A later `all` trains the rest.')
+                f'{smaller.recipe.submit.final}. A later `all` trains the rest.')
+        if smaller.recipe.submit.eyes != run.recipe.submit.eyes:
+            text += (f' It grades each image alone, because fewer than {MIN_PATIENTS} patients have validation images '
+                     'of both eyes.')
         say(text, 'yellow')
-        return replace(run, recipe=recipe, left_out=' '.join(filter(None, [run.left_out, text])))
+        return replace(smaller, left_out=' '.join(filter(None, [run.left_out, text])))
 
 
 def enough_hours(seconds: float) -> str:

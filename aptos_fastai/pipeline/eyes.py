@@ -1,4 +1,7 @@
 "Fuse the scores of both eyes in a run ([submit] eyes = fused): whose eye an image shows, fit, and cross-fitted grades."
+from collections.abc import Iterable
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 
@@ -21,18 +24,28 @@ def people_of(run: Run, images: pd.DataFrame) -> pd.DataFrame:
 
 def check_eyes(run: Run) -> None:
     "Raise `ConfigError` if the eyes are to be fused and too few validated patients have images of both"
+    if run.recipe.submit.eyes != 'fused' or (n := patients_with_both(run)) >= MIN_PATIENTS: return
+    raise ConfigError(f'{run.recipe.path} [submit] eyes = fused: {n} patients have validation images of both eyes, at '
+                      f'least {MIN_PATIENTS} are needed. Validate more folds or images, or set eyes = single.')
+
+
+def patients_with_both(run: Run) -> int:
+    "Return how many patients have images of both eyes among those that validate the model"
     submit = run.recipe.submit
-    if submit.eyes != 'fused': return
     stage = run.recipe.stages[next(iter(run.recipe.members(submit.final)))]
     parts = [run.frames[table][run.validation_part(stage, table, k)]
              for table in stage.validated_tables for k in run.folds_of(submit.final)]
     images = pd.concat(parts, ignore_index=True)
     people = people_of(run, images)
     both = np.isfinite(fellow_scores(np.zeros(len(people)), people.patient, people.eye))
-    n = people.patient[both].nunique()
-    if n >= MIN_PATIENTS: return
-    raise ConfigError(f'{run.recipe.path} [submit] eyes = fused: {n} patients have validation images of both eyes, at '
-                      f'least {MIN_PATIENTS} are needed. Validate more folds or images, or set eyes = single.')
+    return people.patient[both].nunique()
+
+
+def without_stages(run: Run, names: Iterable[str]) -> Run:
+    "Return the run without some stages (`Recipe.without_stages`); its eyes are single if too few patients have both"
+    smaller = replace(run, recipe=run.recipe.without_stages(names))
+    if smaller.recipe.submit.eyes != 'fused' or patients_with_both(smaller) >= MIN_PATIENTS: return smaller
+    return replace(smaller, recipe=smaller.recipe.with_single_eyes())
 
 
 def paired(run: Run, oof: pd.DataFrame) -> pd.DataFrame:

@@ -8,7 +8,7 @@ from aptos_fastai.common.console import say
 from aptos_fastai.common.io import AptosError, write_bytes
 from aptos_fastai.data.tables import with_present_tables
 from aptos_fastai.data.understand import Ask, Understood, relative, understand_table
-from aptos_fastai.pipeline.configure import configure
+from aptos_fastai.pipeline.configure import configure, configured_hours, unused_sets
 from aptos_fastai.pipeline.deadline import Deadline
 from aptos_fastai.pipeline.graph import check_same_data
 from aptos_fastai.pipeline.run_recipe import commented_text, keep_sections, parsed, section_and_key, sets_applied
@@ -32,15 +32,21 @@ def write_fit_recipe(tables: dict[str, Understood], file: Path, sets: Iterable[s
                      deadline: Deadline | None = None) -> Path:
     """Write the recipe of the tables to `file`, with a reason beside each key that was chosen; return its data folder.
 
-    `sets` are SECTION.KEY=VALUE. With a `deadline` its settings are chosen for the time that is left; a recipe that is
-    there stays. Raises `AptosError`, before anything is written.
+    `sets` are SECTION.KEY=VALUE. With a `deadline` its settings are chosen for the time that is left; one that was
+    chosen for as many hours stays. Another recipe is replaced if nothing was trained by it; else `AptosError` is
+    raised, before anything is written.
     """
     data, sets = tables[GRADED].data, list(sets)
     ini = base_sections([UNGRADED] if UNGRADED not in tables else [])
     for name, understood in tables.items(): ini[f'table.{name}'] = table_keys(understood, data)
     own = sets_applied(ini, sets)
     check_same_data(file.parent, data, demo=False)
-    if deadline and is_continued(file, own, sets): return data
+    if deadline and is_continued(file, ini, sets, deadline.hours):
+        say(f'goes on with {file}')
+        unused = ' '.join(unused_sets(sets, ini, read_ini(file)))
+        if unused: say(f'not used: --set {unused}, because the recipe lacks it', 'yellow')
+        return data
+    if deadline: check_unused(file, deadline.hours)
     header = [f'Written by fit from {BASE}. Change it and run it: run.py all --recipe {file.name} --data FOLDER']
     header += [f'{name}: {reason}' for name, understood in tables.items() for reason in understood.reasons]
     if deadline:
@@ -49,9 +55,11 @@ def write_fit_recipe(tables: dict[str, Understood], file: Path, sets: Iterable[s
         for line in chosen.lines: say(line)
     else:
         with parsed(own, file): text = commented_text(own, header, {})
-    if file.is_file() and _keys(file.read_text(encoding='utf-8')) != _keys(text):
-        raise AptosError(f'{file.parent}: an earlier fit wrote another recipe here. Choose another --name, or delete '
-                         'this folder.')
+    if file.is_file() and _keys(file.read_text(encoding='utf-8')) == _keys(text): say(f'goes on with {file}')
+    elif file.is_file():
+        check_unused(file, deadline and deadline.hours)
+        old = file.replace(f'{file}.old')
+        say(f'{file}: replaced, because nothing was trained by it; the earlier one is {old}', 'yellow')
     write_bytes(file, text.encode())
     return data
 
@@ -64,13 +72,28 @@ def base_sections(missing: Iterable[str]) -> Ini:
     return keep_sections(read_ini(base), recipe.without(missing)) if missing else read_ini(base)
 
 
-def is_continued(file: Path, own: Ini, sets: Iterable[str]) -> bool:
-    "Return whether the recipe of an earlier fit on the same tables, with the same `sets`, is in `file`"
-    if not file.is_file(): return False
-    there = read_ini(file)
+def is_continued(file: Path, ini: Ini, sets: Sequence[str], hours: float) -> bool:
+    """Return whether `file` has the recipe of an earlier fit for as many hours, on the tables of `ini` with `sets`.
+
+    Those of `sets` that it did not use do not count.
+    """
+    if not file.is_file() or configured_hours(file) != f'{hours:g}': return False
+    there, own = read_ini(file), sets_applied(ini, sets)
+    unused = unused_sets(sets, ini, there)
     def tables(sections: Ini) -> Ini: return {k: v for k, v in sections.items() if k.startswith('table.')}
     if tables(own) != tables(there): return False
-    return all(there.get(section, {}).get(key) == own[section][key] for section, key in map(section_and_key, sets))
+    used = (section_and_key(text) for text in sets if text not in unused)
+    return all(there.get(section, {}).get(key) == own[section][key] for section, key in used)
+
+
+def check_unused(file: Path, hours: float | None) -> None:
+    "Raise `AptosError` if stages have begun to train by the recipe of an earlier fit in `file`, which is another one"
+    if not file.is_file() or not any(file.parent.glob('*/fold*')): return
+    earlier = configured_hours(file)
+    old, new = (f'fit --hours {o}' if o else 'fit without --hours' for o in (earlier, f'{hours:g}' if hours else ''))
+    other = f'{old}, not {new}' if old != new else f'{old} with other tables or keys'
+    raise AptosError(f'{file.parent}: an earlier fit wrote another recipe here ({other}) and trains by it. Repeat that '
+                     'command, choose another --name, or delete this folder.')
 
 
 def write_configured_recipe(data: Path, file: Path, runs: Path, sets: Sequence[str], hours: float) -> None:

@@ -35,13 +35,13 @@ from aptos_fastai.decisions import without_ungradable
 from aptos_fastai.inference.eyes import fused_text
 from aptos_fastai.inference.training_images import write_run_images
 from aptos_fastai.metrics import GRADES, PredictionSets, apply_thresholds, grade_scores
-from aptos_fastai.pipeline.eyes import check_eyes, eyes_digest, fit_run_eyes, people_of
+from aptos_fastai.pipeline.eyes import check_eyes, eyes_digest, fit_run_eyes, people_of, without_stages
 from aptos_fastai.pipeline.lineage import check_lineage, report_held_out, report_weights
 from aptos_fastai.pipeline.reasons import NEVER, training_reasons
 from aptos_fastai.pipeline.refresh import move_renamed, refresh_folds
-from aptos_fastai.pipeline.run_recipe import check_weights_folder, is_stored, relative_to_root, store_recipe
+from aptos_fastai.pipeline.run_recipe import RECIPE, check_weights_folder, is_stored, relative_to_root, store_recipe
 from aptos_fastai.pipeline.summary import SUMMARY_FORMAT, SYNTHETIC, graded_alone, node_decision, tables_text
-from aptos_fastai.recipe import MLFLOW_SERVER, ConfigError, Recipe, Stage, did_you_mean, read_recipe
+from aptos_fastai.recipe import MLFLOW_SERVER, ConfigError, Recipe, Stage, did_you_mean, read_ini, read_recipe
 from aptos_fastai.run_folder import Run
 
 if TYPE_CHECKING:
@@ -164,10 +164,19 @@ def prepared_as_other(run: Run, frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def as_answered(run: Run) -> Run:
-    "Return the run without the stages that its last `all` left out for lack of time (`postponed` in summary.json)"
+    """Return the run without the unfinished stages that its last `all` left out for lack of time.
+
+    They are `postponed` in summary.json. Raises `AptosError` if the recipe has another `final` since, which needs one.
+    """
     summary = read_record(run.root / 'summary.json') or {}
-    recipe = run.recipe.without_stages(run.recipe.stages.keys() & summary.get('postponed', []))
-    return replace(run, recipe=recipe, left_out=summary['left_out']) if recipe.postponed else run
+    if not summary.get('postponed'): return run
+    unfinished = [name for name in run.todo() if name in summary['postponed']]
+    if not unfinished: return run
+    final, missing = run.recipe.submit.final, run.ancestors(run.recipe.submit.final).intersection(unfinished)
+    if missing and run.recipe.sections['submit']['final'] != read_ini(run.root / RECIPE)['submit']['final']:
+        raise AptosError(f'[submit] final = {final}: {", ".join(sorted(missing))} not finished, because the last `all` '
+                         f'left out stages for lack of time. Run `train {final}` first, or name another stage.')
+    return replace(without_stages(run, unfinished), left_out=summary['left_out'])
 
 
 def with_common_size(run: Run, frames: dict[str, pd.DataFrame]) -> tuple[dict[str, pd.DataFrame], Prep | None]:
@@ -519,6 +528,15 @@ def write_submissions(run: Run, scores: pd.DataFrame) -> None:
         rows = pd.DataFrame(dict(id_code=scores.id_code, diagnosis=diagnosis))
         write_csv(run.root / 'submissions' / f'{n}.csv', rows)
         if n == submit.final: write_csv(run.root / 'submission.csv', rows)
+    remove_old_submissions(run)
+
+
+def remove_old_submissions(run: Run) -> None:
+    "Remove the files in submissions/ that are of no submitted stage or ensemble, which is printed"
+    submitted = submitted_nodes(run.recipe)
+    old = [file for file in sorted((run.root / 'submissions').glob('*.csv')) if file.stem not in submitted]
+    for file in old: file.unlink()
+    if old: say(f'submissions: removed {first_few([o.name for o in old])}, of an earlier run, no longer submitted')
 
 
 # What is up to date

@@ -3,15 +3,16 @@ import math
 
 import numpy as np
 import pytest
-from conftest import expect_error, write_table
+from conftest import ROOT, expect_error, write_table
 
 from aptos_fastai.cli import main
+from aptos_fastai.common.io import AptosError
 from aptos_fastai.data.understand import understand_table
 from aptos_fastai.pipeline import configure as configuring
 from aptos_fastai.pipeline import plan
 from aptos_fastai.pipeline.configure import PROBE, PSEUDO, WHOLE, Ladder, Step, climb, values
 from aptos_fastai.pipeline.deadline import Deadline
-from aptos_fastai.pipeline.fit import GRADED, write_fit_recipe
+from aptos_fastai.pipeline.fit import GRADED, UNGRADED, write_fit_recipe
 from aptos_fastai.recipe import read_recipe
 from aptos_fastai.training.precision import StepSeconds
 
@@ -121,6 +122,17 @@ def test_what_the_user_sets_stays(configured):
     assert {s.size for s in recipe.stages.values()} == {96} and '# set by the user\nsize = 96' in text
 
 
+def test_what_the_user_sets_for_a_stage_that_there_is_no_time_for_is_named(configured):
+    sets = ('--set', 'stage.wd=.02', '--set', 'stage.retrain.lr=1e-3')
+    line = 'Not used: --set stage.retrain.lr=1e-3, because there are no pseudo-labels: they would take too long'
+    recipe, text, out = configured(.3, *sets)
+    assert 'retrain' not in recipe.stages and recipe.stages['teacher'].wd == .02
+    assert f'# {line}\n' in text and line in ' '.join(out.split())
+    recipe, text, out = configured(5, *sets)
+    assert 'Not used' not in text + out
+    assert {s.lr for name, s in recipe.stages.items() if name.startswith('retrain')} == {1e-3}
+
+
 def test_without_an_ungraded_table_or_with_few_images_there_are_no_pseudo_labels(configured, tables):
     (tables / 'test.csv').write_text('id_code\ntest000\ntest001\ntest002\n')
     recipe, text, _ = configured(5)
@@ -145,8 +157,10 @@ def test_squares_are_no_larger_than_the_retinas_and_folds_no_more_than_the_rares
     assert {s.folds for s in recipe.stages.values()} == {3} and len(recipe.stages) == 10        # 5 seeds of both
 
 
-def test_pseudo_labels_are_a_step_of_their_own():
-    assert sum(PSEUDO in step.keys for step in WHOLE.steps) == 1
+def test_pseudo_labels_are_a_step_of_their_own_and_their_reason_says_that_the_gain_was_not_repeated():
+    steps = [step for step in WHOLE.steps if PSEUDO in step.keys]
+    assert len(steps) == 1 and 'by 0.02 in one run, not in a repeat' in steps[0].why
+    assert 'by 0.02 in one run, not in a repeat' in (ROOT / 'docs/train.md').read_text()
 
 
 # What is refused
@@ -167,16 +181,56 @@ def test_a_folder_without_tables(tmp_path, capsys):
 
 # fit
 
-def test_fit_keeps_the_recipe_that_it_configured(machine, tables, tmp_path, capsys):
-    "The times of another day would choose other settings: an interrupted fit goes on with those of its first day"
+@pytest.fixture
+def write(machine, tables, tmp_path, capsys):
+    "A function that writes the recipe of `fit` with or without hours; returns its text and what was printed"
     table, file = understand_table(tables / 'train.csv', tables / 'train_images'), tmp_path / 'r/a/a.ini'
-    write_fit_recipe({GRADED: table}, file, ['stage.wd=.02'], Deadline(1.))
-    text = file.read_text()
+
+    def write(hours=None, sets=(), ungraded=None):
+        understood = {GRADED: table} | ({UNGRADED: ungraded} if ungraded else {})
+        write_fit_recipe(understood, file, sets, Deadline(hours) if hours else None)
+        return file.read_text(), ' '.join(capsys.readouterr().out.split())
+    return write
+
+
+def test_fit_keeps_the_recipe_that_it_configured(write, monkeypatch, tmp_path):
+    "The times of another day would choose other settings: an interrupted fit goes on with those of its first day"
+    text, out = write(1., ['stage.wd=.02'])
+    assert 'goes on with' not in out
     assert 'Settings for 1 hours' in text and '# train: id: id_code' in text and 'wd = .02' in text
-    write_fit_recipe({GRADED: table}, file, ['stage.wd=.02'], Deadline(5.))
-    assert file.read_text() == text
-    with pytest.raises(Exception, match='an earlier fit wrote another recipe here'):
-        write_fit_recipe({GRADED: table}, file, ['stage.wd=.03'], Deadline(1.))
+    monkeypatch.setattr(configuring, 'climb', lambda *args: pytest.fail('chosen again'))
+    again, out = write(1., ['stage.wd=.02'])
+    assert again == text and f'goes on with {tmp_path / "r/a/a.ini"}' in out
+
+
+def test_fit_goes_on_with_a_recipe_that_has_no_use_for_some_sets(write, tables):
+    sets, ungraded = ['stage.wd=.02', 'stage.retrain.lr=1e-3'], understand_table(tables / 'test_images', graded=False,
+                                                                                 name=UNGRADED)
+    text, out = write(.3, sets, ungraded)
+    assert 'Not used: --set stage.retrain.lr=1e-3, because there are no pseudo-labels' in out
+    again, out = write(.3, sets, ungraded)
+    assert again == text and 'goes on with' in out
+    assert 'not used: --set stage.retrain.lr=1e-3, because the recipe lacks it' in out
+
+
+@pytest.mark.parametrize('first, second, words', [
+    ((1.,), (8.,), 'fit --hours 1, not fit --hours 8'),
+    ((), (8.,), 'fit without --hours, not fit --hours 8'),
+    ((1.,), (), 'fit --hours 1, not fit without --hours'),
+    ((1., ['stage.wd=.02']), (1., ['stage.wd=.03']), 'fit --hours 1 with other tables or keys'),
+])
+def test_a_recipe_for_other_hours_is_kept_if_it_trains_and_replaced_if_nothing_was_trained(write, first, second, words,
+                                                                                            tmp_path):
+    text, _ = write(*first)
+    fold = tmp_path / 'r/a/teacher/fold0'
+    fold.mkdir(parents=True)
+    with pytest.raises(AptosError, match='an earlier fit wrote another recipe here') as e: write(*second)
+    assert words in str(e.value) and '--name' in str(e.value)
+    assert (tmp_path / 'r/a/a.ini').read_text() == text and not list((tmp_path / 'r/a').glob('*.old'))
+    fold.rmdir()
+    new, out = write(*second)
+    assert new != text and 'replaced, because nothing was trained by it' in out
+    assert (tmp_path / 'r/a/a.ini.old').read_text() == text
 
 
 def test_fit_with_hours_trains_what_it_has_chosen(tmp_path, capsys):

@@ -83,6 +83,26 @@ def test_what_does_not_fit_is_left_out_and_a_later_run_completes_it(args, fake, 
     assert 'Nothing to do: every stage is up to date' in capsys.readouterr().out
 
 
+def test_submit_names_a_stage_that_was_left_out_and_uses_it_once_it_is_trained(args, fake, no_report, tmp_path, capsys):
+    root = tmp_path / 'r/small'
+    main(['all', *args, '--hours', str(hours_for(args, 'teacher'))])
+    for name in ('both', 'blend'): (root / f'submissions/{name}.csv').write_text('of an earlier run')
+    capsys.readouterr()
+    main(['submit', *args])
+    assert 'removed blend.csv, both.csv' in ' '.join(capsys.readouterr().out.split())
+    assert [file.name for file in (root / 'submissions').iterdir()] == ['teacher.csv']
+    before = modified_times(root)
+    for command in ('submit', 'score'):
+        expect_error(capsys, [command, *args, '--set', 'submit.final=retrain'], '[submit] final = retrain: retrain not',
+                     'left out stages for lack of time. Run `train retrain` first')
+    assert modified_times(root) == before
+    main(['submit', *args, '--set', 'submit.final=teacher'])
+    main(['train', 'retrain', *args])
+    main(['submit', *args])
+    assert {file.stem for file in (root / 'submissions').iterdir()} == {'teacher', 'retrain', 'both'}
+    assert (root / 'submission.csv').read_text() == (root / 'submissions/both.csv').read_text()
+
+
 def test_with_enough_hours_nothing_is_left_out(args, fake, no_report, tmp_path, capsys):
     main(['all', *args, '--hours', str(hours_for(args, 'retrain'))])
     assert LEFT_OUT not in capsys.readouterr().out
@@ -172,7 +192,7 @@ def test_time_counts_from_the_start_of_the_command(fake):
 # Recipes without postponed stages
 
 def test_without_stages_another_submitted_one_takes_the_place_of_the_final_one():
-    recipe = read_recipe(ROOT / 'settings.ini')
+    recipe = read_recipe(ROOT / 'settings.ini', sets=['submit.final=retrain_512'])
     smaller = recipe.without_stages(['retrain_512'])
     assert (smaller.submit.final, smaller.postponed) == ('ensemble', ['retrain_512'])
     assert smaller.used_tables == recipe.used_tables and smaller.prepared_sizes == recipe.prepared_sizes
@@ -183,11 +203,49 @@ def test_without_stages_another_submitted_one_takes_the_place_of_the_final_one()
     assert recipe.without_stages([]) is recipe
 
 
+@pytest.mark.parametrize('weights, lost, final, members', [
+    ('1 0 0', 'a', 'teacher', {}), ('0 1 0', 'b', 'teacher', {}), ('0 1 0', 'a', 'e', dict(b=1., c=0.)),
+    ('0 1 1', 'b', 'e', dict(a=0., c=1.)), ('0 1', 'b', 'teacher', {}), ('1 0', 'b', 'a', {}),
+])
+def test_an_ensemble_is_lost_if_the_weights_that_are_left_are_0(weights, lost, final, members):
+    names = 'abc'[:len(weights.split())]
+    sets = [*(f'stage.{name}.train=train' for name in names), f'ensemble.e.members={" ".join(names)}',
+            f'ensemble.e.weights={weights}', 'submit.final=e', 'submit.also=teacher']
+    smaller = read_recipe(ROOT / 'recipes/one_table.ini', sets=sets).without_stages([lost])
+    assert smaller.submit.final == final and ('e' in smaller.ensembles) == bool(members)
+    if members: assert smaller.members('e') == members
+
+
 def test_seeds_are_left_out_one_by_one(tmp_path):
     recipe = read_recipe(ROOT / 'recipes/one_table.ini', sets=['stage.teacher.seeds=2'])
     assert goals(recipe) == ['teacher_seed1', 'teacher_seed2', 'retrain']
     smaller = recipe.without_stages(['teacher_seed2'])
     assert set(smaller.stages) == {'teacher_seed1'} and smaller.submit.final == 'teacher_seed1'
+
+
+def test_a_smaller_model_whose_tables_name_no_eyes_is_not_fused():
+    eyes = [f'table.{name}.{key}' for name in ('other', 'test') for key in ('group=^(p.*)_', 'eye=_([lr])$')]
+    sets = [*eyes, 'table.other.csv=o.csv', 'table.other.grade=diagnosis', 'stage.big.train=other',
+            'submit.final=big', 'submit.also=teacher', 'submit.eyes=fused']
+    recipe = read_recipe(ROOT / 'recipes/one_table.ini', sets=sets)
+    smaller = recipe.without_stages(['big'])
+    assert (recipe.submit.eyes, smaller.submit.final, smaller.submit.eyes) == ('fused', 'teacher', 'single')
+    assert recipe.without_stages(['retrain']).submit.eyes == 'fused'
+
+
+@pytest.mark.parametrize('lost, members', [
+    ('x_seed2', dict(x_seed1=1 / 2, y_seed1=1 / 6, y_seed2=1 / 6, y_seed3=1 / 6)),
+    ('y_seed1', dict(x_seed1=1 / 4, x_seed2=1 / 4, y_seed2=1 / 4, y_seed3=1 / 4)),
+    ('y_seed3 y_seed1', dict(x_seed1=1 / 4, x_seed2=1 / 4, y_seed2=1 / 2)),
+    ('x_seed1 x_seed2', dict(y_seed1=1 / 3, y_seed2=1 / 3, y_seed3=1 / 3)),
+])
+def test_the_weight_of_a_lost_seed_goes_to_the_other_seeds_of_its_stage(lost, members):
+    sets = ['stage.x.train=train', 'stage.x.seeds=2', 'stage.y.train=train', 'stage.y.seeds=3',
+            'ensemble.e.members=x y', 'submit.final=e']
+    recipe = read_recipe(ROOT / 'recipes/one_table.ini', sets=sets)
+    at_once, one_by_one = recipe.without_stages(lost.split()), recipe
+    for name in lost.split(): one_by_one = one_by_one.without_stages([name])
+    for smaller in (at_once, one_by_one): assert smaller.members('e') == pytest.approx(members)
 
 
 def test_images_that_a_stage_may_not_see_stay_the_same_without_its_child():

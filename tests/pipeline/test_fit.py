@@ -93,6 +93,15 @@ def test_fit_keeps_the_recipe_of_an_earlier_run(fitted, tmp_path, capsys):
     assert (run.folder / 'labels.ini').read_bytes() == recipe
 
 
+def test_a_fit_that_failed_before_it_trained_can_be_repeated_with_other_settings(tmp_path, capsys):
+    root = LAYOUTS['semicolons'](tmp_path)
+    args = ['fit', str(root / 'Befunde.csv'), str(root / 'Bilder'), '--name', 'a', '--runs', str(tmp_path / 'r')]
+    expect_error(capsys, [*args, *SETS, '--set', 'stage.bs=256'], 'bs = 256: fold 0 has only')
+    main([*args, *SETS])
+    assert 'replaced, because nothing was trained by it' in ' '.join(capsys.readouterr().out.split())
+    assert (tmp_path / 'r/a/report.html').is_file()
+
+
 def test_fit_refuses_the_graded_images_as_unlabelled_ones(tmp_path, capsys):
     root = LAYOUTS['semicolons'](tmp_path)
     expect_error(capsys, ['fit', root / 'Befunde.csv', root / 'Bilder', root / 'Bilder', '--runs', tmp_path / 'r'],

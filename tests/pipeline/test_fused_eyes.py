@@ -1,5 +1,6 @@
 "[submit] eyes = fused: from a recipe to the test table, report, bundle and predictions of new images; and its errors."
 import shutil
+from contextlib import nullcontext
 
 import cv2
 import numpy as np
@@ -12,6 +13,7 @@ from aptos_fastai.common.io import read_record
 from aptos_fastai.inference.eyes import FUSES, GRADED_ALONE
 from aptos_fastai.inference.model_spec import read_model
 from aptos_fastai.metrics import quadratic_kappa
+from aptos_fastai.pipeline.deadline import Deadline
 from aptos_fastai.pipeline.eyes import people_of
 from aptos_fastai.pipeline.graph import inputs_digest, load_run
 
@@ -137,6 +139,26 @@ def test_single_eyes_need_no_training_and_grade_as_the_fused_model_grades_an_ima
         assert getattr(both, name) == getattr(single, name), name
     assert single.eyes is None and 'eyes' not in single.digests and FUSES in both.warnings
     assert {k for k in both.digests if both.digests.get(k) != single.digests.get(k)} == {'model', 'eyes'}
+
+
+def test_with_hours_a_smaller_model_that_cannot_be_fused_grades_each_image_alone(copy, monkeypatch, capsys):
+    "`first` validates one of two folds, in which too few patients are; it is the model where `teacher` is left out"
+    file, root = copy / 'eyes.ini', copy / 'runs/eyes'
+    file.write_text(RECIPE.replace('[submit]', '[stage.first]\ntrain = train\narch = test_resnet\nweights = none\n'
+                                   'size = 32\nepochs = 1\nbs = 8\nprecision = f32\n[submit]\nalso = first'))
+    shutil.rmtree(root / 'teacher')
+    monkeypatch.setattr(Deadline, 'check', lambda self, run: None)
+    monkeypatch.setattr(Deadline, 'allows', lambda self, run, stage: stage != 'teacher')
+    monkeypatch.setattr(Deadline, 'timed', lambda *args: nullcontext())
+    main(['all', *arguments(copy), '--hours', '1'])
+    assert 'The model is first. A later `all` trains the rest. It grades each image alone, because fewer than 30' in (
+        ' '.join(capsys.readouterr().out.split()))
+    summary = read_record(root / 'summary.json')
+    assert summary['submission']['node'] == 'first' and 'grades each image alone' in summary['left_out']
+    assert 'fused' not in read_scores(copy) and read_model(root)[0].eyes is None
+    before = read_scores(copy)
+    for command in ('submit', 'report'): main([command, *arguments(copy)])
+    pd.testing.assert_frame_equal(read_scores(copy), before)
 
 
 def test_another_eye_in_the_table_makes_the_outputs_out_of_date(copy):
