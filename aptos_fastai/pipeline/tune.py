@@ -97,14 +97,15 @@ def tune_stage(run: Run, stage: str, trials: int) -> Tuned:
     """
     ranges = check_tunable(run.recipe, stage)
     if trials < 1: raise AptosError(f'--trials {trials}: choose 1 or more.')
-    check_ranges(run, stage, ranges)
-    parents = run.ancestors(stage) - {stage}
-    with start_run(run, parents) as (run, bars):
+    base = trial_base(run, stage)
+    check_ranges(base, stage, ranges)
+    parents = base.ancestors(stage) - {stage}
+    with start_run(run, parents, trial=True) as (run, bars):
         train_nodes(run, parents, bars)
+        base = trial_base(run, stage)
         drop_weights(run.root / TUNE / stage)
-        with open_study(run, stage, ranges) as study:
+        with open_study(base, stage, ranges) as study:
             own = {key: key_text(run.recipe, stage, key) for key in ranges}
-            base = trial_base(run, stage)
             sweep(base, study, ranges, own, trials, bars)
             comparison = compare(base, study, own, parents, bars)
             found = Tuned(run, stage, study, own, comparison, importance(study))
@@ -121,9 +122,10 @@ def check_tunable(recipe: Recipe, stage: str) -> dict[str, Range]:
     if f'ensemble.{stage}' in recipe.sections:
         members = ', '.join(recipe.members(stage))
         raise AptosError(f'{stage}: an ensemble, which is not trained. Tune one of its stages: {members}.')
-    if stage not in recipe.stages or f'stage.{stage}' not in recipe.sections:
-        raise AptosError(f'{stage}: belongs to a stage of several seeds. Tune one training of it: set seeds = 1 for '
-                         'this command.')
+    if f'stage.{stage}' not in recipe.sections:
+        whole = next(name for name, e in recipe.ensembles.items() if stage in e.members and f'stage.{name}' in
+                     recipe.sections)
+        raise AptosError(f'{stage}: one of the trainings of {whole}. Tune {whole}: its trials are one training each.')
     if not recipe.tune.get(stage): raise AptosError(f'{recipe.path}: no ranges to tune. Write a section {example}.')
     return recipe.tune[stage]
 
@@ -147,8 +149,10 @@ def sets_of(stage: str, values: Values) -> list[str]:
 
 
 def trial_base(run: Run, stage: str) -> TrialRun:
-    "Return a run on the folds of choosing"
-    return TrialRun(run.recipe, run.data, run.root, run.frames, run.left_out, run.ungradable, stage,
+    "Return a run on the folds of choosing, in which the stage is one training, whatever its `seeds`"
+    try: recipe = changed(run.recipe, sets_of(stage, dict(seeds='1')))
+    except ConfigError as e: raise ConfigError(f'{stage} is tuned as one training, with seeds = 1, but {e}') from None
+    return TrialRun(recipe, run.data, run.root, run.frames, run.left_out, run.ungradable, stage,
                     prepared=run.store)
 
 

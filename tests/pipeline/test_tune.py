@@ -182,6 +182,39 @@ def test_a_stopped_sweep_loses_only_the_running_fold(tmp_path, data, monkeypatch
     assert sorted(trials.trial) == [1, 2, 3] and trials.kappa.notna().all()
 
 
+@pytest.fixture(scope='module')
+def several(tmp_path_factory, data):
+    "The folder of a finished run whose stage `teacher` has two seeds"
+    folder = tmp_path_factory.mktemp('several')
+    main(['train', 'teacher', *options(folder, data, 'stage.teacher.seeds=2', 'stage.keep=last')])
+    return folder
+
+
+@pytest.mark.parametrize('seeds', ['2', '1'])
+def test_one_training_of_several_seeds_is_tuned_and_the_run_stays_as_it_is(several, data, monkeypatch, capsys, seeds):
+    run = several / 'r/small'
+    monkeypatch.setattr(tune, 'train_fold', lambda *args: pytest.fail('the own values are those of teacher_seed1'))
+    before = {f: (t, f.read_bytes()) for f, t in modified_times(run).items() if run / 'tune' not in f.parents}
+    sets = f'stage.teacher.seeds={seeds}', 'stage.keep=last', 'tune.teacher.lr=1e-3 1e-1 log'
+    trials = sweep(several, data, 1, *sets)
+    assert trials.folds.tolist() == [2] and 'there is nothing to set' in capsys.readouterr().out
+    rewritten = {'run.json', 'folds.csv', 'images.csv'}              # by each command, with the same content
+    for file, (written, content) in before.items():
+        assert file.read_bytes() == content, file
+        if file.name not in rewritten: assert file.stat().st_mtime_ns == written, file
+    assert {f.name for f in run.iterdir() if f.is_dir()} == {'first', 'teacher_seed1', 'teacher_seed2', 'tune'}
+    assert 'seeds = 2' in (run / 'recipe.ini').read_text()
+
+
+def test_a_renamed_stage_keeps_its_folder(several, data, monkeypatch):
+    monkeypatch.setattr(tune, 'train_fold', lambda *args: pytest.fail('first is trained already, as second'))
+    text = RECIPE.replace('[stage.first]', '[stage.second]').replace('= first', '= second')
+    (several / 'small.ini').write_text(text)
+    sweep(several, data, 1, 'stage.teacher.seeds=2', 'stage.keep=last', 'tune.teacher.lr=1e-3 1e-1 log')
+    assert (several / 'r/small/first').is_dir() and not (several / 'r/small/second').exists()
+    assert '[stage.first]' in (several / 'r/small/recipe.ini').read_text()
+
+
 # What the sweep decides, with scores in the place of trainings
 
 def test_a_resumed_sweep_tries_what_an_uninterrupted_one_does(tmp_path, data, scored, monkeypatch):
@@ -315,7 +348,7 @@ def test_images_of_a_tuned_size_are_prepared(tmp_path, data, scored):
     (['tune.teacher.bs=8 | 64'], ['[tune.teacher] bs = 8 | 64: 64 cannot run', 'Set it to']),
     (['tune.teacher.head=gem | avg'], ['[tune.teacher] head', 'Use the same arch, head and loss']),
     (['tune.teacher.optimizer=adam | adan9'], ['[tune.teacher] optimizer', 'adan9']),
-    (['stage.teacher.seeds=2'], ['teacher: belongs to a stage of several seeds', 'set seeds = 1']),
+    (['stage.teacher.seeds=2', 'tune.teacher.bs=8 | 64'], ['[tune.teacher] bs = 8 | 64: 64 cannot run']),
 ])
 def test_a_wrong_range_is_one_line_and_leaves_nothing(tmp_path, data, capsys, sets, words):
     expect_error(capsys, ['tune', 'teacher', *options(tmp_path, data, *sets)], *words)
@@ -328,6 +361,19 @@ def test_a_wrong_range_is_one_line_and_leaves_nothing(tmp_path, data, capsys, se
     ('techer', ['no such stage', 'did you mean teacher?'])])
 def test_what_cannot_be_tuned(tmp_path, data, capsys, stage, words):
     expect_error(capsys, ['tune', stage, *options(tmp_path, data)], *words)
+    assert not (tmp_path / 'r').exists()
+
+
+def test_a_single_training_of_several_seeds_has_no_ranges(tmp_path, data, capsys):
+    args = ['tune', 'teacher_seed2', *options(tmp_path, data, 'stage.teacher.seeds=2')]
+    expect_error(capsys, args, 'teacher_seed2: one of the trainings of teacher', 'Tune teacher')
+    assert not (tmp_path / 'r').exists()
+
+
+def test_a_recipe_that_names_one_training_of_several_seeds(tmp_path, data, capsys):
+    sets = 'stage.teacher.seeds=2', 'submit.final=teacher_seed1'
+    expect_error(capsys, ['tune', 'teacher', *options(tmp_path, data, *sets)], 'teacher is tuned as one training',
+                 '[submit] final = teacher_seed1')
     assert not (tmp_path / 'r').exists()
 
 
