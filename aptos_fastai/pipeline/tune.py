@@ -38,6 +38,9 @@ OTHER_FOLDS = 'other_folds'                  # in it: parents and candidates on 
 NOT_KEPT = {EXPORT, WEIGHTS, FEATURES}       # of a trial: its scores and its record stay
 DONE = TrialState.COMPLETE, TrialState.PRUNED
 SHOWN = 20                                   # trials in the table on the terminal
+ONE_TRIAL = dict(seeds='1', keep='last')     # of the stage in every trial, the recipe's own values included
+KEEPS_LAST = ('Trials keep the last epoch. An epoch chosen on the validation images (keep = {keep}) would make kappa '
+              'optimistic, the more the more epochs there are.')
 OPTIMISTIC = ('The kappa on the folds of choosing is that of the best of several trials: optimistic. Other folds of '
               'the same images take out the luck of folds and seeds, not that of the images: evaluate on others.')
 
@@ -100,6 +103,8 @@ def tune_stage(run: Run, stage: str, trials: int) -> Tuned:
     base = trial_base(run, stage)
     check_ranges(base, stage, ranges)
     parents = base.ancestors(stage) - {stage}
+    keep = key_text(run.recipe, stage, 'keep')
+    if keep != 'last': say(KEEPS_LAST.format(keep=keep), 'yellow')
     with start_run(run, parents, trial=True) as (run, bars):
         train_nodes(run, parents, bars)
         base = trial_base(run, stage)
@@ -149,8 +154,8 @@ def sets_of(stage: str, values: Values) -> list[str]:
 
 
 def trial_base(run: Run, stage: str) -> TrialRun:
-    "Return a run on the folds of choosing, in which the stage is one training, whatever its `seeds`"
-    try: recipe = changed(run.recipe, sets_of(stage, dict(seeds='1')))
+    "Return a run on the folds of choosing, in which the stage is one training and keeps its last epoch (`ONE_TRIAL`)"
+    try: recipe = changed(run.recipe, sets_of(stage, ONE_TRIAL))
     except ConfigError as e: raise ConfigError(f'{stage} is tuned as one training, with seeds = 1, but {e}') from None
     return TrialRun(recipe, run.data, run.root, run.frames, run.left_out, run.ungradable, stage,
                     prepared=run.store)
@@ -450,3 +455,5 @@ def show_comparison(found: Tuned, best: Values) -> None:
     if low <= 0 <= high: say('On other folds the difference may be chance: its interval contains 0.', 'yellow')
     options = ' '.join(f'--set {shlex.quote(o)}' for o in sets_of(found.stage, best))
     say(f'To use the best values ({values_text(best)}): {options}')
+    keep = key_text(found.run.recipe, found.stage, 'keep')
+    if keep != 'last': say(f'They were compared with keep = last; the stage has keep = {keep}.', 'yellow')

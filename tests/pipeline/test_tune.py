@@ -163,7 +163,7 @@ def test_the_stage_trained_with_the_best_values_has_the_kappa_of_the_trial(swept
 
 
 def test_a_stopped_sweep_loses_only_the_running_fold(tmp_path, data, monkeypatch, capsys):
-    own = 'stage.teacher.lr=2e-3'
+    own = 'stage.teacher.lr=2e-3', 'stage.keep=last'
     train, trained = tune.train_fold, []
 
     def train_fold(run, name, fold, bars):
@@ -171,12 +171,12 @@ def test_a_stopped_sweep_loses_only_the_running_fold(tmp_path, data, monkeypatch
         if len(trained) == 4: raise KeyboardInterrupt
         train(run, name, fold, bars)
     monkeypatch.setattr(tune, 'train_fold', train_fold)
-    main(['train', 'teacher', *options(tmp_path, data, own)])
-    with pytest.raises(SystemExit) as e: sweep(tmp_path, data, 3, own)
+    main(['train', 'teacher', *options(tmp_path, data, *own)])
+    with pytest.raises(SystemExit) as e: sweep(tmp_path, data, 3, *own)
     assert e.value.code == 130
     assert len({folder for folder, _ in trained}) == 2               # the run's own stage has the values of the first
     trained.clear()
-    trials = sweep(tmp_path, data, 3, own)
+    trials = sweep(tmp_path, data, 3, *own)
     of_choosing = [o for o in trained if o[0] in set(trials.folder)]
     assert of_choosing[0][1] == 1 and of_choosing.count(of_choosing[0]) == 1
     assert sorted(trials.trial) == [1, 2, 3] and trials.kappa.notna().all()
@@ -213,6 +213,27 @@ def test_a_renamed_stage_keeps_its_folder(several, data, monkeypatch):
     sweep(several, data, 1, 'stage.teacher.seeds=2', 'stage.keep=last', 'tune.teacher.lr=1e-3 1e-1 log')
     assert (several / 'r/small/first').is_dir() and not (several / 'r/small/second').exists()
     assert '[stage.first]' in (several / 'r/small/recipe.ini').read_text()
+
+
+def test_all_trials_keep_the_last_epoch(tmp_path, data, capsys):
+    sets = 'stage.teacher.keep=kappa', 'stage.folds=1', 'tune.teacher.epochs=2 3'
+    trials = sweep(tmp_path, data, 2, *sets)
+    out = capsys.readouterr().out
+    assert 'Trials keep the last epoch.' in out and '(keep = kappa)' in out
+    files = list((tmp_path / 'r/small/tune').glob('**/teacher/*/fold0/history.csv'))
+    assert len(files) == len(trials) + 1 + 2                         # the own values, and two sets on other folds
+    for file in files:
+        assert pd.read_csv(file).kept.tolist()[-1]
+        assert read_record(file.parent / 'stage.json')['settings']['keep'] == 'last'
+    assert '--set stage.teacher.epochs=' in out
+    assert 'They were compared with keep = last; the stage has keep = kappa.' in out
+    assert 'stage.teacher.keep' not in out.partition('To use the best values')[2]
+
+
+def test_a_stage_that_keeps_the_last_epoch_needs_no_such_words(tmp_path, data, scored, capsys):
+    sweep(tmp_path, data, 3, 'stage.keep=last')
+    out = capsys.readouterr().out
+    assert '--set stage.teacher.lr=' in out and 'keep = ' not in out and 'Trials keep' not in out
 
 
 # What the sweep decides, with scores in the place of trainings
@@ -342,6 +363,7 @@ def test_images_of_a_tuned_size_are_prepared(tmp_path, data, scored):
     (['tune.teacher.lrr=1e-4 1e-2'], ['[tune.teacher] lrr: no such key, did you mean lr?']),
     (['tune.teacher.folds=2 3'], ['[tune.teacher] folds: a key that is not tuned', 'Accepted keys']),
     (['tune.teacher.train=a | b'], ['[tune.teacher] train: a key that is not tuned']),
+    (['tune.teacher.keep=kappa | last'], ['[tune.teacher] keep: a key that is not tuned']),
     (['tune.teacher.seed=1 3'], ['[tune.teacher] seed: a key that is not tuned']),
     (['tune.teachr.lr=1e-4 1e-2'], ['[tune.teachr]: no such stage, did you mean teacher?']),
     (['tune.both.lr=1e-4 1e-2'], ['[tune.both]: an ensemble, which is not trained']),
