@@ -320,6 +320,41 @@ def test_a_diverged_trial_is_noted_and_the_sweep_goes_on(tmp_path, data, scored)
     assert trials.kappa[0] == trials.kappa.max() and not list(tmp_path.rglob('best.safetensors'))
 
 
+def test_own_values_that_cannot_be_trained_do_not_end_the_comparison(tmp_path, data, scored, capsys):
+    sweep(tmp_path, data, 3, 'stage.teacher.lr=.5')
+    out = capsys.readouterr().out
+    found = read_record(tmp_path / 'r/small/tune/teacher/tune.json')
+    for place in ('chosen', 'other'):
+        assert found[place]['not_trained'] == dict(own='epoch 1: the loss is nan')
+        assert found[place]['own'] is found[place]['difference'] is None
+        assert found[place]['best'] and found[place]['images']
+    assert 'the recipe\'s own values on other folds: epoch 1: the loss is nan.' in ' '.join(out.split())
+    assert '--set stage.teacher.lr=' in out and not list(tmp_path.rglob('best.safetensors'))
+
+
+def test_best_values_that_diverge_on_other_folds_are_reported(tmp_path, data, scored, monkeypatch, capsys):
+    fold_scores = tune.fold_scores
+
+    def diverge(trial, fold, bars):
+        if trial.root.name != tune.OTHER_FOLDS or trial.recipe.stages['teacher'].lr == 3e-2:
+            return fold_scores(trial, fold, bars)
+        raise TrainingDiverged('epoch 2: the loss is inf. Lower the stage\'s lr.')
+    monkeypatch.setattr(tune, 'fold_scores', diverge)
+    sweep(tmp_path, data, 2)
+    found = read_record(tmp_path / 'r/small/tune/teacher/tune.json')
+    assert found['chosen']['difference'] and not found['chosen']['not_trained']
+    assert found['other']['not_trained'] == dict(best='epoch 2: the loss is inf') and found['other']['own']
+    assert 'the best values on other folds: epoch 2: the loss is inf.' in ' '.join(capsys.readouterr().out.split())
+
+
+def test_the_trials_are_written_before_the_comparison(tmp_path, data, scored, monkeypatch, capsys):
+    def fail(run, nodes, bars):
+        if run.root.name == tune.OTHER_FOLDS: raise TrainingDiverged('first: the loss is nan. Lower its lr.')
+    monkeypatch.setattr(tune, 'train_nodes', fail)
+    expect_error(capsys, ['tune', 'teacher', *options(tmp_path, data), '--trials', 2], 'first: the loss is nan')
+    assert len(read_trials(tmp_path)) == 2
+
+
 def test_a_sweep_of_which_no_trial_finishes_is_an_error(tmp_path, data, scored, capsys):
     args = ['tune', 'teacher', *options(tmp_path, data, 'tune.teacher.lr=1 10'), '--trials', 2]
     expect_error(capsys, args, 'no trial was trained to its end', 'the loss is nan', 'Change the ranges')
