@@ -435,7 +435,7 @@ ACCEPTED_SECTIONS = ('[recipe] [images] [augment] [table.NAME] [stage] [stage.NA
                      '[submit] [gate] [refer] [demo] [demo.stage] [demo.stage.NAME]')
 
 # Keys of a stage that `tune` does not try: what is trained and validated, by which rule it is judged, and how it runs
-NOT_TUNED = {'train', 'validate', 'init', 'folds', 'seed', 'seeds', 'thresholds', 'workers', 'track', 'compile'}
+NOT_TUNED = {'train', 'validate', 'init', 'folds', 'seed', 'seeds', 'keep', 'thresholds', 'workers', 'track', 'compile'}
 TUNE_HELP = ('what `tune STAGE` tries: a key of [stage] = FROM TO for a number, FROM TO log on a logarithmic scale, '
              'or A | B | C, values to choose from')
 

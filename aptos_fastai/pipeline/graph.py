@@ -197,18 +197,19 @@ def with_folds(run: Run) -> Run:
 
 
 @contextmanager
-def start_run(run: Run, nodes: Iterable[str] = ()) -> Iterator[tuple[Run, Bars]]:
+def start_run(run: Run, nodes: Iterable[str] = (), trial: bool = False) -> Iterator[tuple[Run, Bars]]:
     """Lock the run folder, prepare every image, write the folds; yield the prepared run and the progress bars.
 
     First checks whether the unfinished stages among `nodes` can train. With stages among them, the recipe becomes that
-    of the run folder (recipe.ini). No other process can work in the run folder until the block ends. Raises
-    `AptosError`.
+    of the run folder (recipe.ini), and folders of renamed stages are renamed; not for a `trial` of other values. No
+    other process can work in the run folder until the block ends. Raises `AptosError`.
     """
     stages = {n: s for n, s in run.recipe.stages.items() if n in set(nodes)}
     check_run(run, [n for n in run.recipe.order if n in stages and not run.record(n, stages[n].folds - 1)])
     with run_lock(run.root), Bars() as bars:
         remove_stale_temp_files(run.root, 0)
-        run = move_renamed(prepare_images(run, bars))
+        run = prepare_images(run, bars)
+        if not trial: run = move_renamed(run)
         write_folds(run.recipe, run.frames, run.root / 'folds.csv')
         write_run_images(run.root, run.frames)
         report_duplicates(run)
@@ -216,7 +217,7 @@ def start_run(run: Run, nodes: Iterable[str] = ()) -> Iterator[tuple[Run, Bars]]
         warn_missing_grades(run)
         if run.recipe.demo: write_bytes(run.root / 'SYNTHETIC.txt', f'{SYNTHETIC}.\n'.encode())
         write_record(run.root / 'run.json', dict(
-            data=relative_to_root(run.root, run.data), **store_recipe(run, replace=bool(stages)),
+            data=relative_to_root(run.root, run.data), **store_recipe(run, replace=bool(stages) and not trial),
             synthetic=bool(run.recipe.demo),
             relabels={name: dict(file=relative_to_root(run.root, o.file), **o.record())
                       for name, o in run.relabels.items()}))

@@ -38,10 +38,18 @@ OTHER_FOLDS = 'other_folds'                  # in it: parents and candidates on 
 NOT_KEPT = {EXPORT, WEIGHTS, FEATURES}       # of a trial: its scores and its record stay
 DONE = TrialState.COMPLETE, TrialState.PRUNED
 SHOWN = 20                                   # trials in the table on the terminal
+NAMES = dict(own='the recipe\'s own values', best='the best values')
+ONE_TRIAL = dict(seeds='1', keep='last')     # of the stage in every trial, the recipe's own values included
+KEEPS_LAST = ('Trials keep the last epoch. An epoch chosen on the validation images (keep = {keep}) would make kappa '
+              'optimistic, the more the more epochs there are.')
 OPTIMISTIC = ('The kappa on the folds of choosing is that of the best of several trials: optimistic. Other folds of '
               'the same images take out the luck of folds and seeds, not that of the images: evaluate on others.')
 
 Values = dict[str, str]                      # key of the stage -> text of its value
+
+
+class CannotTrain(AptosError):
+    "Why the stage cannot be trained with some values: a short message, without what to do"
 
 
 @dataclass
@@ -93,19 +101,23 @@ class Tuned:
 def tune_stage(run: Run, stage: str, trials: int) -> Tuned:
     """Try values of [tune.STAGE] until the study has `trials` of them; compare the best with the recipe's own values.
 
-    Writes tune.csv and tune.json, prints both. Nothing in the recipe changes. Raises `AptosError`.
+    Writes tune.csv, before it compares, and tune.json; prints both. Nothing in the recipe changes. Raises `AptosError`.
     """
     ranges = check_tunable(run.recipe, stage)
     if trials < 1: raise AptosError(f'--trials {trials}: choose 1 or more.')
-    check_ranges(run, stage, ranges)
-    parents = run.ancestors(stage) - {stage}
-    with start_run(run, parents) as (run, bars):
+    base = trial_base(run, stage)
+    check_ranges(base, stage, ranges)
+    parents = base.ancestors(stage) - {stage}
+    keep = key_text(run.recipe, stage, 'keep')
+    if keep != 'last': say(KEEPS_LAST.format(keep=keep), 'yellow')
+    with start_run(run, parents, trial=True) as (run, bars):
         train_nodes(run, parents, bars)
+        base = trial_base(run, stage)
         drop_weights(run.root / TUNE / stage)
-        with open_study(run, stage, ranges) as study:
+        with open_study(base, stage, ranges) as study:
             own = {key: key_text(run.recipe, stage, key) for key in ranges}
-            base = trial_base(run, stage)
             sweep(base, study, ranges, own, trials, bars)
+            write_csv(run.root / TUNE / stage / 'tune.csv', trials_table(study))
             comparison = compare(base, study, own, parents, bars)
             found = Tuned(run, stage, study, own, comparison, importance(study))
             write_results(found)
@@ -121,9 +133,10 @@ def check_tunable(recipe: Recipe, stage: str) -> dict[str, Range]:
     if f'ensemble.{stage}' in recipe.sections:
         members = ', '.join(recipe.members(stage))
         raise AptosError(f'{stage}: an ensemble, which is not trained. Tune one of its stages: {members}.')
-    if stage not in recipe.stages or f'stage.{stage}' not in recipe.sections:
-        raise AptosError(f'{stage}: belongs to a stage of several seeds. Tune one training of it: set seeds = 1 for '
-                         'this command.')
+    if f'stage.{stage}' not in recipe.sections:
+        whole = next(name for name, e in recipe.ensembles.items() if stage in e.members and f'stage.{name}' in
+                     recipe.sections)
+        raise AptosError(f'{stage}: one of the trainings of {whole}. Tune {whole}: its trials are one training each.')
     if not recipe.tune.get(stage): raise AptosError(f'{recipe.path}: no ranges to tune. Write a section {example}.')
     return recipe.tune[stage]
 
@@ -147,8 +160,10 @@ def sets_of(stage: str, values: Values) -> list[str]:
 
 
 def trial_base(run: Run, stage: str) -> TrialRun:
-    "Return a run on the folds of choosing"
-    return TrialRun(run.recipe, run.data, run.root, run.frames, run.left_out, run.ungradable, stage,
+    "Return a run on the folds of choosing, in which the stage is one training and keeps its last epoch (`ONE_TRIAL`)"
+    try: recipe = changed(run.recipe, sets_of(stage, ONE_TRIAL))
+    except ConfigError as e: raise ConfigError(f'{stage} is tuned as one training, with seeds = 1, but {e}') from None
+    return TrialRun(recipe, run.data, run.root, run.frames, run.left_out, run.ungradable, stage,
                     prepared=run.store)
 
 
@@ -162,13 +177,14 @@ def on_other_folds(base: TrialRun) -> TrialRun:
 
 
 def with_values(base: TrialRun, values: Values, bars: Bars) -> TrialRun:
-    "Return the run of a trial, its images prepared. Raises `ConfigError` if these values cannot run together"
-    recipe = changed(base.recipe, sets_of(base.tuned, values))
-    trial = replace(base, recipe=recipe)
-    check_run(trial, [base.tuned])
+    "Return the run of a trial, its images prepared. Raises `CannotTrain` if these values cannot run together"
+    try:
+        trial = replace(base, recipe=changed(base.recipe, sets_of(base.tuned, values)))
+        check_run(trial, [base.tuned])
+    except ConfigError as e: raise CannotTrain(f'cannot run: {e}') from None
     trial = replace(trial, frames=with_squares(trial, bars))
     folds = [trial.fingerprint(base.tuned, k) for k in trial.folds_of(base.tuned)]
-    return replace(trial, folder=digest([asdict(recipe.stages[base.tuned]), folds])[:10])
+    return replace(trial, folder=digest([asdict(trial.recipe.stages[base.tuned]), folds])[:10])
 
 
 def with_squares(run: Run, bars: Bars) -> dict[str, pd.DataFrame]:
@@ -197,6 +213,20 @@ def fold_scores(trial: TrialRun, fold: int, bars: Bars) -> pd.DataFrame:
     return trial.oof(name, fold)
 
 
+def tried_fold(trial: TrialRun, fold: int, bars: Bars) -> pd.DataFrame:
+    "Return `fold_scores`. Raises `CannotTrain`, and leaves nothing of the fold, if these values are the reason"
+    try: return fold_scores(trial, fold, bars)
+    except AptosError as e:
+        if not is_of_values(e): raise
+        shutil.rmtree(trial.fold_dir(trial.tuned, fold), ignore_errors=True)       # its checkpoint and best epoch
+        raise CannotTrain(str(e).partition('. ')[0]) from None
+
+
+def is_of_values(e: AptosError) -> bool:
+    "Return whether an error is of the values of a trial: the loss is not finite, or memory does not suffice"
+    return isinstance(e, TrainingDiverged) or isinstance(e.__cause__, torch.OutOfMemoryError | MemoryError)
+
+
 def drop_weights(folder: Path) -> None:
     "Delete the weights of trials in a folder"
     for file in folder.rglob('*'):
@@ -210,9 +240,10 @@ def graded(trial: TrialRun, scores: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return oof.assign(grade=grade, group=trial.groups(oof))
 
 
-def all_folds(trial: TrialRun, bars: Bars) -> pd.DataFrame:
-    "Return `graded` of all folds of a trial; train what is not finished"
-    return graded(trial, [fold_scores(trial, k, bars) for k in trial.folds_of(trial.tuned)])
+def all_folds(base: TrialRun, values: Values, bars: Bars) -> pd.DataFrame:
+    "Return `graded` of all folds with some values; train what is not finished. Raises `CannotTrain`"
+    trial = with_values(base, values, bars)
+    return graded(trial, [tried_fold(trial, k, bars) for k in trial.folds_of(trial.tuned)])
 
 
 # The study
@@ -327,16 +358,13 @@ def values_text(values: Values) -> str:
 def run_trial(base: TrialRun, trial: Trial, values: Values, bars: Bars) -> tuple[float, str]:
     "Train a trial, a fold at a time; return its out-of-fold kappa, and why it was stopped: an empty text if it was not"
     try: run = with_values(base, values, bars)
-    except ConfigError as e: return 0., f'cannot run: {e}'
+    except CannotTrain as e: return 0., str(e)
     trial.set_user_attr('folder', run.folder)
     report_weights(run, run.recipe.stages[run.tuned])
     scores, kappa, folds = list[pd.DataFrame](), 0., run.folds_of(run.tuned)
     for k in folds:
-        try: scores.append(fold_scores(run, k, bars))
-        except AptosError as e:
-            if not cannot_train(e): raise
-            shutil.rmtree(run.fold_dir(run.tuned, k), ignore_errors=True)      # its checkpoint and best epoch
-            return kappa, str(e).partition('. ')[0]
+        try: scores.append(tried_fold(run, k, bars))
+        except CannotTrain as e: return kappa, str(e)
         valid = graded(run, scores)
         kappa = quadratic_kappa(valid.grade, valid.diagnosis)
         trial.set_user_attr('folds', k + 1)
@@ -344,11 +372,6 @@ def run_trial(base: TrialRun, trial: Trial, values: Values, bars: Bars) -> tuple
         if k + 1 < len(folds) and trial.should_prune():
             return kappa, f'pruned after {k + 1} of {len(folds)} folds at kappa {kappa:.3f}'
     return kappa, ''
-
-
-def cannot_train(e: AptosError) -> bool:
-    "Return whether an error is of the values of a trial: the loss is not finite, or memory does not suffice"
-    return isinstance(e, TrainingDiverged) or isinstance(e.__cause__, torch.OutOfMemoryError | MemoryError)
 
 
 # The best values against the recipe's own
@@ -376,14 +399,23 @@ def compare(base: TrialRun, study: optuna.Study, own: Values, parents: set[str],
 
 
 def difference(base: TrialRun, own: Values, values: Values, bars: Bars) -> dict:
-    "Return kappa of two sets of values on the same folds, and their paired difference, with intervals"
-    a, b = (all_folds(with_values(base, o, bars), bars) for o in (own, values))
-    both = a.merge(b, on=['source', 'id_code'], suffixes=('', '_b'))
-    y, group = both.diagnosis, both.group
-    return dict(images=len(both), seed=base.recipe.seed, resampled=base.grouped_by(both),
-                own=[quadratic_kappa(both.grade, y), *kappa_interval(both.grade, y, group)],
-                best=[quadratic_kappa(both.grade_b, y), *kappa_interval(both.grade_b, y, group)],
-                difference=list(paired_interval(both.grade, both.grade_b, y, group)))
+    """Return kappa of two sets of values on the same folds, and their paired difference, with intervals.
+
+    Of values that cannot be trained on these folds `not_trained` says why; they have neither kappa nor difference.
+    """
+    found = dict(seed=base.recipe.seed, images=0, resampled='', own=None, best=None, difference=None, not_trained={})
+    scores = dict[str, pd.DataFrame]()
+    for name, tried in (('own', own), ('best', values)):
+        try: df = scores[name] = all_folds(base, tried, bars)
+        except CannotTrain as e:
+            found['not_trained'][name] = str(e)
+            continue
+        kappa = [quadratic_kappa(df.grade, df.diagnosis), *kappa_interval(df.grade, df.diagnosis, df.group)]
+        found |= {name: kappa, 'images': len(df), 'resampled': base.grouped_by(df)}
+    if len(scores) == 2:
+        both = scores['own'].merge(scores['best'], on=['source', 'id_code'], suffixes=('', '_b'))
+        found['difference'] = list(paired_interval(both.grade, both.grade_b, both.diagnosis, both.group))
+    return found
 
 
 # Results
@@ -405,8 +437,7 @@ def trials_table(study: optuna.Study) -> pd.DataFrame:
 
 
 def write_results(found: Tuned) -> None:
-    "Write tune.csv and tune.json"
-    write_csv(found.folder / 'tune.csv', trials_table(found.study))
+    "Write tune.json"
     write_record(found.folder / 'tune.json', dict(
         stage=found.stage, synthetic=bool(found.run.recipe.demo), ranges=found.study.user_attrs['ranges'],
         trials=len(finished_trials(found.study)), own=found.own, best=best_values(found.study),
@@ -431,18 +462,29 @@ def show_results(found: Tuned) -> None:
     if found.run.recipe.demo: say(SYNTHETIC, 'yellow')
 
 
+def kappa_text(measured: dict, key: str) -> str:
+    "Return kappa of own or best values with its interval, or why they cannot be trained"
+    if not measured[key]: return f'cannot be trained: {measured["not_trained"][key]}'
+    return interval_text(measured[key][0], measured[key][1:])
+
+
 def show_comparison(found: Tuned, best: Values) -> None:
     "Print both sets of values on the folds of choosing and on other folds, and the --set of the best ones"
     places = [found.comparison['chosen'], found.comparison['other']]
-    rows = [[name, *(interval_text(o[key][0], o[key][1:]) for o in places)]
-            for name, key in (('the recipe\'s own', 'own'), ('best trial', 'best'))]
-    rows.append(['difference', *(difference_text(*o['difference']) for o in places)])
+    rows = [[name, *(kappa_text(o, key) for o in places)]
+            for key, name in NAMES.items()]
+    rows.append(['difference', *(difference_text(*o['difference']) if o['difference'] else '-' for o in places)])
     columns = ['values', 'folds of choosing, kappa (95 % CI)', 'other folds, kappa (95 % CI)']
     table('the best trial against the recipe', columns, rows, wrap=columns)
     other = places[1]
-    say(f'{other["images"]} images on other folds; paired bootstrap over {other["resampled"]}.', 'dim')
+    for key, reason in other['not_trained'].items():
+        say(f'{NAMES[key]} on other folds: {reason}. There is no difference to measure.', 'yellow')
+    if other['difference']:
+        say(f'{other["images"]} images on other folds; paired bootstrap over {other["resampled"]}.', 'dim')
+        low, high = other['difference'][1:]
+        if low <= 0 <= high: say('On other folds the difference may be chance: its interval contains 0.', 'yellow')
     say(OPTIMISTIC, 'yellow')
-    low, high = other['difference'][1:]
-    if low <= 0 <= high: say('On other folds the difference may be chance: its interval contains 0.', 'yellow')
     options = ' '.join(f'--set {shlex.quote(o)}' for o in sets_of(found.stage, best))
     say(f'To use the best values ({values_text(best)}): {options}')
+    keep = key_text(found.run.recipe, found.stage, 'keep')
+    if keep != 'last': say(f'They were compared with keep = last; the stage has keep = {keep}.', 'yellow')

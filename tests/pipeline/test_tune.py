@@ -163,7 +163,7 @@ def test_the_stage_trained_with_the_best_values_has_the_kappa_of_the_trial(swept
 
 
 def test_a_stopped_sweep_loses_only_the_running_fold(tmp_path, data, monkeypatch, capsys):
-    own = 'stage.teacher.lr=2e-3'
+    own = 'stage.teacher.lr=2e-3', 'stage.keep=last'
     train, trained = tune.train_fold, []
 
     def train_fold(run, name, fold, bars):
@@ -171,15 +171,69 @@ def test_a_stopped_sweep_loses_only_the_running_fold(tmp_path, data, monkeypatch
         if len(trained) == 4: raise KeyboardInterrupt
         train(run, name, fold, bars)
     monkeypatch.setattr(tune, 'train_fold', train_fold)
-    main(['train', 'teacher', *options(tmp_path, data, own)])
-    with pytest.raises(SystemExit) as e: sweep(tmp_path, data, 3, own)
+    main(['train', 'teacher', *options(tmp_path, data, *own)])
+    with pytest.raises(SystemExit) as e: sweep(tmp_path, data, 3, *own)
     assert e.value.code == 130
     assert len({folder for folder, _ in trained}) == 2               # the run's own stage has the values of the first
     trained.clear()
-    trials = sweep(tmp_path, data, 3, own)
+    trials = sweep(tmp_path, data, 3, *own)
     of_choosing = [o for o in trained if o[0] in set(trials.folder)]
     assert of_choosing[0][1] == 1 and of_choosing.count(of_choosing[0]) == 1
     assert sorted(trials.trial) == [1, 2, 3] and trials.kappa.notna().all()
+
+
+@pytest.fixture(scope='module')
+def several(tmp_path_factory, data):
+    "The folder of a finished run whose stage `teacher` has two seeds"
+    folder = tmp_path_factory.mktemp('several')
+    main(['train', 'teacher', *options(folder, data, 'stage.teacher.seeds=2', 'stage.keep=last')])
+    return folder
+
+
+@pytest.mark.parametrize('seeds', ['2', '1'])
+def test_one_training_of_several_seeds_is_tuned_and_the_run_stays_as_it_is(several, data, monkeypatch, capsys, seeds):
+    run = several / 'r/small'
+    monkeypatch.setattr(tune, 'train_fold', lambda *args: pytest.fail('the own values are those of teacher_seed1'))
+    before = {f: (t, f.read_bytes()) for f, t in modified_times(run).items() if run / 'tune' not in f.parents}
+    sets = f'stage.teacher.seeds={seeds}', 'stage.keep=last', 'tune.teacher.lr=1e-3 1e-1 log'
+    trials = sweep(several, data, 1, *sets)
+    assert trials.folds.tolist() == [2] and 'there is nothing to set' in capsys.readouterr().out
+    rewritten = {'run.json', 'folds.csv', 'images.csv'}              # by each command, with the same content
+    for file, (written, content) in before.items():
+        assert file.read_bytes() == content, file
+        if file.name not in rewritten: assert file.stat().st_mtime_ns == written, file
+    assert {f.name for f in run.iterdir() if f.is_dir()} == {'first', 'teacher_seed1', 'teacher_seed2', 'tune'}
+    assert 'seeds = 2' in (run / 'recipe.ini').read_text()
+
+
+def test_a_renamed_stage_keeps_its_folder(several, data, monkeypatch):
+    monkeypatch.setattr(tune, 'train_fold', lambda *args: pytest.fail('first is trained already, as second'))
+    text = RECIPE.replace('[stage.first]', '[stage.second]').replace('= first', '= second')
+    (several / 'small.ini').write_text(text)
+    sweep(several, data, 1, 'stage.teacher.seeds=2', 'stage.keep=last', 'tune.teacher.lr=1e-3 1e-1 log')
+    assert (several / 'r/small/first').is_dir() and not (several / 'r/small/second').exists()
+    assert '[stage.first]' in (several / 'r/small/recipe.ini').read_text()
+
+
+def test_all_trials_keep_the_last_epoch(tmp_path, data, capsys):
+    sets = 'stage.teacher.keep=kappa', 'stage.folds=1', 'tune.teacher.epochs=2 3'
+    trials = sweep(tmp_path, data, 2, *sets)
+    out = capsys.readouterr().out
+    assert 'Trials keep the last epoch.' in out and '(keep = kappa)' in out
+    files = list((tmp_path / 'r/small/tune').glob('**/teacher/*/fold0/history.csv'))
+    assert len(files) == len(trials) + 1 + 2                         # the own values, and two sets on other folds
+    for file in files:
+        assert pd.read_csv(file).kept.tolist()[-1]
+        assert read_record(file.parent / 'stage.json')['settings']['keep'] == 'last'
+    assert '--set stage.teacher.epochs=' in out
+    assert 'They were compared with keep = last; the stage has keep = kappa.' in out
+    assert 'stage.teacher.keep' not in out.partition('To use the best values')[2]
+
+
+def test_a_stage_that_keeps_the_last_epoch_needs_no_such_words(tmp_path, data, scored, capsys):
+    sweep(tmp_path, data, 3, 'stage.keep=last')
+    out = capsys.readouterr().out
+    assert '--set stage.teacher.lr=' in out and 'keep = ' not in out and 'Trials keep' not in out
 
 
 # What the sweep decides, with scores in the place of trainings
@@ -266,6 +320,41 @@ def test_a_diverged_trial_is_noted_and_the_sweep_goes_on(tmp_path, data, scored)
     assert trials.kappa[0] == trials.kappa.max() and not list(tmp_path.rglob('best.safetensors'))
 
 
+def test_own_values_that_cannot_be_trained_do_not_end_the_comparison(tmp_path, data, scored, capsys):
+    sweep(tmp_path, data, 3, 'stage.teacher.lr=.5')
+    out = capsys.readouterr().out
+    found = read_record(tmp_path / 'r/small/tune/teacher/tune.json')
+    for place in ('chosen', 'other'):
+        assert found[place]['not_trained'] == dict(own='epoch 1: the loss is nan')
+        assert found[place]['own'] is found[place]['difference'] is None
+        assert found[place]['best'] and found[place]['images']
+    assert 'the recipe\'s own values on other folds: epoch 1: the loss is nan.' in ' '.join(out.split())
+    assert '--set stage.teacher.lr=' in out and not list(tmp_path.rglob('best.safetensors'))
+
+
+def test_best_values_that_diverge_on_other_folds_are_reported(tmp_path, data, scored, monkeypatch, capsys):
+    fold_scores = tune.fold_scores
+
+    def diverge(trial, fold, bars):
+        if trial.root.name != tune.OTHER_FOLDS or trial.recipe.stages['teacher'].lr == 3e-2:
+            return fold_scores(trial, fold, bars)
+        raise TrainingDiverged('epoch 2: the loss is inf. Lower the stage\'s lr.')
+    monkeypatch.setattr(tune, 'fold_scores', diverge)
+    sweep(tmp_path, data, 2)
+    found = read_record(tmp_path / 'r/small/tune/teacher/tune.json')
+    assert found['chosen']['difference'] and not found['chosen']['not_trained']
+    assert found['other']['not_trained'] == dict(best='epoch 2: the loss is inf') and found['other']['own']
+    assert 'the best values on other folds: epoch 2: the loss is inf.' in ' '.join(capsys.readouterr().out.split())
+
+
+def test_the_trials_are_written_before_the_comparison(tmp_path, data, scored, monkeypatch, capsys):
+    def fail(run, nodes, bars):
+        if run.root.name == tune.OTHER_FOLDS: raise TrainingDiverged('first: the loss is nan. Lower its lr.')
+    monkeypatch.setattr(tune, 'train_nodes', fail)
+    expect_error(capsys, ['tune', 'teacher', *options(tmp_path, data), '--trials', 2], 'first: the loss is nan')
+    assert len(read_trials(tmp_path)) == 2
+
+
 def test_a_sweep_of_which_no_trial_finishes_is_an_error(tmp_path, data, scored, capsys):
     args = ['tune', 'teacher', *options(tmp_path, data, 'tune.teacher.lr=1 10'), '--trials', 2]
     expect_error(capsys, args, 'no trial was trained to its end', 'the loss is nan', 'Change the ranges')
@@ -309,13 +398,14 @@ def test_images_of_a_tuned_size_are_prepared(tmp_path, data, scored):
     (['tune.teacher.lrr=1e-4 1e-2'], ['[tune.teacher] lrr: no such key, did you mean lr?']),
     (['tune.teacher.folds=2 3'], ['[tune.teacher] folds: a key that is not tuned', 'Accepted keys']),
     (['tune.teacher.train=a | b'], ['[tune.teacher] train: a key that is not tuned']),
+    (['tune.teacher.keep=kappa | last'], ['[tune.teacher] keep: a key that is not tuned']),
     (['tune.teacher.seed=1 3'], ['[tune.teacher] seed: a key that is not tuned']),
     (['tune.teachr.lr=1e-4 1e-2'], ['[tune.teachr]: no such stage, did you mean teacher?']),
     (['tune.both.lr=1e-4 1e-2'], ['[tune.both]: an ensemble, which is not trained']),
     (['tune.teacher.bs=8 | 64'], ['[tune.teacher] bs = 8 | 64: 64 cannot run', 'Set it to']),
     (['tune.teacher.head=gem | avg'], ['[tune.teacher] head', 'Use the same arch, head and loss']),
     (['tune.teacher.optimizer=adam | adan9'], ['[tune.teacher] optimizer', 'adan9']),
-    (['stage.teacher.seeds=2'], ['teacher: belongs to a stage of several seeds', 'set seeds = 1']),
+    (['stage.teacher.seeds=2', 'tune.teacher.bs=8 | 64'], ['[tune.teacher] bs = 8 | 64: 64 cannot run']),
 ])
 def test_a_wrong_range_is_one_line_and_leaves_nothing(tmp_path, data, capsys, sets, words):
     expect_error(capsys, ['tune', 'teacher', *options(tmp_path, data, *sets)], *words)
@@ -328,6 +418,19 @@ def test_a_wrong_range_is_one_line_and_leaves_nothing(tmp_path, data, capsys, se
     ('techer', ['no such stage', 'did you mean teacher?'])])
 def test_what_cannot_be_tuned(tmp_path, data, capsys, stage, words):
     expect_error(capsys, ['tune', stage, *options(tmp_path, data)], *words)
+    assert not (tmp_path / 'r').exists()
+
+
+def test_a_single_training_of_several_seeds_has_no_ranges(tmp_path, data, capsys):
+    args = ['tune', 'teacher_seed2', *options(tmp_path, data, 'stage.teacher.seeds=2')]
+    expect_error(capsys, args, 'teacher_seed2: one of the trainings of teacher', 'Tune teacher')
+    assert not (tmp_path / 'r').exists()
+
+
+def test_a_recipe_that_names_one_training_of_several_seeds(tmp_path, data, capsys):
+    sets = 'stage.teacher.seeds=2', 'submit.final=teacher_seed1'
+    expect_error(capsys, ['tune', 'teacher', *options(tmp_path, data, *sets)], 'teacher is tuned as one training',
+                 '[submit] final = teacher_seed1')
     assert not (tmp_path / 'r').exists()
 
 
