@@ -35,6 +35,9 @@ if 'OMP_WAIT_POLICY' not in os.environ: os.environ.setdefault('GOMP_SPINCOUNT', 
 os.environ['ORT_DISABLE_TELEMETRY'] = '1'
 # MLflow sends usage events when it is used, and writes an id into the home folder.
 os.environ['MLFLOW_DISABLE_TELEMETRY'] = 'true'
+# MLflow tries for minutes to reach a server that is down, in every epoch.
+os.environ.setdefault('MLFLOW_HTTP_REQUEST_MAX_RETRIES', '2')
+os.environ.setdefault('MLFLOW_HTTP_REQUEST_TIMEOUT', '20')
 
 warnings.filterwarnings('ignore', message='.torch.jit.script. is deprecated', category=FutureWarning)     # timm uses it
 warnings.filterwarnings('ignore', message='IProgress not found')     # progress bars of other packages in notebooks

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -388,8 +389,19 @@ def check_installed(stage: Stage) -> None:
         raise AptosError(f'{world_size()} processes need the package accelerate. Run pip install accelerate.')
     if any(find_spec(package) is None for package in tracker_packages(stage.track)):
         raise AptosError(f'track = {stage.track}: not installed. Run pip install {stage.track}, or set track = no.')
+    if stage.track == 'mlflow' and os.environ.get(MLFLOW_SERVER): check_mlflow(os.environ[MLFLOW_SERVER])
     if stage.compile == 'yes' and not any(map(shutil.which, ('c++', 'g++', 'clang++', 'cl'))):
         raise AptosError('compile = yes: needs a C++ compiler. Install g++ or clang++, or set compile = no.')
+
+
+@cache
+def check_mlflow(uri: str) -> None:
+    "Raise `AptosError` if the server or database `uri` of MLflow cannot be used; once it can, it is not asked again"
+    from aptos_fastai.training.callbacks import mlflow_client, mlflow_reason
+    try: mlflow_client(uri).search_experiments(max_results=1)
+    except Exception as e:                   # of MLflow, a database or a package that the database needs
+        raise AptosError(f'track = mlflow: cannot use the server or database of {MLFLOW_SERVER} ({mlflow_reason(e)}). '
+                         f'Start it, correct {MLFLOW_SERVER}, or set track = no.') from None
 
 
 def tracker_packages(track: str) -> list[str]:

@@ -403,12 +403,13 @@ def difference(base: TrialRun, own: Values, values: Values, bars: Bars) -> dict:
 
     Of values that cannot be trained on these folds `not_trained` says why; they have neither kappa nor difference.
     """
-    found = dict(seed=base.recipe.seed, images=0, resampled='', own=None, best=None, difference=None, not_trained={})
-    scores = dict[str, pd.DataFrame]()
+    not_trained, scores = dict[str, str](), dict[str, pd.DataFrame]()
+    found = dict(seed=base.recipe.seed, images=0, resampled='', own=None, best=None, difference=None,
+                 not_trained=not_trained)
     for name, tried in (('own', own), ('best', values)):
         try: df = scores[name] = all_folds(base, tried, bars)
         except CannotTrain as e:
-            found['not_trained'][name] = str(e)
+            not_trained[name] = str(e)
             continue
         kappa = [quadratic_kappa(df.grade, df.diagnosis), *kappa_interval(df.grade, df.diagnosis, df.group)]
         found |= {name: kappa, 'images': len(df), 'resampled': base.grouped_by(df)}

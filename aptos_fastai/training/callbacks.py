@@ -2,6 +2,7 @@
 import logging
 import math
 import random
+import re
 import time
 
 import torch
@@ -246,11 +247,25 @@ class ShowProgress(Callback):
         say(line, 'dim' if console.is_terminal else None)
 
 
+def mlflow_client(uri: str):
+    "Return MLflow's client of a server or database"
+    import mlflow
+    logging.getLogger('mlflow').setLevel(logging.WARNING)              # not of tables that it creates
+    return mlflow.MlflowClient(tracking_uri=uri)
+
+
+def mlflow_reason(e: Exception) -> str:
+    "Return the first line of an error of MLflow, without a user's name and password in an address"
+    first = (str(e).strip() or type(e).__name__).splitlines()[0]
+    return re.sub(r'//[^/@\s]*@', '//', first)
+
+
 class MLflowCallback(Callback):
     """Log the parameters of a training, and losses, kappa and learning rate of every epoch, by MLflow's client.
 
     fastai has a callback for TensorBoard and Weights & Biases, none for MLflow. `uri` is a server or database, `key` a
     hash of the training: if that was interrupted, it goes on in the same run of MLflow. `epochs` are those of all fits.
+    A failure to log is said once; training goes on, and the next epoch logs what is missing.
     """
     order = 65                                # after History
     experiment = 'aptos_fastai'
@@ -258,28 +273,42 @@ class MLflowCallback(Callback):
     def __init__(self, uri: str, title: str, params: dict, tags: dict, key: str, epochs: int, history: History):
         self.uri, self.title, self.params, self.epochs, self.hist = uri, title, params, epochs, history
         self.tags, self.logged, self.run_id = dict(tags, training=key), 0, ''
+        self.resumed: bool | None = None      # whether the training was interrupted before, from the first fit
+        self.warned = False
 
     def before_fit(self):
-        if self.run_id: return                # the second fit of a training
-        import mlflow
+        if self.resumed is None: self.resumed = bool(self.hist.rows)
+        self.log()
+
+    def after_epoch(self): self.log()
+
+    def log(self):
+        "Log what is not logged yet"
+        try:
+            if not self.run_id: self.open_run()
+            self.log_rows()
+            if len(self.hist.rows) == self.epochs: self.client.set_terminated(self.run_id)
+        except Exception as e:                # of a server, a network or a database: the training does not need them
+            if self.warned: return
+            self.warned = True
+            say(f'{self.title}: MLflow logs nothing now ({mlflow_reason(e)}). The training goes on; each epoch tries '
+                'again.', 'yellow')
+
+    def open_run(self):
+        "Begin a run of MLflow, or go on in that of an interrupted training"
         from mlflow.entities import Param
-        logging.getLogger('mlflow').setLevel(logging.WARNING)          # not of tables that it creates
-        self.client = mlflow.MlflowClient(tracking_uri=self.uri)
+        self.client = mlflow_client(self.uri)
         found = self.client.get_experiment_by_name(self.experiment)
         experiment = found.experiment_id if found else self.client.create_experiment(self.experiment)
         earlier = self.client.search_runs([experiment], f"tags.training = '{self.tags['training']}'", max_results=1)
-        if self.hist.rows and earlier:
-            self.run_id = earlier[0].info.run_id
-            self.logged = len(self.client.get_metric_history(self.run_id, 'kappa'))
+        if self.resumed and earlier:
+            run_id = earlier[0].info.run_id
+            self.logged = len(self.client.get_metric_history(run_id, 'kappa'))
         else:
-            self.run_id = self.client.create_run(experiment, tags=self.tags, run_name=self.title).info.run_id
+            run_id = self.client.create_run(experiment, tags=self.tags, run_name=self.title).info.run_id
             params = [Param(name, str(value)) for name, value in self.params.items()]
-            self.client.log_batch(self.run_id, params=params)
-        self.log_rows()
-
-    def after_epoch(self):
-        self.log_rows()
-        if len(self.hist.rows) == self.epochs: self.client.set_terminated(self.run_id)
+            self.client.log_batch(run_id, params=params)
+        self.run_id = run_id
 
     def log_rows(self):
         "Log the epochs that are not logged yet"
@@ -289,4 +318,4 @@ class MLflowCallback(Callback):
             values = {name: value for name, value in row.items() if name not in ('epoch', 'kept')}
             self.client.log_batch(self.run_id, [Metric(name, value, now, row['epoch'])
                                                 for name, value in values.items()])
-        self.logged = len(self.hist.rows)
+            self.logged += 1

@@ -269,6 +269,38 @@ def test_mlflow_gets_parameters_and_every_epoch_in_the_run_folder(tables, small_
     assert (tmp_path / 'r/small/teacher/fold0/weights.safetensors').stat().st_mtime_ns == written
 
 
+def test_an_mlflow_server_that_is_down_is_an_error_before_anything_is_prepared(tables, small_recipe, tmp_path, capsys,
+                                                                              monkeypatch):
+    pytest.importorskip('mlflow')
+    monkeypatch.setenv('MLFLOW_TRACKING_URI', 'http://me:secret@127.0.0.1:9')
+    monkeypatch.setenv('MLFLOW_HTTP_REQUEST_MAX_RETRIES', '0')
+    args = ['train', 'teacher', *options(tables, small_recipe, tmp_path / 'r'), '--set', 'stage.track=mlflow']
+    message = expect_error(capsys, args, 'track = mlflow', 'MLFLOW_TRACKING_URI', 'refused', 'set track = no')
+    assert 'secret' not in str(message) and not (tmp_path / 'r').exists()
+
+
+@MLFLOW_WARNS
+def test_training_goes_on_without_mlflow_and_logs_later_what_is_missing(tables, small_recipe, tmp_path, monkeypatch,
+                                                                       capsys):
+    mlflow = pytest.importorskip('mlflow')
+    uri, log_batch, calls = f'sqlite:///{tmp_path}/mine.db', mlflow.MlflowClient.log_batch, []
+    monkeypatch.setenv('MLFLOW_TRACKING_URI', uri)
+
+    def fail_twice(self, run_id, metrics=(), **more):
+        if metrics: calls.append(metrics[0].step)
+        if 0 < len(calls) < 3: raise mlflow.MlflowException('the server has gone away')
+        return log_batch(self, run_id, metrics, **more)
+    monkeypatch.setattr(mlflow.MlflowClient, 'log_batch', fail_twice)
+    main(['train', 'teacher', *options(tables, small_recipe, tmp_path / 'r'), *ONE_FOLD, '--set', 'stage.epochs=3',
+          '--set', 'stage.track=mlflow'])
+    out = ' '.join(capsys.readouterr().out.split())
+    assert out.count('MLflow logs nothing now (the server has gone away)') == 1
+    assert (tmp_path / 'r/small/teacher/fold0/weights.safetensors').exists()
+    client, (run,) = mlflow_runs(uri)
+    assert calls == [0, 0, 0, 1, 2] and run.info.status == 'FINISHED'
+    assert [o.step for o in client.get_metric_history(run.info.run_id, 'kappa')] == [0, 1, 2]
+
+
 @MLFLOW_WARNS
 def test_mlflow_goes_on_in_the_run_of_an_interrupted_training(tables, small_recipe, tmp_path, monkeypatch, capsys):
     uri = f'sqlite:///{tmp_path}/mine.db'
