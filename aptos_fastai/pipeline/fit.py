@@ -57,7 +57,7 @@ def write_fit_recipe(tables: dict[str, Understood], file: Path, sets: Iterable[s
         with parsed(own, file): text = commented_text(own, header, {})
     if file.is_file() and _keys(file.read_text(encoding='utf-8')) == _keys(text): say(f'goes on with {file}')
     elif file.is_file():
-        check_unused(file, deadline and deadline.hours)
+        check_unused(file, deadline.hours if deadline else None)
         old = file.replace(f'{file}.old')
         say(f'{file}: replaced, because nothing was trained by it; the earlier one is {old}', 'yellow')
     write_bytes(file, text.encode())
