@@ -156,6 +156,8 @@ def fit_eyes(df: pd.DataFrame, parts: np.ndarray, how: str, refer: Refer, covera
     spec = EyesSpec(Fusion.fit(df.score, df.fellow, df.diagnosis), tuple(map(float, thresholds)), coverage,
                     sets.calibration_, decision, results)
     if not_fitted: notes.append(f'no thresholds could be fitted ({not_fitted}): the midpoints 0.5 1.5 2.5 3.5 are used')
+    if spec.fusion.own == spec.fusion.fellow == 0:
+        notes.append('neither score counts, so every fused image gets the same score: set [submit] eyes = single')
     if results['gain']['value'] is not None and results['gain']['value'] <= 0:
         notes.append('it does not raise kappa out-of-fold: [submit] eyes = single may be better')
     return spec, [f'fusion of the eyes: {note}' for note in notes]

@@ -349,10 +349,14 @@ def lines_of(found: Climb, facts: Facts, hours: float) -> list[str]:
     from aptos_fastai.training.precision import machine
     lines = [f'Settings for {hours:g} hours: about {format_duration(found.seconds)} by the estimate of `plan` '
              f'({machine()}); {facts.graded} graded images, {facts.ungraded} ungraded ones']
+    keys = facts.complete(found.keys)
+    lines.append('Chosen: ' + ', '.join(f'{key.rpartition(".")[2]} = {value}' for key, (value, _) in keys.items()
+                                        if key.startswith('stage.')))
     if found.too_dear:
         step, seconds = found.too_dear
         name = ', '.join(f'{key.rpartition(".")[2]} = {value}' for key, value in step.keys.items())
-        lines.append(f'Too long, with the settings at that step: {name}, about {format_duration(seconds)}')
+        lines.append(f'Too long, with the settings that were chosen before it: {name}, about '
+                     f'{format_duration(seconds)}')
     if PSEUDO in found.keys: lines.append(found.keys[PSEUDO][1])
     if facts.no_pseudo_labels: lines.append(f'No pseudo-labels: {facts.no_pseudo_labels}')
     if facts.no_network: lines.append(f'No larger network: {facts.no_network}')

@@ -421,7 +421,7 @@ def show_summary(run: Run, summary: dict) -> None:
           wrap=('tables', 'kappa (95 % CI)', 'time'))
     submission = summary['submission']
     resampled = by_value({result['stage']: result['resampled'] for result in summary['stages']})
-    say('images: training + validation of one fold. Thresholds are fixed, or fitted on other images;\n'
+    say('images: training + validation of one fold. Thresholds are fixed, or fitted on other images.\n'
         f'Intervals: bootstrap over {resampled}.\n'
         f'Drop of kappa between clusters of images: {clusters_text(summary["clusters"])}.\n'
         f'Operating points of {submission["node"]}:\n{points_text(submission["decision"])}', 'dim')

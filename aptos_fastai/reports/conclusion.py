@@ -21,8 +21,10 @@ def conclusion(summary: dict) -> list[str]:
 
 def grading_sentence(result: dict) -> str:
     "Return what the model is, and its kappa against the labels."
-    n = len(result['weights'])
-    networks = 'one network' if n == 1 else f'mean of {n} networks'
+    shares = result.get('members') or {}     # summaries of older builds lack them
+    n = sum(shares.get(network.partition('/')[0], 1) > 0 for network in result['weights'])
+    weighted = 'weighted ' if len({w for w in shares.values() if w}) > 1 else ''
+    networks = 'one network' if n == 1 else f'{weighted}mean of {n} networks'
     kappa = interval_text(result['kappa'], result['kappa_interval'], result['resampled'])
     return (f'{result["stage"]} ({networks}) grades diabetic retinopathy (DR) from 0 to 4 in fundus images: quadratic '
             f'weighted kappa {kappa} against the labels of {result["validated"]} out-of-fold images.')

@@ -122,6 +122,12 @@ def test_a_fellow_that_says_nothing_is_warned_of():
     assert notes == ['fusion of the eyes: it does not raise kappa out-of-fold: [submit] eyes = single may be better']
 
 
+def test_scores_that_do_not_count_are_warned_of():
+    df = eyes_table()
+    spec, notes = fit_eyes(df.assign(score=-df.score, fellow=-df.fellow), parts_of(df), FIXED, Refer(), .9, 'here')
+    assert spec.fusion.own == spec.fusion.fellow == 0 and any('gets the same score' in note for note in notes)
+
+
 # What it predicts
 
 def spec_of(df=None):

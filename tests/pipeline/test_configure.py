@@ -108,7 +108,8 @@ def test_the_reason_is_above_each_key(configured):
         assert lines[place - 1].startswith('# '), key
     assert '# eight views: their mean had a higher kappa than one view' in text
     assert '# No larger network: there is no GPU' in text and 'Settings for 1 hours: about' in text
-    assert 'Too long, with the settings at that step:' in out and '--hours 1' in out
+    assert 'Too long, with the settings that were chosen before it:' in out
+    assert 'Chosen: arch = ' in out and '--hours 1' in out
 
 
 def test_all_reads_the_recipe(configured, tables, tmp_path, capsys):

@@ -31,6 +31,14 @@ def summary(points=(), patients=None, **changes):
                 decision=dict(programme=dict(images=images, patients=patients))) | changes
 
 
+@pytest.mark.parametrize('members, words', [
+    (dict(a=0., b=1.), 'mean of 2 networks'), (dict(a=.4, b=.6), 'weighted mean of 3 networks'),
+    (dict(a=1., b=0.), 'one network')])
+def test_networks_of_weight_0_are_not_counted(members, words):
+    stage = dict(members=members, weights={'a/fold0': '', 'b/fold0': '', 'b/fold1': ''})
+    assert conclusion(summary([point()], stage=stage))[0].startswith(f'teacher ({words}) grades')
+
+
 def test_three_sentences_hold_the_figures():
     patients = dict(sensitivity=measured(.95, .92, .97, 160), specificity=measured(.8, .77, .83, 440),
                     referred=measured(.4, .36, .44, 600))
