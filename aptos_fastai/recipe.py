@@ -263,8 +263,8 @@ class Stage:
                       'of stages that build on it, unless it trains on tables that validate them', low=1, high=20)
     seed: int = _key(-1, 'random seed of this training (first weights of the head, order, augmentation); -1: that of '
                      '[recipe], which also makes the folds', low=-1, high=2**31)
-    seeds: int = _key(1, 'train the stage this many times on the same folds, with the seeds seed, seed + 1 …: NAME is '
-                      'then the mean of the stages NAME_seed1, NAME_seed2 …', low=1, high=20)
+    seeds: int = _key(1, 'train the stage this many times on the same folds, with the seeds seed, seed + 1 …: NAME '
+                      'is then the mean of the stages NAME_seed1, NAME_seed2 …', low=1, high=20)
     epochs: int = _key(10, 'epochs with all layers trainable; 0: a linear probe, which trains the head alone for '
                        '`freeze_epochs` on features of the images in the views of `tta`', low=0, high=1000)
     freeze_epochs: int = _key(0, 'epochs before those that train the head only; the body stays as it is, batch '
@@ -722,13 +722,16 @@ def _check_tuned(path: Path, ini: Ini) -> None:
 def key_text(recipe: Recipe, stage: str, key: str) -> str:
     "Return the text of a key of a stage, as [stage.NAME], its defaults or --set give it"
     texts = _stage_texts(recipe.sections, stage, bool(recipe.demo))
-    default = next(f.default for f in fields(Stage) if f.name == key)
+    default = _stage_key(key).default
     return texts.get(key, ' '.join(map(str, default)) if isinstance(default, tuple) else str(default)).strip()
 
 
 def parse_key(key: str, text: str) -> Any:
     "Return the value of a key of [stage] from its text. Raises ValueError with what to enter"
-    return _parse_value(next(f for f in fields(Stage) if f.name == key), text)
+    return _parse_value(_stage_key(key), text)
+
+
+def _stage_key(name: str) -> Field: return next(f for f in fields(Stage) if f.name == name)
 
 
 # Reading the file

@@ -157,6 +157,12 @@ class Run:
         if table not in stage.validated_tables: return pd.Series(False, frame.index)
         return (frame.fold == fold) & ~self.held_out(stage, table)
 
+    def validation_images(self, stage: str, fold: int) -> pd.DataFrame:
+        "Return the rows of the images that validate a fold of a stage, one table after the other"
+        s = self.recipe.stages[stage]
+        parts = [self.frames[table][self.validation_part(s, table, fold)] for table in s.validated_tables]
+        return pd.concat(parts, ignore_index=True)
+
     def held_out(self, stage: Stage, table: str) -> pd.Series:
         """Return which images of a table a stage may not see in any fold, as a mask.
 

@@ -31,11 +31,9 @@ def check_eyes(run: Run) -> None:
 
 def patients_with_both(run: Run) -> int:
     "Return how many patients have images of both eyes among those that validate the model"
-    submit = run.recipe.submit
-    stage = run.recipe.stages[next(iter(run.recipe.members(submit.final)))]
-    parts = [run.frames[table][run.validation_part(stage, table, k)]
-             for table in stage.validated_tables for k in run.folds_of(submit.final)]
-    images = pd.concat(parts, ignore_index=True)
+    final = run.recipe.submit.final
+    stage = next(iter(run.recipe.members(final)))
+    images = pd.concat([run.validation_images(stage, k) for k in run.folds_of(final)], ignore_index=True)
     people = people_of(run, images)
     both = np.isfinite(fellow_scores(np.zeros(len(people)), people.patient, people.eye))
     return people.patient[both].nunique()

@@ -321,9 +321,9 @@ def check_members(run: Run, ensemble: str) -> None:
     "Raise `ConfigError` if the members of an ensemble are not validated by the same images"
     first, *others = run.recipe.members(ensemble)
     for k in run.folds_of(ensemble):
-        images = validation_images(run, first, k)
+        images = validated_by(run, first, k)
         for m in others:
-            different = sorted(images ^ validation_images(run, m, k))
+            different = sorted(images ^ validated_by(run, m, k))
             if not different: continue
             names = first_few([f'{id_code} of {table}' for table, id_code in different])
             raise ConfigError(f'{run.recipe.path}: {ensemble} averages {first} and {m}, but only one of them is '
@@ -332,11 +332,10 @@ def check_members(run: Run, ensemble: str) -> None:
                               'same stages build on both, or average other stages.')
 
 
-def validation_images(run: Run, stage: str, fold: int) -> set[tuple[str, str]]:
+def validated_by(run: Run, stage: str, fold: int) -> set[tuple[str, str]]:
     "Return table and id of the images that validate a fold of a stage"
-    s = run.recipe.stages[stage]
-    return {(table, id_code) for table in s.validated_tables
-            for id_code in run.frames[table].id_code[run.validation_part(s, table, fold)]}
+    images = run.validation_images(stage, fold)
+    return set(zip(images.source, images.id_code, strict=True))
 
 
 def check_pseudo_labelled(run: Run, stage: Stage) -> None:

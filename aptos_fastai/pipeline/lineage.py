@@ -22,9 +22,7 @@ def check_lineage(run: Run, stage: str, fold: int) -> None:
 
     Images are compared one by one, whatever folds the ancestors were trained in.
     """
-    s = run.recipe.stages[stage]
-    valid = {group for table in s.validated_tables
-             for group in run.frames[table].group[run.validation_part(s, table, fold)]}
+    valid = set(run.validation_images(stage, fold).group)
     _check_ancestor(run, f'{stage} fold {fold}', valid, stage, fold)
 
 

@@ -109,8 +109,7 @@ def store_recipe(run: Run, replace: bool) -> dict:
 
 def merged_sets(old: list[str], new: tuple[str, ...]) -> list[str]:
     "Return earlier and new values of --set, of each key the last one"
-    def key(text: str) -> str: return text.partition('=')[0].strip()
-    return list({key(text): text for text in (*old, *new)}.values())
+    return list({section_and_key(text): text for text in (*old, *new)}.values())
 
 
 def check_weights_folder(run: Run, stage: Stage) -> None:

@@ -115,9 +115,7 @@ def score_images(bars: Bars, run: Run, stage: str, fold: int, frame: pd.DataFram
 
 def validation_scores(run: Run, name: str, fold: int, bars: Bars) -> pd.DataFrame:
     "Return preds.csv of a finished fold, as its training wrote it, by its exported network and the stage's views"
-    stage = run.recipe.stages[name]
-    parts = [run.frames[table][run.validation_part(stage, table, fold)] for table in stage.validated_tables]
-    valid = pd.concat(parts, ignore_index=True)
+    valid = run.validation_images(name, fold)
     scores, distances = run_on_all_ranks(score_images, bars, run, name, fold, valid, 'validation images')
     return valid.assign(score=scores.mean(1), fold=fold, feature_distance=distances)[PREDS_COLUMNS]
 

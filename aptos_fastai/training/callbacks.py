@@ -265,7 +265,7 @@ class MLflowCallback(Callback):
 
     fastai has a callback for TensorBoard and Weights & Biases, none for MLflow. `uri` is a server or database, `key` a
     hash of the training: if that was interrupted, it goes on in the same run of MLflow. `epochs` are those of all fits.
-    A failure to log is said once; training goes on, and the next epoch logs what is missing.
+    The first failure to log is a warning; training goes on, and the next epoch logs what is missing.
     """
     order = 65                                # after History
     experiment = 'aptos_fastai'
