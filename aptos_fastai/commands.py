@@ -58,7 +58,7 @@ def run_all(run: Run, deidentify: bool = False, deadline: Deadline | None = None
     """
     start = time.monotonic()
     if deadline: deadline.check(run)
-    if run.recipe.demo: say(SYNTHETIC, 'yellow')
+    if run.synthetic: say(SYNTHETIC, 'yellow')
     if world_size() > 1: say(f'{world_size()} processes share preparing, training and scoring')
     with start_run(run, run.recipe.stages) as (run, bars):
         if outputs_up_to_date(run):
@@ -326,7 +326,7 @@ def tune_stage(run: Run, stage: str, trials: int) -> None:
     if not found.importance:
         plot.unlink(missing_ok=True)         # of an earlier study
         return
-    demo = ' (synthetic demo)' if run.recipe.demo else ''
+    demo = ' (synthetic demo)' if run.synthetic else ''
     label = f'{stage}: share of the differences of kappa between trials{demo}'
     write_png(importance_bars(found.importance, label), plot)
     say(f'how much each key mattered -> {plot}')

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from aptos_fastai.common.io import AptosError, digest, file_hash, is_trusted, read_record, verify_file
+from aptos_fastai.data.demo import holds_demo_images
 from aptos_fastai.data.relabels import Relabels, read_relabels
 from aptos_fastai.data.retina import Prep, get_prep
 from aptos_fastai.data.tables import find_folder
@@ -93,6 +94,12 @@ class Run:
     frames: dict[str, pd.DataFrame] = field(repr=False)
     left_out: str = ''                       # which optional tables and stages are left out, and why
     ungradable: dict[str, int] = field(default_factory=dict)      # table -> its images that readers called ungradable
+
+    @cached_property
+    def synthetic(self) -> bool:
+        "True if images of a table are generated: the demo, or the folder that `demo` wrote given as --data"
+        paths = (path for frame in self.frames.values() for path in frame.path)
+        return bool(self.recipe.demo) or holds_demo_images(paths)
 
     @property
     def store(self) -> Path:

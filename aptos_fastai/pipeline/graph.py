@@ -40,7 +40,14 @@ from aptos_fastai.pipeline.eyes import check_eyes, eyes_digest, fit_run_eyes, pe
 from aptos_fastai.pipeline.lineage import check_lineage, report_held_out, report_weights
 from aptos_fastai.pipeline.reasons import NEVER, training_reasons
 from aptos_fastai.pipeline.refresh import move_renamed, refresh_folds
-from aptos_fastai.pipeline.run_recipe import RECIPE, check_weights_folder, is_stored, relative_to_root, store_recipe
+from aptos_fastai.pipeline.run_recipe import (
+    RECIPE,
+    check_weights_folder,
+    is_stored,
+    of_demo,
+    relative_to_root,
+    store_recipe,
+)
 from aptos_fastai.pipeline.summary import SUMMARY_FORMAT, SYNTHETIC, graded_alone, node_decision, tables_text
 from aptos_fastai.recipe import MLFLOW_SERVER, ConfigError, Recipe, Stage, did_you_mean, read_ini, read_recipe
 from aptos_fastai.run_folder import Run
@@ -131,9 +138,9 @@ def check_same_data(root: Path, data: Path, demo: bool, may_have_moved: bool = F
     the data may be elsewhere if its folder is no longer there.
     """
     record = read_record(root / 'run.json')
-    if not record or demo and record['synthetic']: return
+    if not record or demo and of_demo(record): return
     first = (root / record['data']).resolve()
-    moved = may_have_moved and not record['synthetic'] and not first.exists()
+    moved = may_have_moved and not of_demo(record) and not first.exists()
     if not demo and (moved or record['data'] == relative_to_root(root, data)): return
     now = 'the demo' if demo else data
     raise AptosError(f'{root}: belongs to the data folder {first}, not to {now}. Choose another --name or --runs, or '
@@ -216,10 +223,10 @@ def start_run(run: Run, nodes: Iterable[str] = (), trial: bool = False) -> Itera
         report_duplicates(run)
         report_held_out(run)
         warn_missing_grades(run)
-        if run.recipe.demo: write_bytes(run.root / 'SYNTHETIC.txt', f'{SYNTHETIC}.\n'.encode())
+        if run.synthetic: write_bytes(run.root / 'SYNTHETIC.txt', f'{SYNTHETIC}.\n'.encode())
         write_record(run.root / 'run.json', dict(
             data=relative_to_root(run.root, run.data), **store_recipe(run, replace=bool(stages) and not trial),
-            synthetic=bool(run.recipe.demo),
+            demo=bool(run.recipe.demo), synthetic=run.synthetic,
             relabels={name: dict(file=relative_to_root(run.root, o.file), **o.record())
                       for name, o in run.relabels.items()}))
         yield run, bars

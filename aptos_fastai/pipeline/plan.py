@@ -289,7 +289,7 @@ def show_reasons(run: Run, todo: dict[str, list[int]], outdated: dict[str, list[
 
 def show_table(run: Run, plan: PlanCost) -> None:
     "Print the table of stages, the size of each table and the images to prepare"
-    demo = ' (SYNTHETIC demo)' if run.recipe.demo else ''
+    demo = ' (SYNTHETIC demo)' if run.synthetic else ''
     columns = ['stage', 'starts from; trains on', 'network', 'images', 'epochs', 'to do']
     table(f'{run.recipe.path} on {run.data}{demo}', columns, plan.rows,
           right=('images', 'epochs'), wrap=('starts from; trains on',))

@@ -48,7 +48,7 @@ def write_labels(run: Run, node: str, table: str, bars: Bars) -> None:
     write_csv(folder / FILES['soft'], pd.DataFrame(dict(id_code=ids, diagnosis=mean, **soft, **score_sd)))
     write_csv(folder / FILES['hard'], pd.DataFrame(dict(id_code=ids, diagnosis=grades, **hard, **score_sd)))
     write_record(folder / 'provenance.json', dict(
-        inputs_digest=_inputs_digest(run, node, table), labelled_by=node, table=table, synthetic=bool(run.recipe.demo),
+        inputs_digest=_inputs_digest(run, node, table), labelled_by=node, table=table, synthetic=run.synthetic,
         thresholds=thresholds.tolist(), members=list(members.values()), weights=run.weight_hashes(node),
         files={name: file_hash(folder / name) for name in FILES.values()}))
 

@@ -10,7 +10,7 @@ from aptos_fastai.common.io import AptosError, digest, file_hash, read_record, v
 from aptos_fastai.data.spreadsheet import first_few
 from aptos_fastai.pipeline.compare import read_results
 from aptos_fastai.pipeline.fit import BASE
-from aptos_fastai.pipeline.run_recipe import RECIPE
+from aptos_fastai.pipeline.run_recipe import RECIPE, of_demo
 from aptos_fastai.pipeline.summary import OUT_OF_FOLD, SYNTHETIC, by_value, interval_text, validated
 from aptos_fastai.recipe import Ini, read_ini, read_recipe, shipped_folder
 from aptos_fastai.run_folder import FINISHED
@@ -96,7 +96,7 @@ def progress_text(root: Path) -> str:
     record = read_record(root / 'run.json')
     if not record: return 'its images are not prepared yet. Run the same command again.'
     if not (root / RECIPE).is_file(): return f'no {RECIPE} (older version). Run `all` again with its --recipe.'
-    stages = read_recipe(root / RECIPE, demo=record['synthetic']).stages
+    stages = read_recipe(root / RECIPE, demo=of_demo(record)).stages
     left = {name: [k for k in range(s.folds) if not (root / name / f'fold{k}' / FINISHED).is_file()]
             for name, s in stages.items()}
     total, missing = sum(s.folds for s in stages.values()), sum(map(len, left.values()))
@@ -112,7 +112,7 @@ def changed_text(root: Path) -> str:
     if 'sets' not in record or not (root / RECIPE).is_file(): return UNKNOWN_KEYS
     sections = read_ini(root / RECIPE)
     base = base_recipe(root, (root / record['recipe']).resolve(), sections)
-    changed = record['sets'] if base is None else list(changed_keys(sections, base, record['synthetic']))
+    changed = record['sets'] if base is None else list(changed_keys(sections, base, of_demo(record)))
     more = f' and {len(changed) - SHOWN_KEYS} more' if len(changed) > SHOWN_KEYS else ''
     return ', '.join(changed[:SHOWN_KEYS]) + more
 

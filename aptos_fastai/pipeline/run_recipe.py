@@ -34,6 +34,11 @@ def is_stored(recipe: Recipe, root: Path) -> bool:
     return recipe.path.resolve() == (root / RECIPE).resolve()
 
 
+def of_demo(record: dict) -> bool:
+    "Return whether a run.json is of a run on the built-in demo, with its sections [demo]"
+    return record.get('demo', record['synthetic'])       # older records: only the demo was marked synthetic
+
+
 def ini_text(sections: Ini) -> str:
     "Return sections as the text of a recipe, which `read_ini` reads"
     parser = configparser.ConfigParser(interpolation=None, default_section='\0')
@@ -134,8 +139,8 @@ def options_of(folder: str, data: str = '') -> dict[str, str]:
         raise AptosError(f'{root}: has no {RECIPE}, as an older version made it. Run `all` once more with --recipe, '
                          '--data and --runs; finished stages are not trained again.')
     recorded = (root / record['data']).resolve()
-    if not data and not record['synthetic'] and not recorded.is_dir():
+    if not data and not of_demo(record) and not recorded.is_dir():
         raise AptosError(f'{root / "run.json"}: its data folder {recorded} is not there. If it was moved, say where '
                          'it is with --data FOLDER.')
-    data = data or ('demo' if record['synthetic'] else str(recorded))
+    data = data or ('demo' if of_demo(record) else str(recorded))
     return dict(recipe=str(file), data=data, runs=str(root.parent), name=root.name)

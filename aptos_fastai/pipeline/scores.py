@@ -99,7 +99,7 @@ def stage_scores(run: Run, stage: str, table: str, fold: int, bars: Bars) -> pd.
         ids = run.frames[table].id_code
         write_csv(csv, pd.DataFrame(dict(id_code=ids, score=scores.mean(1), score_sd=scores.std(1),
                                          feature_distance=distances)))
-        write_record(note, dict(key=key, sha256=file_hash(csv), tta=tta, synthetic=bool(run.recipe.demo)))
+        write_record(note, dict(key=key, sha256=file_hash(csv), tta=tta, synthetic=run.synthetic))
     return pd.read_csv(csv, dtype=dict(id_code=str))
 
 

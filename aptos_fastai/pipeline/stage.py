@@ -206,7 +206,7 @@ def stage_rules(run: Run, stage: Stage) -> dict:
 def fold_settings(run: Run, name: str, fold: int) -> dict:
     "Return what a fold's record says of its origin: recipe, seed, parents"
     recipe, inputs = run.recipe, run.inputs(name, fold)
-    return dict(stage=name, fold=fold, fingerprint=run.fingerprint(name, fold), synthetic=bool(recipe.demo),
+    return dict(stage=name, fold=fold, fingerprint=run.fingerprint(name, fold), synthetic=run.synthetic,
                 settings=asdict(recipe.stages[name]), augment=inputs['augment'], prep=inputs['prep'],
                 seed=recipe.stages[name].seed, parents=run.parent_weight_hashes(name, fold),
                 inputs=dict(init=inputs['init'], train=inputs['train']), trained_on=training_images(run, name, fold))
@@ -300,7 +300,7 @@ def tracker_callbacks(run: Run, name: str, fold: int, key: str, hist: History) -
         if not uri:
             (run.root / tracker).mkdir(parents=True, exist_ok=True)
             uri = f'sqlite:///{(run.root / tracker).resolve().as_posix()}/mlflow.db'
-        tags = dict(run=run.recipe.name, stage=name, fold=str(fold), synthetic=str(bool(run.recipe.demo)))
+        tags = dict(run=run.recipe.name, stage=name, fold=str(fold), synthetic=str(run.synthetic))
         return [MLflowCallback(uri, title, asdict(stage), tags, key, stage.freeze_epochs + stage.epochs, hist)]
     return []
 
@@ -401,7 +401,7 @@ def find_rates(run: Run, name: str, plot: Path, bars: Bars) -> dict[str, float]:
     learn = stage_learner(run, name) if stage.epochs else run_on_all_ranks(probe_of_fold, bars, run, name, 0)
     with warnings.catch_warnings(), learn.no_bar():
         found = learn.lr_find(suggest_funcs=(valley, minimum, steep))
-    demo = ' (synthetic demo)' if run.recipe.demo else ''
+    demo = ' (synthetic demo)' if run.synthetic else ''
     plt.title(f'{name}: loss over learning rate, {len(learn.dls.train_ds)} images{demo}')
     plt.tight_layout()
     plot.parent.mkdir(parents=True, exist_ok=True)

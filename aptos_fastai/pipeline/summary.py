@@ -105,7 +105,7 @@ def summarise(run: Run, oof: pd.DataFrame) -> dict:
     Each kappa is of out-of-fold grades: by fixed thresholds, or by thresholds fitted on the other folds.
     """
     final = run.recipe.submit.final
-    synthetic = bool(run.recipe.demo)
+    synthetic = run.synthetic
     results = {name: stage_result if name in run.recipe.stages else ensemble_result for name in run.recipe.order}
     stages = [result_of(run, name, validated(oof, name)) for name, result_of in results.items()]
     valid = validated(oof, final)
@@ -414,7 +414,7 @@ def eyes_text(results: dict) -> str:
 
 def show_summary(run: Run, summary: dict) -> None:
     "Print the summary as a table, with what its columns mean"
-    demo = ' (SYNTHETIC demo)' if run.recipe.demo else ''
+    demo = ' (SYNTHETIC demo)' if run.synthetic else ''
     columns = ['stage', 'tables', 'images', 'px', 'epochs', 'kappa (95 % CI)', 'time']
     rows = [summary_row(run, result) for result in summary['stages']]
     table(run.recipe.name + demo, columns, rows, right=('images', 'px', 'epochs'),
@@ -437,7 +437,7 @@ def show_summary(run: Run, summary: dict) -> None:
     for name, part in summary['gate'].items():
         if part['ungradable']: say(f'ungradable {name} images: {part["ungradable"]} of {part["images"]}', 'yellow')
     say(DISCLAIMER, 'dim')
-    if run.recipe.demo: say(SYNTHETIC, 'yellow')
+    if run.synthetic: say(SYNTHETIC, 'yellow')
 
 
 def stage_kappa_text(run: Run, name: str) -> str:

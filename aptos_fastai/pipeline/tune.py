@@ -440,14 +440,14 @@ def trials_table(study: optuna.Study) -> pd.DataFrame:
 def write_results(found: Tuned) -> None:
     "Write tune.json"
     write_record(found.folder / 'tune.json', dict(
-        stage=found.stage, synthetic=bool(found.run.recipe.demo), ranges=found.study.user_attrs['ranges'],
+        stage=found.stage, synthetic=found.run.synthetic, ranges=found.study.user_attrs['ranges'],
         trials=len(finished_trials(found.study)), own=found.own, best=best_values(found.study),
         importance=found.importance, **found.comparison))
 
 
 def show_results(found: Tuned) -> None:
     "Print the trials, the comparison, and how to use the best values"
-    trials, demo = trials_table(found.study), ' (SYNTHETIC demo)' if found.run.recipe.demo else ''
+    trials, demo = trials_table(found.study), ' (SYNTHETIC demo)' if found.run.synthetic else ''
     rows = [[o['trial'], f'{o["kappa"]:.3f}' if pd.notna(o['kappa']) else '', *(o[key] for key in found.own),
              o['folds'], format_duration(o['seconds']), o['stopped']] for o in trials.head(SHOWN).to_dict('records')]
     table(f'{len(trials)} trials of {found.stage}{demo}, out-of-fold kappa',
@@ -460,7 +460,7 @@ def show_results(found: Tuned) -> None:
             'the best of several: optimistic.', 'yellow')
     else: show_comparison(found, best)
     say(DISCLAIMER, 'dim')
-    if found.run.recipe.demo: say(SYNTHETIC, 'yellow')
+    if found.run.synthetic: say(SYNTHETIC, 'yellow')
 
 
 def kappa_text(measured: dict, key: str) -> str:

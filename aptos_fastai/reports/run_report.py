@@ -60,7 +60,7 @@ def write_report(run: Run, summary: dict, oof: pd.DataFrame, predictions: pd.Dat
                 *training_sections(run, summary, oof, bars)]
     errors, uncertain = ([], []) if deidentify else galleries(run, valid, predictions, bars)
     write_html(run.root / 'report.html', 'report.html', title=f'{run.recipe.name}: report',
-               note=introduction(run, result), warning=SYNTHETIC if run.recipe.demo else '',
+               note=introduction(run, result), warning=SYNTHETIC if run.synthetic else '',
                conclusion=conclusion(summary), cards=cards(summary), facts=facts(run, summary),
                sections=sections, errors=errors, uncertain=uncertain, settings=settings(run))
     say(report_privacy_text(run, len(errors) + len(uncertain), deidentify), 'dim')

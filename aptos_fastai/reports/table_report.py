@@ -58,7 +58,7 @@ def inspect_table(run: Run, name: str, count: int):
     write_html(file, 'table_report.html', title=f'{name}: table report',
                note=f'{len(df)} images of {run.recipe.path.name}, prepared at {run.prep.size} px ({run.prep.name})\n'
                     f'{DISCLAIMER}',
-               warning=SYNTHETIC if run.recipe.demo else '',
+               warning=SYNTHETIC if run.synthetic else '',
                sections=[contents, *table_sections(run, name, df)],
                legend=f'{len(chosen)} of {len(df)} images: {LEGEND}.', images=images)
     sheet = contact_sheet(strips)

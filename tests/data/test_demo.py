@@ -3,8 +3,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from aptos_fastai.data.demo import CAMERAS, COUNTS, generate_fundus, plan_demo, write_demo
+from aptos_fastai.common.io import read_record
+from aptos_fastai.data.demo import CAMERAS, COUNTS, generate_fundus, holds_demo_images, plan_demo, write_demo
 from aptos_fastai.data.retina import find_retina
+from aptos_fastai.pipeline.graph import load_run, start_run
+from aptos_fastai.pipeline.run_recipe import options_of
 
 TINY = dict(pretrain=40, train=30, test=10)
 
@@ -82,3 +85,33 @@ def test_camera_depends_on_grade_only_on_request(camera_by_grade):
     plan = plan_demo(600, 10, 10, 0, camera_by_grade).query('table == "pretrain"')
     largest_share = pd.crosstab(plan.grade, plan.camera, normalize='index').max(axis=1)
     assert (largest_share > .6).all() if camera_by_grade else (largest_share < .6).all()
+
+
+def test_tables_of_a_demo_are_synthetic_however_they_are_named(tmp_path):
+    "The folder that `demo` wrote, given as --data or --images, is marked as the built-in demo is"
+    folder = write_demo(tmp_path / 'demo', **TINY)
+    images = folder / 'aptos2019-blindness-detection/train_images'
+    assert holds_demo_images(images.glob('*.png'))
+    link = tmp_path / 'photos'
+    link.symlink_to(images)
+    other = tmp_path / 'clinic/a.png'
+    assert holds_demo_images([other, link / 'a.png']) and not holds_demo_images([other])
+    (tmp_path / 'clinic').mkdir()
+    (tmp_path / 'clinic/demo.json').write_text('{"demo": "a file of somebody else"}')
+    assert not holds_demo_images([other])
+
+
+def test_a_run_on_a_demo_folder_is_marked_and_opens_again(tmp_path, capsys):
+    folder = write_demo(tmp_path / 'demo', **TINY)
+    recipe = tmp_path / 'mine.ini'
+    recipe.write_text('[table.train]\ncsv = aptos2019-blindness-detection/train.csv\n'
+                      'images = aptos2019-blindness-detection/train_images\ngrade = diagnosis\n'
+                      '[images]\nsize = 64\n[stage.a]\ntrain = train\narch = test_resnet\nweights = none\nsize = 64\n'
+                      '[submit]\nfinal = a\n')
+    run = load_run(recipe, folder, tmp_path / 'runs')
+    assert run.synthetic
+    with start_run(run): pass
+    assert (run.root / 'SYNTHETIC.txt').is_file()
+    record = read_record(run.root / 'run.json')
+    assert (record['synthetic'], record['demo']) == (True, False)
+    assert options_of(str(run.root))['data'] == str(folder.resolve())

@@ -1,0 +1,165 @@
+"""Compare recipes/one_table.ini with what others write: python benchmarks/against.py --data ~/idrid --seeds 1,2,3
+
+On the same network, weights and folds, for each seed of folds and training:
+
+- 'published': the published 2020 recipe, 30 epochs, its own thresholds;
+- 'student': the script of a fastai course: vision_learner, Resize, aug_transforms, fine_tune, squared error, rounding.
+  It sees as many images as the answer does;
+- 'answer': the mean of teacher and retrain, by thresholds fitted on the other folds;
+- 'half the time': the teacher alone, which sees 12 / 24 of the answer's images and no soft labels.
+
+Time is counted in images that the network trains on, since all use one network at one size. What is there already is
+not trained again. Differences are paired on the same images; the last table takes the mean of kappa over the seeds,
+with a bootstrap that draws images and keeps the seeds together.
+"""
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from aptos_fastai.common.console import say, table
+from aptos_fastai.common.io import write_csv
+from aptos_fastai.metrics import MIDPOINTS, PUBLISHED_THRESHOLDS, apply_thresholds, cross_fitted_grades, quadratic_kappa
+from recipes import RECIPE, VARIANTS
+
+ROOT = Path(__file__).parents[1]
+BOOTSTRAPS = 2000
+
+
+def train(stage: str, name: str, seed: int, args: argparse.Namespace, sets: Iterable[str]) -> pd.DataFrame:
+    "Train a stage of one_table.ini on all folds; return its out-of-fold scores"
+    runs = args.runs / f'seed{seed}' / name
+    keys = [*sets, f'recipe.seed={seed}', f'recipe.splits={args.splits}', f'stage.folds={args.splits}',
+            f'stage.size={args.size}']
+    command = [sys.executable, ROOT / 'run.py', 'train', stage, '--recipe', RECIPE, '--data', args.data, '--runs', runs]
+    for key in keys: command += ['--set', key]
+    if subprocess.run(command, check=False).returncode: sys.exit(1)
+    return out_of_fold(runs / RECIPE.stem / stage)
+
+
+def out_of_fold(folder: Path) -> pd.DataFrame:
+    files = sorted(folder.glob('fold*/preds.csv'))
+    preds = pd.concat([pd.read_csv(file, dtype=dict(id_code=str)) for file in files])
+    return preds[['id_code', 'diagnosis', 'fold', 'score']].sort_values('id_code').reset_index(drop=True)
+
+
+# The script of a course student
+
+def student_fold(frame: pd.DataFrame, images: Path, epochs: int, size: int, seed: int) -> np.ndarray:
+    "Train on the rows that are not `valid`, as a fastai course teaches it; return the scores of those that are"
+    import torch
+    from fastai.vision.all import (
+        AccumMetric,
+        ImageDataLoaders,
+        MSELossFlat,
+        RegressionBlock,
+        Resize,
+        aug_transforms,
+        set_seed,
+        vision_learner,
+    )
+
+    from aptos_fastai.training.weights import BUNDLED_ARCH, bundled_weights
+
+    def kappa(preds, targets): return quadratic_kappa(preds.numpy().round().clip(0, 4), targets.numpy())
+    set_seed(seed, reproducible=True)
+    dls = ImageDataLoaders.from_df(frame, images, fn_col='file', label_col='diagnosis', valid_col='valid', bs=16,
+                                   y_block=RegressionBlock, item_tfms=Resize(size), batch_tfms=aug_transforms(),
+                                   num_workers=0)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / 'weights.pt'
+        torch.save(bundled_weights(BUNDLED_ARCH), file)
+        learn = vision_learner(dls, BUNDLED_ARCH, n_out=1, loss_func=MSELossFlat(), pretrained=True,
+                               metrics=AccumMetric(kappa, flatten=True), pretrained_cfg_overlay=dict(file=str(file)))
+    with learn.no_bar(), learn.no_logging():
+        learn.fine_tune(epochs)
+        return learn.get_preds(ds_idx=1)[0].squeeze(1).numpy()
+
+
+def student(folds: pd.DataFrame, seed: int, epochs: int, args: argparse.Namespace) -> pd.DataFrame:
+    "Train the student's network on the folds of the others; return its out-of-fold scores"
+    parts = []
+    for fold in range(args.splits):
+        file = args.runs / f'seed{seed}' / 'student' / f'fold{fold}.csv'
+        if not file.exists():
+            say(f'student, seed {seed}, fold {fold}: {epochs} epochs …')
+            frame = folds.assign(valid=folds.fold == fold, file=folds.id_code + args.suffix)
+            scores = student_fold(frame, Path(args.data) / args.images, epochs, args.size, seed)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_csv(file, frame[frame.valid].assign(score=scores)[['id_code', 'diagnosis', 'fold', 'score']])
+        parts.append(pd.read_csv(file, dtype=dict(id_code=str)))
+    return pd.concat(parts).sort_values('id_code').reset_index(drop=True)
+
+
+# Results
+
+def results_of(seed: int, args: argparse.Namespace) -> dict[str, tuple[np.ndarray, int]]:
+    "Train what is missing of a seed; return the grades of each, the true grades, and the images that each trained on"
+    teacher = train('teacher', 'ours', seed, args, [])
+    retrain = train('retrain', 'ours', seed, args, [])
+    both = teacher.assign(score=(teacher.score + retrain.score) / 2)
+    published = train('teacher', 'published', seed, args, VARIANTS['published recipe'].sets)
+    if not published.fold.equals(teacher.fold): raise SystemExit('The folds of the two recipes differ.')
+    n, soft = len(teacher) * (args.splits - 1), args.ungraded * args.splits
+    epochs = round((24 * n + 12 * soft) / n)
+    by_student = student(teacher, seed, epochs - 1, args)                  # and one epoch of the frozen body
+    fitted = partial(cross_fitted_grades, how='regularised')
+    grades = {
+        'answer': (fitted(both.score, both.diagnosis, both.fold), 24 * n + 12 * soft),
+        'half the time': (fitted(teacher.score, teacher.diagnosis, teacher.fold), 12 * n),
+        'published': (apply_thresholds(published.score, PUBLISHED_THRESHOLDS), 30 * n),
+        'published, fitted thresholds': (fitted(published.score, published.diagnosis, published.fold), 30 * n),
+        'student': (apply_thresholds(by_student.score, MIDPOINTS), epochs * n),
+        'student, fitted thresholds': (fitted(by_student.score, by_student.diagnosis, by_student.fold), epochs * n),
+    }
+    return {name: (np.asarray(pred), count) for name, (pred, count) in grades.items()} | {'truth': (
+        teacher.diagnosis.to_numpy(), 0)}
+
+
+def mean_kappas(results: list[dict], name: str, rows: np.ndarray) -> float:
+    return float(np.mean([quadratic_kappa(o[name][0][rows], o['truth'][0][rows]) for o in results]))
+
+
+def interval(values: list[float]) -> str:
+    return '{:+.3f} to {:+.3f}'.format(*np.quantile(values, [.025, .975]))
+
+
+def show(results: list[dict], seeds: list[int], args: argparse.Namespace) -> None:
+    "Print the kappa of each, by seed and as the mean, and the difference of the answer from it"
+    n, rng = len(results[0]['truth'][0]), np.random.default_rng(0)
+    draws = [rng.integers(0, n, n) for _ in range(BOOTSTRAPS)]
+    everything, rows = np.arange(n), []
+    for name, (_, count) in results[0].items():
+        if name == 'truth': continue
+        kappas = [f'{mean_kappas([o], name, everything):.3f}' for o in results]
+        gain = partial(lambda name, rows: mean_kappas(results, 'answer', rows) - mean_kappas(results, name, rows), name)
+        text = '' if name == 'answer' else f'{gain(everything):+.3f} ({interval([gain(o) for o in draws])})'
+        rows.append([name, *kappas, f'{mean_kappas(results, name, everything):.3f}', text, f'{count:,}'])
+    table(f'{n} images, {args.splits} folds, {args.size} px, out-of-fold kappa',
+          ['', *(f'seed {o}' for o in seeds), 'mean', 'the answer, minus it (95 % CI)', 'images trained on'], rows)
+
+
+def main(args: argparse.Namespace) -> None:
+    results = []
+    for i, seed in enumerate(args.seeds):
+        results.append(results_of(seed, args))
+        show(results, args.seeds[:i + 1], args)
+
+
+if __name__ == '__main__':
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument('--data', required=True, help='folder of train.csv and test.csv')
+    p.add_argument('--images', default='train_images', help='folder of the graded images, in --data')
+    p.add_argument('--suffix', default='.jpg', help='of the files of images')
+    p.add_argument('--ungraded', type=int, default=103, help='how many images test.csv lists')
+    p.add_argument('--seeds', type=lambda text: [int(o) for o in text.split(',')], default=[1], metavar='SEED,...')
+    p.add_argument('--splits', type=int, default=5, help='folds')
+    p.add_argument('--size', type=int, default=224, help='px')
+    p.add_argument('--runs', type=Path, default=Path('runs/against'), help='folder for the runs')
+    main(p.parse_args())
