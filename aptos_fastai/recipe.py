@@ -757,6 +757,7 @@ def parse_recipe(path: Path, ini: Ini, demo: bool, sets: Sequence[str]) -> Recip
     for text in sets: override(ini, text)
     sections = dict(ini)
     _check_section_names(path, ini)
+    _check_sets(ini, sets, demo)
     _check_tuned(path, ini)
     for name in _names(ini, 'table'): ini[f'table.{name}'] = _with_preset(path, name, ini[f'table.{name}'])
     tables = {n: _build(path, f'table.{n}', Table, ini[f'table.{n}'], name=n) for n in _names(ini, 'table')}
@@ -863,6 +864,17 @@ def _check_section_names(path: Path, ini: Ini) -> None:
     for name in _names(ini, 'demo.stage'):
         if name not in stages:
             raise ConfigError(f'{path} [demo.stage.{name}]: no such stage. Stages: {", ".join(stages)}.')
+
+
+def _check_sets(ini: Ini, sets: Sequence[str], demo: bool) -> None:
+    "Raise `ConfigError` for a --set of a key of [stage] that changes nothing, as every stage has its own value"
+    stages, kind = _names(ini, 'stage'), 'demo.stage' if demo else 'stage'
+    for text in sets:
+        section, _, key = text.partition('=')[0].strip().rpartition('.')
+        if section != 'stage' or not stages: continue
+        if all(key in ini.get(f'{kind}.{name}', {}) for name in stages):
+            raise ConfigError(f'--set {text}: changes nothing, as every stage has its own {key}. Name the stage: '
+                              f'--set {section}.{stages[0]}.{key}=VALUE.')
 
 
 def _names(ini: Ini, kind: str) -> list[str]:

@@ -183,3 +183,14 @@ def test_any_value_is_read_or_raises_config_error(tmp_path_factory, text):
     file = tmp_path_factory.getbasetemp() / 'any.ini'
     file.write_text('[stage]\nlr = ' + text, encoding='utf-8')
     with pytest.raises(ConfigError): read_recipe(file)
+
+
+def test_a_set_of_a_key_that_every_stage_has_is_refused(tmp_path):
+    file = tmp_path / 'r.ini'
+    file.write_text('[table.train]\ncsv = train.csv\nimages = images\ngrade = g\n[stage]\nepochs = 3\n'
+                    '[stage.a]\ntrain = train\nepochs = 4\n[stage.b]\ntrain = train\n[submit]\nfinal = b\n')
+    assert read_recipe(file, sets=['stage.epochs=9']).stages['b'].epochs == 9
+    file.write_text(file.read_text().replace('[stage.b]\n', '[stage.b]\nepochs = 5\n'))
+    with pytest.raises(ConfigError, match=r'stage.epochs=9: changes nothing, .*--set stage.a.epochs=VALUE'):
+        read_recipe(file, sets=['stage.epochs=9'])
+    assert read_recipe(file, demo=True, sets=['stage.epochs=9']).stages['a'].epochs == 9      # by [demo.stage]
