@@ -42,6 +42,7 @@ from aptos_fastai.pipeline.graph import (
 )
 from aptos_fastai.pipeline.refresh import refresh_folds
 from aptos_fastai.pipeline.run_recipe import RECIPE, check_name
+from aptos_fastai.pipeline.share import with_shared
 from aptos_fastai.pipeline.summary import SYNTHETIC, oof_table, show_summary, stage_kappa_text, summarise
 from aptos_fastai.recipe import NAMED_SECTIONS, SECTIONS, TUNE_HELP, Recipe, read_recipe
 from aptos_fastai.run_folder import Run
@@ -57,7 +58,7 @@ def run_all(run: Run, deidentify: bool = False, deadline: Deadline | None = None
     stages that would end too late are left out.
     """
     start = time.monotonic()
-    if deadline: deadline.check(run)
+    if deadline: deadline.check(with_shared(run, run.recipe.stages))
     if run.synthetic: say(SYNTHETIC, 'yellow')
     if world_size() > 1: say(f'{world_size()} processes share preparing, training and scoring')
     with start_run(run, run.recipe.stages) as (run, bars):

@@ -94,6 +94,7 @@ class Run:
     frames: dict[str, pd.DataFrame] = field(repr=False)
     left_out: str = ''                       # which optional tables and stages are left out, and why
     ungradable: dict[str, int] = field(default_factory=dict)      # table -> its images that readers called ungradable
+    shared: dict[tuple[str, int], Path] = field(default_factory=dict, repr=False)    # (stage, fold) -> of another run
 
     @cached_property
     def synthetic(self) -> bool:
@@ -122,7 +123,12 @@ class Run:
         return {t.name: read_relabels(t, find_folder(t, self.data)) for t in tables}
 
     def fold_dir(self, stage: str, fold: int) -> Path:
-        "Return the folder of a fold of a stage; of a renamed stage the one that it was trained in, until it is moved"
+        """Return the folder of a fold of a stage.
+
+        Of a renamed stage it is the one that it was trained in until that is moved; of a fold that another run has
+        finished (`pipeline.share`) that of the other run until it is copied.
+        """
+        if (stage, fold) in self.shared: return self.shared[stage, fold]
         return self.root / self.renamed.get(stage, stage) / f'fold{fold}'
 
     @cached_property

@@ -48,6 +48,7 @@ from aptos_fastai.pipeline.run_recipe import (
     relative_to_root,
     store_recipe,
 )
+from aptos_fastai.pipeline.share import take_shared, with_shared
 from aptos_fastai.pipeline.summary import SUMMARY_FORMAT, SYNTHETIC, graded_alone, node_decision, tables_text
 from aptos_fastai.recipe import MLFLOW_SERVER, ConfigError, Recipe, Stage, did_you_mean, read_ini, read_recipe
 from aptos_fastai.run_folder import Run
@@ -209,15 +210,17 @@ def start_run(run: Run, nodes: Iterable[str] = (), trial: bool = False) -> Itera
     """Lock the run folder, prepare every image, write the folds; yield the prepared run and the progress bars.
 
     First checks whether the unfinished stages among `nodes` can train. With stages among them, the recipe becomes that
-    of the run folder (recipe.ini), and folders of renamed stages are renamed; not for a `trial` of other values. No
-    other process can work in the run folder until the block ends. Raises `AptosError`.
+    of the run folder (recipe.ini), folders of renamed stages are renamed, and folds of these stages that another run
+    has finished are taken; not for a `trial` of other values. No other process can work in the run folder until the
+    block ends. Raises `AptosError`.
     """
     stages = {n: s for n, s in run.recipe.stages.items() if n in set(nodes)}
-    check_run(run, [n for n in run.recipe.order if n in stages and not run.record(n, stages[n].folds - 1)])
+    known = run if trial else with_shared(run, stages)
+    check_run(run, [n for n in run.recipe.order if n in stages and not known.record(n, stages[n].folds - 1)])
     with run_lock(run.root), Bars() as bars:
         remove_stale_temp_files(run.root, 0)
         run = prepare_images(run, bars)
-        if not trial: run = move_renamed(run)
+        if not trial: run = take_shared(move_renamed(run), stages)
         write_folds(run.recipe, run.frames, run.root / 'folds.csv')
         write_run_images(run.root, run.frames)
         report_duplicates(run)

@@ -17,6 +17,7 @@ from aptos_fastai.data.retina import Prep, prepare_sizes, square_of
 from aptos_fastai.data.store import missing_images
 from aptos_fastai.pipeline.graph import check_run, check_training, outputs_up_to_date, submitted_nodes
 from aptos_fastai.pipeline.reasons import training_reasons
+from aptos_fastai.pipeline.share import shared_lines, with_shared
 from aptos_fastai.pipeline.summary import tables_text
 from aptos_fastai.recipe import Recipe, Stage, read_recipe
 from aptos_fastai.run_folder import Run
@@ -262,6 +263,7 @@ def plan_images(recipe: str, sets: list[str], images: str) -> None:
 
 def show_plan(run: Run) -> None:
     "Print what is finished and what `all` would train, and time and disk space. Raises `AptosError` if it would fail"
+    run = with_shared(run, run.recipe.stages)
     todo = run.todo()
     check_run(run, todo)
     outdated = run.to_refresh(todo)
@@ -281,6 +283,7 @@ def show_plan(run: Run) -> None:
 def show_reasons(run: Run, todo: dict[str, list[int]], outdated: dict[str, list[int]]) -> None:
     "Print why each stage in `todo` is trained, and what of finished ones is made again without a training"
     for name, old in run.renamed.items(): say(f'renamed: {old} is called {name} now; its folder is renamed')
+    for line in shared_lines(run.shared): say(f'shared: {line}')
     for line in training_reasons(run, todo): say(f'to train: {line}')
     scored = [name for name, folds in outdated.items() if any(run.outdated(name, k) == 'scores' for k in folds)]
     if scored: say(f'no training, only new scores of the validation images: {", ".join(scored)}')

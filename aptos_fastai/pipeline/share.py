@@ -1,0 +1,84 @@
+"Take finished folds from the other runs of a folder: same settings, images, folds and parents, so the same weights."
+import os
+import shutil
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+
+from aptos_fastai.common.console import say
+from aptos_fastai.common.io import AptosError, atomic_write, read_record, verify_file
+from aptos_fastai.pipeline.reasons import CHECKPOINT_RECORD
+from aptos_fastai.run_folder import FINISHED, Run
+
+
+def with_shared(run: Run, stages: Collection[str]) -> Run:
+    """Return the run with `shared`: the folds of `stages` that it lacks and another run beside it has finished.
+
+    They are up to date as the run's own would be: by fingerprint, precision, initial weights and the weights of their
+    parents, which come first. Nothing is copied.
+    """
+    run = replace(run, shared={})
+    folds = [(name, k) for name in run.recipe.order if name in stages
+             for k in range(run.recipe.stages[name].folds)]
+    lacking = {fold: run.fingerprint(*fold) for fold in folds if not _is_begun(run.fold_dir(*fold))}
+    there = _finished_elsewhere(run.root, set(lacking.values())) if lacking else {}
+    for (name, k), fingerprint in lacking.items():
+        for folder in there.get(fingerprint, []):
+            run.shared[name, k] = folder
+            if run.finished(name, k): break
+            del run.shared[name, k]
+    return run
+
+
+def _is_begun(folder: Path) -> bool:
+    return any((folder / record).exists() for record in (FINISHED, CHECKPOINT_RECORD))
+
+
+def _finished_elsewhere(root: Path, fingerprints: set[str]) -> dict[str, list[Path]]:
+    "Return the folders of finished folds of the other runs beside `root`, by those of `fingerprints` that they have"
+    found: dict[str, list[Path]] = {}
+    for file in sorted(root.parent.glob(f'*/*/fold*/{FINISHED}')):
+        if file.parents[2].name == root.name: continue
+        try: fingerprint = (read_record(file) or {}).get('fingerprint', '')
+        except AptosError: continue          # a damaged record of a run that this one does not need
+        if fingerprint in fingerprints: found.setdefault(fingerprint, []).append(file.parent)
+    return found
+
+
+def take_shared(run: Run, stages: Collection[str]) -> Run:
+    """Copy the folds of `stages` that other runs have finished into the run; return the run. Raises `AptosError`.
+
+    A copy is a hard link where the disk allows it: files of a run are replaced, never changed. A fold whose files are
+    not those of its record is left where it is, and trained here.
+    """
+    run = with_shared(run, stages)
+    found, taken = dict(run.shared), {}
+    run.shared.clear()
+    for (name, k), folder in found.items():
+        files = (read_record(folder / FINISHED) or {})['files']
+        try:
+            for file, state in files.items(): verify_file(folder / file, state['sha256'], f'{name} is trained here.')
+        except AptosError as e:
+            say(str(e), 'yellow')
+            continue
+        for file in [*files, FINISHED]: _link_or_copy(folder / file, run.fold_dir(name, k) / file)
+        taken[name, k] = folder
+    for line in shared_lines(taken): say(line)
+    return run
+
+
+def _link_or_copy(file: Path, to: Path) -> None:
+    "Put a file of another run into this one; the record, which makes a fold finished, comes last"
+    if to.exists() and to.samefile(file): return                 # linked before an interruption
+    with atomic_write(to) as temporary:
+        try: os.link(file, temporary)
+        except OSError: shutil.copyfile(file, temporary)         # another disk, or one that knows no links
+
+
+def shared_lines(taken: dict[tuple[str, int], Path]) -> Iterator[str]:
+    "Yield what was taken from where, a line for each stage and run"
+    for (name, stage_there), group in groupby(taken, key=lambda key: (key[0], taken[key].parent)):
+        folds = ' '.join(str(k) for _, k in group)
+        yield f'{name}: fold{"s" if " " in folds else ""} {folds} from {stage_there}, trained with the same ' \
+              'settings on the same images'
