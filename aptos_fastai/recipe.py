@@ -347,7 +347,8 @@ class Stage:
 class Ensemble:
     "[ensemble.NAME]: weighted mean of the scores of stages"
     name: str
-    members: tuple[str, ...] = _key(help='stages')
+    members: tuple[str, ...] = _key(help='stages; ../RUN/STAGE, a path from the run folder, is a finished one of another '
+                                    'run of the same images, folds, [images] and [augment]')
     weights: str = _key('', 'weight of each member, a number from 0 to 1000000; empty: equal weights; fitted: those '
                         'whose mean has the least squared error on the out-of-fold scores', check=_check_member_weights)
 
@@ -464,6 +465,18 @@ COLUMNS_OF_SCORES = frozenset((              # of scores.csv and oof.csv, beside
 COLUMNS_OF_FUSION = frozenset(('fused', 'fused_score', 'fused_grade'))          # the same, with [submit] eyes = fused
 
 
+@dataclass
+class Parts:
+    "Tables, stages and ensembles of a recipe, by name, before the graph is checked; `other_runs`: stage -> its folder"
+    tables: dict[str, Table]
+    stages: dict[str, Stage]
+    ensembles: dict[str, Ensemble]
+    other_runs: dict[str, Path] = field(default_factory=dict)
+
+
+Resolve = Callable[[Path, Parts], Parts]     # finds members of ensembles that are named by path
+
+
 @dataclass(frozen=True)
 class Recipe:
     "A checked recipe: its tables, stages and ensembles by name, and the `order` in which they can run"
@@ -488,6 +501,8 @@ class Recipe:
     whole: 'Recipe | None' = field(default=None, repr=False)    # the recipe before stages were postponed
     sections: Ini = field(default_factory=dict, repr=False, compare=False)      # its texts, with those of --set
     sets: tuple[str, ...] = field(default=(), repr=False, compare=False)        # the SECTION.KEY=VALUE of --set
+    other_runs: dict[str, Path] = field(default_factory=dict)        # stage -> its folder in the run that trained it
+    resolve: Resolve | None = field(default=None, repr=False, compare=False)
 
     @property
     def nodes(self) -> dict[str, Stage | Ensemble]:
@@ -736,23 +751,25 @@ def _stage_key(name: str) -> Field: return next(f for f in fields(Stage) if f.na
 
 # Reading the file
 
-def read_recipe(path: str | Path, *, demo: bool = False, sets: Sequence[str] = ()) -> Recipe:
+def read_recipe(path: str | Path, *, demo: bool = False, sets: Sequence[str] = (),
+                resolve: Resolve | None = None) -> Recipe:
     """Return the checked recipe of the file at `path`; with `demo`, as it runs on the demo.
 
-    `sets` are SECTION.KEY=VALUE strings (from --set) that override the file. Raises `ConfigError`.
+    `sets` are SECTION.KEY=VALUE strings (from --set) that override the file; `resolve` adds the stages of other runs
+    that ensembles name by path. Raises `ConfigError`.
     """
-    return parse_recipe(Path(path), read_ini(Path(path)), demo, sets)
+    return parse_recipe(Path(path), read_ini(Path(path)), demo, sets, resolve)
 
 
 def changed(recipe: Recipe, sets: Sequence[str]) -> Recipe:
     "Return the checked recipe with further SECTION.KEY=VALUE. Raises `ConfigError`"
     ini = {section: dict(keys) for section, keys in recipe.sections.items()}
-    parsed = parse_recipe(recipe.path, ini, bool(recipe.demo), [*recipe.sets, *sets])
+    parsed = parse_recipe(recipe.path, ini, bool(recipe.demo), [*recipe.sets, *sets], recipe.resolve)
     left_out = [name for name in parsed.tables if name not in recipe.tables]
     return replace(parsed.without(left_out) if left_out else parsed, name=recipe.name)
 
 
-def parse_recipe(path: Path, ini: Ini, demo: bool, sets: Sequence[str]) -> Recipe:
+def parse_recipe(path: Path, ini: Ini, demo: bool, sets: Sequence[str], resolve: Resolve | None = None) -> Recipe:
     "Return the checked recipe of the sections of a file, which it changes. Raises `ConfigError`"
     for text in sets: override(ini, text)
     sections = dict(ini)
@@ -768,13 +785,19 @@ def parse_recipe(path: Path, ini: Ini, demo: bool, sets: Sequence[str]) -> Recip
     ranges = {n: _parse_ranges(path, n, ini[f'tune.{n}']) for n in _names(ini, 'tune')}
     single = {s: _build(path, s, SECTIONS[s], ini.get(s, {})) for s in SECTIONS if s not in NAMED_SECTIONS}
     if demo: stages = {n: _demo_stage(path, s, single['demo']) for n, s in stages.items()}
-    stages, ensembles = _with_seeds(path, stages, ensembles, single['recipe'].seed)
-    recipe = Recipe(name=f'{path.stem}-demo' if demo else path.stem, path=path,
+    parts = Parts(tables, *_with_seeds(path, stages, ensembles, single['recipe'].seed))
+    if resolve: parts = resolve(path, parts)
+    recipe = Recipe(name=run_name(path, demo), path=path,
                     demo=single['demo'] if demo else None, images=single['images'], augment=single['augment'],
-                    tables=tables, stages=stages, ensembles=ensembles, submit=single['submit'], gate=single['gate'],
+                    **vars(parts), resolve=resolve, submit=single['submit'], gate=single['gate'],
                     refer=single['refer'], tune=ranges, sections=sections, sets=tuple(sets),
                     **vars(single['recipe']))
     return checked(recipe)
+
+
+def run_name(path: Path, demo: bool) -> str:
+    "Return the name of a recipe's run folder, unless --name gives another"
+    return f'{path.stem}-demo' if demo else path.stem
 
 
 def checked(recipe: Recipe) -> Recipe:

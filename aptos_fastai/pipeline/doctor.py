@@ -22,6 +22,7 @@ from aptos_fastai.data.retina import Prep, get_prep, prepare
 from aptos_fastai.data.spreadsheet import TableError, first_few
 from aptos_fastai.data.store import resized_warning
 from aptos_fastai.data.tables import describe, table_contents, with_present_tables
+from aptos_fastai.pipeline.other_runs import read_run_recipe
 from aptos_fastai.recipe import Recipe, Stage, read_recipe
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ def find_problems(recipe: str, data: str, runs: str, sets: Iterable[str], every_
     keys, demo = list(sets), data == 'demo'
     yield from check_software()
     yield from check_devices()
-    try: parsed = read_recipe(recipe, demo=demo, sets=keys)
+    try: parsed = read_run_recipe(recipe, runs, name, demo=demo, sets=keys)
     except AptosError as e:
         yield 'recipe', str(e), False
         return

@@ -38,6 +38,7 @@ from aptos_fastai.inference.training_images import write_run_images
 from aptos_fastai.metrics import GRADES, PredictionSets, apply_thresholds, grade_scores
 from aptos_fastai.pipeline.eyes import check_eyes, eyes_digest, fit_run_eyes, people_of, without_stages
 from aptos_fastai.pipeline.lineage import check_lineage, report_held_out, report_weights
+from aptos_fastai.pipeline.other_runs import check_other_runs, read_run_recipe
 from aptos_fastai.pipeline.reasons import NEVER, training_reasons
 from aptos_fastai.pipeline.refresh import move_renamed, refresh_folds
 from aptos_fastai.pipeline.run_recipe import (
@@ -50,7 +51,7 @@ from aptos_fastai.pipeline.run_recipe import (
 )
 from aptos_fastai.pipeline.share import take_shared, with_shared
 from aptos_fastai.pipeline.summary import SUMMARY_FORMAT, SYNTHETIC, graded_alone, node_decision, tables_text
-from aptos_fastai.recipe import MLFLOW_SERVER, ConfigError, Recipe, Stage, did_you_mean, read_ini, read_recipe
+from aptos_fastai.recipe import MLFLOW_SERVER, ConfigError, Recipe, Stage, did_you_mean, read_ini
 from aptos_fastai.run_folder import Run
 
 if TYPE_CHECKING:
@@ -71,8 +72,7 @@ def load_run(recipe: str | Path = 'settings.ini', data: str | Path = 'demo', run
     `AptosError` for a wrong recipe, table or folder.
     """
     demo = str(data) == 'demo'
-    parsed = read_recipe(recipe, demo=demo, sets=list(sets))
-    if name: parsed = replace(parsed, name=name)
+    parsed = read_run_recipe(recipe, runs, name, demo=demo, sets=list(sets))
     if node: require_name(parsed, node, parsed.nodes)
     runs_folder = Path(runs)
     if runs_folder.exists() and not runs_folder.is_dir():
@@ -220,7 +220,9 @@ def start_run(run: Run, nodes: Iterable[str] = (), trial: bool = False) -> Itera
     with run_lock(run.root), Bars() as bars:
         remove_stale_temp_files(run.root, 0)
         run = prepare_images(run, bars)
-        if not trial: run = take_shared(move_renamed(run), stages)
+        if not trial:
+            run = take_shared(move_renamed(run), stages)
+            check_other_runs(run, stages)
         write_folds(run.recipe, run.frames, run.root / 'folds.csv')
         write_run_images(run.root, run.frames)
         report_duplicates(run)

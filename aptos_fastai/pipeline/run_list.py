@@ -10,9 +10,10 @@ from aptos_fastai.common.io import AptosError, digest, file_hash, read_record, v
 from aptos_fastai.data.spreadsheet import first_few
 from aptos_fastai.pipeline.compare import read_results
 from aptos_fastai.pipeline.fit import BASE
+from aptos_fastai.pipeline.other_runs import read_run_recipe
 from aptos_fastai.pipeline.run_recipe import RECIPE, of_demo
 from aptos_fastai.pipeline.summary import OUT_OF_FOLD, SYNTHETIC, by_value, interval_text, validated
-from aptos_fastai.recipe import Ini, read_ini, read_recipe, shipped_folder
+from aptos_fastai.recipe import Ini, read_ini, shipped_folder
 from aptos_fastai.run_folder import FINISHED
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def progress_text(root: Path) -> str:
     record = read_record(root / 'run.json')
     if not record: return 'its images are not prepared yet. Run the same command again.'
     if not (root / RECIPE).is_file(): return f'no {RECIPE} (older version). Run `all` again with its --recipe.'
-    stages = read_recipe(root / RECIPE, demo=of_demo(record)).stages
+    stages = read_run_recipe(root / RECIPE, root.parent, root.name, demo=of_demo(record)).stages
     left = {name: [k for k in range(s.folds) if not (root / name / f'fold{k}' / FINISHED).is_file()]
             for name, s in stages.items()}
     total, missing = sum(s.folds for s in stages.values()), sum(map(len, left.values()))
