@@ -82,19 +82,18 @@ def _table_name(tables: dict[str, Table], table: Table, prefix: str) -> str:
 
 def _add_node(where: str, parts: Parts, other: Recipe, old: str, names: dict[str, str], tables: dict[str, str]) -> None:
     "Add a stage or ensemble of another run under its new name"
-    new, node = names[old], other.nodes[old]
-    there: dict[str, Stage] | dict[str, Ensemble]
-    if isinstance(node, Stage):
+    new, known = names[old], {**parts.stages, **parts.ensembles}.get(names[old])
+    node: Stage | Ensemble
+    if old in other.stages:
+        stage = other.stages[old]
         train = tuple(f'{names[teacher]}:{tables[table]}' if teacher else tables[table]
-                      for teacher, table in node.sources)
-        node = replace(node, name=new, init=names[node.init], train=train,
-                       validate=tuple(tables[table] for table in node.validate))
-        there = parts.stages
+                      for teacher, table in stage.sources)
+        node = parts.stages[new] = replace(stage, name=new, init=names[stage.init], train=train,
+                                           validate=tuple(tables[table] for table in stage.validate))
     else:
-        node = replace(node, name=new, members=tuple(names[m] for m in node.members))
-        there = parts.ensembles
-    if there.setdefault(new, node) != node:
-        raise ConfigError(f'{where}: this recipe has another {new}. Rename it.')
+        e = other.ensembles[old]
+        node = parts.ensembles[new] = replace(e, name=new, members=tuple(names[m] for m in e.members))
+    if known not in (None, node): raise ConfigError(f'{where}: this recipe has another {new}. Rename it.')
 
 
 def check_other_runs(run: Run, stages: Iterable[str]) -> None:

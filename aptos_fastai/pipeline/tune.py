@@ -163,7 +163,7 @@ def trial_base(run: Run, stage: str) -> TrialRun:
     "Return a run on the folds of choosing, in which the stage is one training and keeps its last epoch (`ONE_TRIAL`)"
     try: recipe = changed(run.recipe, sets_of(stage, ONE_TRIAL))
     except ConfigError as e: raise ConfigError(f'{stage} is tuned as one training, with seeds = 1, but {e}') from None
-    return TrialRun(recipe, run.data, run.root, run.frames, run.left_out, run.ungradable, stage,
+    return TrialRun(recipe, run.data, run.root, run.frames, run.left_out, run.ungradable, tuned=stage,
                     prepared=run.store)
 
 
