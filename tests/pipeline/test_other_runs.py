@@ -90,7 +90,8 @@ def test_a_member_that_is_not_there(runs, capsys, stage, words):
 
 
 @pytest.mark.parametrize('extra, words', [
-    ('[recipe]\nseed = 7\n', 'cannot be a member here: table train: other folds.'), ('[augment]\nhue = .3\n', 'hue'), ('[images]\ncrop = none\n', 'crop')])
+    ('[recipe]\nseed = 7\n', 'cannot be a member here: table train: other folds.'),
+    ('[augment]\nhue = .3\n', 'hue'), ('[images]\ncrop = none\n', 'crop')])
 def test_a_member_of_other_folds_or_images_is_refused_before_training(runs, capsys, extra, words):
     recipe = RECIPE.replace('[images]\n', extra) if 'images' in extra else RECIPE
     args = write_recipe(runs, 'differs', '' if 'images' in extra else extra, recipe=recipe)
