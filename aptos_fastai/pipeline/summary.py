@@ -227,10 +227,14 @@ def table_uses(run: Run, name: str) -> list[str]:
 
 
 def grade_warnings(valid: pd.DataFrame) -> list[str]:
-    "Return a warning of grades that no validation image has: the model was not taught them"
-    missing = sorted(set(range(GRADES)) - set(valid.diagnosis))
-    text = f'no graded image has grade {", ".join(map(str, missing))}: the model cannot predict it'
-    return [text] if missing else []
+    "Return warnings of grades that no validation image has, and of a model that gives all images the same grade"
+    missing, found = sorted(set(range(GRADES)) - set(valid.diagnosis)), []
+    if missing:
+        found.append(f'no graded image has grade {", ".join(map(str, missing))}: the model cannot predict it')
+    if valid.grade.nunique() == 1 < valid.diagnosis.nunique():
+        found.append(f'every validation image gets grade {valid.grade.iloc[0]}: the model has learned nothing. '
+                     'Train more epochs, or with another lr')
+    return found
 
 
 def patient_warnings(run: Run, valid: pd.DataFrame) -> list[str]:
@@ -345,7 +349,8 @@ def interval_text(value: float, interval: Sequence[float], over: str = '') -> st
 
     Without `over` only the numbers: '0.833 (0.80–0.86)'.
     """
-    low, high = interval
+    low, high = (round(float(o), 2) + 0. for o in interval)      # no -0.00
+    value = round(float(value), 3) + 0.
     separator = ' to ' if low < 0 else '–'
     label = f'95 % CI over {over} ' if over else ''
     return f'{value:.3f} ({label}{low:.2f}{separator}{high:.2f})'
@@ -364,7 +369,9 @@ def all_warnings(results: Sequence[dict]) -> list[str]:
     names: dict[str, list[str]] = {}
     for result in results:
         for text in result['warnings']: names.setdefault(text, []).append(result['stage'])
-    return [f'{", ".join(stages)}: {text}' for text, stages in names.items()]
+    every = 'all stages and ensembles'
+    return [f'{every if len(results) == len(stages) > 3 else ", ".join(stages)}: {text}'
+            for text, stages in names.items()]
 
 
 def clusters_text(clusters: Sequence[dict]) -> str:

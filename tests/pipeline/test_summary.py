@@ -18,9 +18,11 @@ from aptos_fastai.pipeline.summary import (
     OUT_OF_FOLD,
     PATIENTS_UNKNOWN,
     SETS_CAUTION,
+    all_warnings,
     by_value,
     difference_text,
     epoch_warnings,
+    grade_warnings,
     interval_text,
     patient_warnings,
     show_summary,
@@ -32,7 +34,22 @@ def test_numbers_are_printed_as_the_field_prints_them():
     assert interval_text(.8333, (.804, .858), 'patients') == '0.833 (95 % CI over patients 0.80–0.86)'
     assert interval_text(.8333, (.804, .858)) == '0.833 (0.80–0.86)'
     assert interval_text(.1, (-.05, .25)) == '0.100 (-0.05 to 0.25)'
+    assert interval_text(-.0001, (-.001, .0)) == '0.000 (0.00–0.00)'
     assert difference_text(.0124, -.003, .0271) == '+0.012 (-0.003 to +0.027)'
+
+
+def test_a_model_that_gives_all_images_one_grade_is_named():
+    valid = pd.DataFrame(dict(diagnosis=[0, 1, 2, 3, 4], grade=[2] * 5))
+    line, = grade_warnings(valid)
+    assert line.startswith('every validation image gets grade 2: the model has learned nothing')
+    assert not grade_warnings(valid.assign(grade=[2, 2, 2, 2, 3]))
+    assert 'no graded image has grade 1, 2, 3, 4' in grade_warnings(pd.DataFrame(dict(diagnosis=[0], grade=[0])))[0]
+
+
+def test_a_warning_of_all_models_names_none_of_them():
+    results = [dict(stage=name, warnings=['w', 'x'] if name == 'a' else ['w']) for name in 'abcd']
+    assert all_warnings(results) == ['all stages and ensembles: w', 'a: x']
+    assert all_warnings(results[:3]) == ['a, b, c: w', 'a: x']
 
 
 def test_oof_has_a_row_for_each_validation_image(toy):
