@@ -1,5 +1,5 @@
 "`runs`: the runs of a folder, the best first, and what unfinished ones lack."
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,7 +32,7 @@ class Result:
     model: str                               # the stage or ensemble that is submitted
     result: dict                             # its entry of `stages` in summary.json
     images: str                              # SHA-256 of ids and grades of the images that validated it
-    changed: str
+    changed: list[str]                       # SECTION.KEY=VALUE, or what is said instead
     seconds: float                           # training time of all stages
     date: str
     synthetic: bool
@@ -78,7 +78,7 @@ def _result(root: Path, summary: dict, valid: 'pd.DataFrame') -> Result:
     node = summary['submission']['node']
     images = valid[['source', 'id_code', 'diagnosis']].sort_values(['source', 'id_code']).to_numpy().tolist()
     return Result(root.name, node, next(o for o in summary['stages'] if o['stage'] == node),
-                  images=digest([images, summary['synthetic']]), changed=changed_text(root),
+                  images=digest([images, summary['synthetic']]), changed=changed_of(root),
                   seconds=sum(o['seconds'] for o in summary['stages']), date=summary['date'],
                   synthetic=summary['synthetic'])
 
@@ -107,15 +107,20 @@ def progress_text(root: Path) -> str:
 
 # Changed keys
 
-def changed_text(root: Path) -> str:
-    "Return the keys that a run's recipe changes: 'stage.lr = 0.01, stage.bs = 8 and 2 more'"
+def changed_of(root: Path) -> list[str]:
+    "Return the keys that a run's recipe changes: 'stage.lr=0.01', …"
     record = read_record(root / 'run.json') or {}
-    if 'sets' not in record or not (root / RECIPE).is_file(): return UNKNOWN_KEYS
+    if 'sets' not in record or not (root / RECIPE).is_file(): return [UNKNOWN_KEYS]
     sections = read_ini(root / RECIPE)
     base = base_recipe(root, (root / record['recipe']).resolve(), sections)
-    changed = record['sets'] if base is None else list(changed_keys(sections, base, of_demo(record)))
+    return list(record['sets'] if base is None else changed_keys(sections, base, of_demo(record)))
+
+
+def changed_text(changed: list[str], in_all: Collection[str] = ()) -> str:
+    "Return changed keys as text, 'stage.lr=0.01, stage.bs=8 and 2 more', those that are not `in_all` runs first"
+    changed = sorted(changed, key=lambda text: text in in_all)
     more = f' and {len(changed) - SHOWN_KEYS} more' if len(changed) > SHOWN_KEYS else ''
-    return ', '.join(changed[:SHOWN_KEYS]) + more
+    return (', '.join(changed[:SHOWN_KEYS]) + more) or 'none'
 
 
 def base_recipe(root: Path, file: Path, sections: Ini) -> Ini | None:
@@ -160,7 +165,8 @@ def show_results(found: list[Result]) -> None:
           [result_row(o, groups[o.images] if len(groups) > 1 else '') for o in found],
           right=('images',), wrap=('model', 'trained'))
     say('Keys changed against the shipped recipe of the same name, or the file of the recipe as it is now:')
-    for o in found: say(f'  {o.name}: {o.changed or "none"}')
+    in_all = set.intersection(*(set(o.changed) for o in found)) if len(found) > 1 else set()
+    for o in found: say(f'  {o.name}: {changed_text(o.changed, in_all)}')
     resampled = by_value({o.name: o.result['resampled'] for o in found})
     say(f'Intervals: bootstrap over {resampled}. trained: all stages and folds. *: has warnings, see its report.html.',
         'dim')

@@ -8,7 +8,7 @@ from conftest import ROOT, expect_error, write_finished_run
 
 from aptos_fastai.cli import main
 from aptos_fastai.common.io import file_hash, read_record, write_record
-from aptos_fastai.pipeline.run_list import UNKNOWN_KEYS, changed_keys, changed_text
+from aptos_fastai.pipeline.run_list import UNKNOWN_KEYS, changed_keys, changed_of, changed_text
 from aptos_fastai.pipeline.run_recipe import ini_text
 from aptos_fastai.recipe import read_recipe
 
@@ -158,14 +158,14 @@ def test_keys_are_compared_with_the_shipped_recipe_or_with_the_file(tmp_path):
     mine = tmp_path / 'one_table.ini'
     text = (ROOT / 'recipes/one_table.ini').read_text()
     mine.write_text(text.replace('epochs = 11', 'epochs = 3'))
-    assert 'stage.epochs=3' in changed_text(write_run(tmp_path / 'a', recipe=mine))
+    assert 'stage.epochs=3' in changed_of(write_run(tmp_path / 'a', recipe=mine))
     other = mine.rename(tmp_path / 'other.ini')
     root = write_run(tmp_path / 'b', ['stage.wd=0.3'], recipe=other)
-    assert changed_text(root) == 'stage.wd=0.3'                        # against other.ini as it is
+    assert changed_of(root) == ['stage.wd=0.3']                        # against other.ini as it is
     other.unlink()
-    assert changed_text(root) == 'stage.wd=0.3'                        # by its --set values
+    assert changed_of(root) == ['stage.wd=0.3']                        # by its --set values
     many = write_run(tmp_path / 'c', [f'augment.{key}=0.31' for key in ('hue', 'blur', 'shift', 'shear', 'hflip')])
-    assert changed_text(many).endswith('augment.shear=0.31 and 1 more')
+    assert changed_text(changed_of(many)).endswith('augment.shear=0.31 and 1 more')
 
 
 def test_the_recipe_of_fit_is_compared_with_the_shipped_one(tmp_path):
@@ -173,4 +173,11 @@ def test_the_recipe_of_fit_is_compared_with_the_shipped_one(tmp_path):
     record = read_record(root / 'run.json')
     (root / 'a.ini').write_text((root / 'recipe.ini').read_text())
     write_record(root / 'run.json', dict(record, recipe='a.ini', sets=[]))
-    assert changed_text(root) == 'stage.epochs=3'
+    assert changed_of(root) == ['stage.epochs=3']
+
+
+def test_keys_that_distinguish_runs_come_first():
+    "Five keys are shared by all runs, the sixth differs"
+    shared = [f'stage.{key}=1' for key in ('a', 'b', 'c', 'd', 'e')]
+    assert changed_text([*shared, 'stage.lr=0.1'], set(shared)).startswith('stage.lr=0.1, stage.a=1, ')
+    assert changed_text([*shared, 'stage.lr=0.1']).startswith('stage.a=1, ') and changed_text([]) == 'none'
