@@ -34,10 +34,13 @@ class PreparedRun(Run):
         "The run folder, `<runs>/<recipe name>`"
         return self.root
 
-    def train(self, stage: str) -> Path:
-        "Train a stage and the unfinished stages that it builds on; return the stage's folder"
+    def train(self, stage: str, replace: bool = False) -> Path:
+        """Train a stage and the unfinished stages that it builds on; return the stage's folder.
+
+        Raises `AptosError` if that would `replace` stages of a finished run that have other settings.
+        """
         needed = self.ancestors(require_name(self.recipe, stage, self.recipe.stages))
-        with start_run(self, needed) as (run, bars): train_nodes(run, needed, bars)
+        with start_run(self, needed, replaces=replace) as (run, bars): train_nodes(run, needed, bars)
         return self.root / stage
 
     def learner(self, stage: str, fold: int = 0) -> 'Learner':
@@ -79,13 +82,13 @@ class RunGrader:
 
 
 def open_run(recipe: str | Path = 'settings.ini', data: str | Path = 'demo', runs: str | Path = 'runs',
-             sets: Iterable[str] = ()) -> PreparedRun:
+             sets: Iterable[str] = (), name: str = '') -> PreparedRun:
     """Read a recipe and its tables, prepare every image, write the folds; return the `PreparedRun`.
 
-    `data` is the folder of the tables, or 'demo' for generated images; results go to `<runs>/<recipe name>`;
-    `sets` change keys of the recipe: ['stage.epochs=5']. Trains nothing. Raises `AptosError`.
+    `data` is the folder of the tables, or 'demo' for generated images; results go to `<runs>/<name>`, by default the
+    name of the recipe; `sets` change keys of the recipe: ['stage.epochs=5']. Trains nothing. Raises `AptosError`.
     """
-    with start_run(load_run(recipe, data, runs, sets)) as (run, _): return as_prepared(run)
+    with start_run(load_run(recipe, data, runs, sets, name=name)) as (run, _): return as_prepared(run)
 
 
 def as_prepared(run: Run) -> PreparedRun:

@@ -68,6 +68,8 @@ Deidentify = Annotated[bool, typer.Option(
 Hours = Annotated[float | None, typer.Option(
     metavar='H', parser=hours_above_0, help='Take at most about H hours: stages that would end later are left out. A '
     'later `all` trains them.')]
+Replace = Annotated[bool, typer.Option(
+    '--replace', help='Train finished stages again here if their settings or images have changed.')]
 TableRecipe = Annotated[str, typer.Option(metavar='FILE', help='The recipe that has the table TABLE.')]
 TableData = Annotated[str, typer.Option(
     metavar='FOLDER', help='The folder of the table, for a preset or a table of the recipe.')]
@@ -259,7 +261,7 @@ def program(version: Annotated[bool, typer.Option(
 
 
 @command
-def all(options: RunOptions, hours: Hours = None, deidentify: Deidentify = False) -> None:
+def all(options: RunOptions, hours: Hours = None, deidentify: Deidentify = False, replace: Replace = False) -> None:
     """Train every stage and write submission.csv. Finished stages are skipped.
 
     python run.py all
@@ -271,7 +273,7 @@ def all(options: RunOptions, hours: Hours = None, deidentify: Deidentify = False
     start = seconds()                        # imports of PyTorch count
     from aptos_fastai import commands
     deadline = commands.Deadline(hours, start) if hours else None
-    commands.run_all(options.load(), deidentify, deadline)
+    commands.run_all(options.load(), deidentify, deadline, replace)
 
 
 Column = Annotated[str, typer.Option(metavar='COLUMN', help='Default: found by names and contents.')]
@@ -400,14 +402,14 @@ def inspect(options: RunOptions,
 
 
 @command
-def train(options: RunOptions, stage: Stage) -> None:
+def train(options: RunOptions, stage: Stage, replace: Replace = False) -> None:
     """Train one stage. Trains its unfinished parent stages first.
 
     python run.py train finetune_256
     python run.py train finetune_256 --run runs/large
     """
     from aptos_fastai import commands
-    commands.train_stage(options.load(stage), stage)
+    commands.train_stage(options.load(stage), stage, replace)
 
 
 @command

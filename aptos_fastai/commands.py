@@ -51,17 +51,18 @@ if TYPE_CHECKING:
     from aptos_fastai.inference.evaluate import Choices
 
 
-def run_all(run: Run, deidentify: bool = False, deadline: Deadline | None = None) -> None:
+def run_all(run: Run, deidentify: bool = False, deadline: Deadline | None = None, replaces: bool = False) -> None:
     """Prepare, train, label, score, submit and report; do nothing if every output is up to date.
 
     `deidentify` leaves ids and images out of the report, and writes one that is up to date again. With a `deadline`,
-    stages that would end too late are left out.
+    stages that would end too late are left out. A finished run is trained again with other settings only if it
+    `replaces`.
     """
     start = time.monotonic()
     if deadline: deadline.check(with_shared(run, run.recipe.stages))
     if run.synthetic: say(SYNTHETIC, 'yellow')
     if world_size() > 1: say(f'{world_size()} processes share preparing, training and scoring')
-    with start_run(run, run.recipe.stages) as (run, bars):
+    with start_run(run, run.recipe.stages, replaces=replaces) as (run, bars):
         if outputs_up_to_date(run):
             say(f'Nothing to do: every stage is up to date in {run.root}')
             if deidentify: write_report_again(run, bars, deidentify)
@@ -187,10 +188,10 @@ def counts_text(values: pd.Series) -> str:
     return ' '.join(f'{value} {count}' for value, count in values.value_counts().items())
 
 
-def train_stage(run: Run, stage: str) -> None:
+def train_stage(run: Run, stage: str, replaces: bool = False) -> None:
     "Train one stage, or the members of an ensemble, and the unfinished stages that they build on"
     needed = run.ancestors(require_name(run.recipe, stage, run.recipe.nodes))
-    with start_run(run, needed) as (run, bars):
+    with start_run(run, needed, replaces=replaces) as (run, bars):
         changed = train_nodes(run, needed, bars)
         kappa = stage_kappa_text(run, stage)
     say(f'{stage} -> {run.root / stage}' if changed else f'Nothing to do: {stage} is up to date in {run.root / stage}')

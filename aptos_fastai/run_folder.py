@@ -307,10 +307,16 @@ class Run:
         its files have the recorded sizes, and its parents still have the weights that it was trained from.
         """
         record = self.record(stage, fold)
-        if not record or record.get('fingerprint') != self.fingerprint(stage, fold): return False
-        if self.changed_precision(stage, record) or self.changed_weights(stage, record): return False
+        if not record or self.has_changed(stage, fold): return False
         if self.damaged_files(stage, fold) - RESCORED: return False
         return sorted(record['parents'].values()) == sorted(self._weights_of_parents(stage, fold))
+
+    def has_changed(self, stage: str, fold: int) -> bool:
+        "Return whether a fold is finished, but with other settings, images, precision or initial weights than now"
+        record = self.record(stage, fold)
+        if not record: return False
+        if record.get('fingerprint') != self.fingerprint(stage, fold): return True
+        return bool(self.changed_precision(stage, record) or self.changed_weights(stage, record))
 
     def changed_precision(self, stage: str, record: dict) -> str:
         "Return the precision that a stage asks for if the recorded one is another; `auto` is f32 for a linear probe"

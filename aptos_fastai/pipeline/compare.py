@@ -116,6 +116,7 @@ class Model:
     stage: str
     result: dict                             # its entry of `stages` in summary.json
     synthetic: bool
+    seconds: float                           # its trainings, or those of its members
     valid: pd.DataFrame = field(repr=False)  # what it has validated: `validated`
 
 
@@ -133,7 +134,8 @@ def read_model(path: str) -> Model:
     names = [result['stage'] for result in summary['stages']]
     if stage not in names:
         raise AptosError(f'{path}: {folder} has no results of {stage}. Choose from: {", ".join(names)}.')
-    return Model(path, stage, _result(summary, stage), summary['synthetic'], validated(oof, stage))
+    return Model(path, stage, _result(summary, stage), summary['synthetic'], _seconds(summary, stage),
+                 validated(oof, stage))
 
 
 def compare_models(paths: Sequence[str]) -> None:
@@ -177,8 +179,7 @@ def common_images(models: Sequence[Model]) -> pd.DataFrame:
 def model_row(model: Model, valid: pd.DataFrame, difference: str = 'reference', same_fold: str = '') -> list:
     "Return a row of `compare_models`; `valid` has the model's grades of the images that all validated"
     kappa = f'{quadratic_kappa(valid.grade, valid.diagnosis):.3f}'
-    seconds = format_duration(model.result['seconds'])
-    return [model.path, model.stage, len(model.valid), kappa, difference, seconds, same_fold]
+    return [model.path, model.stage, len(model.valid), kappa, difference, format_duration(model.seconds), same_fold]
 
 
 # The results of a run
@@ -196,7 +197,12 @@ def read_results(folder: str | Path) -> tuple[dict, pd.DataFrame]:
 
 
 def _result(summary: dict, node: str) -> dict: return next(o for o in summary['stages'] if o['stage'] == node)
-def _seconds(summary: dict, node: str) -> float: return _result(summary, node)['seconds']
+
+
+def _seconds(summary: dict, node: str) -> float:
+    "Return how long a stage, or the members of an ensemble, took to train"
+    members = _result(summary, node).get('members') or [node]
+    return sum(_result(summary, m)['seconds'] for m in members)
 
 
 # Two evaluations
