@@ -99,7 +99,7 @@ class Run:
     @cached_property
     def synthetic(self) -> bool:
         "True if images of a table are generated: the demo, or the folder that `demo` wrote given as --data"
-        paths = (path for frame in self.frames.values() for path in frame.path)
+        paths = (path for frame in self.frames.values() if 'path' in frame for path in frame.path)
         return bool(self.recipe.demo) or holds_demo_images(paths)
 
     @property
