@@ -122,7 +122,7 @@ def test_a_changed_stage_and_its_descendants_are_to_do(toy):
 
 def test_only_a_changed_stage_trains_again(toy_copy, capsys):
     before = modified_times(toy_copy)
-    main(['all', *toy_args(toy_copy, '--set', 'stage.finetune_dense.wd=0.5')])
+    main(['all', *toy_args(toy_copy, '--set', 'stage.finetune_dense.wd=0.5', '--replace')])
     assert 'stage 1 of 1: finetune_dense' in capsys.readouterr().out
     changed = {p.relative_to(toy_copy).parts[0] for p, t in modified_times(toy_copy).items() if before.get(p) != t}
     assert 'finetune_dense' in changed and not changed & set(STAGES[:6])

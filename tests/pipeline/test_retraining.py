@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from conftest import write_table
+from conftest import expect_error, modified_times, write_table
 
 from aptos_fastai.cli import main
 from aptos_fastai.common.io import AptosError, file_hash, read_record, write_record
@@ -175,12 +175,24 @@ def test_other_views_score_again_what_was_trained(copied, tmp_path, capsys):
 def test_views_of_a_teacher_change_the_labels_and_train_its_student(copied):
     key, before = 'stage.first.tta=hflip', weights_of(copied)
     old = read_labels(open_run(copied), 'first', 'test', 'soft')
-    main(['all', *options(copied, key)])
+    main(['all', *options(copied, key), '--replace'])
     after = weights_of(copied)
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {'second/fold0', 'second/fold1'}
     new = read_labels(open_run(copied, key), 'first', 'test', 'soft')
     assert (old.diagnosis - new.diagnosis).abs().max() > 0
+
+
+def test_a_finished_run_is_not_trained_again_unasked(copied, capsys):
+    "With other settings it asks for a name or --replace, and changes nothing"
+    root, before = copied / 'runs/recipe', modified_times(copied)
+    for command in (['all'], ['train', 'second']):
+        expect_error(capsys, [*command, *options(copied, 'stage.second.lr=.02')],
+                     f'{root}: finished with other settings', 'second: lr: ', '--name NAME', '--replace')
+    assert modified_times(copied) == before
+    main(['train', 'second', *options(copied, 'stage.second.lr=.02'), '--name', 'other'])
+    out = ' '.join(capsys.readouterr().out.split())
+    assert f'first: folds 0 1 from {root / "first"}' in out and 'stage 1 of 1: second' in out
 
 
 def test_a_model_of_other_scores_is_refused(copied):
@@ -386,7 +398,8 @@ def test_weights_of_another_size_are_fitted_before_anything_is_trained(arch, old
 
 def test_init_of_another_size_stops_all_before_the_parent_trains(copied, capsys, monkeypatch):
     monkeypatch.setattr('aptos_fastai.pipeline.network_check._resampling_problem', lambda *args: 'a reason')
-    with pytest.raises(SystemExit): main(['train', 'second', *options(copied, 'stage.lr=.1', 'stage.second.size=48')])
+    with pytest.raises(SystemExit):
+        main(['train', 'second', *options(copied, 'stage.lr=.1', 'stage.second.size=48'), '--replace'])
     out, err = capsys.readouterr()
     assert '[stage.second] init = first: weights of test_resnet trained at size = 32 do not fit' in err
     assert 'stage 1 of' not in out
@@ -434,7 +447,7 @@ def test_size_of_images_makes_all_stages_train(finished):
 def test_members_of_two_sizes_score_an_original_as_the_run_did(copied):
     "Each network of the model gets squares prepared at its own size: by the run from the store, by a grader from files"
     keys = ['stage.second.size=48', 'stage.second.init=', 'submit.final=both']
-    main(['all', *options(copied, *keys)])
+    main(['all', *options(copied, *keys), '--replace'])
     run, (model, root) = open_run(copied, *keys), read_model(copied / 'runs/recipe')
     assert model.prep.size == 48 and model.prepared == {32: 32, 48: 48}
     files = run.frames['test'].path.tolist()
