@@ -22,11 +22,11 @@ from typer.models import ArgumentInfo
 
 import aptos_fastai
 from aptos_fastai.common.disclaimer import DISCLAIMER
+from aptos_fastai.common.program import COMMAND, PROGRAM
 
 if TYPE_CHECKING:
     from aptos_fastai.run_folder import Run
 
-PROGRAM = 'aptos-fastai' if os.path.basename(sys.argv[0]).startswith('aptos-fastai') else 'run.py'
 UsageError: Any = typer.BadParameter.__mro__[1]     # click's class, which recent versions of typer bundle
 
 HELP_OPTIONS = dict(help_option_names=['-h', '--help'])
@@ -160,7 +160,7 @@ def uses_run(function: Callable) -> bool:
 def help_text(function: Callable) -> str:
     "Return a command's help from its docstring (a paragraph, an empty line, examples); \\b keeps the examples' lines"
     text, _, examples = cleandoc(function.__doc__ or '').partition('\n\n')
-    if PROGRAM != 'run.py': examples = examples.replace('python run.py', PROGRAM)
+    examples = examples.replace('python run.py', COMMAND)
     lines = examples.split('\n')
     return '\n'.join([text, '', '\b', 'Examples:' if len(lines) > 1 else 'Example:', *(f'  {line}' for line in lines)])
 
