@@ -25,4 +25,4 @@ WORKDIR /tmp
 EXPOSE 8000
 HEALTHCHECK --interval=30s --timeout=5s --start-period=120s \
     CMD ["python3", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8000/health', timeout=4)"]
-CMD ["aptos-fastai", "serve", "/model", "--host", "0.0.0.0"]
+ENTRYPOINT ["aptos-fastai", "serve", "/model", "--host", "0.0.0.0"]

@@ -161,7 +161,7 @@ def test_the_image_runs_serve_as_another_user_than_root(dockerfile, capsys):
     names = [name for name, _ in steps]
     assert of_script['last'](steps, 'USER') not in ('root', '0')
     assert 'RUN' not in names[names.index('USER'):] and 'COPY' not in names[names.index('USER'):]
-    program, command, *_ = yaml.safe_load(of_script['last'](steps, 'CMD'))
+    program, command, *_ = yaml.safe_load(of_script['last'](steps, 'ENTRYPOINT'))
     assert program in PYPROJECT['project']['scripts']
     main([command, '--help'])
     assert f'default: {of_script["last"](steps, "EXPOSE")}' in capsys.readouterr().out
@@ -183,7 +183,7 @@ def test_the_health_check_asks_a_path_that_the_server_has(dockerfile):
 
 def test_steps_of_a_dockerfile_are_read_as_docker_reads_them(dockerfile):
     of_script, _ = dockerfile
-    text = '# a comment\nFROM a AS b\nRUN one \\\n    two\nHEALTHCHECK --timeout=5s \\\n  CMD ["x", "y"]\nUSER 1\nUSER 2\n'
-    steps = of_script['read_steps'](text)
+    text = '# a comment\nFROM a AS b\nRUN one \\\n    two\nHEALTHCHECK --timeout=5s \\\n  CMD ["x", "y"]\nUSER 1\n'
+    steps = of_script['read_steps'](f'{text}USER 2\n')
     assert steps[:2] == [('FROM', 'a AS b'), ('RUN', 'one  two')]
     assert of_script['health_command'](steps) == ['x', 'y'] and of_script['last'](steps, 'USER') == '2'

@@ -1,9 +1,9 @@
 """Run the steps of the Dockerfile without Docker: `python docs/scripts/check_dockerfile.py BUNDLE`.
 
-Its absolute folders lie in a new temporary folder. `RUN` and `COPY` are executed there, then `CMD` on the bundle, whose
-files it makes read-only, and `HEALTHCHECK` until it succeeds. It differs from Docker: the base image is this machine,
-the user is the present one, so `useradd` is left out, and PyTorch is PyPI's CUDA build (6 GB), because
-only PyPI needs to be reachable. `--index URL` takes another one.
+Its absolute folders lie in a new temporary folder. `RUN` and `COPY` are executed there, then `ENTRYPOINT` on the bundle,
+which must stay unchanged, until `HEALTHCHECK` succeeds. It differs from Docker: the base image is this machine, the user
+is the present one (`useradd` is left out), and PyTorch is PyPI's CUDA build (6 GB), so that only PyPI needs to be
+reachable; `--index URL` takes another one.
 """
 import argparse
 import glob
@@ -69,8 +69,9 @@ class Image:
         "Copy files of the repository, as COPY does: the content of a folder"
         *sources, target = words
         for source in (Path(f) for pattern in sources for f in glob.glob(str(ROOT / pattern))):
-            if source.is_dir(): shutil.copytree(source, self.folder / target, ignore=shutil.ignore_patterns('__pycache__'))
-            else: shutil.copy(source, self.folder / target)
+            to = self.folder / target
+            if source.is_dir(): shutil.copytree(source, to, ignore=shutil.ignore_patterns('__pycache__'))
+            else: shutil.copy(source, to)
 
     def shell(self, command: str) -> None:
         "Execute a RUN"
@@ -82,9 +83,9 @@ class Image:
 
 
 def start_and_ask(image: Image, steps: list[Step]) -> None:
-    "Run CMD until HEALTHCHECK succeeds. Raises `SystemExit` if it does not"
+    "Run ENTRYPOINT until HEALTHCHECK succeeds. Raises `SystemExit` if it does not"
     env = image.environment()
-    words = [image.placed(word) for word in json.loads(last(steps, 'CMD'))]
+    words = [image.placed(word) for word in json.loads(last(steps, 'ENTRYPOINT'))]
     words[0] = shutil.which(words[0], path=env['PATH']) or words[0]
     print(f'start: {" ".join(words)}', flush=True)
     started = time.monotonic()
@@ -100,6 +101,11 @@ def start_and_ask(image: Image, steps: list[Step]) -> None:
         server.wait(20)
 
 
+def state(folder: Path) -> dict[Path, int]:
+    "Return the time of the last change of everything in a folder"
+    return {path: path.stat().st_mtime_ns for path in [folder, *folder.rglob('*')]}
+
+
 def main() -> None:
     "Build, start, ask"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -110,11 +116,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as top:
         image = Image(Path(top), args.index)
         model = shutil.copytree(args.bundle, image.top / 'model')
-        for path in [*model.rglob('*'), model]: path.chmod(0o555 if path.is_dir() else 0o444)
+        before = state(model)
         for step in steps: image.run(*step)
-        try: start_and_ask(image, steps)
-        finally:
-            for path in [model, *model.rglob('*')]: path.chmod(0o755)     # so that it can be removed
+        start_and_ask(image, steps)
+        if state(model) != before: sys.exit('the model was written to, but it is mounted read-only')
 
 
 if __name__ == '__main__': main()
