@@ -302,7 +302,8 @@ class Stage:
                                              'empty: every image once per epoch', low=0, high=1000)
     balance: str = _key('', 'column that the tables `carry` (camera, site …): images of each value are drawn equally '
                         'often, so that one camera does not dominate; empty: off')
-    workers: int = _key(-1, 'processes that load images; -1: chosen by cores and device', low=-1, high=256)
+    workers: int = _key(-1, 'processes that load images; -1: chosen by cores and device; macOS and Windows: none',
+                        low=-1, high=256)
     precision: str = _key('auto', 'training precision; auto: on a GPU bf16, or fp16 if bf16 is unsupported; on a CPU '
                           'with bf16 the faster of f32 and bf16, measured; of a linear probe f32',
                           choices=('auto', 'f32', 'bf16', 'fp16'))

@@ -1,9 +1,9 @@
 """Run the steps of the Dockerfile without Docker: `python docs/scripts/check_dockerfile.py BUNDLE`.
 
-Its absolute folders lie in a new temporary folder. `RUN` and `COPY` are executed there, then `ENTRYPOINT` on the bundle,
-which must stay unchanged, until `HEALTHCHECK` succeeds. It differs from Docker: the base image is this machine, the user
-is the present one (`useradd` is left out), and PyTorch is PyPI's CUDA build (6 GB), so that only PyPI needs to be
-reachable; `--index URL` takes another one.
+Its absolute folders lie in a new temporary folder. `RUN` and `COPY` are executed there, then `ENTRYPOINT` on the
+bundle, which must stay unchanged, until `HEALTHCHECK` succeeds. It differs from Docker: the base image is this machine,
+the user is the present one (`useradd` is left out), and PyTorch is PyPI's CUDA build (6 GB), so that only PyPI needs
+to be reachable; `--index URL` takes another one.
 """
 import argparse
 import glob
