@@ -7,7 +7,7 @@ import warnings
 from importlib import import_module
 from typing import Any
 
-__version__ = '0.1.0'
+__version__ = '0.1.0'                        # the only place: pyproject.toml reads it, so a clone and a wheel agree
 
 _MODULES = dict(                             # name -> module that defines it
     open_run='api',

@@ -4,6 +4,7 @@ Each function marked `@command` is a command: its docstring is the help, its par
 what it calls inside its body, so that `--help` stays fast.
 """
 import functools
+import io
 import math
 import os
 import signal
@@ -21,11 +22,11 @@ from typer.models import ArgumentInfo
 
 import aptos_fastai
 from aptos_fastai.common.disclaimer import DISCLAIMER
+from aptos_fastai.common.program import COMMAND, PROGRAM
 
 if TYPE_CHECKING:
     from aptos_fastai.run_folder import Run
 
-PROGRAM = 'aptos-fastai' if os.path.basename(sys.argv[0]).startswith('aptos-fastai') else 'run.py'
 UsageError: Any = typer.BadParameter.__mro__[1]     # click's class, which recent versions of typer bundle
 
 HELP_OPTIONS = dict(help_option_names=['-h', '--help'])
@@ -161,7 +162,7 @@ def uses_run(function: Callable) -> bool:
 def help_text(function: Callable) -> str:
     "Return a command's help from its docstring (a paragraph, an empty line, examples); \\b keeps the examples' lines"
     text, _, examples = cleandoc(function.__doc__ or '').partition('\n\n')
-    if PROGRAM != 'run.py': examples = examples.replace('python run.py', PROGRAM)
+    examples = examples.replace('python run.py', COMMAND)
     lines = examples.split('\n')
     return '\n'.join([text, '', '\b', 'Examples:' if len(lines) > 1 else 'Example:', *(f'  {line}' for line in lines)])
 
@@ -231,6 +232,7 @@ def _out_of_memory_or_peer_lost(e: Exception, name: str) -> NoReturn:
 
 def main(argv: list[str] | None = None) -> None:
     "Run the command in `argv` (default: the program's arguments). Raises `SystemExit` if it fails"
+    if isinstance(sys.stdout, io.TextIOWrapper): sys.stdout.reconfigure(errors='replace')     # Windows: no '≥' in pipes
     parser, program = typer.main.get_command(app), PROGRAM
     arguments = sys.argv[1:] if argv is None else argv
     name = arguments[0].replace('-', '_') if arguments else ''          # operating-point is operating_point

@@ -19,6 +19,7 @@ from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.distributed import world_size
 from aptos_fastai.common.io import AptosError, digest, file_hash, read_record, write_csv, write_record
 from aptos_fastai.common.privacy import LEAVE_OUT, patient_data
+from aptos_fastai.common.program import COMMAND
 from aptos_fastai.data.store import read_prepared, store_folder
 from aptos_fastai.data.tables import describe
 from aptos_fastai.data.understand import Ask
@@ -127,7 +128,7 @@ def understand_and_write(csv: str | Path, images: str | Path, unlabelled: str | 
             say(f'{table_name}: {reason}')
     places = ' '.join(f'{key} {shlex.quote(str(value))}'
                       for key, value in (('--recipe', recipe), ('--data', data), ('--runs', runs)))
-    say(f'recipe -> {recipe}\nto run it again: python run.py all {places}')
+    say(f'recipe -> {recipe}\nto run it again: {COMMAND} all {places}')
     return recipe, data
 
 

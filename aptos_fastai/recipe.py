@@ -302,7 +302,8 @@ class Stage:
                                              'empty: every image once per epoch', low=0, high=1000)
     balance: str = _key('', 'column that the tables `carry` (camera, site …): images of each value are drawn equally '
                         'often, so that one camera does not dominate; empty: off')
-    workers: int = _key(-1, 'processes that load images; -1: chosen by cores and device', low=-1, high=256)
+    workers: int = _key(-1, 'processes that load images; -1: chosen by cores and device; macOS and Windows: none',
+                        low=-1, high=256)
     precision: str = _key('auto', 'training precision; auto: on a GPU bf16, or fp16 if bf16 is unsupported; on a CPU '
                           'with bf16 the faster of f32 and bf16, measured; of a linear probe f32',
                           choices=('auto', 'f32', 'bf16', 'fp16'))
@@ -429,6 +430,16 @@ class Demo:
 
 SECTIONS: dict[str, type] = dict(recipe=General, images=Images, augment=Augment, table=Table, stage=Stage,
                                  ensemble=Ensemble, submit=Submit, gate=Gate, refer=Refer, demo=Demo)
+OLD_KEYS: dict[type, dict[str, str]] = {     # what a recipe with a renamed or removed key is told; see architecture.md
+    Images: dict(skip_bad='renamed in 0.1.0. Write skip_unreadable.',
+                 colour='removed in 0.1.0: colour normalisation lowered the kappa. Delete this line.'),
+    Augment: dict(on='renamed in 0.1.0. Write mode; its value picture is now image.'),
+    Stage: dict(cuts='renamed in 0.1.0. Write thresholds; its value shrunken is now regularised.',
+                small_size='removed in 0.1.0. Train two stages, the second with init and a larger size.',
+                small_epochs='removed in 0.1.0. Train two stages, the second with init and a larger size.',
+                max_spread='removed in 0.1.0: no measurement supported it. Delete this line.'),
+    Submit: dict(cuts='renamed in 0.1.0. Write thresholds; its value shrunken is now regularised.'),
+}
 NAMED_SECTIONS = ('table', 'stage', 'ensemble')
 SECTION_NAME = re.compile(r'(recipe|images|augment|submit|gate|refer|stage|demo|demo\.stage)'
                           r'|(table|stage|ensemble|tune|demo\.stage)\.[A-Za-z]\w*')
@@ -678,6 +689,7 @@ def _build(path: Path, section: str, cls: type, texts: dict[str, str], **given: 
     "Return the dataclass `cls` from the texts of one section"
     known = {f.name: f for f in fields(cls) if f.name != 'name'}
     for k in texts:
+        if k in OLD_KEYS.get(cls, {}): raise ConfigError(f'{path} [{section}] {k}: {OLD_KEYS[cls][k]}')
         if k not in known:
             raise ConfigError(f'{path} [{section}] {k}: no such key{did_you_mean(k, known)} '
                               f'Accepted keys: {", ".join(known)}.')
@@ -822,7 +834,7 @@ def read_ini(path: Path) -> Ini:
         raise ConfigError(f'{path}: no such recipe. Name one with --recipe FILE, or write settings.ini with `init`.')
     parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=None, default_section='\0')
     parser.optionxform = str                 # type: ignore  # keys are case-sensitive
-    try: parser.read_string(path.read_text(encoding='utf-8'), source=str(path))
+    try: parser.read_string(path.read_text(encoding='utf-8-sig'), source=str(path))
     except (configparser.Error, UnicodeDecodeError) as e:
         raise ConfigError(f'{path}: invalid recipe ({" ".join(str(e).split())}). Correct this line.') from None
     return {section: dict(parser[section]) for section in parser.sections()}

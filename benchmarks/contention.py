@@ -64,7 +64,7 @@ def measure(setting: dict[str, str], busy: int, seconds: float) -> float:
 
 def processor() -> str:
     "Return the name of the processor"
-    try: lines = Path('/proc/cpuinfo').read_text().splitlines()
+    try: lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
     except OSError: return platform.processor()
     return next((line.partition(': ')[2] for line in lines if line.startswith('model name')), platform.machine())
 

@@ -13,7 +13,8 @@ from aptos_fastai.inference.grader import COLUMNS
 from aptos_fastai.recipe import read_recipe
 
 DOCS = ROOT / 'docs'
-PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted(DOCS.glob('*.md'))]
+PAGES = [*(ROOT / f'{name}.md' for name in ('README', 'CONTRIBUTING', 'ROADMAP', 'SECURITY', 'CODE_OF_CONDUCT')),
+         *sorted(DOCS.glob('*.md'))]
 
 
 def code_blocks(text, language):

@@ -1,9 +1,12 @@
+import re
+from dataclasses import fields
+
 import pytest
 from conftest import ROOT, expect_error
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aptos_fastai.recipe import ConfigError, parse_thresholds, read_recipe
+from aptos_fastai.recipe import OLD_KEYS, ConfigError, parse_thresholds, read_recipe
 
 SETTINGS = ROOT / 'settings.ini'
 PUBLISHED = ROOT / 'recipes/published.ini'
@@ -79,7 +82,12 @@ def test_set_overrides_the_demo_keys():
 
 BAD_RECIPES = [                              # --set values and words of the message
     (['stage.teacher.epoch=3'], '[stage.teacher] epoch: no such key, did you mean epochs? Accepted keys: train,'),
-    (['images.colour=graham'], '[images] colour: no such key. Accepted keys: crop,'),
+    (['images.tint=graham'], '[images] tint: no such key. Accepted keys: crop,'),
+    (['images.colour=graham'], '[images] colour: removed in 0.1.0'),
+    (['images.skip_bad=yes'], '[images] skip_bad: renamed in 0.1.0. Write skip_unreadable.'),
+    (['stage.cuts=shrunken'], 'cuts: renamed in 0.1.0. Write thresholds; its value shrunken is now regularised.'),
+    (['submit.cuts=optimal'], '[submit] cuts: renamed in 0.1.0. Write thresholds'),
+    (['augment.on=picture'], '[augment] on: renamed in 0.1.0. Write mode; its value picture is now image.'),
     (['augment.mode=picture'], 'mode = picture: no such value. Accepted: auto, image, batch.'),
     (['stage.epochs=three'], 'epochs = three: enter a whole number from 0 to 1000.'),
     (['stage.epochs=1.5'], 'epochs = 1.5: enter a whole number from 0 to 1000.'),
@@ -194,3 +202,16 @@ def test_a_set_of_a_key_that_every_stage_has_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r'stage.epochs=9: changes nothing, .*--set stage.a.epochs=VALUE'):
         read_recipe(file, sets=['stage.epochs=9'])
     assert read_recipe(file, demo=True, sets=['stage.epochs=9']).stages['a'].epochs == 9      # by [demo.stage]
+
+
+def test_old_keys_are_no_keys_and_name_keys_that_exist():
+    for section, keys in OLD_KEYS.items():
+        known = {f.name for f in fields(section)}
+        for key, advice in keys.items():
+            assert key not in known and advice.startswith(('renamed in ', 'removed in '))
+            if advice.startswith('renamed'): assert re.search(r'Write (\w+)', advice)[1] in known
+
+
+def test_a_recipe_saved_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / 'mine.ini').write_bytes(b'\xef\xbb\xbf' + SETTINGS.read_bytes())
+    assert read_recipe(tmp_path / 'mine.ini').order == read_recipe(SETTINGS).order

@@ -11,7 +11,7 @@ from rich.table import Table
 
 LOG_SECONDS = 30                             # without a terminal: seconds between two progress lines
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, emoji=False)     # `dicom:eye:` is no emoji
 
 
 def say(line: str, style: str | None = None) -> None:

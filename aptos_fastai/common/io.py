@@ -6,7 +6,7 @@ import socket
 import stat
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +66,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temp
-        with open(temp, 'rb') as f: os.fsync(f.fileno())
+        with open(temp, 'r+b') as f: os.fsync(f.fileno())     # Windows syncs only files that are open for writing
         os.replace(temp, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as e:     # PyTorch raises RuntimeError when the disk is full
@@ -104,9 +104,16 @@ def file_lock(file: Path, what_to_do: str) -> Iterator[None]:
     try: _acquire(lock, file.parent, what_to_do)
     except Timeout: raise AptosError(f'{file}: another process is writing this file. {what_to_do}') from None
     try: yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+    finally: _remove_lock(lock)
+
+
+def _remove_lock(lock: FileLock) -> None:
+    "Release a lock and remove its file: before the release, after which it may be another process's; Windows cannot"
+    file = Path(lock.lock_file)
+    if os.name != 'nt': file.unlink(missing_ok=True)
+    lock.release()
+    if os.name == 'nt':
+        with suppress(PermissionError): file.unlink(missing_ok=True)     # another process has opened it
 
 
 @contextmanager

@@ -98,5 +98,5 @@ def write_folds(recipe: Recipe, frames: dict[str, pd.DataFrame], file: Path):
     for name, df in frames.items():
         if not recipe.tables[name].graded: continue
         parts.append(df[['source', 'id_code', 'fold']].assign(digest=_folds_digest(recipe, df, df.fold)))
-    text = pd.concat(parts).to_csv(index=False, lineterminator='\n')
-    if not file.is_file() or file.read_text() != text: write_bytes(file, text.encode())
+    data = pd.concat(parts).to_csv(index=False, lineterminator='\n').encode()
+    if not file.is_file() or file.read_bytes() != data: write_bytes(file, data)

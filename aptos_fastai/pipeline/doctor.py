@@ -59,7 +59,7 @@ def check_software() -> Iterator[Finding]:
     yield 'packages', ', '.join(f'{p} {metadata.version(p)}' for p in PACKAGES), True
     missing = [extra for extra, module in EXTRAS.items() if find_spec(module) is None]
     extras = 'all installed'
-    if missing: extras = f'not installed: {", ".join(missing)}. Install one: pip install -e ".[{missing[0]}]"'
+    if missing: extras = f'not installed: {", ".join(missing)}. Install one: pip install "aptos_fastai[{missing[0]}]"'
     yield 'extras', extras, True
     slow = 'Pillow decodes them, in twice the time of libvips. Install libvips: pip install "pyvips[binary]"'
     yield 'PNG originals', 'libvips decodes them' if find_spec('pyvips') else slow, True

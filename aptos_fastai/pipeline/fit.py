@@ -6,6 +6,7 @@ from pathlib import Path
 
 from aptos_fastai.common.console import say
 from aptos_fastai.common.io import AptosError, write_bytes
+from aptos_fastai.common.program import COMMAND
 from aptos_fastai.data.tables import with_present_tables
 from aptos_fastai.data.understand import Ask, Understood, relative, understand_table
 from aptos_fastai.pipeline.configure import configure, configured_hours, unused_sets
@@ -47,7 +48,7 @@ def write_fit_recipe(tables: dict[str, Understood], file: Path, sets: Iterable[s
         if unused: say(f'not used: --set {unused}, because the recipe lacks it', 'yellow')
         return data
     if deadline: check_unused(file, deadline.hours)
-    header = [f'Written by fit from {BASE}. Change it and run it: run.py all --recipe {file.name} --data FOLDER']
+    header = [f'Written by fit from {BASE}. Change it and run it: {COMMAND} all --recipe {file.name} --data FOLDER']
     header += [f'{name}: {reason}' for name, understood in tables.items() for reason in understood.reasons]
     if deadline:
         chosen = configure(ini, sets, data, file, file.parent, deadline.budget, deadline.hours)
@@ -106,7 +107,7 @@ def write_configured_recipe(data: Path, file: Path, runs: Path, sets: Sequence[s
     if left_out: say(left_out, 'yellow')
     ini = base_sections([name for name in (GRADED, UNGRADED) if name not in present.tables])
     chosen = configure(ini, sets, data, file, runs / file.stem, 3600 * hours, hours)
-    command = f'python run.py all --recipe {shlex.quote(str(file))} --data {shlex.quote(str(data))} --hours {hours:g}'
+    command = f'{COMMAND} all --recipe {shlex.quote(str(file))} --data {shlex.quote(str(data))} --hours {hours:g}'
     write_bytes(file, commented_text(chosen.ini, [f'Written by configure from {BASE}. Run it: {command}',
                                                   *chosen.lines], chosen.reasons).encode())
     for line in chosen.lines: say(line)

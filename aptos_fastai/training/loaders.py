@@ -41,6 +41,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from aptos_fastai.common.distributed import cores, rank, world_size
+from aptos_fastai.common.io import AptosError
 from aptos_fastai.data.retina import Prep
 from aptos_fastai.data.store import column_of, read_square
 from aptos_fastai.recipe import Augment, Stage
@@ -242,8 +243,15 @@ def leave_copy_to_transform(dls: DataLoaders) -> None:
 def loader_workers(stage: Stage) -> int:
     """Return how many processes load images: `stage.workers`, or for -1 a number that suits the device.
 
-    With a GPU up to 8. On the CPU the network needs the cores: one process per 8 cores, none below 4 cores.
+    With a GPU up to 8. On the CPU the network needs the cores: one process per 8 cores, none below 4 cores. None where
+    processes do not start by fork (macOS, Windows). Raises `AptosError` if `stage.workers` asks for some there.
     """
+    start_workers_by_fork()
+    by_fork = multiprocessing.get_start_method() == 'fork'
+    if not by_fork and stage.workers > 0:    # those of fasttransform cannot be pickled
+        raise AptosError(f'[stage.{stage.name}] workers = {stage.workers}: fastai\'s transforms can be sent to loader '
+                         'processes by fork only, which is not used here. Set workers = 0.')
+    if not by_fork: return 0
     if stage.workers >= 0: return stage.workers
     if torch.cuda.is_available(): return min(8, cores())
     return -(-cores() // 8) if cores() >= 4 else 0
@@ -372,7 +380,6 @@ def get_dls(frame: pd.DataFrame, stage: Stage, prep: Prep, aug: Augment, stats: 
     `stats` are the mean and std to normalise with: those of the body's pretraining. Training images are augmented
     one by one by the workers, or in batches on the device: [augment] mode.
     """
-    start_workers_by_fork()
     cuda = torch.cuda.is_available()
     on_batch = dict(auto=cuda, image=False, batch=True)[aug.mode]
     item_augment = [] if on_batch else [FundusAugment(aug, seed)]

@@ -53,7 +53,7 @@ def machine() -> str:
 
 def cpu_name() -> str:
     "Return the name of the processor"
-    try: lines = Path('/proc/cpuinfo').read_text().splitlines()
+    try: lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
     except OSError: lines = []               # not Linux
     names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
     return names[0] if names else platform.processor() or platform.machine()

@@ -122,6 +122,16 @@ def test_workers_start_by_fork_unless_the_user_chose_otherwise(chosen, expected)
     assert out.returncode == 0, out.stderr
 
 
+def test_no_worker_loads_images_where_processes_do_not_start_by_fork(monkeypatch):
+    monkeypatch.setattr(loaders, 'cores', lambda: 16)
+    stage = Stage(name='teacher', train=('train',))
+    assert loaders.loader_workers(stage) >= 2 and loaders.loader_workers(replace(stage, workers=3)) == 3
+    monkeypatch.setattr(multiprocessing, 'get_start_method', lambda allow_none=False: 'spawn')
+    assert loaders.loader_workers(stage) == loaders.loader_workers(replace(stage, workers=0)) == 0
+    with pytest.raises(AptosError, match='workers = 3: .* Set workers = 0'):
+        loaders.loader_workers(replace(stage, workers=3))
+
+
 def test_batches(frame):
     dls = dls_of(frame)
     x, y = dls.train.one_batch()
