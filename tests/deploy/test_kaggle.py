@@ -11,6 +11,7 @@ import pytest
 from conftest import expect_error
 
 from aptos_fastai.cli import main
+from aptos_fastai.common.console import plural
 from aptos_fastai.inference.model_spec import read_model
 from aptos_fastai.metrics import apply_thresholds
 
@@ -75,7 +76,7 @@ def test_the_notebook_writes_a_submission_offline(uploaded):
     graded = grades[grades.grade.notna()]
     assert len(graded) > len(ids) / 2 and (diagnosis[graded.index] == graded.grade).all()
     refused = (grades.referable == 'ungradable').sum()
-    assert grades.referable[ungradable] == 'ungradable' and f'{refused} images are ungradable' in printed
+    assert grades.referable[ungradable] == 'ungradable' and f'ungradable: {plural(refused, "image")} (' in printed
     thresholds = read_model(folder.parent)[0].thresholds
     assert diagnosis[ungradable] == apply_thresholds(grades.score[ungradable], thresholds)
     assert diagnosis[unreadable] == grades.grade.mode()[0]
