@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from aptos_fastai.api import PreparedRun, as_prepared
-from aptos_fastai.common.console import Bars, format_duration, say, table
+from aptos_fastai.common.console import Bars, format_duration, plural, say, table
 from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.distributed import world_size
 from aptos_fastai.common.io import AptosError, digest, file_hash, read_record, write_csv, write_record
@@ -243,7 +243,7 @@ def require_finished(run: Run, unfinished: list[str]) -> None:
 def score_run(run: Run) -> None:
     "Score the test table with the finished stages and write scores.csv"
     with start_trained_run(run) as (run, bars): scores = score_test_table(run, bars)
-    say(f'{len(scores)} images scored -> {run.root / "scores.csv"}')
+    say(f'{plural(len(scores), "image")} scored -> {run.root / "scores.csv"}')
     say(DISCLAIMER, 'dim')
 
 

@@ -70,7 +70,7 @@ def choose_threshold(scores: ArrayLike, positive: ArrayLike, target: str, value:
     if not pos.any() or pos.all(): return np.nan, f'all {len(s)} images are {"positive" if pos.any() else "negative"}'
     of_class = np.sort(s[pos]) if target == 'sensitivity' else np.sort(s[~pos])[::-1]
     j = int(np.floor((1 - value) * (len(of_class) + 1) + 1e-9))
-    few = f'{len(of_class)} images are too few for {target} {value:g}: the threshold calls all of them rightly'
+    few = f'too few images ({len(of_class)}) for {target} {value:g}: the threshold classifies all of them correctly'
     return _widest_gap(s[pos], s[~pos], of_class[max(j, 1) - 1], target), '' if j else few
 
 

@@ -19,7 +19,7 @@ import onnxruntime
 import pandas as pd
 import torch
 
-from aptos_fastai.common.console import say, table
+from aptos_fastai.common.console import plural, say, table
 from aptos_fastai.common.io import AptosError, write_bytes, write_csv
 from aptos_fastai.deploy.bundle import NetOfSquares, write_onnx
 from aptos_fastai.inference.backends import import_openvino
@@ -122,7 +122,7 @@ def feature_kind(body: TimmBody, size: int) -> str:
     body.eval()
     with torch.no_grad(): x = body.timm_features(torch.zeros(1, 3, size, size))
     if isinstance(x, list | tuple): return f'list of {len(x)}'
-    if x.ndim == 3: return f'{x.shape[1]} tokens'
+    if x.ndim == 3: return plural(x.shape[1], 'token')
     return 'maps' if x.shape[1] == body(torch.zeros(1, 3, size, size)).shape[1] else 'maps, channels last'
 
 

@@ -71,9 +71,9 @@ def test_too_few_images_for_a_target_are_all_on_the_safe_side_and_said():
     scores, positive = [.1, 2, 3, .5], [False, True, True, False]
     threshold, note = choose_threshold(scores, positive, 'sensitivity', .95)
     assert .5 < threshold <= 2
-    assert note == '2 images are too few for sensitivity 0.95: the threshold calls all of them rightly'
+    assert note == 'too few images (2) for sensitivity 0.95: the threshold classifies all of them correctly'
     threshold, note = choose_threshold(scores, positive, 'specificity', .95)
-    assert .5 < threshold <= 2 and '2 images' in note
+    assert .5 < threshold <= 2 and note.startswith('too few images (2) for specificity 0.95')
 
 
 def test_one_class_alone_has_no_threshold():

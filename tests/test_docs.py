@@ -2,6 +2,7 @@
 import re
 import runpy
 import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -59,6 +60,21 @@ def test_commands_on_the_pages_exist(capsys):
     for command in commands:
         main([command, '--help'])              # exits with status 2 if there is no such command
         assert f'run.py {command}' in capsys.readouterr().out
+
+
+def test_notebooks_are_listed_and_small():
+    page = (DOCS / 'python.md').read_text(encoding='utf-8')
+    for file in sorted((ROOT / 'nbs').glob('*.ipynb')):
+        text = file.read_text(encoding='utf-8')
+        assert f'`nbs/{file.name}`' in page and len(text.encode()) < 150_000, file.name
+        for unwanted in ('"output_type": "error"', '"name": "stderr"', str(Path.home()), 'site-packages'):
+            assert unwanted not in text, f'{file.name}: {unwanted}'
+
+
+def test_images_are_shown_and_small():
+    shown = '\n'.join(p.read_text(encoding='utf-8') for p in PAGES)
+    for file in (DOCS / 'images').iterdir():
+        assert f'images/{file.name})' in shown and file.stat().st_size < 200_000, file.name
 
 
 def test_links_between_pages_lead_to_files():

@@ -28,6 +28,12 @@ def format_duration(seconds: float) -> str:
     return f'{s // 86400} days {s % 86400 // 3600} h'
 
 
+def plural(n: float, noun: str) -> str:
+    "Return '1 hour', '0.5 hours' or '3 hours'"
+    number = f'{n:g}' if isinstance(n, float) else n
+    return f'{number} {noun}' if n == 1 else f'{number} {noun}s'
+
+
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Collection[str] = (),
           wrap: Collection[str] = ()) -> None:
     "Print `rows` as a table; columns named in `right` are right-aligned, those in `wrap` may wrap"

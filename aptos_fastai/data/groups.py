@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from aptos_fastai.common.console import plural
 from aptos_fastai.data.locate import without_image_suffix
 from aptos_fastai.data.spreadsheet import TableError, first_few, read_spreadsheet
 from aptos_fastai.recipe import Table
@@ -88,7 +89,7 @@ def _blocks(ids: pd.Series, table: Table) -> pd.Series:
 def patients_text(frame: pd.DataFrame, table: Table) -> str:
     "Return how many patients the images of a table are of: '120 patients', or 'patients unknown'."
     n = frame.group.nunique()
-    if table.grouped_by == 'patients': return f'{n} patient' if n == 1 else f'{n} patients'
+    if table.grouped_by == 'patients': return plural(n, 'patient')
     return f'patients unknown, {n} {table.grouped_by}' if table.block else 'patients unknown'
 
 

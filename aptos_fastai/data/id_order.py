@@ -57,7 +57,7 @@ def compare_id_orders(frame: pd.DataFrame, seed: int) -> list[NeighbourTest]:
 
 
 def id_order_text(tests: list[NeighbourTest], table: Table) -> str:
-    "Return a warning that ids tell the grade, with what to do, or an empty text"
+    "Return a warning that ids are associated with the grade, with what to do, or an empty text"
     related = [f'{100 * t.share:.0f} % of {t.order} have equal grades, {100 * t.chance:.0f} % by chance (p {t.p:.3f})'
                for t in tests if t.is_related]
     if not related: return ''
@@ -67,4 +67,4 @@ def id_order_text(tests: list[NeighbourTest], table: Table) -> str:
     if table.block: advice = f'Set {section} block to a larger number than {table.block}.'
     if table.grouped_by == 'patients':
         advice = 'The ids may follow the clinic or the grade: expect less on other images.'
-    return f'ids tell the grade: {"; ".join(related)}. {advice}'
+    return f'ids are associated with the grade: {"; ".join(related)}. {advice}'

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from aptos_fastai.common.console import plural
 from aptos_fastai.common.io import file_hash, write_bytes
 from aptos_fastai.data.grades import read_grade
 from aptos_fastai.data.spreadsheet import TableError, count, first_few, read_spreadsheet, require_column
@@ -49,9 +50,9 @@ class Relabels:
     def text(self) -> str:
         "Return what they change as a line for people"
         o = self.counts()
-        ignored = f'; {o["of_other_tables"]} rows of other tables ignored' if o['of_other_tables'] else ''
-        return (f'{self.file}: {o["regraded"]} images regraded, {o["confirmed"]} confirmed, {o["ungradable"]} '
-                f'ungradable and left out, {o["skipped"]} skipped{ignored}')
+        ignored = f'; {plural(o["of_other_tables"], "row")} of other tables ignored' if o['of_other_tables'] else ''
+        return (f'{self.file}: {plural(o["regraded"], "image")} regraded, {o["confirmed"]} confirmed, '
+                f'{o["ungradable"]} ungradable and left out, {o["skipped"]} skipped{ignored}')
 
 
 # Reading

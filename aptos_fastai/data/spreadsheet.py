@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from aptos_fastai.common.console import plural
 from aptos_fastai.common.io import AptosError
 from aptos_fastai.recipe import did_you_mean
 
@@ -32,7 +33,7 @@ def first_few(items) -> str:
 
 def count(items: Sized, noun: str) -> str:
     "Return '1 id' or '3 ids'"
-    return f'{len(items)} {noun}' if len(items) == 1 else f'{len(items)} {noun}s'
+    return plural(len(items), noun)
 
 
 def has_columns(csv: Path, columns: Iterable[str]) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from aptos_fastai.common.console import say
+from aptos_fastai.common.console import plural, say
 from aptos_fastai.data.dicom import DEVICE, EYE, PATIENT, with_tags
 from aptos_fastai.data.grades import grade_texts, is_ungradable, read_grade, read_grades
 from aptos_fastai.data.groups import ROW, eyes, find_groups, patients_text
@@ -110,7 +110,7 @@ def table_contents(table: Table, data: Path) -> TableContents:
 def describe(table: Table, contents: TableContents) -> str:
     "Return what a table holds: '413 images, 120 patients, eyes left 60 right 60, images of grade 0-4: 9 8 7 6 5'"
     df = contents.frame
-    parts = [f'{len(df)} images', patients_text(df, table)]
+    parts = [count(df, 'image'), patients_text(df, table)]
     eyes_seen = df.eye.replace('', 'unknown').value_counts() if table.eye else {}
     if len(eyes_seen): parts.append('eyes ' + ' '.join(f'{name} {n}' for name, n in eyes_seen.items()))
     if table.graded:
@@ -194,8 +194,8 @@ def is_class_folder(name: str, table: Table) -> bool:
 def _ungradable_images(ids: pd.Series, n: int, table: Table, locator: ImageLocator, notes: list[str]) -> pd.DataFrame:
     "Return id_code and path of the images that are ungradable by their graders, of `n`; note their number"
     if len(ids):
-        notes.append(f'{len(ids)} of {n} images are ungradable by their graders (ungradable = '
-                     f'{table.ungradable}) and left out')
+        notes.append(f'{len(ids)} of {plural(n, "image")} left out: ungradable by their graders (ungradable = '
+                     f'{table.ungradable})')
     if len(ids) == n: raise TableError(f'[table.{table.name}]: all {n} images are ungradable.')
     rows = []
     for name in ids:
@@ -237,7 +237,7 @@ def _image_notes(locator: ImageLocator, n: int, table: Table) -> list[str]:
     unused = Counter(file.rpartition('/')[0] or '.' for file in locator.unused())
     if unused and not table.where:
         folders = f' (folders {first_few(unused)})' if set(unused) != {'.'} else ''
-        notes.append(f'{unused.total()} images in {locator.root} are named by no row{folders}')
+        notes.append(f'{plural(unused.total(), "image")} in {locator.root} without a row{folders}')
     return notes
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from aptos_fastai.common.console import plural
 from aptos_fastai.data.grades import BLANK, FEWEST_ROWS, read_grade
 from aptos_fastai.data.groups import EYES, UNKNOWN
 from aptos_fastai.data.id_order import compare_id_orders
@@ -319,7 +320,8 @@ class _Columns:
         values = sorted({t for t in texts.unique() if np.isnan(read_grade(t)) and UNGRADABLE.fullmatch(t.casefold())})
         if not values: return
         shown = ' | '.join(value or BLANK for value in values)
-        self._decide('ungradable', shown, f'{texts.isin(values).sum()} rows without a grade; to change: --ungradable')
+        rows = plural(texts.isin(values).sum(), 'row')
+        self._decide('ungradable', shown, f'{rows} without a grade; to change: --ungradable')
 
     def _find_patient(self) -> None:
         named = [c for c in self._others('id', 'grade') if PATIENT_NAME.search(c.casefold())]
@@ -330,7 +332,7 @@ class _Columns:
         if columns:
             column = self._choose('patient', columns, 'the patient')
             n = self.df[column][~self.df[column].str.casefold().isin(UNKNOWN)].nunique()
-            self._decide('patient', column, f'by its name; {n} patients of {len(self.df)} images')
+            self._decide('patient', column, f'by its name; {plural(n, "patient")} of {plural(len(self.df), "image")}')
             return
         if self.has_row_per_patient: return self.reasons.append('patient: a row of the CSV')
         if by_eye:

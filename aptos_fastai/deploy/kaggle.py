@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from aptos_fastai.common.console import format_duration, say
+from aptos_fastai.common.console import format_duration, plural, say
 from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.io import AptosError, write_bytes, write_csv, write_json, write_record
 from aptos_fastai.data import decode
@@ -118,19 +118,19 @@ def write_submission(bundle: str | Path, test: str | Path, work: str | Path) -> 
     df = pd.read_csv(grades_csv, dtype=dict(id_code=str)).set_index('id_code')
     ungradable = df.index[df.ungradable.notna()]
     if len(ungradable):
-        say(f'{len(ungradable)} images are ungradable and get the grade of their score, because the competition needs '
-            f'one for every id: {", ".join(ungradable[:5])}', 'yellow')
+        say(f'ungradable: {plural(len(ungradable), "image")} ({", ".join(ungradable[:5])}), graded by the score all '
+            'the same, because the competition needs a grade for every id', 'yellow')
     of_score = pd.Series(apply_thresholds(df.score, grader.model.thresholds), df.index).where(df.score.notna())
     df['grade'] = df.grade.fillna(of_score)
     grades = ids.map(safe_cell).map(df.grade)          # as grades.csv has the ids
     missing = ids[grades.isna()]
     most_frequent = df.grade.mode()[0]
     if len(missing):
-        say(f'{len(missing)} of {len(ids)} images without a grade get the most frequent one ({most_frequent:.0f}): '
-            f'{", ".join(missing[:5])}')
+        say(f'without a grade: {len(missing)} of {plural(len(ids), "image")} ({", ".join(missing[:5])}), given the '
+            f'most frequent one, {most_frequent:.0f}')
     diagnosis = grades.fillna(most_frequent).astype(int)
     write_csv(work / 'submission.csv', pd.DataFrame(dict(id_code=ids, diagnosis=diagnosis)))
-    say(f'{len(ids)} grades -> {work / "submission.csv"}')
+    say(f'{plural(len(ids), "grade")} -> {work / "submission.csv"}')
 
 
 def say_duration(grader: Grader, folder: Path, images: int) -> None:
@@ -139,7 +139,7 @@ def say_duration(grader: Grader, folder: Path, images: int) -> None:
     start = time.time()
     grader.predict(first)
     seconds = (time.time() - start) / len(first)
-    say(f'{1 / seconds:.1f} images/s on {grader.device.type}: about {format_duration(seconds * images)} for {images} '
-        f'images, {format_duration(seconds * HIDDEN_IMAGES)} for {HIDDEN_IMAGES:,}')
+    say(f'{1 / seconds:.1f} images/s on {grader.device.type}: about {format_duration(seconds * images)} for '
+        f'{plural(images, "image")}, {format_duration(seconds * HIDDEN_IMAGES)} for {HIDDEN_IMAGES:,}')
     if seconds * HIDDEN_IMAGES > MAX_HOURS * 3600:
         say(f'That is more than the {MAX_HOURS} hours that Kaggle allows. Submit fewer networks.', 'yellow')

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from aptos_fastai.common.console import Bars, say
+from aptos_fastai.common.console import Bars, plural, say
 from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.io import AptosError, write_bytes, write_csv
 from aptos_fastai.common.privacy import patient_data
@@ -214,7 +214,7 @@ def explain_files(model: str, paths: Iterable[str], output: str, *, root: str | 
             bar.to(len(rows))
     write_csv(folder / INDEX, pd.DataFrame([*kept, *rows]))
     failed = [f'{row["file"]}: {row["error"]}' for row in rows if row['error']]
-    say(f'{len(rows) - len(failed)} images -> {folder}; {INDEX} names the file of each')
+    say(f'{plural(len(rows) - len(failed), "image")} -> {folder}; {INDEX} names the file of each')
     say(patient_data(folder, 'holds copies of the images and their file names'), 'dim')
     say(DISCLAIMER, 'dim')
     if grader.model.synthetic: say(SYNTHETIC_MODEL, 'yellow')

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aptos_fastai.common.console import say
+from aptos_fastai.common.console import plural, say
 from aptos_fastai.common.io import AptosError
 from aptos_fastai.data.locate import ImageLocator, files_below, has_image_suffix, inside, is_image
 from aptos_fastai.data.spreadsheet import SPREADSHEETS, read_spreadsheet, require_column
@@ -73,7 +73,7 @@ def _images_below(folder: Path) -> list[Path]:
         else: others[file.suffix.lower() or 'no suffix'] += 1
     if others:
         kinds = ', '.join(f'{n} {suffix}' for suffix, n in others.most_common())
-        say(f'{folder}: ignored {others.total()} files that are not images ({kinds})', 'yellow')
+        say(f'{folder}: ignored {plural(others.total(), "file")} of other kinds ({kinds})', 'yellow')
     return images
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from aptos_fastai.common.console import Bars, say
+from aptos_fastai.common.console import Bars, plural, say
 from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.io import AptosError, digest, file_lock, make_private, write_bytes
 from aptos_fastai.data.spreadsheet import SPREADSHEETS, has_columns, safe_cell
@@ -145,7 +145,7 @@ def _grade_into(part: Path, grader: Grader, entries: list[ImageEntry], columns: 
 def _report(df: pd.DataFrame, csv_file: Path, grader: Grader, audit: dict) -> None:
     "Say how many images were graded. Raises `AptosError` if some were not"
     bad = df[df.error.notna()]
-    say(f'{len(df) - len(bad)} images processed by {processed_text(audit)} -> {csv_file}')
+    say(f'{plural(len(df) - len(bad), "image")} processed by {processed_text(audit)} -> {csv_file}')
     say(DISCLAIMER, 'dim')
     if grader.model.synthetic: say(SYNTHETIC_MODEL, 'yellow')
     for text in grader.model.warnings: say(f'warning of the model: {text}', 'yellow')

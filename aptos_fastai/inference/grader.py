@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from aptos_fastai.common.console import plural
 from aptos_fastai.common.distributed import cores
 from aptos_fastai.common.io import AptosError
 from aptos_fastai.data.decode import MAX_PIXELS, ImageError
@@ -62,7 +63,7 @@ class Grader:
 
     def __repr__(self):
         thresholds = ' '.join(f'{t:.2f}' for t in self.model.thresholds)
-        return f'Grader({self.model.name}, {len(self.runners)} networks, thresholds {thresholds})'
+        return f'Grader({self.model.name}, {plural(len(self.runners), "network")}, thresholds {thresholds})'
 
     def scores(self, squares: Squares) -> tuple[np.ndarray, np.ndarray]:
         "Return the scores and their SD (n,) of prepared squares: side -> (n, side, side, 3) uint8 RGB"

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 import aptos_fastai
-from aptos_fastai.common.console import Bars, say
+from aptos_fastai.common.console import Bars, plural, say
 from aptos_fastai.common.io import AptosError, file_hash, read_record
 from aptos_fastai.data.spreadsheet import unsafe_cell
 from aptos_fastai.decisions import DECISION_COLUMNS, NOT_GRADABLE, P_COLUMNS, UNGRADABLE
@@ -88,7 +88,7 @@ def verify_grades(model: str, grades: str, sample: int | None = 20, images: Sequ
     if not audit: check_unproven(found, file, rows, entries)
     found.check_rows(rows, contradictions(rows, spec, audit),
                      f'of {len(rows)} rows do not follow from their scores by the thresholds and operating point',
-                     f'all {len(rows)} rows follow from their scores')
+                     f'every row follows from its score ({plural(len(rows), "row")})')
     chosen, failed = sampled(rows, sample, file_hash(file)), np.flatnonzero(rows.score.isna())
     grader, why_other = grader_of(model, audit)
     if why_other: found.notes.append(why_other)
@@ -172,8 +172,8 @@ def check_unproven(found: Findings, csv: Path, df: pd.DataFrame, entries: Sequen
     found.check_rows(df, dict.fromkeys(again, 'an earlier row has the same file'), f'of {len(df)} rows are duplicates',
                      'no file has two rows')
     if entries:
-        found.check(f'{len(df)} rows, but --images names {len(entries)} images' if len(entries) != len(df) else '',
-                    f'as many rows as images: {len(df)}')
+        differ = f'{plural(len(df), "row")}, but --images names {plural(len(entries), "image")}'
+        found.check(differ if len(entries) != len(df) else '', f'as many rows as images: {len(df)}')
     patients = csv.with_name(PATIENTS)
     if patients.is_file(): found.notes.append(f'{patients} is not verified: only the audit file would prove it')
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from aptos_fastai.common.console import format_duration, say, table
+from aptos_fastai.common.console import format_duration, plural, say, table
 from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.io import AptosError, read_record, verify_file
 from aptos_fastai.inference.measures import EVALUATION, PREDICTIONS
@@ -59,7 +59,7 @@ def compare_runs(first: str, second: str) -> None:
         if not len(both): continue
         changed = (both.diagnosis != both.diagnosis_b).sum()
         if changed:
-            raise AptosError(f'{second}: {changed} images have other grades than in {first}. '
+            raise AptosError(f'{second}: other grades than in {first} for {plural(changed, "image")}. '
                              'Compare runs on the same tables.')
         if len(both) < MIN_COMMON:
             few[label] = len(both)
@@ -146,8 +146,8 @@ def compare_models(paths: Sequence[str]) -> None:
     for m, rows in zip(models, valid, strict=True):
         changed = (rows.diagnosis != valid[0].diagnosis).sum()
         if changed:
-            raise AptosError(f'{m.path}: {changed} images have other grades than in {paths[0]}. Compare runs on the '
-                             'same tables.')
+            raise AptosError(f'{m.path}: other grades than in {paths[0]} for {plural(changed, "image")}. Compare runs '
+                             'on the same tables.')
     resampled, rows = {}, [model_row(models[0], valid[0])]
     for m, own in zip(models[1:], valid[1:], strict=True):
         both = valid[0].join(own.add_suffix('_b'))
@@ -216,7 +216,7 @@ def compare_evaluations(first: Path, second: Path) -> None:
                          f'{MIN_COMMON} are needed. Evaluate both models on one table.')
     changed = (both.diagnosis != both.diagnosis_b).sum()
     if changed:
-        raise AptosError(f'{second}: {changed} of {len(both)} images have other grades than in {first}. '
+        raise AptosError(f'{second}: other grades than in {first} for {changed} of {plural(len(both), "image")}. '
                          'Evaluate both models on one table.')
     over, groups = compared_groups(both, *(dict(resampled=o['table']['grouped_by']) for o in (a, b)))
     both['group'] = groups

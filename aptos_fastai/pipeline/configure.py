@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from aptos_fastai.common.console import format_duration, say
+from aptos_fastai.common.console import format_duration, plural, say
 from aptos_fastai.common.io import AptosError
 from aptos_fastai.data.decode import ImageError
 from aptos_fastai.data.retina import get_prep, prepare
@@ -347,7 +347,7 @@ def unused_sets(sets: Iterable[str], ini: Ini, chosen: Ini) -> list[str]:
 def lines_of(found: Climb, facts: Facts, hours: float) -> list[str]:
     "Return the lines that say how settings were chosen, and what was left out"
     from aptos_fastai.training.precision import machine
-    lines = [f'Settings for {hours:g} hours: about {format_duration(found.seconds)} by the estimate of `plan` '
+    lines = [f'Settings for {plural(hours, "hour")}: about {format_duration(found.seconds)} by the estimate of `plan` '
              f'({machine()}); {facts.graded} graded images, {facts.ungraded} ungraded ones']
     keys = facts.complete(found.keys)
     lines.append('Chosen: ' + ', '.join(f'{key.rpartition(".")[2]} = {value}' for key, (value, _) in keys.items()
@@ -365,5 +365,5 @@ def lines_of(found: Climb, facts: Facts, hours: float) -> list[str]:
 
 def configured_hours(file: Path) -> str:
     "Return the hours for which the recipe in `file` was configured, as `lines_of` writes them; empty: for none"
-    found = re.search(r'^# Settings for (\S+) hours:', file.read_text(encoding='utf-8'), re.MULTILINE)
+    found = re.search(r'^# Settings for (\S+) hours?:', file.read_text(encoding='utf-8'), re.MULTILINE)
     return found[1] if found else ''

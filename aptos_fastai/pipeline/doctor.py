@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from aptos_fastai.common.console import Bars, format_duration, say
+from aptos_fastai.common.console import Bars, format_duration, plural, say
 from aptos_fastai.common.distributed import cores
 from aptos_fastai.common.io import AptosError, run_lock
 from aptos_fastai.data.decode import ImageError
@@ -73,7 +73,8 @@ def check_devices() -> Iterator[Finding]:
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30 if hasattr(os, 'sysconf') else 0
     load = busy_text()
     if load: yield 'machine', load, WARNING
-    yield 'CPU', f'{cores()} cores, {memory:.0f} GB memory, {torch.get_num_threads()} PyTorch threads', True
+    yield 'CPU', (f'{plural(cores(), "core")}, {memory:.0f} GB memory, '
+                  f'{plural(torch.get_num_threads(), "PyTorch thread")}'), True
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
         precision = 'bf16' if has_bf16() else 'fp16'
@@ -87,8 +88,8 @@ def busy_text() -> str:
     if not hasattr(os, 'getloadavg'): return ''            # Windows
     load, n = os.getloadavg()[0], os.cpu_count() or 1
     if load <= n: return ''
-    return (f'busy: load average {load:.1f} on {n} cores. Training is slower than on a quiet machine, and measured '
-            'times are too long.')
+    return (f'busy: load average {load:.1f} on {plural(n, "core")}. Training is slower than on a quiet machine, and '
+            'measured times are too long.')
 
 
 def check_tables(recipe: Recipe, data: Path, every_image: bool) -> Iterator[Finding]:
@@ -204,7 +205,7 @@ def find_problems(recipe: str, data: str, runs: str, sets: Iterable[str], every_
     if not demo: parsed, left_out = with_present_tables(parsed, Path(data))
     submit = parsed.submit
     result = f'{submit.final} predicts {submit.table}' if submit.table else f'the model is {submit.final}'
-    yield 'recipe', f'{parsed.path}: {len(parsed.stages)} stages; {result}', True
+    yield 'recipe', f'{parsed.path}: {plural(len(parsed.stages), "stage")}; {result}', True
     if left_out: yield 'tables', left_out, WARNING
     found = [] if demo else list(check_tables(parsed, Path(data), every_image))
     yield from found or [('tables', 'synthetic demo, generated at its first use', True)]

@@ -123,5 +123,7 @@ def table_keys(understood: Understood, data: Path) -> dict[str, str]:
     return keys
 
 
-def _keys(text: str) -> list[str]: return [line for line in text.splitlines() if not line.startswith('#')]
+def _keys(text: str) -> list[str]:
+    "Return the lines of a recipe that say something: no comments, no keys without a value"
+    return [line for line in text.splitlines() if not line.startswith('#') and not line.rstrip().endswith('=')]
 

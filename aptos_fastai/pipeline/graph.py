@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from aptos_fastai.common.console import Bars, say
+from aptos_fastai.common.console import Bars, plural, say
 from aptos_fastai.common.distributed import world_size
 from aptos_fastai.common.io import (
     AptosError,
@@ -543,8 +543,8 @@ def in_submission_order(run: Run, scores: pd.DataFrame) -> pd.DataFrame:
     ids = read_order(run.recipe.tables[table], run.data)
     lost = len(ids) - len(scores)
     if lost:
-        say(f'{table}: {lost} images have no score (skip_unreadable = yes). '
-            'They get the most frequent grade and the prediction set 0-4.', 'yellow')
+        say(f'{table}: {plural(lost, "image")} without a score (skip_unreadable = yes): the most frequent grade and '
+            'the prediction set 0-4', 'yellow')
     rows = scores.set_index('id_code').reindex(ids).reset_index()
     rows = rows.fillna(dict(grade=scores.grade.mode()[0], grade_low=0, grade_high=GRADES - 1, ungradable=UNREADABLE,
                             fused='no'))

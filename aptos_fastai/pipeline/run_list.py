@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aptos_fastai.common.console import format_duration, say, table
+from aptos_fastai.common.console import format_duration, plural, say, table
 from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.io import AptosError, digest, file_hash, read_record, verify_file
 from aptos_fastai.data.spreadsheet import first_few
@@ -102,7 +102,7 @@ def progress_text(root: Path) -> str:
             for name, s in stages.items()}
     total, missing = sum(s.folds for s in stages.values()), sum(map(len, left.values()))
     not_yet = f' (not yet {first_few([name for name, folds in left.items() if folds])})' if missing else ''
-    return f'{total - missing} of {total} folds trained{not_yet}. Run `all {root}`.'
+    return f'{total - missing} of {plural(total, "fold")} trained{not_yet}. Run `all {root}`.'
 
 
 # Changed keys

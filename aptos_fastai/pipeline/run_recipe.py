@@ -92,7 +92,8 @@ def keep_sections(sections: Ini, recipe: Recipe) -> Ini:
             *(f'ensemble.{n}' for n in recipe.ensembles)}
     found = {name: dict(keys) for name, keys in sections.items() if '.' not in name or name in kept}
     submit = recipe.submit
-    found['submit'] |= dict(table=submit.table, final=submit.final, also=' '.join(submit.also))
+    keys = found.get('submit', {}) | dict(table=submit.table, final=submit.final, also=' '.join(submit.also))
+    found['submit'] = {key: value for key, value in keys.items() if value}       # an empty key reads as no key
     return found
 
 

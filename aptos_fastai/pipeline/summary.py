@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 
-from aptos_fastai.common.console import format_duration, say, table
+from aptos_fastai.common.console import format_duration, plural, say, table
 from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.decisions import DecisionSpec, decision_of_record
 from aptos_fastai.inference.eyes import NO_INDEPENDENT_READING
@@ -261,8 +261,8 @@ def relabel_warnings(run: Run, valid: pd.DataFrame) -> list[str]:
     counts = [o.counts() for name, o in run.relabels.items() if name in set(valid.source)]
     regraded, lost = (sum(o[key] for o in counts) for key in ('regraded', 'ungradable'))
     if not regraded + lost: return []
-    return [f'{regraded} images regraded and {lost} left out after a review of labels that a model contradicted: '
-            'optimistic']
+    return [f'{plural(regraded, "image")} regraded and {lost} left out after a review of labels that a model '
+            'contradicted: optimistic']
 
 
 def origin_warnings(run: Run, node: str, valid: pd.DataFrame) -> list[str]:
@@ -437,7 +437,8 @@ def show_summary(run: Run, summary: dict) -> None:
     for text in [*all_warnings(summary['stages']), *submission['cautions']]: say(text, 'yellow')
     if summary['left_out']: say(summary['left_out'], 'yellow')
     if submission['file']:
-        say(f'submission by {submission["node"]} -> {run.root / "submission.csv"} ({submission["images"]} images)\n'
+        say(f'submission by {submission["node"]} -> {run.root / "submission.csv"} '
+            f'({plural(submission["images"], "image")})\n'
             'also written: report.html, submissions/, scores.csv, oof.csv, summary.json')
     else: say(f'model: {submission["node"]} -> {run.root}: report.html, oof.csv, summary.json. To grade images: '
               f'predict {run.root} IMAGES')

@@ -13,7 +13,7 @@ import torch
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from aptos_fastai.common.console import Bars, format_duration, say, table
+from aptos_fastai.common.console import Bars, format_duration, plural, say, table
 from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.io import AptosError, digest, write_csv, write_record
 from aptos_fastai.data.folds import add_folds, write_folds
@@ -294,8 +294,8 @@ def say_changed(before: optuna.Study, attrs: dict, file: Path) -> None:
     why = [f'the ranges changed ({"; ".join(changes)})'] if changes else []
     if old.keys() == new.keys() and before.user_attrs['settings'] != attrs['settings']:
         why.append('other keys, tables, images or parents changed')
-    say(f'{" and ".join(why)}: a new study. The {len(finished_trials(before))} trials of the earlier one stay in '
-        f'{file} and do not count.', 'yellow')
+    say(f'{" and ".join(why)}: a new study. What the earlier one tried ('
+        f'{plural(len(finished_trials(before)), "trial")}) stays in {file} and does not count.', 'yellow')
 
 
 def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
@@ -307,7 +307,7 @@ def sweep(base: TrialRun, study: optuna.Study, ranges: dict[str, Range], own: Va
           bars: Bars) -> None:
     "Try values until the study has `trials`; the recipe's own come first, and those of an interrupted trial again"
     before = len(finished_trials(study))
-    if before: say(f'{base.tuned}: goes on after {before} trials')
+    if before: say(f'{base.tuned}: goes on after {plural(before, "trial")}')
     first = own_parameters(ranges, own)
     if first and not study.trials: study.enqueue_trial(first)
     for interrupted in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
@@ -370,7 +370,7 @@ def run_trial(base: TrialRun, trial: Trial, values: Values, bars: Bars) -> tuple
         trial.set_user_attr('folds', k + 1)
         trial.report(kappa, k)
         if k + 1 < len(folds) and trial.should_prune():
-            return kappa, f'pruned after {k + 1} of {len(folds)} folds at kappa {kappa:.3f}'
+            return kappa, f'pruned after {k + 1} of {plural(len(folds), "fold")} at kappa {kappa:.3f}'
     return kappa, ''
 
 
@@ -450,7 +450,7 @@ def show_results(found: Tuned) -> None:
     trials, demo = trials_table(found.study), ' (SYNTHETIC demo)' if found.run.synthetic else ''
     rows = [[o['trial'], f'{o["kappa"]:.3f}' if pd.notna(o['kappa']) else '', *(o[key] for key in found.own),
              o['folds'], format_duration(o['seconds']), o['stopped']] for o in trials.head(SHOWN).to_dict('records')]
-    table(f'{len(trials)} trials of {found.stage}{demo}, out-of-fold kappa',
+    table(f'{plural(len(trials), "trial")} of {found.stage}{demo}, out-of-fold kappa',
           ['trial', 'kappa', *found.own, 'folds', 'time', 'stopped'], rows, right=('trial', 'kappa', 'folds'),
           wrap=('time', 'stopped'))
     say(f'all trials -> {found.folder / "tune.csv"}')

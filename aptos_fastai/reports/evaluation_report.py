@@ -2,7 +2,7 @@
 import numpy as np
 import pandas as pd
 
-from aptos_fastai.common.console import say, table
+from aptos_fastai.common.console import plural, say, table
 from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.io import file_hash, write_csv, write_record
 from aptos_fastai.data.spreadsheet import safe_cell
@@ -368,8 +368,8 @@ def source_section(evaluation: Evaluation) -> list[Table | str]:
             ['used to train or tune the model', seen],
             ['cannot be read', str(counts['unreadable'])],
             ['ungradable by their graders', str(counts['ungradable_by_graders'])],
-            ['copies within the table', f'{counts["copies"]} images; each counts as an image of its own'],
-            ['model', f'{model["name"]}, {model["key"]}, {len(model["weights"])} networks'],
+            ['copies within the table', f'{plural(counts["copies"], "image")}; each counts as an image of its own'],
+            ['model', f'{model["name"]}, {model["key"]}, {plural(len(model["weights"]), "network")}'],
             ['made by', f'aptos_fastai {record["aptos_fastai"]}, {record["date"]}']]
     unreadable = [f'Cannot be read: {"; ".join(record["unreadable"])}.'] if record['unreadable'] else []
     return [Table(['', ''], rows), *(f'{text}.' for text in [*evaluation.reasons, *record['notes']]), *unreadable]

@@ -99,7 +99,7 @@ def introduction(run: Run, result: dict) -> str:
         f'Trained on: {", ".join(tables)}.{tested}',
         *left_out,
         *([BOTH_EYES] if submit.eyes == 'fused' else []),
-        f'{OUT_OF_FOLD} Where a metric is not, it is labelled.',
+        f'{OUT_OF_FOLD} Exceptions are labelled.',
         *(f'Warning: {text}.' for text in result['warnings']),
         DISCLAIMER])
 

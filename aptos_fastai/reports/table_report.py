@@ -145,7 +145,7 @@ def table_sections(run: Run, name: str, df: pd.DataFrame) -> list[Section]:
 
 
 def id_order_section(run: Run, name: str, df: pd.DataFrame) -> Section:
-    "Return the tests of whether ids tell the grade, and the warning if they do; print it too."
+    "Return the tests of whether ids are associated with the grade, and the warning if they do; print it too."
     table = run.recipe.tables[name]
     tests = compare_id_orders(df, run.recipe.seed)
     warning = id_order_text(tests, table)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from fastai.callback.core import Callback
 
-from aptos_fastai.common.console import say
+from aptos_fastai.common.console import plural, say
 from aptos_fastai.common.io import AptosError, read_record, write_record
 from aptos_fastai.recipe import Stage
 from aptos_fastai.training.model import keep_freed_memory, stage_model
@@ -48,7 +48,7 @@ class Autocast(Callback):
 def machine() -> str:
     "Return what timings depend on: GPU or CPU, threads, PyTorch's version"
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
-    return f'{name}, {torch.get_num_threads()} threads, torch {torch.__version__}'
+    return f'{name}, {plural(torch.get_num_threads(), "thread")}, torch {torch.__version__}'
 
 
 def cpu_name() -> str:

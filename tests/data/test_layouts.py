@@ -161,7 +161,7 @@ def test_two_rows_of_one_file_are_refused_and_unnamed_images_counted(tmp_path):
     write_images(tmp_path / 'images', ['y.png', 'sub/z.png'])
     (tmp_path / 'images/notes.txt').write_text('no image')
     notes = table_contents(table(), tmp_path).notes
-    assert notes[0] == f'2 images in {tmp_path / "images"} are named by no row (folders sub, .)'
+    assert notes[0] == f'2 images in {tmp_path / "images"} without a row (folders sub, .)'
     assert notes[1] == 'no image has grade 0, 2, 3, 4: the model cannot learn it'
 
 
@@ -174,7 +174,7 @@ def test_folders_named_by_grade_are_a_table(tmp_path, names):
     df = contents.frame
     assert len(df) == 15 and sorted(df.diagnosis) == sorted(3 * list(range(5)))
     assert all(df.diagnosis[df.id_code.str.startswith(name + '/')].eq(g).all() for g, name in enumerate(names))
-    assert contents.notes == [f'1 images in {tmp_path / "images"} are named by no row (folders masks)']
+    assert contents.notes == [f'1 image in {tmp_path / "images"} without a row (folders masks)']
     assert read_order(table(csv='', grade='folder'), tmp_path) == df.id_code.tolist()
 
 
@@ -249,9 +249,9 @@ def test_one_of_several_grade_columns_is_filled(tmp_path):
 def test_values_that_mean_ungradable(tmp_path):
     write_rows(tmp_path, 'id_code,diagnosis', 'a,0', 'b,5.0', 'c,', 'd,2', 'e,U')
     contents = table_contents(table(ungradable='5 | blank | u'), tmp_path)
-    assert not any('named by no row' in note for note in contents.notes)
+    assert not any('without a row' in note for note in contents.notes)
     assert contents.frame.id_code.tolist() == ['a', 'd']
-    assert contents.notes[0].startswith('3 of 5 images are ungradable by their graders')
+    assert contents.notes[0].startswith('3 of 5 images left out: ungradable by their graders')
     with pytest.raises(TableError, match=r'2 invalid values in column diagnosis: b = 5.0, c = \(empty\)'):
         read_table(table(ungradable='u'), tmp_path)
 

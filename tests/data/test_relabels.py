@@ -43,7 +43,7 @@ def test_the_last_decision_counts_and_the_others_stay(tmp_path):
     assert dict(zip(new.id_code, new.diagnosis, strict=True)) == dict(a=2, c=4, d=3, e=4)
     assert new.diagnosis.dtype == 'float32' and ungradable.id_code.tolist() == ['b']
     assert '2 images regraded, 1 confirmed, 1 ungradable and left out, 1 skipped' in note
-    assert note.endswith('; 1 rows of other tables ignored')
+    assert note.endswith('; 1 row of other tables ignored')
     assert len(read_decisions(tmp_path / 'relabels.csv')) == 8
     counts = read_relabels(table(relabels='relabels.csv'), tmp_path).counts()
     assert counts == dict(regraded=2, confirmed=1, ungradable=1, skipped=1, of_other_tables=1)
@@ -173,7 +173,7 @@ def test_a_table_is_read_with_its_decisions_and_its_csv_stays(tmp_path):
         assert len(grades) == 9 and grades['train000'] == 4 and grades['train002'] == 2
         assert contents.ungradable.id_code.tolist() == ['train001']
         assert contents.ungradable.path[0].endswith('train001.png')
-        assert any('1 images regraded' in note for note in contents.notes)
+        assert any('1 image regraded' in note for note in contents.notes)
     assert (tmp_path / 'train.csv').read_bytes() == before
 
 

@@ -11,6 +11,7 @@ import pytest
 from conftest import expect_error
 
 from aptos_fastai.cli import main
+from aptos_fastai.common.console import plural
 from aptos_fastai.inference.model_spec import read_model
 from aptos_fastai.metrics import apply_thresholds
 
@@ -75,13 +76,13 @@ def test_the_notebook_writes_a_submission_offline(uploaded):
     graded = grades[grades.grade.notna()]
     assert len(graded) > len(ids) / 2 and (diagnosis[graded.index] == graded.grade).all()
     refused = (grades.referable == 'ungradable').sum()
-    assert grades.referable[ungradable] == 'ungradable' and f'{refused} images are ungradable' in printed
+    assert grades.referable[ungradable] == 'ungradable' and f'ungradable: {plural(refused, "image")} (' in printed
     thresholds = read_model(folder.parent)[0].thresholds
     assert diagnosis[ungradable] == apply_thresholds(grades.score[ungradable], thresholds)
     assert diagnosis[unreadable] == grades.grade.mode()[0]
     assert f'from {root / "input"}' in printed
     assert 'pyvips is not installed' in printed and 'for 13,000' in printed
-    assert 'most frequent' in printed and f': {unreadable}' in printed
+    assert 'most frequent' in printed and f'without a grade: 1 of {len(ids)} images ({unreadable})' in printed
 
 
 def test_what_is_uploaded(uploaded):

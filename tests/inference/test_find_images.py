@@ -96,7 +96,7 @@ def test_a_folder_is_searched_by_content(tmp_path, capsys):
     write(tmp_path, 'notes.txt', 'b.png', 'list.csv', data=b'text')
     write(tmp_path, '__MACOSX/a.png', '._a.png', '.DS_Store', 'Thumbs.db')
     assert [e.path.name for e in find_images([str(tmp_path)])] == ['IM000001', 'a.jpeg', 'b.png', 'noext']
-    assert 'ignored 2 files that are not images (1 .csv, 1 .txt)' in capsys.readouterr().out.replace('\n', ' ')
+    assert 'ignored 2 files of other kinds (1 .csv, 1 .txt)' in capsys.readouterr().out.replace('\n', ' ')
 
 
 @pytest.mark.parametrize('text, words', [

@@ -107,7 +107,7 @@ def test_the_reason_is_above_each_key(configured):
         place = next(i for i, line in enumerate(lines) if line.startswith(f'{key} = ') and i > lines.index('[stage]'))
         assert lines[place - 1].startswith('# '), key
     assert '# eight views: their mean had a higher kappa than one view' in text
-    assert '# No larger network: there is no GPU' in text and 'Settings for 1 hours: about' in text
+    assert '# No larger network: there is no GPU' in text and 'Settings for 1 hour: about' in text
     assert 'Too long, with the settings that were chosen before it:' in out
     assert 'Chosen: arch = ' in out and '--hours 1' in out
 
@@ -198,10 +198,19 @@ def test_fit_keeps_the_recipe_that_it_configured(write, monkeypatch, tmp_path):
     "The times of another day would choose other settings: an interrupted fit goes on with those of its first day"
     text, out = write(1., ['stage.wd=.02'])
     assert 'goes on with' not in out
-    assert 'Settings for 1 hours' in text and '# train: id: id_code' in text and 'wd = .02' in text
+    assert 'Settings for 1 hour: ' in text and '# train: id: id_code' in text and 'wd = .02' in text
     monkeypatch.setattr(configuring, 'climb', lambda *args: pytest.fail('chosen again'))
     again, out = write(1., ['stage.wd=.02'])
     assert again == text and f'goes on with {tmp_path / "r/a/a.ini"}' in out
+
+
+def test_fit_goes_on_with_a_recipe_that_has_empty_keys(write, tmp_path):
+    "Earlier builds wrote `also = ` and `table = ` for a graded table alone"
+    text, _ = write()
+    assert '[submit]' in text and 'also' not in text
+    (tmp_path / 'r/a/a.ini').write_text(text.replace('[submit]', '[submit]\nalso = \ntable = '))
+    again, out = write()
+    assert again == text and 'goes on with' in out and not list((tmp_path / 'r/a').glob('*.old'))
 
 
 def test_fit_goes_on_with_a_recipe_that_has_no_use_for_some_sets(write, tables):

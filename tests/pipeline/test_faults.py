@@ -354,7 +354,8 @@ def test_doctor_warns_of_ids_that_tell_the_grade(tables, small_recipe, tmp_path,
     pd.read_csv(file).assign(diagnosis=np.repeat(range(5), 8)).to_csv(file, index=False)
     main(['doctor', *small_args(tables, small_recipe, tmp_path / 'runs')])
     out = capsys.readouterr().out
-    assert 'WARN table train: ids tell the grade: 90 % of neighbouring ids have equal grades, 18 % by chance' in out
+    assert ('WARN table train: ids are associated with the grade: 90 % of neighbouring ids have equal grades, 18 % by '
+            'chance') in out
     assert 'No problem' in out
 
 

@@ -45,7 +45,10 @@ def test_the_recipe_of_fit_can_be_run_again(fitted, capsys):
     run, root = fitted
     recipe = run.folder / 'labels.ini'
     assert '# train: grade: DR grade (by its name and values)' in recipe.read_text()
-    assert set(read_recipe(recipe).stages) == {'teacher'} and read_recipe(recipe).submit.final == 'teacher'
+    submit = read_recipe(recipe).submit
+    assert set(read_recipe(recipe).stages) == {'teacher'}
+    assert (submit.final, submit.table, submit.also) == ('teacher', '', ())
+    assert not [line for line in recipe.read_text().splitlines() if line.rstrip().endswith('=')]     # no empty keys
     main(['all', '--recipe', str(recipe), '--data', str(root), '--runs', str(root / 'runs')])
     assert 'Nothing to do: every stage is up to date' in capsys.readouterr().out
 

@@ -503,7 +503,7 @@ def test_unreadable_images_stop_all_or_get_the_most_frequent_grade(tables, small
     assert not list((tmp_path / 'runs').rglob('stage.json'))
     args += ['--set', 'images.skip_unreadable=yes']
     main(args)
-    assert 'test: 1 images have no score' in capsys.readouterr().out
+    assert 'test: 1 image without a score' in capsys.readouterr().out
     root = tmp_path / 'runs/small'
     submission, scores = (pd.read_csv(root / f'{name}.csv').set_index('id_code') for name in ('submission', 'scores'))
     assert len(submission) == 10 and submission.diagnosis['test004'] == submission.diagnosis.mode()[0]

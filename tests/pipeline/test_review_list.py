@@ -211,7 +211,7 @@ def test_a_run_trains_on_decisions_and_the_original_stays(trained, capsys):
     review.decide(third, '', 'me', False)
     capsys.readouterr()
     train(trained, f'table.train.relabels={root / "relabels.csv"}')
-    assert '1 images regraded, 0 confirmed, 1 ungradable and left out, 1 skipped' in capsys.readouterr().out
+    assert '1 image regraded, 0 confirmed, 1 ungradable and left out, 1 skipped' in capsys.readouterr().out
     after = pd.read_csv(root / 'oof.csv').set_index('id_code').diagnosis
     assert after[first.id_code] == new and second.id_code not in after.index and len(after) == 39
     unchanged = [i for i in after.index if i != first.id_code]

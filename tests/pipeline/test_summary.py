@@ -117,7 +117,7 @@ def test_compare_needs_finished_runs_on_the_same_tables(toy, tmp_path, capsys):
     file = tmp_path / 'other/oof.csv'
     oof = pd.read_csv(file)
     oof.assign(diagnosis=(oof.diagnosis + 1) % 5).to_csv(file, index=False)
-    expect_error(capsys, ['compare', toy, tmp_path / 'other'], 'have other grades than in')
+    expect_error(capsys, ['compare', toy, tmp_path / 'other'], 'other grades than in')
     oof.assign(id_code=[f'x{i}' for i in range(len(oof))]).to_csv(file, index=False)
     expect_error(capsys, ['compare', toy, tmp_path / 'other'], 'no validation image in common')
 

@@ -281,7 +281,8 @@ def test_changed_ranges_are_another_study(tmp_path, data, scored, capsys):
     capsys.readouterr()
     trials = sweep(tmp_path, data, 2, 'tune.teacher.lr=1e-3 5e-2 log')
     out = capsys.readouterr().out
-    assert 'the ranges changed (lr: 1e-3 1e-2 log -> 1e-3 5e-2 log): a new study. The 3 trials' in out
+    assert ('the ranges changed (lr: 1e-3 1e-2 log -> 1e-3 5e-2 log): a new study. What the earlier one tried '
+            '(3 trials) stays in') in out
     assert len(trials) == 2
     assert len(sweep(tmp_path, data, 4)) == 4                        # the first one goes on
     assert 'goes on after 3 trials' in capsys.readouterr().out

@@ -41,9 +41,10 @@ def test_inspect_shows_whether_ids_tell_the_grade(tables, options, tmp_path, cap
     main(['inspect', 'train', '3', *options])
     html = (tmp_path / 'runs/small/inspect/train.html').read_text(encoding='utf-8')
     section = html.partition('Order of ids</h2>')[2].partition('<h2')[0]
-    for words in ('90 %', '18 %', 'patients unknown', 'Warning: ids tell the grade', 'block = 10'):
+    for words in ('90 %', '18 %', 'patients unknown', 'Warning: ids are associated with the grade', 'block = 10'):
         assert words in section
-    assert 'train: ids tell the grade: 90 % of neighbouring ids' in ' '.join(capsys.readouterr().out.split())
+    printed = ' '.join(capsys.readouterr().out.split())
+    assert 'train: ids are associated with the grade: 90 % of neighbouring ids' in printed
 
 
 def test_inspect_warns_of_resized_images(tables, options, tmp_path, capsys):
