@@ -508,7 +508,7 @@ def test_an_optional_table_is_there_if_its_csv_or_its_images_are(tmp_path, there
         (tmp_path / name).mkdir()
     recipe, note = with_present_tables(read_recipe(file), tmp_path)
     assert ('test' in recipe.tables) == found
-    missing = f'test: test.csv and pictures not found in {tmp_path}; the recipe runs without this table. The model is s.'
-    assert note == ('' if found else missing)
+    left_out = 'the recipe runs without this table. The model is s.'
+    assert note == ('' if found else f'test: test.csv and pictures not found in {tmp_path}; {left_out}')
     nested = read_recipe(file, sets=['table.test.csv=sub/test.csv', 'table.test.images=.'])
     assert ('test' in with_present_tables(nested, tmp_path)[0].tables) == ('sub/test.csv' in there)
