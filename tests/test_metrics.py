@@ -457,6 +457,18 @@ def test_each_fold_is_compared_with_its_own_networks_scores():
     assert high[0] == 3                                 # only the second network's score is near grade 3
 
 
+@pytest.mark.parametrize('coverage, n, radius', [
+    (.9, 9, .09), (.9, 8, np.inf), (.8, 9, .08), (.5, 4, .03), (.5, 3, .02)])
+def test_radius_by_hand(coverage, n, radius):
+    "The ceil(coverage * (n + 1))-th smallest of n distances; a score at that distance is inside, one further is not"
+    sets = PredictionSets(coverage).fit(4 + np.arange(1, n + 1) / 100, np.full(n, 4))
+    assert sets.radius_.tolist() == [np.inf] * 4 + [radius]
+    if radius == np.inf: return
+    low, high = PredictionSets(coverage, (((),),) * 4 + sets.calibration_[4:]).predict(
+        [4 - radius, 4 - radius - .0001], [3, 3])
+    assert high.tolist() == [4, 3] and low.tolist() == [0, 0]
+
+
 def test_one_score_for_all_folds_is_compared_with_each_of_them():
     y, fold = np.repeat(range(5), 40), np.tile([0, 1], 100)
     sets = PredictionSets(.9).fit(y + np.where(fold == 0, .01, .6), y, fold)
