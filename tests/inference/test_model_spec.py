@@ -7,12 +7,13 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.torch import save_file
 
 from aptos_fastai.common.io import AptosError, digest, file_hash, write_csv, write_record
 from aptos_fastai.data.retina import Prep
 from aptos_fastai.decisions import DecisionSpec, OperatingPoint
 from aptos_fastai.inference.eyes import FUSES, EyesSpec, Fusion
-from aptos_fastai.inference.gate import GateSpec
+from aptos_fastai.inference.gate import FeatureDistance, GateSpec
 from aptos_fastai.inference.model_spec import (
     NOT_REPORTED,
     MemberSpec,
@@ -22,9 +23,12 @@ from aptos_fastai.inference.model_spec import (
     preds_file,
     read_distance,
     read_model,
+    read_net,
 )
-from aptos_fastai.metrics import MIDPOINTS, PredictionSets, thresholds_or_midpoints
-from aptos_fastai.recipe import Stage
+from aptos_fastai.inference.referral import fit_decision
+from aptos_fastai.metrics import MIDPOINTS, PredictionSets, stratified_group_parts, thresholds_or_midpoints
+from aptos_fastai.recipe import Refer, Stage
+from aptos_fastai.training.networks import create_model
 
 MEMBER = MemberSpec('w', 'a', 'test_resnet', 'gem', 32, 'none', (0., 0., 0.), (1., 1., 1.), 1.)
 MODEL = ModelSpec('run/stage', Prep(size=64), (MEMBER,), MIDPOINTS, .9, False)
@@ -70,18 +74,20 @@ def test_digests_are_those_of_models_that_knew_no_prepared_side():
     assert list(MODEL.digests) == ['model', 'weights', 'gate', 'operating_point', 'thresholds']
 
 
-def squares_of(sides: dict[int, int]) -> dict[int, bytes]:
-    "Return a prepared JPEG of each side, of one grey each"
-    return {side: cv2.imencode('.jpg', np.full((side, side, 3), grey, np.uint8))[1].tobytes()
-            for side, grey in sides.items()}
+def stripes(side, width, grey):
+    "Return a JPEG of stripes of `width` pixels, black and `grey` in turn"
+    row = np.where(np.arange(side) // width % 2, grey, 0).astype(np.uint8)
+    return cv2.imencode('.jpg', np.broadcast_to(row[None, :, None], (side, side, 3)).copy())[1].tobytes()
 
 
 def test_each_input_side_is_read_from_its_prepared_square():
+    "A stripe of two pixels becomes one: the square is reduced by half, and no further"
     model = replace(MODEL, members=(MEMBER, replace(MEMBER, size=16, prepared=32)))
     assert model.sizes == {16, 32} and model.prepared == {32: 64, 16: 32}
-    squares = model.squares(squares_of({64: 200, 32: 50}))
-    assert {side: (im.shape, round(float(im.mean()))) for side, im in squares.items()} == {
-        32: ((32, 32, 3), 200), 16: ((16, 16, 3), 50)}
+    squares = model.squares({64: stripes(64, 2, 200), 32: stripes(32, 2, 100)})
+    for side, grey in ((32, 200), (16, 100)):
+        expected = np.broadcast_to((np.arange(side) % 2 * grey)[None, :, None], (side, side, 3))
+        assert squares[side] == pytest.approx(expected, abs=12)
 
 
 def test_scores_of_a_fold_are_the_weighted_mean_of_its_members():
@@ -114,21 +120,35 @@ def test_a_file_outside_the_model_is_not_read(tmp_path):
         read_distance(outside, tmp_path / 'bundle')
 
 
+def test_what_is_read_is_what_was_written(tmp_path):
+    distance = FeatureDistance(np.ones(2, np.float32), np.eye(2, dtype=np.float32), np.full(2, 4, np.float32), 1.)
+    distance.write(tmp_path / 'd')
+    net = create_model('test_resnet', 'gem', 32, loss='corn')
+    save_file(net.state_dict(), tmp_path / 'w')
+    member = replace(MEMBER, loss='corn', sha256=file_hash(tmp_path / 'w'), distance='d',
+                     distance_sha256=file_hash(tmp_path / 'd'))
+    assert read_distance(member, tmp_path).distances([[3., 1.]]) == pytest.approx([1.])          # 2 / the root of 4
+    found = read_net(member, tmp_path)
+    assert not found.training and all((v == found.state_dict()[k]).all() for k, v in net.state_dict().items())
+    (tmp_path / 'd').write_text('other')
+    with pytest.raises(AptosError, match='d: content changed.*Export or train again'): read_distance(member, tmp_path)
+
+
 # Run folders
 
 def write_fold(root, name='s/fold0', n=25, **changes):
-    "Write what a model needs of a finished fold: stage.json, its files, and scores that are the grade + 0.1 * fold"
+    "Write what a model needs of a finished fold: stage.json, its files, and scores that are the grade and noise"
     stage, fold = name.split('/fold')
     folder, fold = root / name, int(fold)
     folder.mkdir(parents=True)
     for name in ('weights.safetensors', 'features.safetensors'): (folder / name).write_text(f'{stage} {fold} {name}')
-    y = np.arange(n) % 5
+    y, noise = np.arange(n) % 5, np.random.default_rng(fold).normal(0, .8, n).round(3)
     write_csv(folder / 'preds.csv', pd.DataFrame(dict(
         id_code=[f'0{fold}{i:02}' for i in range(n)], source='t', diagnosis=y, fold=fold,
-        score=y + .1 * fold + np.arange(n) % 3 / 50, feature_distance=2. + np.arange(n) / n + fold)))
+        score=y + noise, feature_distance=2. + np.arange(n) / n + fold)))
     record = dict(
         stage=stage, fold=fold, synthetic=False, prep=asdict(Prep(size=64)), augment={}, seed=1, mean=[.5] * 3,
-        std=[.25] * 3, settings=asdict(Stage(stage, ('t',), arch='test_resnet', size=32, folds=2)), pooling='avg',
+        std=[.25] * 3, settings=settings(), pooling='avg',
         gate=dict(reject=.04, ungradable='exclude', rules=dict(how=['circle'], flags=[], red_green=[0., 2.],
                                                                green_blue=[0., 3.])),
         files={f.name: dict(sha256=file_hash(f)) for f in folder.iterdir()})
@@ -136,7 +156,8 @@ def write_fold(root, name='s/fold0', n=25, **changes):
     return folder
 
 
-def settings(**keys): return asdict(Stage('s', ('t',), arch='test_resnet', size=32, folds=2)) | keys
+def settings(**keys):
+    return asdict(Stage('s', ('t',), arch='test_resnet', size=32, folds=2, tta='hflip', loss='corn')) | keys
 
 
 def read_stage(folder):
@@ -156,6 +177,7 @@ def test_a_stage_without_a_summary_is_the_mean_of_its_folds(tmp_path):
     assert [m.weight for m in model.members] == pytest.approx([1 / 3] * 3)
     first = model.members[0]
     assert (first.head, first.mean, first.std, first.size) == ('avg', (.5,) * 3, (.25,) * 3, 32)
+    assert (first.loss, first.tta) == ('corn', 'hflip')
     assert first.sha256 == file_hash(folders[0] / 'weights.safetensors')
     assert (first.distance, first.distance_sha256) == (
         's/fold0/features.safetensors', file_hash(folders[0] / 'features.safetensors'))
@@ -174,11 +196,14 @@ def test_a_stage_without_a_summary_is_the_mean_of_its_folds(tmp_path):
     assert point.sensitivity['images'] == 45 and model.decision.point(3).sensitivity['images'] == 30
 
 
-@pytest.mark.parametrize('n', [5, 25])
-def test_two_folds_are_parted_again_to_measure_a_decision(tmp_path, n):
-    for k in (0, 1): write_fold(tmp_path / 'run', f's/fold{k}', n)
-    model = read_model(tmp_path / 'run/s')[0]
-    assert model.decision.point(2).sensitivity['images'] == 2 * n * 3 // 5
+@pytest.mark.parametrize('folds', [2, 3])
+def test_two_folds_are_parted_again_to_measure_a_decision(tmp_path, folds):
+    "The other one of two folds is too few images to choose a threshold on"
+    oof = oof_of(*(write_fold(tmp_path / 'run', f's/fold{k}') for k in range(folds)))
+    oof = oof.reset_index(drop=True).assign(group='t:' + oof.id_code.to_numpy())
+    by_fold, parted = (fit_decision(Refer(), oof, parts, f'out-of-fold scores of s, {len(oof)} images', .9)[0]
+                       for parts in (oof.fold.to_numpy(), stratified_group_parts(oof.diagnosis, oof.group)))
+    assert read_model(tmp_path / 'run/s')[0].decision == (by_fold if folds > 2 else parted) and by_fold != parted
 
 
 def test_thresholds_of_a_recipe_that_fixes_them(tmp_path):
@@ -253,7 +278,7 @@ def test_the_model_of_a_run_that_fuses_both_eyes(run):
 
 @pytest.mark.parametrize('file, words', [
     ('weights.safetensors', 'a/fold1 was trained again after the submission was made'),
-    ('preds.csv', 'the validation images of a/fold1 were scored again with tta = none')])
+    ('preds.csv', 'the validation images of a/fold1 were scored again with tta = hflip')])
 def test_a_run_whose_fold_is_another_one_is_refused(run, file, words):
     record = read_stage(run / 'a/fold1')
     record['files'][file]['sha256'] = '0' * 64
@@ -271,11 +296,20 @@ def test_a_reported_stage_is_as_its_run_reports_it(run):
     assert model.calibration == PredictionSets(.8).fit(oof.score, oof.diagnosis, oof.fold).calibration_
 
 
+def test_a_stage_that_was_trained_after_its_run_is_not_as_reported(run):
+    record = read_stage(run / 'a/fold1')
+    record['files']['weights.safetensors']['sha256'] = '0' * 64
+    write_record(run / 'a/fold1/stage.json', record)
+    model = read_model(run / 'a')[0]
+    assert model.kappa == '' and model.warnings[0] == NOT_REPORTED and model.coverage == .9
+
+
 def test_a_fold_as_a_model_has_no_views_and_the_midpoints(run):
     model = fold_model(run, dict(a=.4, b=.6), 0)
     assert [(m.file, m.weight, m.tta) for m in model.members] == [
         ('a/fold0/weights.safetensors', .4, 'none'), ('b/fold0/weights.safetensors', .6, 'none')]
     assert (model.name, model.thresholds, model.coverage, model.prep) == ('fold0', MIDPOINTS, .9, Prep(size=64))
+    assert len(fold_model(run, dict(b=1.), 0).members) == 1
     with pytest.raises(AptosError, match='b/fold1: no finished fold here'): fold_model(run, dict(a=.4, b=.6), 1)
 
 
