@@ -418,6 +418,7 @@ def test_thresholds_of_parts_that_lack_a_class():
     found = cross_fitted_thresholds([1, 2, 3, 4], [False, True, True, True], [0, 1, 1, 1], 'sensitivity', .5)
     assert np.isnan(found[0]) and np.isnan(found[1:]).all()
     assert np.isnan(cross_fitted_thresholds([1, 2], [False, True], [0, 0], 'sensitivity', .5)).all()
+    assert cross_fitted_thresholds([1, 2], [False, True], [0, 0], 'threshold', 1.5).tolist() == [1.5, 1.5]
     assert np.isnan(cross_fitted_probabilities([1, 2], [0, 1], [0, 0])).all()
 
 

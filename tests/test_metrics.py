@@ -20,7 +20,9 @@ from aptos_fastai.metrics import (
     bootstrap,
     bootstrap_counts,
     cross_fitted_grades,
+    cross_fitted_weights,
     fit_thresholds,
+    fit_weights,
     grade_scores,
     kappa_from_confusion,
     kappa_interval,
@@ -319,6 +321,23 @@ def test_parts_keep_groups_together_in_any_order(rows, random):
     order = list(range(len(y)))
     random.shuffle(order)
     assert (stratified_group_parts(y[order], groups[order]) == part[order]).all()
+
+
+def test_weights_by_hand():
+    "Errors that do not correlate weigh by 1 / their variance, 1 to 4; a member that only adds to another's gets none"
+    y = np.array([0, 1, 2, 4])
+    e, f = np.array([1, -1, 1, -1]), np.array([2, 2, -2, -2])
+    assert fit_weights(np.c_[y + e, y + f], y) == pytest.approx([.8, .2])
+    assert fit_weights(np.c_[y + e, y + 2 * e], y) == pytest.approx([1, 0])
+    assert fit_weights(np.c_[y + e, y - e, y + 3 * f], y) == pytest.approx([.5, .5, 0])
+
+
+def test_cross_fitted_weights_use_the_other_parts():
+    rng = np.random.default_rng(0)
+    y, part = rng.integers(0, 5, 60), np.arange(60) % 3
+    s = y[:, None] + rng.normal(0, [.5, .7, .9], (60, 3))
+    weights = cross_fitted_weights(s, y, part)
+    for k in range(3): assert (weights[part == k] == fit_weights(s[part != k], y[part != k])).all()
 
 
 def test_parts_are_dealt_out_by_highest_grade_and_name():
