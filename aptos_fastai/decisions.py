@@ -95,7 +95,7 @@ def cross_fitted_thresholds(scores: ArrayLike, positive: ArrayLike, parts: Array
     thresholds = np.empty(len(s))
     for k in np.unique(part):
         others = part != k
-        thresholds[part == k] = choose_threshold(s[others], pos[others], target, value)[0] if others.any() else np.nan
+        thresholds[part == k] = choose_threshold(s[others], pos[others], target, value)[0]
     return thresholds
 
 

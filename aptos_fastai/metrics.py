@@ -394,7 +394,7 @@ def sensitivity_at(scores: ArrayLike, positive: ArrayLike, specificity: float) -
 
 
 def upper_quantile(values: ArrayLike, fraction: float) -> float:
-    "Return the smallest of `values` that at most the fraction `fraction` of them exceeds"
+    "Return the quantile 1 - `fraction`, rounded up to one of `values`, so that at most that fraction exceeds it"
     return float(np.quantile(np.asarray(values, float), 1 - fraction, method='higher'))
 
 

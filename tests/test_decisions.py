@@ -22,9 +22,10 @@ from aptos_fastai.decisions import (
     decision_of_record,
     net_benefit,
     reliability,
+    without_ungradable,
 )
 from aptos_fastai.inference.referral import decision_results, fit_decision, fit_points
-from aptos_fastai.metrics import PredictionSets, stratified_group_parts, wilson_interval
+from aptos_fastai.metrics import PredictionSets, bootstrap, stratified_group_parts, wilson_interval
 from aptos_fastai.recipe import ConfigError, Refer, read_recipe
 
 
@@ -328,6 +329,97 @@ def test_brier_reliability_and_net_benefit_by_hand():
     benefit = net_benefit([p >= .5, np.ones(4, bool), np.zeros(4, bool)], y, [.5, .5, .5])
     assert benefit == pytest.approx([2 / 4, 3 / 4 - 1 / 4, 0])
     assert net_benefit(np.ones(4, bool), y, [.2]) == pytest.approx([3 / 4 - 1 / 4 * .25])
+
+
+def test_the_interval_of_the_brier_score_is_that_of_its_draws():
+    df = scored(60, images_a_patient=2)
+    p, positive = 1 / (1 + np.exp(1.5 - df.score)), df.diagnosis >= 2
+    squares = ((p - positive) ** 2).to_numpy()
+    draws = bootstrap(lambda w: (w * squares).sum(1) / w.sum(1), 60, df.group)
+    value, *interval = brier_score(p, positive, df.group, .6)
+    assert value == pytest.approx(squares.mean()) and interval == pytest.approx(np.quantile(draws, [.2, .8]))
+
+
+def test_reliability_has_ten_bins_of_images_by_probability():
+    p = np.arange(20)[::-1] / 20
+    found = reliability(p, p >= .5)
+    assert [o['images'] for o in found] == [2] * 10 and [o['observed'] for o in found] == [0] * 5 + [1] * 5
+    assert [o['predicted'] for o in found] == pytest.approx(np.arange(10) / 10 + .025)
+    assert [o['images'] for o in reliability(p[:3], p[:3] > .9)] == [1, 1, 1]
+
+
+def test_an_ungradable_image_has_no_decision_and_no_probability():
+    points = OperatingPoint(2, 'threshold', 1, 1.), OperatingPoint(2, 'specificity', .9, 2.)
+    spec = DecisionSpec(points, Probabilities(2., (1., 2., 3., 4.), (.2,) * 5))
+    df = pd.DataFrame(spec.decide([0., 3.] * 2, [0, 3] * 2, [0, 3] * 2))
+    found = without_ungradable(df, pd.Series([True, True, False, False]))
+    texts = ['decision', 'referable', 'sight_threatening', 'referable_high_specificity']
+    assert found[texts][:2].to_numpy().tolist() == [['not gradable', *['ungradable'] * 3]] * 2
+    assert found[texts][2:].equals(df[texts][2:])
+    assert found.filter(like='p_').isna().all(axis=1).tolist() == [True, True, False, False]
+    assert df[texts].iloc[1].tolist() == ['refer', 'yes', 'yes', 'yes']            # the table itself stays
+    single = pd.DataFrame(DecisionSpec(points[:1]).decide([0.], [0], [0]))
+    assert without_ungradable(single, pd.Series([True])).referable_high_specificity.tolist() == ['']
+
+
+def test_probabilities_of_a_score_by_hand():
+    "exp(-2 * 1.5) = 1 / 20.09: P(grade >= 1) = 1 / (1 + e^(1 - 3)) and so on"
+    model = Probabilities(2., (1., 2., 3., 4.), (.4, .1, .3, .1, .1))
+    at_least = [1 / (1 + math.exp(o - 3)) for o in (1, 2, 3, 4)]
+    expected = -np.diff([1, *at_least, 0])
+    assert model.predict([1.5])[0] == pytest.approx(expected)
+    odds = expected * np.where(np.arange(5) >= 2, .2 / .5, .8 / .5)            # half of its own images are referable
+    assert model.predict([1.5], .2)[0] == pytest.approx(odds / odds.sum())
+    found = DecisionSpec(probabilities=model, prevalence=.2).decide([1.5], [1], [1])
+    assert found['p_referable'] == pytest.approx((odds / odds.sum())[2:].sum())
+    assert found['p_sight_threatening'] == pytest.approx((odds / odds.sum())[3:].sum())
+    assert [found[f'p_{g}'][0] for g in range(5)] == pytest.approx(odds / odds.sum())
+
+
+@pytest.mark.parametrize('shares', [(.5, .5, 0., 0., 0.), (0., 0., .5, .25, .25)])
+def test_a_prevalence_means_nothing_where_all_images_are_alike(shares):
+    model = Probabilities(2., (1., 2., 3., 4.), shares)
+    assert model.predict([1.5], .2).tolist() == model.predict([1.5]).tolist()
+
+
+def test_a_fit_knows_the_shares_of_all_grades_and_takes_grades_as_read():
+    found = Probabilities.fit([0., .5, 1., 1.5], np.array([0., 1., 0., 1.], np.float32))
+    assert found.shares == (.5, .5, 0, 0, 0) and found == Probabilities.fit([0, .5, 1, 1.5], [0, 1, 0, 1])
+    assert found.intercepts[1:] == (1e6,) * 3 and found.slope > 0
+    assert Probabilities.fit([1, 2], [2, 2]) == Probabilities(0., (-1e6, -1e6, 1e6, 1e6), (0, 0, 1, 0, 0))
+
+
+@pytest.mark.parametrize('point, text', [
+    (OperatingPoint(2, 'sensitivity', .9, 1.), 'sensitivity 0.90'),
+    (OperatingPoint(3, 'specificity', .975, 1.), 'specificity 0.975')])
+def test_an_operating_point_in_words(point, text):
+    names = {2: ('referable', 'referable'), 3: ('sight_threatening', 'sight-threatening')}
+    assert (point.name, point.label) == names[point.lowest_grade] and point.target_text == text
+
+
+@pytest.mark.parametrize('target, value, threshold', [
+    ('sensitivity', .75, 4.5),               # j = floor(.25 * 6) = 1: the lowest of 5 positives, 5, stays on its side
+    ('sensitivity', .6, 6.5),                # j = 2: the second lowest, 7, stays on its side
+    ('specificity', .75, 6.5),
+    ('specificity', .6, 4.5)])
+def test_a_threshold_by_hand(target, value, threshold):
+    scores, positive = [1, 2, 3, 4, 6, 5, 7, 8, 9, 10], [False] * 5 + [True] * 5
+    assert choose_threshold(scores, positive, target, value)[0] == threshold
+
+
+def test_a_threshold_without_an_image_of_the_other_class_beyond_it():
+    "All negatives lie above the positives 1 and 2"
+    scores, positive = [1, 2, 3, 4], [True, True, False, False]
+    assert choose_threshold(scores, positive, 'sensitivity', .5)[0] == 1
+    assert choose_threshold(scores, positive, 'specificity', .5)[0] == np.nextafter(4, 5)
+
+
+def test_thresholds_of_parts_that_lack_a_class():
+    found = cross_fitted_thresholds([1, 2, 3, 4], [False, True, True, True], [0, 1, 1, 1], 'sensitivity', .5)
+    assert np.isnan(found[0]) and np.isnan(found[1:]).all()
+    assert np.isnan(cross_fitted_thresholds([1, 2], [False, True], [0, 0], 'sensitivity', .5)).all()
+    assert cross_fitted_thresholds([1, 2], [False, True], [0, 0], 'threshold', 1.5).tolist() == [1.5, 1.5]
+    assert np.isnan(cross_fitted_probabilities([1, 2], [0, 1], [0, 0])).all()
 
 
 def test_a_specification_survives_json():

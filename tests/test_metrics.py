@@ -20,8 +20,11 @@ from aptos_fastai.metrics import (
     bootstrap,
     bootstrap_counts,
     cross_fitted_grades,
+    cross_fitted_weights,
     fit_thresholds,
+    fit_weights,
     grade_scores,
+    kappa_from_confusion,
     kappa_interval,
     paired_auc,
     paired_interval,
@@ -32,6 +35,7 @@ from aptos_fastai.metrics import (
     stratified_group_parts,
     subgroup_differences,
     thresholds_or_midpoints,
+    upper_quantile,
     weighted_auc,
     weighted_kappa,
     wilson_interval,
@@ -60,6 +64,11 @@ def test_kappa_equals_sklearns(pairs):
     else:
         sklearns = cohen_kappa_score(true, predicted, weights='quadratic', labels=range(5))
         assert kappa == pytest.approx(sklearns, abs=1e-12)
+
+
+def test_kappa_of_one_image_and_of_none():
+    assert quadratic_kappa([4], [0]) == 0                    # as far off as chance
+    assert np.isnan(quadratic_kappa([], [])) and np.isnan(quadratic_kappa([2], [2]))
 
 
 def test_kappa_interval_is_that_of_resampled_images():
@@ -145,6 +154,58 @@ def test_proportion_interval_of_equal_values_counts_patients():
     assert proportion_interval([]) == (0, 1)
 
 
+@pytest.mark.parametrize('correct, effective', [
+    ([1, 1, 0, 0], 1),                                       # over patients 2/1 * (1 + 1) / 16, over images 1/4
+    ([1, 0, 1, 0], 4),                                       # patients are alike: every image counts, and no more
+    ([1, 1, 1, 0], 3),                                       # 2/1 * (1/4 + 1/4) / 16 = 1/16, over images 3/16
+    ([1, 1, 1, 1], 2), ([0, 0, 0, 0], 2)])
+def test_the_design_effect_by_hand(correct, effective):
+    interval = proportion_interval(correct, list('aabb'), .9)
+    assert interval == pytest.approx(wilson_interval(np.mean(correct) * effective, effective, .9))
+
+
+def test_an_image_twice_is_no_further_patient():
+    y, s = np.array([0, 0, 1, 0, 1, 1, 0, 1]), np.array([.1, .2, .3, .4, .4, .6, .7, .9])
+    twice = auc(np.repeat(s, 2), np.repeat(y, 2), np.repeat(np.arange(8), 2), level=.8)
+    assert twice == pytest.approx(auc(s, y, level=.8))
+    assert auc(np.repeat(s, 2), np.repeat(y, 2), level=.8)[1] > twice[1]
+
+
+@pytest.mark.parametrize('patients, variance', [('aabb', 1 / 8 - 1 / 8), ('abba', 1 / 8 + 1 / 8), ('abcd', 1 / 8)])
+def test_the_variance_of_the_auc_by_hand(patients, variance):
+    """Negatives 1 and 3, positives 2 and 4: each positive is above 1/2 and 1 of the negatives.
+
+    The influences of the images are 1/8, -1/8, -1/8 and 1/8: each class alone gives 2/1 * 2/64, and both patients of
+    a negative and a positive 2 * 2/1 * (their products) in addition.
+    """
+    area, low, high = auc([1, 2, 3, 4], [0, 1, 0, 1], list(patients), level=.3)
+    half = .3853204664 * np.sqrt(variance)
+    assert (area, low, high) == pytest.approx((.75, .75 - half, .75 + half))
+    assert auc([1, 2, 3, 4], [0, 1, 0, 1], list(patients), level=.9)[2] == (.75 if patients == 'aabb' else 1)
+
+
+def test_resamples_in_several_parts():
+    "As many as are asked for, each of as many images or groups as there are"
+    counts = bootstrap_counts([0, 1, 1, 0], 2, list('aabb'), n=2)
+    many = bootstrap_counts([0, 0, 1], 2, list('aab'), n=1_000_003)           # a million at once
+    assert counts.tolist() == [[2, 2]] * 2 and len(many) == 1_000_003
+    assert np.unique(many, axis=0).tolist() == [[0, 2], [2, 1], [4, 0]]
+    assert bootstrap(lambda weights: weights.sum(1), 2_000_000, list('abc'), n=5).tolist() == [3] * 5      # two at once
+    assert bootstrap_counts([0, 1], 2, n=7).shape == (7, 2)
+
+
+def test_intervals_are_quantiles_of_their_draws():
+    s, g, y, groups = drawn_scores(60)
+    draws = kappa_from_confusion(bootstrap_counts(y * 5 + g, 25, groups, n=200, seed=3).reshape(-1, 5, 5))
+    assert kappa_interval(g, y, groups, n=200, level=.6, seed=3) == pytest.approx(np.quantile(draws, [.2, .8]))
+    other = s[::-1]
+    draws = bootstrap(lambda w: weighted_auc(w, other, y > 1) - weighted_auc(w, s, y > 1), 60, groups, seed=3)
+    value, *interval = paired_auc(s, other, y > 1, groups, level=.6, seed=3)
+    assert value == pytest.approx(auc(other, y > 1)[0] - auc(s, y > 1)[0])
+    assert interval == pytest.approx(np.quantile(draws, [.2, .8]))
+    assert paired_auc(s, s, y > 1) == (0, 0, 0)
+
+
 def test_score_kappa_fits_thresholds_as_the_prediction_does():
     y = np.repeat(range(5), 40).astype(float)
     s = torch.tensor(.5 * y + .2)                       # separable, but not at the midpoints
@@ -211,6 +272,13 @@ def test_thresholds_that_coincide_become_the_midpoints():
     with pytest.raises(AptosError, match='not finite'): thresholds_or_midpoints('optimal', [0, np.nan], [0, 1])
 
 
+def test_thresholds_of_grades_without_images():
+    "They lie half a point outside, or at the threshold between the grades beside them"
+    assert GradeThresholds().fit([0, 1], [1, 2]).thresholds_.tolist() == [-.5, .5, 1.5, 1.5]
+    thresholds, reason = thresholds_or_midpoints('optimal', [0, 1, 2], [0, 3, 4])
+    assert (thresholds.tolist(), reason) == ([.5, .5, .5, 1.5], '')
+
+
 def test_a_score_at_a_threshold_gets_the_grade_above():
     assert apply_thresholds([.69, .7, 1.5, 9], (.7, 1.5, 2.5, 3.5)).tolist() == [0, 1, 2, 4]
 
@@ -230,6 +298,7 @@ def test_cross_fitted_grades_use_thresholds_of_the_other_parts():
     s = y + rng.normal(0, .8, 100)
     part = np.arange(100) % 4
     grades = cross_fitted_grades(s, y, part)
+    assert grades.dtype == int
     for k in range(4):
         inside = part == k
         thresholds = GradeThresholds().fit(s[~inside], y[~inside]).thresholds_
@@ -252,6 +321,28 @@ def test_parts_keep_groups_together_in_any_order(rows, random):
     order = list(range(len(y)))
     random.shuffle(order)
     assert (stratified_group_parts(y[order], groups[order]) == part[order]).all()
+
+
+def test_weights_by_hand():
+    "Errors that do not correlate weigh by 1 / their variance, 1 to 4; a member that only adds to another's gets none"
+    y = np.array([0, 1, 2, 4])
+    e, f = np.array([1, -1, 1, -1]), np.array([2, 2, -2, -2])
+    assert fit_weights(np.c_[y + e, y + f], y) == pytest.approx([.8, .2])
+    assert fit_weights(np.c_[y + e, y + 2 * e], y) == pytest.approx([1, 0])
+    assert fit_weights(np.c_[y + e, y - e, y + 3 * f], y) == pytest.approx([.5, .5, 0])
+
+
+def test_cross_fitted_weights_use_the_other_parts():
+    rng = np.random.default_rng(0)
+    y, part = rng.integers(0, 5, 60), np.arange(60) % 3
+    s = y[:, None] + rng.normal(0, [.5, .7, .9], (60, 3))
+    weights = cross_fitted_weights(s, y, part)
+    for k in range(3): assert (weights[part == k] == fit_weights(s[part != k], y[part != k])).all()
+
+
+def test_parts_are_dealt_out_by_highest_grade_and_name():
+    assert stratified_group_parts([0, 0, 3, 1, 0], list('bacda'), 2).tolist() == [1, 0, 1, 0, 0]
+    assert stratified_group_parts([0, 0, 0], [2, 10, 1], 3).tolist() == [2, 1, 0]        # as texts: 1, 10, 2
 
 
 def test_parts_hold_equal_shares_of_each_grade():
@@ -283,6 +374,12 @@ def test_sensitivity_is_the_highest_at_its_specificity(rows, specificity):
     assert sensitivity == max((s[positive] >= t).mean() for t in candidates)
     assert sensitivity == (s[positive] >= threshold).mean()
     assert (s[~positive] < threshold).mean() >= specificity
+
+
+@pytest.mark.parametrize('fraction, expected', [(0, 10), (.1, 10), (.2, 9), (.5, 6), (1, 1)])
+def test_the_upper_quantile_is_a_value_that_no_more_exceed(fraction, expected):
+    values = np.arange(1, 11)[::-1]
+    assert upper_quantile(values, fraction) == expected and (values > expected).mean() <= fraction
 
 
 def test_wilson_interval_by_hand():
@@ -377,6 +474,32 @@ def test_each_fold_is_compared_with_its_own_networks_scores():
     assert (low[0], high[0]) == (2, 2)
     low, high = sets.predict([[2., 2.7]], [2])
     assert high[0] == 3                                 # only the second network's score is near grade 3
+
+
+@pytest.mark.parametrize('coverage, n, radius', [
+    (.9, 9, .09), (.9, 8, np.inf), (.8, 9, .08), (.5, 4, .03), (.5, 3, .02)])
+def test_radius_by_hand(coverage, n, radius):
+    "The ceil(coverage * (n + 1))-th smallest of n distances; a score at that distance is inside, one further is not"
+    sets = PredictionSets(coverage).fit(4 + np.arange(1, n + 1) / 100, np.full(n, 4))
+    assert sets.radius_.tolist() == [np.inf] * 4 + [radius]
+    if radius == np.inf: return
+    low, high = PredictionSets(coverage, (((),),) * 4 + sets.calibration_[4:]).predict(
+        [4 - radius, 4 - radius - .0001], [3, 3])
+    assert high.tolist() == [4, 3] and low.tolist() == [0, 0]
+
+
+def test_one_score_for_all_folds_is_compared_with_each_of_them():
+    y, fold = np.repeat(range(5), 40), np.tile([0, 1], 100)
+    sets = PredictionSets(.9).fit(y + np.where(fold == 0, .01, .6), y, fold)
+    one, both = sets.predict([2., 2.7], [2, 3]), sets.predict([[2., 2.], [2.7, 2.7]], [2, 3])
+    assert [o.tolist() for o in one] == [o.tolist() for o in both]
+
+
+def test_calibration_distances_are_drawn_without_replacement():
+    sets = PredictionSets(.9).fit(np.arange(2500) / 1000, np.zeros(2500))
+    assert len(set(sets.calibration_[0][0])) == 2000
+    sets = PredictionSets(.9).fit(np.arange(2000) / 1000, np.zeros(2000))
+    assert sets.calibration_[0][0] == tuple(np.arange(2000) / 1000)
 
 
 def test_calibration_distances_are_sampled_and_rounded():

@@ -44,10 +44,10 @@ def grade_texts(csv: Path, df: pd.DataFrame, table: Table) -> pd.Series:
     if table.grade in df: return df[table.grade]
     columns = df[list(table.grade_columns)]
     filled = columns.ne('').sum(axis=1)
-    if (filled > 1).any():
-        bad = df.index[filled > 1] + 1
-        raise TableError(f'{csv}: {count(bad, "row")} with a grade in more than one of the columns '
-                         f'{", ".join(table.grade_columns)}: row {first_few(bad)}. Set `grade` to the one that counts.')
+    several = df[table.id][filled > 1]
+    if len(several):
+        raise TableError(f'{csv}: {count(several, "row")} with a grade in more than one of the columns '
+                         f'{", ".join(table.grade_columns)}: {first_few(several)}. Set `grade` to the one that counts.')
     return columns.agg(''.join, axis=1)
 
 

@@ -160,7 +160,7 @@ def _a_row_per_image(df: pd.DataFrame, table: Table) -> pd.DataFrame:
     rest = df.drop(columns=[*table.id_columns, *table.grade_columns])
     parts = [rest.assign(**{table.id: df[image]}, **({table.grade: df[grade]} if grade else {}))
              for image, grade in zip(table.id_columns, grades, strict=True)]
-    rows = pd.concat(parts, ignore_index=True)
+    rows = pd.concat(parts)
     return rows[rows[table.id] != ''].reset_index(drop=True)
 
 

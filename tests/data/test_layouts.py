@@ -1,16 +1,28 @@
 "Tables as people have them: every making of CSV, images wherever they lie, what columns mean."
 import shutil
 import unicodedata
+import zipfile
 from pathlib import Path
 
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
 
 from aptos_fastai.data.grades import read_grade
-from aptos_fastai.data.spreadsheet import TableError, read_spreadsheet
-from aptos_fastai.data.tables import read_order, read_table, table_contents
-from aptos_fastai.recipe import Table
+from aptos_fastai.data.groups import find_groups, patients_text
+from aptos_fastai.data.spreadsheet import (
+    TableError,
+    count,
+    first_few,
+    has_columns,
+    read_spreadsheet,
+    safe_cell,
+    separator_of,
+    unsafe_cell,
+)
+from aptos_fastai.data.tables import describe, read_order, read_table, table_contents, with_present_tables
+from aptos_fastai.recipe import Table, read_recipe
 
 IDS = ['NA', 'None', '000123', '1e5', 'true', 'a b', 'ü1']
 GRADES = [0, 1, 2, 3, 4, 2, 1]
@@ -242,7 +254,7 @@ def test_one_of_several_grade_columns_is_filled(tmp_path):
     write_rows(tmp_path, 'id_code,left grade,right grade', 'a,0,', 'b,,3', 'c,2,')
     assert read_table(table(grade='left grade | right grade'), tmp_path).diagnosis.tolist() == [0, 3, 2]
     write_rows(tmp_path, 'id_code,left grade,right grade', 'a,0,', 'b,1,3')
-    with pytest.raises(TableError, match='1 row with a grade in more than one of the columns left grade, right grade'):
+    with pytest.raises(TableError, match='1 row with a grade in more than one of .*, right grade: b. Set'):
         read_table(table(grade='left grade | right grade'), tmp_path)
 
 
@@ -302,3 +314,201 @@ def test_order_is_a_csv_of_any_making(tmp_path):
     write_rows(tmp_path, 'id_code,diagnosis', 'a,0', 'b,1')
     (tmp_path / 'order.csv').write_bytes('id_code;diagnosis\nb;0\na;0\n'.encode('utf-16'))
     assert read_order(table(order='order.csv'), tmp_path) == ['b', 'a']
+
+
+# Spreadsheets by hand
+
+def sheet(folder: Path, text: str | bytes, **keys) -> list[list[str]]:
+    "Return the header and the rows that `read_spreadsheet` finds in a text"
+    (folder / 's.csv').write_bytes(text.encode() if isinstance(text, str) else text)
+    df = read_spreadsheet(folder / 's.csv', **keys)
+    return [list(df), *df.to_numpy().tolist()]
+
+
+@pytest.mark.parametrize('text, rows', [
+    ('a, b\nx, "y, z"\n', [['a', 'b'], ['x', 'y, z']]),              # a quote after a blank
+    ('a;b\n1;"two\n  lines, a"\n2;"and, two\nb"\n', [['a', 'b'], ['1', 'two lines, a'], ['2', 'and, two b']]),
+    ('a,b\nx  y,2\n', [['a', 'b'], ['x  y', '2']]),
+    ('a,a,b,a\n1,2,3,4\n', [['a', 'a (2)', 'b', 'a (3)'], ['1', '2', '3', '4']]),
+    ('a,b,c\n1\n1,2\n', [['a', 'b', 'c'], ['1', '', ''], ['1', '2', '']]),
+])
+def test_cells_of_a_csv(tmp_path, text, rows): assert sheet(tmp_path, text) == rows
+
+
+@pytest.mark.parametrize('encoding', ['utf-16-le', 'utf-16-be'])
+def test_utf16_without_a_mark_whose_letters_end_in_a_zero_byte(tmp_path, encoding):
+    assert sheet(tmp_path, 'id,b\n\u0100\u0200,2\n'.encode(encoding)) == [['id', 'b'], ['\u0100\u0200', '2']]
+
+
+def test_empty_rows_between_filled_ones_are_kept_if_asked_for(tmp_path):
+    text = 'a,b\n1,2\n,\n\n3,4\n,\n'
+    assert sheet(tmp_path, text) == [['a', 'b'], ['1', '2'], ['3', '4']]
+    assert sheet(tmp_path, text, keep_blank=True) == [['a', 'b'], ['1', '2'], ['', ''], ['3', '4']]
+    assert sheet(tmp_path, text, header=False) == [['1', '2'], ['a', 'b'], ['1', '2'], ['3', '4']]
+
+
+@pytest.mark.parametrize('text, separator', [
+    ('a,b;c\n1,2;3\n', ','), ('a;b\n1,5;2\n', ';'), ('a\tb,c\n1\t2\n', '\t'), ('a b\nc d\n', ' '), ('a\nb\n', ','),
+    ('a b\nc\n', ','), ('', ',')])
+def test_the_separator_splits_most_rows(text, separator): assert separator_of(text) == separator
+
+
+def test_a_workbook_is_read_as_it_is_shown(tmp_path):
+    openpyxl = pytest.importorskip('openpyxl')
+    book = openpyxl.Workbook()
+    rows = ['id', 'grade', 'note'], [7, 2.5, None], [17, 3.0, '=1+1'], ['x', True, 'a\nb']
+    for row in rows: book.active.append(row)
+    book.active['A2'].number_format, book.active['B3'].number_format = '000', '0'
+    book.save(tmp_path / 'b.xlsx')
+    with zipfile.ZipFile(tmp_path / 'b.xlsx') as old, zipfile.ZipFile(tmp_path / 's.xlsm', 'w') as new:
+        for name in old.namelist():                          # the value of the formula, as Excel stores it
+            new.writestr(name, old.read(name).replace(b'<v></v>', b'<v>2</v>').replace(b'<v />', b'<v>2</v>'))
+    df = read_spreadsheet(tmp_path / 's.xlsm')
+    assert df.to_numpy().tolist() == [['007', '2.5', ''], ['17', '3', '2'], ['x', 'True', 'a b']]
+    (tmp_path / '~$s.xlsm').write_bytes(b'')
+    with pytest.raises(TableError, match='is the lock file of an open spreadsheet'):
+        read_spreadsheet(tmp_path / '~$s.xlsm')
+    (tmp_path / 't.xlsx').write_bytes(b'PK\x03\x04 damaged')
+    with pytest.raises(TableError, match='t.xlsx: not a readable workbook'): read_spreadsheet(tmp_path / 't.xlsx')
+
+
+@pytest.mark.parametrize('text, safe', [('=1', "'=1"), ('+1', "'+1"), ('-1', "'-1"), ('@a', "'@a"), ('\ta', "'\ta"),
+                                        ('\ra', "'\ra"), ('a=1', 'a=1'), ("'a", "'a"), ('', ''), (2, 2)])
+def test_a_cell_that_a_spreadsheet_would_run_gets_an_apostrophe(text, safe):
+    assert safe_cell(text) == safe
+    if isinstance(text, str): assert unsafe_cell(safe) == text
+
+
+def test_the_header_says_whether_this_program_wrote_a_csv(tmp_path):
+    (tmp_path / 'a.csv').write_bytes('id,grade,\xfc\r\n1,2,3\r\n'.encode('latin-1'))
+    assert has_columns(tmp_path / 'a.csv', ['grade', 'id']) and not has_columns(tmp_path / 'a.csv', ['id', '1'])
+
+
+def test_counts_and_the_first_five():
+    assert [count(range(n), 'id') for n in (0, 1, 2)] == ['0 ids', '1 id', '2 ids']
+    assert (first_few(range(5)), first_few(range(6))) == ('0, 1, 2, 3, 4', '0, 1, 2, 3, 4, …')
+
+
+# Grades, groups and images by hand
+
+@pytest.mark.parametrize('grades, refused', [('R0 R1 R3A', 'R0, R1, R3A'), ('r0 R2 r_3', 'R0, R2, R3'),
+                                             ('R0 R1 R4', ''), ('R0 R1 2', ''), ('R0 R1', 'R0, R1')])
+def test_the_english_scale_is_refused(tmp_path, grades, refused):
+    cells = grades.split()
+    write_rows(tmp_path, 'id_code,diagnosis', *(f'a{i},{cell.replace("_", " ")}' for i, cell in enumerate(cells)))
+    if not refused:
+        assert len(read_table(table(), tmp_path)) == 3
+        return
+    with pytest.raises(TableError, match=f'the grades {refused} look like those of the English screening programme'):
+        read_table(table(), tmp_path)
+
+
+@pytest.mark.parametrize('n', [9, 10])
+def test_a_single_grade_in_ten_rows_is_refused(tmp_path, n):
+    write_rows(tmp_path, 'id_code,diagnosis', *(f'a{i},1' for i in range(n)))
+    if n < 10: assert len(read_table(table(), tmp_path)) == n
+    else:
+        with pytest.raises(TableError, match='all 10 grades are 1'): read_table(table(), tmp_path)
+
+
+def groups_of(folder: Path, ids: str, **keys) -> tuple[list[str], str]:
+    series = pd.Series(ids.split(), name='id_code')
+    groups, note = find_groups(folder / 't.csv', pd.DataFrame(dict(id_code=series)), series, table(**keys))
+    return groups.tolist(), note
+
+
+def test_groups_by_hand(tmp_path):
+    assert groups_of(tmp_path, 'b a') == (['t:b', 't:a'], '')
+    assert groups_of(tmp_path, 'a10 a2 a1 b', block=2) == (['t:block 1', 't:block 0', 't:block 0', 't:block 1'], '')
+    assert groups_of(tmp_path, '1_l 1_R 2_l', group='^(.+)_[lR]') == (['t:1', 't:1', 't:2'], '')
+
+
+def test_pairs_by_hand(tmp_path):
+    "No header; rows that share an image are one patient; names with folders, suffixes and another case"
+    (tmp_path / 'pairs.csv').write_text('A.jpg,b\nsub\\c,sub/d.png\ne,\nb,f\n')
+    groups, note = groups_of(tmp_path, 'a b c.png d x/e f g', pairs='pairs.csv')
+    assert groups == ['t:row 4', 't:row 4', 't:row 2', 't:row 2', 't:row 3', 't:row 4', 't:g']
+    assert note == ('[table.t] pairs = pairs.csv: does not list 1 of 7 ids (g); it is a patient of its own. '
+                    'Correct that if it is wrong.')
+    with pytest.raises(TableError, match='the file lists none of the 2 ids, for example y. Name another file'):
+        groups_of(tmp_path, 'y z', pairs='pairs.csv')
+
+
+def test_a_row_of_both_eyes_is_a_patient_unless_a_column_names_one(tmp_path):
+    (tmp_path / 't.csv').write_text('l,r,gl,gr,who\na,b,0,1,P\nc,,2,,\nd,e,3,4,\n')
+    write_images(tmp_path / 'images', [f'{name}.png' for name in 'abcde'])
+    keys = dict(id='l | r', grade='gl | gr')
+    df = read_table(table(**keys), tmp_path)
+    assert dict(zip(df.id_code, df.group, strict=True)) == dict(
+        a='t:row 2', b='t:row 2', c='t:row 3', d='t:row 4', e='t:row 4')
+    assert df.id_code.tolist() == list('acdbe') and df.diagnosis.tolist() == [0, 2, 3, 1, 4]
+    contents = table_contents(table(**keys, patient='who'), tmp_path)
+    assert contents.frame.group.tolist() == ['t:p', 't:row 3', 't:row 4', 't:p', 't:row 4']
+    assert 'who: is empty in 3 of 5 rows (c, d, e); each is a patient of its own' in contents.notes[0]
+    assert read_table(table(id='l | r', grade=''), tmp_path).id_code.tolist() == list('acdbe')
+
+
+@pytest.mark.parametrize('groups, keys, text', [
+    ('ppp', dict(patient='who'), '1 patient'), ('ppq', dict(patient='who'), '2 patients'),
+    ('ppq', dict(block=2), 'patients unknown, 2 blocks of 2 ids'), ('pqr', {}, 'patients unknown')])
+def test_how_many_patients(groups, keys, text):
+    assert patients_text(pd.DataFrame(dict(group=list(groups))), table(**keys)) == text
+
+
+def test_a_table_in_words(tmp_path):
+    write_rows(tmp_path, 'id_code,diagnosis,side', 'a,0,L', 'b,2,', 'c,2,R', 'd,5,R', 'e,4,L')
+    contents = table_contents(table(eye='side', ungradable='5'), tmp_path)
+    assert describe(table(eye='side', ungradable='5'), contents) == (
+        '4 images, patients unknown, eyes left 2 unknown 1 right 1, images of grade 0-4: 1 0 2 0 1, 1 ungradable')
+    assert contents.ungradable.to_dict('records') == [dict(id_code='d', path=str(tmp_path / 'images/d.png'))]
+    plain = table_contents(table(grade=''), tmp_path)
+    assert describe(table(grade=''), plain) == '5 images, patients unknown'
+    assert list(plain.ungradable) == ['id_code', 'path']
+
+
+def test_images_beside_the_folder_are_found_and_others_are_not(tmp_path):
+    (tmp_path / 't.csv').write_text('id_code,diagnosis\n../beside/x,1\ny,0\n')
+    write_images(tmp_path, ['images/y.png', 'images/z.png', 'beside/x', '../outside.png'])
+    contents = table_contents(table(), tmp_path)
+    assert contents.frame.path.tolist() == [f'{tmp_path}/images/../beside/x', f'{tmp_path}/images/y.png']
+    assert contents.notes[0] == f'1 images in {tmp_path / "images"} are named by no row'
+    (tmp_path / 't.csv').write_text('id_code,diagnosis\n../../outside.png,1\ny,0\n')
+    with pytest.raises(TableError, match=r'outside.png: lies outside .*; copy the file into this folder'):
+        read_table(table(), tmp_path)
+
+
+def test_a_folder_of_images_by_hand(tmp_path, capsys):
+    write_images(tmp_path / 'flat', ['x.png', 'x.jpg', 'y.png'])
+    assert read_table(table(csv='', grade='', images='flat'), tmp_path).id_code.tolist() == ['x.jpg', 'x.png', 'y.png']
+    write_images(tmp_path / 'mixed', ['0/x.png', 'other/1/y.png'])
+    read_table(table(csv='', grade='', images='mixed'), tmp_path)
+    assert 'grade = folder' not in capsys.readouterr().out
+    write_images(tmp_path / 'deep', ['0/a/x.png', 'No DR/y.png'])
+    read_table(table(csv='', grade='', images='deep'), tmp_path)
+    assert 'To use these grades: grade = folder' in capsys.readouterr().out
+
+
+def test_folders_that_are_searched_are_named(tmp_path):
+    for keys, words in ((dict(folder='a | b'), 'that contains a or b, or'), ({}, 'that contains t.csv, or'),
+                        (dict(csv='', folder='. | b'), 'that contains b, or')):
+        with pytest.raises(TableError, match=f'Set --data to the folder {words}'): read_table(table(**keys), tmp_path)
+    write_rows(tmp_path, 'id_code,diagnosis', 'a,0', 'b,1')
+    assert len(read_table(table(folder='gone | .'), tmp_path)) == 2
+
+
+@pytest.mark.parametrize('there, found', [
+    (['test.csv'], True), (['pictures'], True), (['TEST.CSV'], True), (['train_images'], False), ([], False),
+    (['sub/test.csv'], False)])
+def test_an_optional_table_is_there_if_its_csv_or_its_images_are(tmp_path, there, found):
+    file = tmp_path / 'r.ini'
+    file.write_text('[table.train]\ncsv = train.csv\ngrade = g\n[table.test]\ncsv = test.csv\nimages = pictures\n'
+                    'optional = yes\n[stage.s]\ntrain = train\n[submit]\nfinal = s\ntable = test\n')
+    for name in there:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).mkdir()
+    recipe, note = with_present_tables(read_recipe(file), tmp_path)
+    assert ('test' in recipe.tables) == found
+    left_out = 'the recipe runs without this table. The model is s.'
+    assert note == ('' if found else f'test: test.csv and pictures not found in {tmp_path}; {left_out}')
+    nested = read_recipe(file, sets=['table.test.csv=sub/test.csv', 'table.test.images=.'])
+    assert ('test' in with_present_tables(nested, tmp_path)[0].tables) == ('sub/test.csv' in there)
