@@ -12,6 +12,7 @@ from aptos_fastai.run_folder import RecordError
 
 
 def test_importing_the_package_imports_no_heavy_library():
+    "OpenMP, too, reads its settings when PyTorch is loaded, so the package must not load it before it has set them"
     code = ('import sys, aptos_fastai\nheavy = {"torch", "fastai", "pandas", "cv2", "numpy"}\n'
             'assert not heavy & set(sys.modules)\n'
             'from aptos_fastai import quadratic_kappa, read_recipe, GradeThresholds, PredictionSets\n'
@@ -30,7 +31,7 @@ def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match='no attribute .nope.'): aptos_fastai.nope  # noqa: B018
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def run(toy):
     return open_run(ROOT / 'settings.ini', 'demo', toy.parent, TOY_KEYS)
 

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, TOY, expect_error, toy_args
+from conftest import ROOT, TOY, expect_error, toy_args, write_table
 
 from aptos_fastai.cli import COMMANDS, uses_run
 
@@ -131,12 +131,21 @@ BAD_IMAGES = {
 }
 
 
+@pytest.fixture(scope='module')
+def one_data_folder(tmp_path_factory):
+    "Tables for all bad images, one after the other: only the bad image is prepared again"
+    data = tmp_path_factory.mktemp('bad_images') / 'data'
+    write_table(data, 40)
+    write_table(data, 10, graded=False, seed=1, name='test')
+    return data
+
+
 @pytest.mark.parametrize('name', BAD_IMAGES)
-def test_bad_images(tables, small_recipe, tmp_path, capsys, name):
+def test_bad_images(one_data_folder, small_recipe, capsys, name):
     content, words = BAD_IMAGES[name]
-    write(tables / 'train_images/train005.png', content)
-    runs = tmp_path / 'runs'
-    expect_error(capsys, ['all', '--recipe', small_recipe, '--data', tables, '--runs', runs],
+    write(one_data_folder / 'train_images/train005.png', content)
+    runs = one_data_folder.with_name('runs')
+    expect_error(capsys, ['all', '--recipe', small_recipe, '--data', one_data_folder, '--runs', runs],
                  '1 of 40 images are unreadable: train005', words, 'skip_unreadable = yes')
     assert not list(runs.rglob('stage.json'))
 
@@ -176,18 +185,26 @@ BAD_COMMANDS = {
 }
 
 
+@pytest.fixture
+def runs_with_demo(toy, tmp_path):
+    "A folder of runs that holds the demo's images and their prepared copies, and no run"
+    for folder in toy.parent.iterdir():
+        if folder != toy: shutil.copytree(folder, tmp_path / 'runs' / folder.name, copy_function=os.link)
+    return tmp_path / 'runs'
+
+
 @pytest.mark.parametrize('name', BAD_COMMANDS)
-def test_bad_commands(tmp_path, monkeypatch, capsys, name):
+def test_bad_commands(runs_with_demo, monkeypatch, capsys, name):
     args, words = BAD_COMMANDS[name]
     monkeypatch.chdir(ROOT)
     if args[0] in COMMANDS and uses_run(COMMANDS[args[0]]):
-        defaults = {'--runs': tmp_path / 'runs', '--recipe': ROOT / 'settings.ini'}
+        defaults = {'--runs': runs_with_demo, '--recipe': ROOT / 'settings.ini'}
         args = [*args, *TOY]
         for option, value in defaults.items():
             if option not in args: args += [option, value]
     before = set(os.listdir(ROOT))
     expect_error(capsys, args, *words)
-    assert not (tmp_path / 'runs/settings-demo').exists()
+    assert not (runs_with_demo / 'settings-demo').exists()
     assert set(os.listdir(ROOT)) == before
 
 

@@ -24,13 +24,17 @@ def code_blocks(text, language):
 
 
 @pytest.mark.filterwarnings('ignore:load_learner')
-def test_examples_of_the_python_page_run(tmp_path, monkeypatch):
+def test_examples_of_the_python_page_run(toy, tmp_path, monkeypatch):
     shutil.copy(ROOT / 'settings.ini', tmp_path)
+    for folder in toy.parent.iterdir():      # the page's demo is that of the toy run: its images are there already
+        if folder != toy: shutil.copytree(folder, tmp_path / 'runs' / folder.name)
+    demos = list((tmp_path / 'runs').glob('demo-*'))
     monkeypatch.chdir(tmp_path)
     names = {}
     page = DOCS / 'python.md'
     for code in code_blocks(page.read_text(encoding='utf-8'), 'python'):
         exec(compile(code, str(page), 'exec'), names)
+    assert list((tmp_path / 'runs').glob('demo-*')) == demos
     assert names['oof'].score.notna().all()
     assert names['df'].grade.between(0, 4).all()
     assert names['fastai_scores'].shape == (4, 1)

@@ -2,6 +2,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import modified_times
 
 from aptos_fastai.common.io import read_record
 from aptos_fastai.data.demo import CAMERAS, COUNTS, generate_fundus, holds_demo_images, plan_demo, write_demo
@@ -44,15 +45,18 @@ def test_lesions_are_at_their_recorded_places(grade):
     for x, y in inside: assert im[y, x].astype(int).sum() < .7 * usual
 
 
-def test_tables_have_the_layout_of_kaggle(tmp_path):
-    folder = write_demo(tmp_path / 'demo', **TINY)
-    folder15, folder19 = folder / 'diabetic-retinopathy-detection', folder / 'aptos2019-blindness-detection'
+@pytest.fixture(scope='module')
+def demo(tmp_path_factory): return write_demo(tmp_path_factory.mktemp('demo') / 'demo', **TINY)
+
+
+def test_tables_have_the_layout_of_kaggle(demo):
+    folder15, folder19 = demo / 'diabetic-retinopathy-detection', demo / 'aptos2019-blindness-detection'
     labels15, train19 = pd.read_csv(folder15 / 'trainLabels.csv'), pd.read_csv(folder19 / 'train.csv')
     assert list(labels15) == ['image', 'level'] and len(labels15) == 40
     assert set(labels15.level) == set(train19.diagnosis) == set(range(5))
     assert all((folder15 / f'train/{i}.jpeg').is_file() for i in labels15.image)
     assert all(cv2.imread(str(folder19 / f'train_images/{i}.png')) is not None for i in train19.id_code)
-    assert 'SYNTHETIC' in (folder / 'README.txt').read_text()
+    assert 'SYNTHETIC' in (demo / 'README.txt').read_text()
 
 
 def test_both_eyes_of_a_patient_have_close_grades():
@@ -63,12 +67,12 @@ def test_both_eyes_of_a_patient_have_close_grades():
     assert difference.max() <= 1 and (difference == 0).mean() > .6
 
 
-def test_a_demo_is_written_once(tmp_path):
-    folder = write_demo(tmp_path / 'demo', **TINY)
-    calls = []
-    write_demo(folder, **TINY, progress=lambda *o: calls.append(o))
+def test_a_demo_is_written_once(demo):
+    calls, before = [], modified_times(demo)
+    write_demo(demo, **TINY, progress=lambda *o: calls.append(o))
     assert not calls
-    with pytest.raises(FileExistsError, match='other settings'): write_demo(folder, pretrain=42, train=30, test=10)
+    with pytest.raises(FileExistsError, match='other settings'): write_demo(demo, pretrain=42, train=30, test=10)
+    assert modified_times(demo) == before
 
 
 def test_a_demo_does_not_overwrite_other_files(tmp_path):

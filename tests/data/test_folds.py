@@ -62,7 +62,7 @@ def test_other_grades_make_other_folds(tables, written):
 
 def test_both_eyes_of_a_patient_are_in_one_fold(tmp_path):
     recipe = read_recipe(ROOT / 'settings.ini', demo=True)
-    data = write_demo(tmp_path / 'demo', pretrain=60, train=60, test=10)
+    data = write_demo(tmp_path / 'demo', pretrain=60, train=20, test=5)
     df = add_folds(recipe, read_tables(recipe, data), tmp_path / 'folds.csv')['eyepacs2015']
     assert df.group.nunique() == 30
     assert df.groupby('group').fold.nunique().max() == 1

@@ -1,7 +1,7 @@
 "Decisions about labels: how relabels.csv is read, applied to a table and written."
 import pandas as pd
 import pytest
-from conftest import ROOT, write_table
+from conftest import write_table
 
 from aptos_fastai.data.relabels import (
     COLUMNS,
@@ -188,7 +188,3 @@ def test_decisions_change_the_fingerprint_of_every_stage_that_trains_on_them(tab
     after, new = fingerprints(['table.train.relabels=relabels.csv'])
     assert not set(after) & set(before)
     assert (old.diagnosis != new.diagnosis).sum() == 1 and new.diagnosis[0] == 4
-
-
-def test_the_key_is_in_the_reference():
-    assert '`relabels`' in (ROOT / 'docs/recipe.md').read_text(encoding='utf-8')

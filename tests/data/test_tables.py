@@ -101,11 +101,11 @@ def test_doctor_says_how_many_patients_are_known(tables, small_recipe, tmp_path,
 
 
 def test_folder_names_of_other_downloads(tmp_path):
-    data = write_demo(tmp_path / 'demo', pretrain=60, train=60, test=10)
+    data = write_demo(tmp_path / 'demo', pretrain=40, train=30, test=10)
     (data / 'diabetic-retinopathy-detection').rename(data / 'Pretrained')
     (data / 'aptos2019-blindness-detection').rename(data / 'DeepLearner')
     frames = read_tables(read_recipe(ROOT / 'settings.ini'), data)
-    assert {name: len(df) for name, df in frames.items()} == dict(eyepacs2015=60, aptos_train=60, aptos_test=10)
+    assert {name: len(df) for name, df in frames.items()} == dict(eyepacs2015=40, aptos_train=30, aptos_test=10)
 
 
 def test_the_submission_has_the_order_of_the_sample_submission(tables):

@@ -232,7 +232,7 @@ def test_two_columns_that_would_do(tmp_path):
 
 def test_two_columns_of_the_same_images(tmp_path):
     csv = write_rows(tmp_path, 'key,image_path,diagnosis', [f'a{i},./a{i}.png,{grade_of(i)}' for i in range(20)])
-    assert keys(understand_table(csv), 'id') == ('image_path',) or keys(understand_table(csv), 'id') == ('key',)
+    assert keys(understand_table(csv), 'id') == ('key',)                     # the first of them
     rows = [f'a{i},a{(i + 1) % 20},{grade_of(i)}' for i in range(20)]
     csv = write_rows(tmp_path, 'first,second,diagnosis', rows)
     with pytest.raises(AptosError, match='the image can be in 2 columns: first, second'): understand_table(csv)

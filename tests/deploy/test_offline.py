@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 from conftest import ROOT
@@ -15,9 +16,10 @@ CACHES = '.cache/matplotlib', '.config/matplotlib'
 # Set or read by packages that report their use; under these MLflow does not, whatever this package sets
 TELEMETRY = ('ORT_DISABLE_TELEMETRY', 'MLFLOW_DISABLE_TELEMETRY', 'MLFLOW_TRACKING_URI', 'DO_NOT_TRACK', 'CI',
              'GITHUB_ACTIONS', 'PYTEST_CURRENT_TEST')
-# Runs a command of this package; a connection that Python code tries is refused and makes the exit status 3
+# Runs commands of this package, a JSON list of their arguments; a connection that Python code tries is refused and
+# makes the exit status 1
 PROGRAM = """
-import socket, sys
+import json, socket, sys
 tried = []
 
 def refuse(*args, **kwargs):
@@ -28,17 +30,20 @@ for name in ('connect', 'connect_ex', 'sendto'): setattr(socket.socket, name, re
 for name in ('getaddrinfo', 'gethostbyname', 'create_connection'): setattr(socket, name, refuse)
 
 from aptos_fastai.cli import main
-main(sys.argv[1:])
+for args in json.loads(sys.argv[1]): main(args)
 if tried: sys.exit(f'tried to connect: {tried}')
 """
 
 
-def run_offline(home, *args):
-    "Run a command with `home` as empty home folder; assert that it connects nowhere and leaves no file there"
+def run_offline(home, *commands):
+    """Run commands in one new process with `home` as empty home folder.
+
+    Assert that they connect nowhere and leave no file there.
+    """
     home.mkdir()
     env = {k: v for k, v in os.environ.items()
            if not k.startswith('XDG_') and k not in ('TORCH_HOME', 'HF_HOME', 'MPLCONFIGDIR', *TELEMETRY)}
-    command = [sys.executable, '-c', PROGRAM, *map(str, args)]
+    command = [sys.executable, '-c', PROGRAM, json.dumps([list(map(str, args)) for args in commands])]
     trace = home.with_suffix('.trace')
     if shutil.which('strace') and _can_trace(trace):       # sees the connections of native code, too
         command = ['strace', '-f', '--seccomp-bpf', '-e', 'trace=connect,sendto', '-o', str(trace), *command]
@@ -57,36 +62,25 @@ def _can_trace(file):
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
-@pytest.fixture(scope='module')
-def exported(toy, tmp_path_factory):
-    "The bundle of a copy of the toy run, exported without a network and with an empty home folder"
+def test_export_and_predict_make_no_connection(toy_copy, image_paths, tmp_path):
     for package in ('onnx', 'onnxscript', 'onnxruntime'): pytest.importorskip(package)
-    folder = tmp_path_factory.mktemp('offline')
-    shutil.copytree(toy.parent, folder / 'runs')
-    run = folder / 'runs' / toy.name
-    run_offline(folder / 'home', 'export', run)
-    return run / 'bundle'
+    backends = [name for name, package in PACKAGES.items() if find_spec(package)]
+    outputs = [tmp_path / f'{backend}.csv' for backend in backends]
+    run_offline(tmp_path / 'home', ['export', toy_copy, '--parity', '4'], *(
+        ['predict', toy_copy / 'bundle', *image_paths[:4], '-o', out, '--backend', backend]
+        for backend, out in zip(backends, outputs, strict=True)))
+    compared = {o['backend'] for o in json.loads((toy_copy / 'bundle/bundle.json').read_text())['parity']}
+    assert {'onnx'} <= compared <= set(backends)          # it compared the backends, so it ran them
+    for out in outputs: assert len(out.read_text().splitlines()) == 5
 
 
-def test_export_makes_no_connection(exported):
-    backends = {o['backend'] for o in json.loads((exported / 'bundle.json').read_text())['parity']}
-    assert {'onnx'} <= backends                           # it compared the backends, so it ran them
-
-
-@pytest.mark.parametrize('backend', PACKAGES)
-def test_predict_makes_no_connection(exported, image_paths, tmp_path, backend):
-    pytest.importorskip(PACKAGES[backend])
-    out = tmp_path / 'grades.csv'
-    run_offline(tmp_path / 'home', 'predict', exported, *image_paths[:4], '-o', out, '--backend', backend)
-    assert len(out.read_text().splitlines()) == 5
-
-
-@pytest.mark.parametrize('tracker', ['tensorboard', 'mlflow'])
-def test_tracking_in_the_run_folder_makes_no_connection(tables, small_recipe, tmp_path, tracker):
-    pytest.importorskip(tracker)
-    run_offline(tmp_path / 'home', 'train', 'teacher', '--recipe', small_recipe, '--data', tables, '--runs',
-                tmp_path / 'r', '--set', 'stage.folds=1', '--set', f'stage.track={tracker}')
-    assert any((tmp_path / 'r/small' / tracker).rglob('*'))
+def test_tracking_in_the_run_folder_makes_no_connection(tables, small_recipe, tmp_path):
+    trackers = [tracker for tracker in ('tensorboard', 'mlflow') if find_spec(tracker)]
+    if not trackers: pytest.skip('neither TensorBoard nor MLflow is installed')
+    run_offline(tmp_path / 'home', *(
+        ['train', 'teacher', '--recipe', small_recipe, '--data', tables, '--runs', tmp_path / tracker, '--set',
+         'stage.folds=1', '--set', f'stage.track={tracker}'] for tracker in trackers))
+    for tracker in trackers: assert any((tmp_path / tracker / 'small' / tracker).rglob('*'))
 
 
 def test_a_connection_is_refused():

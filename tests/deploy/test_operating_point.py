@@ -3,6 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import expect_error, write_table
+from expensive import onnx_of, toy_bundle
 
 from aptos_fastai.cli import main
 from aptos_fastai.common.io import read_record
@@ -19,7 +20,7 @@ pytest.importorskip('onnxruntime')
 @pytest.fixture(scope='module', autouse=True)
 def few_parity_images():
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(parity_module, 'PARITY_IMAGES', 8)
+        m.setattr(parity_module, 'PARITY_IMAGES', 4)
         m.setattr(parity_module, 'has_bf16', lambda: False)
         yield
 
@@ -28,7 +29,8 @@ def few_parity_images():
 def changed(toy, tmp_path_factory):
     "A bundle of the toy run with another operating point"
     folder = tmp_path_factory.mktemp('points') / 'specific'
-    main(['operating-point', str(toy), '--specificity', '0.8', '-o', str(folder)])
+    with onnx_of(toy_bundle(toy, tmp_path_factory)):
+        main(['operating-point', str(toy), '--specificity', '0.8', '-o', str(folder)])
     return folder
 
 

@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import write_table
+from expensive import quick_reports
 from safetensors.torch import load_file
 
 from aptos_fastai.cli import main
@@ -35,6 +36,7 @@ arch = test_vit
 weights = none
 size = 64
 epochs = 1
+folds = 1
 bs = 8
 tta = hflip
 precision = f32
@@ -63,7 +65,8 @@ def run(tmp_path_factory):
     write_table(folder / 'data', 40)
     write_table(folder / 'data', 10, graded=False, seed=1, name='test')
     (folder / 'vit.ini').write_text(RECIPE)
-    main(['all', '--recipe', str(folder / 'vit.ini'), '--data', str(folder / 'data'), '--runs', str(folder / 'runs')])
+    options = ['--recipe', str(folder / 'vit.ini'), '--data', str(folder / 'data'), '--runs', str(folder / 'runs')]
+    with quick_reports(): main(['all', *options])
     return folder / 'runs' / 'vit'
 
 
@@ -107,7 +110,7 @@ def test_validation_scores_are_expected_grades(run):
 @pytest.mark.parametrize('backend', ['torch', 'onnx', 'openvino'])
 def test_a_bundle_gives_the_scores_of_its_run(run, backend):
     if backend != 'torch': pytest.importorskip(dict(onnx='onnxruntime').get(backend, backend))
-    if not (run / 'bundle').exists(): main(['export', str(run)])
+    if not (run / 'bundle').exists(): main(['export', str(run), '--parity', '8'])
     paths = sorted(map(str, (run.parents[1] / 'data' / 'test_images').iterdir()))
     expected, df = load_grader(run).predict(paths), load_grader(run / 'bundle', backend).predict(paths)
     assert np.allclose(df.score, expected.score, atol=1e-4)

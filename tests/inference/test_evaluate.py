@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import expect_error, write_table
+from expensive import onnx_of, quick_reports, toy_bundle
 
 from aptos_fastai.cli import main
 from aptos_fastai.common.io import read_record, write_record
@@ -134,17 +135,18 @@ def test_a_planted_difference_is_marked_and_no_other():
     assert {o['name']: (o['images'], o['level']) for o in by_few['values']} == dict(x=(20, None), y=(580, None))
 
 
-def test_subgroups_that_differ_by_chance_are_hardly_ever_marked():
-    "Ten sites alike and a good model, whose AUC in a site is often 1: at most one of eight tables has a mark"
+@pytest.mark.parametrize('tables', [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_subgroups_that_differ_by_chance_are_hardly_ever_marked(tables):
+    "Ten sites alike and a good model, whose AUC in a site is often 1: at most one of the tables has a mark"
     marked = 0
-    for seed in range(8):
+    for seed in range(tables):
         rng = np.random.default_rng(seed)
         y = rng.choice(5, 500, p=[.5, .1, .25, .1, .05])
         site = rng.choice([f's{i}' for i in range(10)], 500)
         df = graded(y, score=np.clip(y + rng.normal(0, .6, 500), 0, 4), site=site)
         by_site, = subgroup_results(df, ['site'])
         marked += any(o['differs'] for o in by_site['values'])
-    assert marked <= 1
+    assert marked <= 1                                  # by the bootstrap alone, each table would have one
 
 
 def test_images_that_left_the_tables_stay_known(tables, small_recipe, tmp_path):
@@ -229,7 +231,8 @@ def clinic(toy, tmp_path_factory):
 
 
 def evaluate(model, clinic, *options):
-    main(['evaluate', str(model), str(clinic / 'grades.csv'), str(clinic / 'grades_images'), *map(str, options)])
+    with quick_reports():
+        main(['evaluate', str(model), str(clinic / 'grades.csv'), str(clinic / 'grades_images'), *map(str, options)])
 
 
 def read_strict(file):
@@ -242,7 +245,8 @@ def read_strict(file):
 def evaluation(toy, clinic, tmp_path_factory):
     "The folder of an evaluation of the toy run on `clinic`"
     out = tmp_path_factory.mktemp('evaluation') / 'out'
-    evaluate(toy, clinic, '-o', out, '--prevalence', .1)
+    main(['evaluate', str(toy), str(clinic / 'grades.csv'), str(clinic / 'grades_images'), '-o', str(out),
+          '--prevalence', '.1'])
     return out
 
 
@@ -421,7 +425,7 @@ def test_columns_can_be_named(toy, clinic, tmp_path, capsys):
     csv.assign(level=csv.diagnosis.replace('4', '3')).to_csv(clinic / 'two.csv', index=False)
     args = ['evaluate', toy, clinic / 'two.csv', clinic / 'grades_images', '-o', tmp_path / 'out']
     expect_error(capsys, args, 'the grade can be in 2 columns', '--grade')
-    main([*map(str, args), '--grade', 'level', '--patient', 'site'])
+    with quick_reports(): main([*map(str, args), '--grade', 'level', '--patient', 'site'])
     record = read_record(tmp_path / 'out/evaluation.json')
     assert record['confusion'][4] == [0] * 5 and record['counts']['groups'] == 2
 
@@ -439,7 +443,7 @@ def test_copies_within_the_table_are_counted(toy, clinic, tmp_path):
 @pytest.fixture(scope='module')
 def exported(toy, clinic, tmp_path_factory):
     "A copy of the toy run with an evaluation, an evaluation of other weights, and its bundle"
-    for package in ('onnx', 'onnxscript', 'onnxruntime'): pytest.importorskip(package)
+    bundle = toy_bundle(toy, tmp_path_factory)
     runs = tmp_path_factory.mktemp('bundle') / 'runs'
     shutil.copytree(toy.parent, runs)
     run = runs / toy.name
@@ -447,7 +451,7 @@ def exported(toy, clinic, tmp_path_factory):
     record = read_record(run / 'evaluations/grades/evaluation.json')
     record['model']['digests'], record['table']['name'] = dict(model='another'), 'stale'
     write_record(run / 'evaluations/stale/evaluation.json', record)
-    main(['export', str(run)])
+    with onnx_of(bundle): main(['export', str(run), '--parity', '4'])
     return run
 
 

@@ -71,8 +71,7 @@ def test_the_maps_have_an_eighth_of_the_side(arch):
     ('swin_tiny_patch4_window7_224', 'avg', 64, 8), ('hiera_tiny_224', 'avg', 224, 28),      # 8 times smaller
     ('hrnet_w18_small', 'gem', 64, 16),                            # a list; the largest of its maps
     ('twins_pcpvt_small', 'avg', 64, 8), ('mvitv2_tiny', 'avg', 64, 8)])                     # timm misnames the layers
-@pytest.mark.parametrize('row, column', [(.25, .7), (.8, .3)])
-def test_the_maps_of_every_kind_of_network_are_where_the_image_is(arch, head, size, side, row, column):
+def test_the_maps_of_every_kind_of_network_are_where_the_image_is(arch, head, size, side):
     "A spot in an image changes the layer's maps most where the spot is"
     torch.manual_seed(0)
     net = create_model(arch, head, size).eval()
@@ -80,12 +79,15 @@ def test_the_maps_of_every_kind_of_network_are_where_the_image_is(arch, head, si
     image = torch.randn(1, 3, size, size)
     hot = hires_cam(net, image, layer)
     assert hot.shape == (1, side, side) and hot.abs().max() > 0
-    spot, y, x, half = image.clone(), round(row * size), round(column * size), size // 16
-    spot[..., y - half:y + half, x - half:x + half] += 2
-    with torch.no_grad(): before, after = (layer_maps(layer_outputs(net, im, [layer])[0][layer], net, layer)
-                                           for im in (image, spot))
-    v, u = divmod(int((after - before).abs().sum(1).argmax()), side)
-    assert (v + .5) / side == pytest.approx(row, abs=.13) and (u + .5) / side == pytest.approx(column, abs=.13)
+    places, half = [(.25, .7), (.8, .3)], size // 16
+    images = image.repeat(3, 1, 1, 1)
+    for spotted, (row, column) in zip(images[1:], places, strict=True):
+        y, x = round(row * size), round(column * size)
+        spotted[..., y - half:y + half, x - half:x + half] += 2
+    with torch.no_grad(): before, *after = layer_maps(layer_outputs(net, images, [layer])[0][layer], net, layer)
+    for maps, (row, column) in zip(after, places, strict=True):
+        v, u = divmod(int((maps - before).abs().sum(0).argmax()), side)
+        assert (v + .5) / side == pytest.approx(row, abs=.13) and (u + .5) / side == pytest.approx(column, abs=.13)
 
 
 def test_a_score_of_one_place_of_a_transformer_is_hot_there():
