@@ -155,6 +155,12 @@ def test_keys_lists_every_key_of_the_shipped_recipe(capsys):
         if '=' in line and not line.startswith('#'): assert f'  {line.split("=")[0].strip()} ' in out
 
 
+def test_keys_can_be_piped_in_the_encoding_of_windows_and_shows_no_emoji():
+    env = os.environ | dict(PYTHONIOENCODING='cp1252')
+    out = subprocess.run([sys.executable, 'run.py', 'keys'], env=env, cwd=ROOT, capture_output=True)
+    assert out.returncode == 0 and b'dicom:eye:' in out.stdout, out.stderr
+
+
 def test_init_writes_the_shipped_recipes_and_overwrites_nothing(tmp_path, capsys):
     main(['init', str(tmp_path)])
     for file in [ROOT / 'settings.ini', *(ROOT / 'recipes').glob('*.ini')]:
