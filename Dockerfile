@@ -7,14 +7,14 @@
 # Building needs the network, running does not. docs/scripts/check_dockerfile.py runs its steps without Docker.
 
 FROM python:3.11-slim AS build
-# PyTorch without CUDA: 0.8 GB instead of 6 GB
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# For PyTorch without CUDA, 0.8 GB instead of 6 GB: --build-arg PIP_EXTRA_INDEX_URL=…, the index of its CPU builds
+ARG PIP_EXTRA_INDEX_URL=
 RUN python3 -m venv /venv
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE settings.ini constraints.txt ./
 COPY recipes recipes/
 COPY aptos_fastai aptos_fastai/
-RUN /venv/bin/pip install -q --no-cache-dir --extra-index-url "$TORCH_INDEX" -c constraints.txt ".[serve]"
+RUN /venv/bin/pip install -q --no-cache-dir -c constraints.txt ".[serve]"
 
 FROM python:3.11-slim
 COPY --from=build /venv /venv

@@ -2,8 +2,7 @@
 
 Its absolute folders lie in a new temporary folder. `RUN` and `COPY` are executed there, then `ENTRYPOINT` on the
 bundle, which must stay unchanged, until `HEALTHCHECK` succeeds. It differs from Docker: the base image is this machine,
-the user is the present one (`useradd` is left out), and PyTorch is PyPI's CUDA build (6 GB), so that only PyPI needs
-to be reachable; `--index URL` takes another one.
+the user is the present one (`useradd` is left out), and PyTorch is the usual CUDA build (6 GB).
 """
 import argparse
 import glob
@@ -43,8 +42,8 @@ def health_command(steps: list[Step]) -> list[str]:
 
 class Image:
     "What the steps build, below the folder `top`"
-    def __init__(self, top: Path, index: str):
-        self.top, self.folder, self.index = top, top, index
+    def __init__(self, top: Path):
+        self.top, self.folder = top, top
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(('PYTHON', 'VIRTUAL_ENV'))}
 
     def placed(self, text: str) -> str:
@@ -58,7 +57,7 @@ class Image:
             self.folder.mkdir(exist_ok=True)
         elif name == 'ARG':
             key, _, value = text.partition('=')
-            self.env[key] = self.index or value
+            if value: self.env[key] = value
         elif name == 'COPY' and '--from' not in text: self.copy(*text.split())
         elif name == 'ENV': self.env |= dict(pair.split('=', 1) for pair in self.placed(text).split())
         elif name == 'RUN' and not text.startswith('useradd'): self.shell(text)
@@ -110,11 +109,10 @@ def main() -> None:
     "Build, start, ask"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('bundle', type=Path)
-    parser.add_argument('--index', default='https://pypi.org/simple', help='package index of PyTorch')
     args = parser.parse_args()
     steps = read_steps((ROOT / 'Dockerfile').read_text(encoding='utf-8'))
     with tempfile.TemporaryDirectory() as top:
-        image = Image(Path(top), args.index)
+        image = Image(Path(top))
         model = shutil.copytree(args.bundle, image.top / 'model')
         before = state(model)
         for step in steps: image.run(*step)
