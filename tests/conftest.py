@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 
 from aptos_fastai.cli import main
 from aptos_fastai.common.io import file_hash, write_csv, write_record
@@ -107,27 +108,33 @@ def tables(tmp_path):
     return tmp_path / 'data'
 
 
+SMALL = {                                    # what recipes/one_table.ini says -> at toy size
+    'tf_efficientnet_lite0': 'test_resnet',
+    'bundled': 'none',
+    'size = 224': 'size = 32\nprecision = f32',
+    'size = 320': 'size = 64',
+    'folds = 5': 'folds = 2',
+    'epochs = 11': 'epochs = 1',
+    'freeze_epochs = 1': 'freeze_epochs = 0',
+    'bs = 16': 'bs = 8',
+    'tta = d4': 'tta = hflip',
+}
+
+
+def write_small_recipe(file: Path):
+    "Write recipes/one_table.ini at toy size; return its path"
+    text = (ROOT / 'recipes/one_table.ini').read_text()
+    for old, new in SMALL.items():
+        assert old in text, f'{old} is not in recipes/one_table.ini'
+        text = text.replace(old, new)
+    file.write_text(text)
+    return file
+
+
 @pytest.fixture
 def small_recipe(tmp_path):
     "recipes/one_table.ini at toy size"
-    text = (ROOT / 'recipes/one_table.ini').read_text()
-    replacements = {
-        'tf_efficientnet_lite0': 'test_resnet',
-        'bundled': 'none',
-        'size = 224': 'size = 32\nprecision = f32',
-        'size = 320': 'size = 64',
-        'folds = 5': 'folds = 2',
-        'epochs = 11': 'epochs = 1',
-        'freeze_epochs = 1': 'freeze_epochs = 0',
-        'bs = 16': 'bs = 8',
-        'tta = d4': 'tta = hflip',
-    }
-    for old, new in replacements.items():
-        assert old in text, f'{old} is not in recipes/one_table.ini'
-        text = text.replace(old, new)
-    file = tmp_path / 'small.ini'
-    file.write_text(text)
-    return file
+    return write_small_recipe(tmp_path / 'small.ini')
 
 
 @pytest.fixture(scope='session')
@@ -137,14 +144,44 @@ def idrid():
     return IDRID
 
 
-# The toy run
+# Finished runs
+
+@contextmanager
+def without_report():
+    "Runs in this block write an empty report.html: its figures take most of the time of a toy run"
+    def write_nothing(run, *args): (run.root / 'report.html').write_text('none')
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr('aptos_fastai.reports.run_report.write_report', write_nothing)
+        yield
+
+
+@pytest.fixture
+def no_report():
+    "A test whose runs write an empty report.html"
+    with without_report(): yield
+
+
+def made_once(tmp_path_factory, name, make):
+    "Return a folder that `make(folder)` fills: once for all processes of pytest-xdist, of which each gets a copy"
+    own, base = tmp_path_factory.mktemp(name), tmp_path_factory.getbasetemp()
+    shared = (base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base) / f'{name}_of_all'
+    with FileLock(f'{shared}.lock'):
+        made = shared.with_suffix('.made')
+        if not made.is_file():
+            shutil.rmtree(shared, ignore_errors=True)                  # of a process that failed
+            shared.mkdir()
+            make(shared)
+            made.touch()
+    return shutil.copytree(shared, own, dirs_exist_ok=True)
+
+
+def make_toy(folder): main(['all', '--recipe', str(ROOT / 'settings.ini'), '--runs', str(folder), *TOY])
+
 
 @pytest.fixture(scope='session')
 def toy(tmp_path_factory):
     "The run folder of `run.py all` with the shipped settings.ini on a toy demo; tests must not change it"
-    runs = tmp_path_factory.mktemp('toy')
-    main(['all', '--recipe', str(ROOT / 'settings.ini'), '--runs', str(runs), *TOY])
-    return runs / 'settings-demo'
+    return made_once(tmp_path_factory, 'toy', make_toy) / 'settings-demo'
 
 
 @pytest.fixture
@@ -152,6 +189,35 @@ def toy_copy(toy, tmp_path):
     "A copy of the toy run that a test may change"
     shutil.copytree(toy.parent, tmp_path / 'runs')
     return tmp_path / 'runs' / toy.name
+
+
+def make_small(folder):
+    write_table(folder / 'data', 40)
+    write_table(folder / 'data', 10, graded=False, seed=1, name='test')
+    recipe = write_small_recipe(folder / 'small.ini')
+    recipe.write_text(recipe.read_text().replace('\n[table.train]\n', '\n[table.train]\nblock = 2\n'))
+    with without_report(): main(['all', *small_options(folder)])
+
+
+@pytest.fixture(scope='session')
+def small(tmp_path_factory):
+    """A folder with small.ini (recipes/one_table.ini at toy size, ids in blocks of 2), its data and its finished run.
+
+    Tests must not change it.
+    """
+    return made_once(tmp_path_factory, 'small', make_small)
+
+
+@pytest.fixture
+def small_copy(small, tmp_path):
+    "A copy of `small` that a test may change"
+    return shutil.copytree(small, tmp_path / 'small')
+
+
+def small_options(folder, *keys):
+    "Return the command line arguments of the run in a folder such as `small`, with keys of --set"
+    places = ['--recipe', str(folder / 'small.ini'), '--data', str(folder / 'data'), '--runs', str(folder / 'runs')]
+    return [*places, *(option for key in keys for option in ('--set', key))]
 
 
 @pytest.fixture(scope='session')

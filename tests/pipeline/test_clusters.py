@@ -1,5 +1,6 @@
 "Out-of-fold kappa by camera, visual cluster and range of ids."
 import json
+import shutil
 from types import SimpleNamespace
 
 import cv2
@@ -132,7 +133,9 @@ def test_a_drop_beyond_chance_is_a_warning(valid):
     assert cluster_warnings([dict(found[0], drop=.01), dict(found[0], drop=None)]) == []
 
 
-def test_columns_of_the_table_are_carried_to_results(tables, small_recipe, tmp_path):
+def test_columns_of_the_table_are_carried_to_results(tables, small_recipe, no_report, tmp_path):
+    (tables / 'test.csv').unlink()
+    shutil.rmtree(tables / 'test_images')
     df = pd.read_csv(tables / 'train.csv')
     df.assign(site=['north', 'south'] * 20, camera='').to_csv(tables / 'train.csv', index=False, sep=';')
     args = ['--recipe', str(small_recipe), '--data', str(tables), '--runs', str(tmp_path / 'runs')]

@@ -243,7 +243,7 @@ def test_a_recipe_for_other_hours_is_kept_if_it_trains_and_replaced_if_nothing_w
     assert (tmp_path / 'r/a/a.ini.old').read_text() == text
 
 
-def test_fit_with_hours_trains_what_it_has_chosen(tmp_path, capsys):
+def test_fit_with_hours_trains_what_it_has_chosen(no_report, tmp_path, capsys):
     write_table(tmp_path / 'd', 40)
     sets = ['stage.arch=test_resnet', 'stage.weights=none', 'stage.size=32', 'stage.folds=2', 'stage.freeze_epochs=0',
             'stage.epochs=1', 'stage.bs=8', 'stage.precision=f32', 'images.size=64', 'stage.seeds=1']

@@ -12,7 +12,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, STAGES, TOY, expect_error, modified_times, stage_options, toy_args
+from conftest import (
+    ROOT,
+    expect_error,
+    modified_times,
+    small_options,
+    stage_options,
+    toy_args,
+    write_small_recipe,
+    write_table,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -78,9 +87,10 @@ def mount_disk(tmp_path):
     for folder in mounted: subprocess.run(['umount', '-l', str(folder)])
 
 
-@pytest.mark.parametrize('kilobytes', [16, 200, 1000, 3000])
-def test_a_full_disk_is_one_line_and_the_run_resumes_once_there_is_space(mount_disk, tables, small_recipe, capsys,
-                                                                         kilobytes):
+@pytest.mark.parametrize('kilobytes', [pytest.param(16, marks=pytest.mark.slow), 200,
+                                       pytest.param(1000, marks=pytest.mark.slow), 3000])
+def test_a_full_disk_is_one_line_and_the_run_resumes_once_there_is_space(mount_disk, tables, small_recipe, no_report,
+                                                                         capsys, kilobytes):
     disk = mount_disk(kilobytes)
     args = ['all', *small_args(tables, small_recipe, disk / 'runs')]
     expect_error(capsys, args, 'cannot', 'No space left on device')
@@ -130,40 +140,49 @@ def test_a_record_is_read_back_or_refused(tmp_path, o):
     with pytest.raises(AptosError, match='content changed'): read_record(file)
 
 
-def test_a_folder_may_move(tables, small_recipe, tmp_path, capsys):
-    data, moved = tmp_path / 'data', tmp_path / 'elsewhere/data'
-    main(['all', *small_args(tables, small_recipe, data / 'runs')])
-    shutil.copytree(data, moved)
-    shutil.rmtree(data)
-    capsys.readouterr()
-    main(['all', *small_args(moved, small_recipe, moved / 'runs')])
+def test_a_folder_may_move(small_copy, tmp_path, capsys):
+    moved = small_copy.rename(tmp_path / 'elsewhere')
+    main(['all', *small_options(moved)])
     assert UP_TO_DATE in capsys.readouterr().out
-    root = moved / 'runs/small'
-    assert not [f for f in root.rglob('*.json') if str(tmp_path) in f.read_text()]      # records hold no absolute path
+    records = list((moved / 'runs').rglob('*.json'))
+    assert {'run.json', 'stage.json', 'summary.json', 'provenance.json'} <= {f.name for f in records}
+    assert not [f for f in records if str(tmp_path.parents[1]) in f.read_text()]         # records hold no absolute path
 
 
 # Training
 
+INTERRUPTED = stage_options('freeze_epochs=2', 'epochs=2', 'ema=.9', 'accumulate=2', 'folds=1', 'dropout=.3',
+                            'keep=loss')
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory):
+    "A folder with recipe, data and a stage that was trained without an interruption; tests must not change it"
+    folder = tmp_path_factory.mktemp('uninterrupted')
+    write_table(folder / 'data', 40)
+    write_table(folder / 'data', 10, graded=False, seed=1, name='test')
+    write_small_recipe(folder / 'small.ini')
+    main(['train', 'teacher', *small_options(folder), *INTERRUPTED])
+    return folder
+
+
 @pytest.mark.parametrize('stop', [1, 2, 3, 4])
-def test_a_resumed_stage_is_bit_for_bit_the_uninterrupted_one(tables, small_recipe, tmp_path, monkeypatch, capsys,
-                                                              stop):
+def test_a_resumed_stage_is_bit_for_bit_the_uninterrupted_one(uninterrupted, tmp_path, monkeypatch, capsys, stop):
     "With a frozen start, a moving average, an incomplete group of accumulated batches, and dropout"
-    keys = stage_options('freeze_epochs=2', 'epochs=2', 'ema=.9', 'accumulate=2', 'folds=1', 'dropout=.3', 'keep=loss')
-    args, stopped_args = (['train', 'teacher', *small_args(tables, small_recipe, tmp_path / n, *keys)] for n in 'ab')
-    main(args)
+    args = ['train', 'teacher', *small_options(uninterrupted), '--runs', str(tmp_path), *INTERRUPTED]
     real = checkpoint.Checkpoint.after_epoch
 
     def stop_after(self):
         real(self)
         if self.saved_epochs == stop: raise KeyboardInterrupt
     monkeypatch.setattr(checkpoint.Checkpoint, 'after_epoch', stop_after)
-    with pytest.raises(SystemExit) as e: main(stopped_args)
+    with pytest.raises(SystemExit) as e: main(args)
     assert e.value.code == 130
     assert f'stopped: teacher has finished {stop} of 4 epochs' in capsys.readouterr().err
     monkeypatch.undo()
-    main(stopped_args)
+    main(args)
     assert f'resumes after epoch {stop} of 4' in capsys.readouterr().out
-    a, b = (tmp_path / n / 'small/teacher/fold0' for n in 'ab')
+    a, b = (runs / 'small/teacher/fold0' for runs in (uninterrupted / 'runs', tmp_path))
     weights_a, weights_b = load_file(a / 'weights.safetensors'), load_file(b / 'weights.safetensors')
     assert all(torch.equal(weights_a[k], weights_b[k]) for k in weights_a)
     assert (a / 'preds.csv').read_text() == (b / 'preds.csv').read_text()
@@ -244,12 +263,13 @@ def test_a_killed_loader_process_is_one_line(tables, small_recipe, tmp_path, mon
                  'a process that loads images died', 'workers = 0')
 
 
-def test_same_seed_same_run_with_any_number_of_loaders(toy, tmp_path):
-    main(['all', '--recipe', RECIPE, '--runs', str(tmp_path), *TOY, '--set', 'stage.workers=2'])
-    other = tmp_path / toy.name
-    files = [f'{s}/fold0/{f}' for s in STAGES for f in ('preds.csv', 'weights.safetensors')]
+def test_same_seed_same_run_with_any_number_of_loaders(small, no_report, tmp_path):
+    main(['all', *small_options(small, 'stage.workers=2'), '--runs', str(tmp_path)])
+    one, other = small / 'runs/small', tmp_path / 'small'
+    files = [f'{s}/fold{k}/{f}' for s in ('teacher', 'retrain') for k in (0, 1)
+             for f in ('preds.csv', 'weights.safetensors')]
     for f in ('submission.csv', 'scores.csv', 'oof.csv', *files):
-        assert (toy / f).read_bytes() == (other / f).read_bytes(), f
+        assert (one / f).read_bytes() == (other / f).read_bytes(), f
 
 
 # Files from others
@@ -276,7 +296,7 @@ def test_a_pickle_is_not_loaded_unless_trusted(toy, tables, small_recipe, tmp_pa
     expect_error(capsys, [*args, '--set', 'stage.wd=.3'], 'is a pickle')      # trust is for one command
 
 
-def test_an_exchanged_learner_or_checkpoint_is_not_loaded(toy_copy, tmp_path, capsys):
+def test_an_exchanged_learner_or_checkpoint_is_not_loaded(toy_copy, no_report, tmp_path, capsys):
     trace = tmp_path / 'trace'
     for name in ('learner.pkl', 'checkpoint-1.pt'):
         (toy_copy / 'pretrain_256/fold0' / name).write_bytes(pickle.dumps(MaliciousPickle(trace)))
@@ -307,8 +327,8 @@ main(sys.argv[1:])
 '''
 
 
-def test_training_connects_to_no_host(toy, tmp_path):
-    args = ['train', 'pretrain_dense', *toy_args(toy, '--set', 'stage.pretrain_dense.wd=.7'), '--runs', str(tmp_path)]
+def test_training_connects_to_no_host(small_copy):
+    args = ['train', 'teacher', *small_options(small_copy, 'stage.wd=.7', 'stage.folds=1')]
     out = subprocess.run([sys.executable, '-W', 'ignore', '-c', NO_NETWORK, *args], capture_output=True, text=True,
                          cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert out.returncode == 0, out.stderr

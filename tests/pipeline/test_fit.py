@@ -4,7 +4,7 @@ import shutil
 
 import pandas as pd
 import pytest
-from conftest import ROOT, expect_error, stage_options, write_table
+from conftest import ROOT, expect_error, stage_options, without_report, write_table
 from layouts import LAYOUTS
 
 from aptos_fastai import fit
@@ -14,18 +14,18 @@ from aptos_fastai.pipeline.stage import training_frame
 from aptos_fastai.recipe import ConfigError, read_recipe
 from aptos_fastai.run_folder import Run
 
-SMALL = ['stage.arch=test_resnet', 'stage.weights=none', 'stage.size=32', 'stage.folds=3', 'stage.epochs=1',
+SMALL = ['stage.arch=test_resnet', 'stage.weights=none', 'stage.size=32', 'stage.folds=2', 'stage.epochs=1',
          'stage.freeze_epochs=0', 'stage.bs=8', 'stage.tta=none', 'stage.precision=f32', 'images.size=64',
-         'recipe.splits=3']
+         'recipe.splits=2']
 SETS = [option for key in SMALL for option in ('--set', key)]
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def fitted(tmp_path_factory):
     "A run that `fit` has made of an .xlsx with words as grades, and the folder of its data"
     pytest.importorskip('openpyxl')
     root = LAYOUTS['clinic_excel'](tmp_path_factory.mktemp('clinic'))
-    return fit(root / 'labels.xlsx', root / 'photos', runs=root / 'runs', sets=SMALL), root
+    with without_report(): return fit(root / 'labels.xlsx', root / 'photos', runs=root / 'runs', sets=SMALL), root
 
 
 # fit
@@ -53,7 +53,7 @@ def test_the_recipe_of_fit_can_be_run_again(fitted, capsys):
     assert 'Nothing to do: every stage is up to date' in capsys.readouterr().out
 
 
-def test_fit_trains_on_unlabelled_images_too(tmp_path, capsys):
+def test_fit_trains_on_unlabelled_images_too(no_report, tmp_path, capsys):
     root = LAYOUTS['semicolons'](tmp_path)
     main(['fit', str(root / 'Befunde.csv'), str(root / 'Bilder'), str(root / 'ohne Befund'), '--name', 'a',
           '--runs', str(tmp_path / 'r'), *SETS])
@@ -96,11 +96,11 @@ def test_fit_keeps_the_recipe_of_an_earlier_run(fitted, tmp_path, capsys):
     assert (run.folder / 'labels.ini').read_bytes() == recipe
 
 
-def test_a_fit_that_failed_before_it_trained_can_be_repeated_with_other_settings(tmp_path, capsys):
+def test_a_fit_that_failed_before_it_trained_can_be_repeated_with_other_settings(no_report, tmp_path, capsys):
     root = LAYOUTS['semicolons'](tmp_path)
     args = ['fit', str(root / 'Befunde.csv'), str(root / 'Bilder'), '--name', 'a', '--runs', str(tmp_path / 'r')]
     expect_error(capsys, [*args, *SETS, '--set', 'stage.bs=256'], 'bs = 256: fold 0 has only')
-    main([*args, *SETS])
+    main([*args, *SETS, '--set', 'stage.folds=1'])
     assert 'replaced, because nothing was trained by it' in ' '.join(capsys.readouterr().out.split())
     assert (tmp_path / 'r/a/report.html').is_file()
 
@@ -131,7 +131,7 @@ def test_one_graded_table_is_enough(tables, small_recipe, tmp_path, capsys):
     assert 'runs without this table' in (root / 'report.html').read_text()
     main(['all', *args])
     assert 'Nothing to do' in capsys.readouterr().out
-    main(['report', *args])
+    with without_report(): main(['report', *args])
     image = tables / 'train_images/train000.png'
     main(['predict', str(root), str(image), '-o', str(tmp_path / 'g.csv')])
     main(['export', str(root)])
@@ -139,7 +139,7 @@ def test_one_graded_table_is_enough(tables, small_recipe, tmp_path, capsys):
     expect_error(capsys, ['train', 'retrain', *args], 'retrain: no such stage', 'Choose from: teacher')
     write_table(tables, 10, graded=False, seed=1, name='test')            # it arrives later: the teacher stays
     capsys.readouterr()
-    main(['all', *args])
+    with without_report(): main(['all', *args])
     out = capsys.readouterr().out
     assert 'stage 1 of 1: retrain' in out and (root / 'submission.csv').is_file()
 
@@ -172,7 +172,7 @@ def test_a_recipe_without_tables_that_are_missing():
 
 TWO = """
 [recipe]
-splits = 3
+splits = 2
 [images]
 size = 64
 [table.a]
@@ -187,7 +187,7 @@ grade = diagnosis
 arch = test_resnet
 weights = none
 size = 32
-folds = 3
+folds = 2
 epochs = 1
 bs = 8
 precision = f32
@@ -211,13 +211,13 @@ def two_tables(tmp_path):
 
 
 def test_tables_that_only_train(two_tables, tmp_path, capsys):
-    main(['all', *two_tables])
+    with without_report(): main(['all', *two_tables])
     out = ' '.join(capsys.readouterr().out.split())
     assert 'b: 1 of' not in out
     oof = pd.read_csv(tmp_path / 'r/two/oof.csv')
     assert set(oof.source[oof['first'].notna()]) == {'a'} and set(oof.source[oof.both.notna()]) == {'a', 'b'}
     run: Run = load_run(*two_tables[1::2])
-    for fold in range(3):
+    for fold in range(2):
         frame = training_frame(run, run.recipe.stages['first'], fold, {})
         assert not set(frame.group[frame.valid]) & set(frame.group[~frame.valid])
         copy_validates = 'a003' in set(frame.id_code[frame.valid])
@@ -251,10 +251,10 @@ final = fine
     text = TWO[:TWO.index('[stage.both]')] + stages
     (tmp_path / 'r.ini').write_text(text)
     with start_run(load_run(tmp_path / 'r.ini', tmp_path / 'd', tmp_path / 'r')) as (run, _):
-        for fold in range(3):
+        for fold in range(2):
             pre, fine = (training_frame(run, run.recipe.stages[name], fold, {}) for name in ('pre', 'fine'))
             assert not set(pre.group[~pre.valid]) & set(fine.group[fine.valid])
-            assert (pre.source == 'b').sum() > 20
+            assert 20 < (pre.source == 'b').sum() < 30
 
 
 @pytest.mark.parametrize('sets, words', [

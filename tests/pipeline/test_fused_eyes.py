@@ -124,7 +124,8 @@ def test_report_and_summary_show_both_readings_and_the_caution(fused):
         assert text in html, text
 
 
-def test_single_eyes_need_no_training_and_grade_as_the_fused_model_grades_an_image_alone(fused, copy, capsys):
+def test_single_eyes_need_no_training_and_grade_as_the_fused_model_grades_an_image_alone(fused, copy, no_report,
+                                                                                         capsys):
     main(['all', *arguments(copy)])
     assert 'Nothing to do' in capsys.readouterr().out
     weights = (copy / 'runs/eyes/teacher/fold0/weights.safetensors').stat().st_mtime_ns
@@ -141,7 +142,7 @@ def test_single_eyes_need_no_training_and_grade_as_the_fused_model_grades_an_ima
     assert {k for k in both.digests if both.digests.get(k) != single.digests.get(k)} == {'model', 'eyes'}
 
 
-def test_with_hours_a_smaller_model_that_cannot_be_fused_grades_each_image_alone(copy, monkeypatch, capsys):
+def test_with_hours_a_smaller_model_that_cannot_be_fused_grades_each_image_alone(copy, no_report, monkeypatch, capsys):
     "`first` validates one of two folds, in which too few patients are; it is the model where `teacher` is left out"
     file, root = copy / 'eyes.ini', copy / 'runs/eyes'
     file.write_text(RECIPE.replace('[submit]', '[stage.first]\ntrain = train\narch = test_resnet\nweights = none\n'

@@ -7,7 +7,17 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, STAGES, TOY, TOY_KEYS, expect_error, modified_times, open_toy_run, stage_options, toy_args
+from conftest import (
+    ROOT,
+    STAGES,
+    TOY_KEYS,
+    expect_error,
+    modified_times,
+    open_toy_run,
+    small_options,
+    stage_options,
+    toy_args,
+)
 from safetensors.torch import load_file
 
 from aptos_fastai.cli import main
@@ -90,10 +100,7 @@ def test_summary(toy):
     summary = read_json(toy / 'summary.json')
     assert summary['outputs'].keys() == {'submission.csv', 'scores.csv', 'oof.csv'} and summary['inputs_digest']
     names = [result['stage'] for result in summary['stages']]
-    assert set(names) == {*STAGES, 'ensemble', 'blend'}
-    for result in summary['stages']:
-        low, high = result['kappa_interval']
-        assert low - 1e-9 <= result['kappa'] <= high + 1e-9
+    assert sorted(names) == sorted([*STAGES, 'ensemble', 'blend'])
 
 
 # What runs again
@@ -120,7 +127,7 @@ def test_a_changed_stage_and_its_descendants_are_to_do(toy):
     assert list(open_toy_run(toy).todo()) == []
 
 
-def test_only_a_changed_stage_trains_again(toy_copy, capsys):
+def test_only_a_changed_stage_trains_again(toy_copy, no_report, capsys):
     before = modified_times(toy_copy)
     main(['all', *toy_args(toy_copy, '--set', 'stage.finetune_dense.wd=0.5', '--replace')])
     assert 'stage 1 of 1: finetune_dense' in capsys.readouterr().out
@@ -128,7 +135,7 @@ def test_only_a_changed_stage_trains_again(toy_copy, capsys):
     assert 'finetune_dense' in changed and not changed & set(STAGES[:6])
 
 
-def test_outputs_of_an_older_format_are_replaced(toy_copy, monkeypatch, capsys):
+def test_outputs_of_an_older_format_are_replaced(toy_copy, no_report, monkeypatch, capsys):
     monkeypatch.setattr('aptos_fastai.pipeline.graph.SUMMARY_FORMAT', 99)
     main(['all', *toy_args(toy_copy)])
     assert UP_TO_DATE not in capsys.readouterr().out
@@ -154,13 +161,6 @@ def test_changed_files_are_not_loaded(toy_copy):
     labels.write_text(labels.read_text().replace('0.', '1.'))
     with pytest.raises(AptosError, match='soft_pseudo_label.csv: content changed'):
         read_labels(open_toy_run(toy_copy), 'finetune_256', 'aptos_test', 'soft')
-
-
-def test_same_seed_same_weights_and_scores(toy, tmp_path):
-    main(['train', 'pretrain_256', '--recipe', str(ROOT / 'settings.ini'), '--runs', str(tmp_path), *TOY,
-          '--set', 'stage.workers=1'])
-    first, second = (read_json(root / 'pretrain_256/fold0/stage.json')['files'] for root in (toy, tmp_path / toy.name))
-    assert first[WEIGHTS]['sha256'] == second[WEIGHTS]['sha256'] and first['preds.csv'] == second['preds.csv']
 
 
 # The chain of stages
@@ -203,9 +203,8 @@ def test_soft_labels_are_scores_and_hard_labels_their_grades(toy):
     assert weights['finetune_256/fold0'] == weights_sha256(toy / 'finetune_256/fold0')
 
 
-def test_folds_of_a_student_learn_from_the_same_folds_of_the_teacher(tables, small_recipe, tmp_path):
-    main(['all', *small_args(small_recipe, tables, tmp_path / 'runs')])
-    root = tmp_path / 'runs/small'
+def test_folds_of_a_student_learn_from_the_same_folds_of_the_teacher(small):
+    root = small / 'runs/small'
     oof = pd.concat([pd.read_csv(root / f'retrain/fold{k}/preds.csv') for k in (0, 1)])
     folds = pd.read_csv(root / 'folds.csv')
     assert oof.id_code.is_unique and set(oof.id_code) == set(folds.id_code[folds.fold < 2])
@@ -218,14 +217,13 @@ def test_folds_of_a_student_learn_from_the_same_folds_of_the_teacher(tables, sma
         assert np.allclose(pd.read_csv(root / f'teacher/fold{k}/scores_test.csv').score, labels[f'fold{k}'], atol=1e-6)
 
 
-def test_a_grader_of_several_folds_gives_the_sets_of_its_run(tables, small_recipe, tmp_path):
-    main(['all', *small_args(small_recipe, tables, tmp_path / 'runs'), *set_options('table.train.block=2')])
-    root = tmp_path / 'runs/small'
+def test_a_grader_of_several_folds_gives_the_sets_of_its_run(small):
+    root = small / 'runs/small'
     submission = read_json(root / 'summary.json')['submission']
     assert [len(by_fold) for by_fold in submission['calibration']] == [2] * 5
     assert submission['kappa_text'].count('over blocks of 2 ids') == 1
     expected = pd.read_csv(root / 'scores.csv', dtype=dict(id_code=str))
-    found = load_grader(root).predict([tables / f'test_images/{i}.png' for i in expected.id_code])
+    found = load_grader(root).predict([small / f'data/test_images/{i}.png' for i in expected.id_code])
     assert np.allclose(found.score, expected.score, atol=1e-4)
     graded = found.grade.notna()
     for column in ('grade_low', 'grade_high'): assert (found[column] == expected[column])[graded].all()
@@ -268,7 +266,7 @@ def test_no_image_is_validated_by_a_model_trained_on_it(toy, tables, small_recip
     keys = ['stage.retrain.init=teacher', 'stage.last.train=train both:test', 'submit.final=last']
     graded = (tables / 'train_images/train003.png').read_bytes()
     (tables / 'test_images/test003.png').write_bytes(graded)           # an ungraded duplicate of a graded image
-    main(['all', *small_args(small_recipe, tables, tmp_path / 'runs'), *set_options(*keys)])
+    main(['train', 'last', *small_args(small_recipe, tables, tmp_path / 'runs'), *set_options(*keys)])
     run = load_run(small_recipe, tables, tmp_path / 'runs', keys)
     assert_no_leak(run)
     folds = {node: list(run.folds_of(node)) for node in run.recipe.order}
@@ -277,26 +275,28 @@ def test_no_image_is_validated_by_a_model_trained_on_it(toy, tables, small_recip
     assert set(weights) == {f'{member}/fold{k}' for member in ('teacher', 'retrain') for k in (0, 1)}
 
 
-def test_uncertain_labels_are_used_and_sources_weighted(tables, small_recipe, tmp_path, capsys):
-    args = small_args(small_recipe, tables, tmp_path / 'runs')
-    main(['label', 'teacher', *args])
-    main(['train', 'retrain', *args, *set_options('stage.retrain.source_weights=1 2', 'stage.retrain.ema=.9')])
-    record = read_json(tmp_path / 'runs/small/retrain/fold0/stage.json')
-    graded = (pd.read_csv(tmp_path / 'runs/small/folds.csv').fold != 0).sum()
+def test_uncertain_labels_are_used_and_sources_weighted(small_copy, capsys):
+    root = small_copy / 'runs/small'
+    shutil.rmtree(root / 'labels')
+    main(['label', 'teacher', *small_options(small_copy)])
+    args = ['train', 'retrain', *small_options(small_copy, 'stage.retrain.ema=.9')]
+    main([*args, '--set', 'stage.retrain.source_weights=1 2'])
+    record = read_json(root / 'retrain/fold0/stage.json')
+    graded = (pd.read_csv(root / 'folds.csv').fold != 0).sum()
     assert record['images']['train'] == graded + 10 and record['settings']['source_weights'] == [1, 2]
-    expect_error(capsys, ['train', 'retrain', *args, '--set', 'stage.retrain.source_weights=1'], 'source_weights = 1')
+    expect_error(capsys, [*args, '--set', 'stage.retrain.source_weights=1'], 'source_weights = 1')
 
 
-def test_the_moving_average_is_validated_and_kept(tables, small_recipe, tmp_path):
+def test_the_moving_average_is_validated_and_kept(small, small_copy):
     "With decay 0 the average equals the weights; with a high decay it is near where training began"
-    def trained(name, *keys):
-        args = small_args(small_recipe, tables, tmp_path / name)
-        main(['train', 'teacher', *args, *set_options(*keys, 'stage.epochs=2')])
-        folder = tmp_path / name / 'small/teacher/fold0'
-        return load_file(folder / WEIGHTS), pd.read_csv(folder / 'preds.csv').score
-    plain, plain_scores = trained('a')
-    no_decay, no_decay_scores = trained('b', 'stage.ema=1e-9')
-    slow, slow_scores = trained('c', 'stage.ema=.99')
+    def trained(folder, *keys):
+        if keys: main(['train', 'teacher', *small_options(folder, 'stage.folds=1', *keys)])
+        fold = folder / 'runs/small/teacher/fold0'
+        assert f'stage.ema={read_json(fold / "stage.json")["settings"]["ema"]}' in keys or not keys
+        return load_file(fold / WEIGHTS), pd.read_csv(fold / 'preds.csv').score
+    plain, plain_scores = trained(small)
+    no_decay, no_decay_scores = trained(small_copy, 'stage.ema=1e-09')
+    slow, slow_scores = trained(small_copy, 'stage.ema=0.99')
     assert all(np.allclose(plain[k], no_decay[k], atol=1e-4) for k in plain)
     assert np.allclose(plain_scores, no_decay_scores, atol=1e-3)
     assert any(not np.allclose(plain[k], slow[k], atol=1e-3) for k in plain)
@@ -346,10 +346,10 @@ def test_unknown_names(toy, capsys, args, words):
     expect_error(capsys, [*args, *toy_args(toy)], *words)
 
 
-@pytest.mark.parametrize('command', ['score', 'submit'])
-def test_score_and_submit_need_trained_stages(tmp_path, capsys, command):
-    args = [command, '--recipe', ROOT / 'settings.ini', '--runs', tmp_path, *TOY]
-    expect_error(capsys, args, 'not trained yet', 'Run `all`')
+def test_score_and_submit_need_trained_stages(small_copy, capsys):
+    for stage in ('teacher', 'retrain'): shutil.rmtree(small_copy / 'runs/small' / stage)
+    for command in ('score', 'submit'):
+        expect_error(capsys, [command, *small_options(small_copy)], 'not trained yet', 'Run `all`')
 
 
 def test_score_writes_the_scores_of_all(toy_copy, capsys):
@@ -366,12 +366,12 @@ def test_submit_with_other_thresholds(toy_copy, capsys):
     assert 'still use the thresholds of the last `all`' in capsys.readouterr().out
 
 
-def test_submit_after_the_grades_changed(tables, small_recipe, tmp_path, capsys):
-    args = small_args(small_recipe, tables, tmp_path / 'runs')
-    main(['all', *args])
-    df = pd.read_csv(tables / 'train.csv')
-    df.assign(diagnosis=df.diagnosis.to_numpy()[::-1]).to_csv(tables / 'train.csv', index=False)
-    expect_error(capsys, ['submit', *args], 'trained with other settings, grades or images', 'Run `all`')
+def test_submit_after_the_grades_changed(small_copy, capsys):
+    file = small_copy / 'data/train.csv'
+    df = pd.read_csv(file)
+    df.assign(diagnosis=df.diagnosis.to_numpy()[::-1]).to_csv(file, index=False)
+    args = ['submit', *small_options(small_copy)]
+    expect_error(capsys, args, 'trained with other settings, grades or images', 'Run `all`')
 
 
 def test_lr_find_saves_its_curve(toy, capsys):
@@ -496,7 +496,7 @@ def test_folds_without_a_grade_are_reported(tables, small_recipe, tmp_path, caps
     assert 'train: fold ' in out and 'has no image of grade 4' in out and 'Lower [recipe] splits = 5' in out
 
 
-def test_unreadable_images_stop_all_or_get_the_most_frequent_grade(tables, small_recipe, tmp_path, capsys):
+def test_unreadable_images_stop_all_or_get_the_most_frequent_grade(tables, small_recipe, no_report, tmp_path, capsys):
     for file in ('train_images/train007.png', 'test_images/test004.png'): (tables / file).write_bytes(b'no image')
     args = ['all', *small_args(small_recipe, tables, tmp_path / 'runs')]
     expect_error(capsys, args, 'train007', 'prepared.csv', 'skip_unreadable = yes')
@@ -512,10 +512,9 @@ def test_unreadable_images_stop_all_or_get_the_most_frequent_grade(tables, small
     assert UP_TO_DATE in capsys.readouterr().out
 
 
-def test_results_of_another_data_folder_are_not_overwritten(tables, small_recipe, tmp_path, capsys):
-    main(['train', 'teacher', *small_args(small_recipe, tables, tmp_path / 'runs')])
-    shutil.copytree(tables, tmp_path / 'other')
-    args = ['all', *small_args(small_recipe, tmp_path / 'other', tmp_path / 'runs')]
+def test_results_of_another_data_folder_are_not_overwritten(small_copy, tmp_path, capsys):
+    shutil.copytree(small_copy / 'data', tmp_path / 'other')
+    args = ['all', *small_args(small_copy / 'small.ini', tmp_path / 'other', small_copy / 'runs')]
     expect_error(capsys, args, 'belongs to the data folder', '--runs')
 
 
@@ -544,10 +543,13 @@ def test_runs_is_a_file(capsys, tmp_path):
     expect_error(capsys, args, 'is a file. Choose a folder with --runs')
 
 
-def test_real_images_through_the_recipe(idrid, tmp_path):
-    "recipes/one_table.ini on IDRiD at toy size: tables, crop, two stages, grades of its 103 test images"
+def test_real_images_through_the_recipe(idrid, no_report, tmp_path):
+    "recipes/one_table.ini at toy size on 60 graded images of IDRiD and 10 others: tables, crop, two stages, grades"
+    for name, n in dict(train=60, test=10).items():
+        pd.read_csv(idrid / f'{name}.csv').head(n).to_csv(tmp_path / f'{name}.csv', index=False)
+        (tmp_path / f'{name}_images').symlink_to(idrid / f'{name}_images')
     keys = ('size=32', 'folds=1', 'epochs=1', 'freeze_epochs=0', 'arch=test_resnet', 'weights=none', 'tta=none')
-    main(['all', '--recipe', str(ROOT / 'recipes/one_table.ini'), '--data', str(idrid), '--runs', str(tmp_path),
-          '--set', 'images.size=64', *stage_options(*keys)])
-    submission = pd.read_csv(tmp_path / 'one_table/submission.csv')
-    assert len(submission) == 103 and submission.id_code[0] == 'test_IDRiD_001'
+    main(['all', '--recipe', str(ROOT / 'recipes/one_table.ini'), '--data', str(tmp_path), '--runs',
+          str(tmp_path / 'runs'), '--set', 'images.size=64', *stage_options(*keys)])
+    submission = pd.read_csv(tmp_path / 'runs/one_table/submission.csv')
+    assert len(submission) == 10 and submission.id_code[0] == 'test_IDRiD_001'

@@ -1,6 +1,6 @@
-"""Kill a real `python run.py all` at random moments, run it again and compare its results with an undisturbed run.
+"""Kill a real `python run.py all`, run it again and compare its results with an undisturbed run.
 
-`PYTHONPATH=. python tests/pipeline/test_kill.py 40` prints a table of 40 kills.
+`PYTHONPATH=.:tests python tests/pipeline/test_kill.py 40` prints a table of 40 kills.
 """
 import json
 import os
@@ -14,23 +14,24 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import small_options
 
+from aptos_fastai.cli import main
 from aptos_fastai.training.precision import cpu_has_bf16
 
 ROOT = Path(__file__).parents[2]
+TRAINING = ['stage.ema=.9', f'stage.precision={"bf16" if cpu_has_bf16() else "f32"}']
 KEYS = ['demo.pretrain=60', 'demo.train=60', 'demo.test=20', 'demo.shrink=8',
         'demo.archs=legacy_seresnet50:test_resnet densenet121:test_resnet',
-        'demo.stage.epochs=3', 'demo.stage.freeze_epochs=1',
-        'stage.tta=hflip', 'stage.ema=.9', f'stage.precision={"bf16" if cpu_has_bf16() else "f32"}']
+        'demo.stage.epochs=3', 'demo.stage.freeze_epochs=1', 'stage.tta=hflip', *TRAINING]
+DEMO = ['--recipe', str(ROOT / 'settings.ini'), *(o for key in KEYS for o in ('--set', key))]
 SIGNALS = signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT
 
 
-def start(runs: Path, log) -> subprocess.Popen:
-    "Start `all` on a small demo; its output goes to `log`"
-    options = [o for key in KEYS for o in ('--set', key)]
+def start(runs: Path, log, options=DEMO) -> subprocess.Popen:
+    "Start `all`, by default on a small demo; its output goes to `log`"
     return subprocess.Popen(
-        [sys.executable, '-W', 'ignore', str(ROOT / 'run.py'), 'all', '--recipe', str(ROOT / 'settings.ini'),
-         '--runs', str(runs), *options],
+        [sys.executable, '-W', 'ignore', str(ROOT / 'run.py'), 'all', *options, '--runs', str(runs)],
         stdout=log, stderr=subprocess.STDOUT, env={**os.environ, 'OMP_NUM_THREADS': '1'},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # a background job would ignore Ctrl-C
 
@@ -42,12 +43,12 @@ def history_without_seconds(file: Path) -> list[str]:
 
 
 def results(runs: Path) -> dict:
-    "What must be equal: submission, scores, each stage's weights, validation scores and history without its seconds"
-    root = runs / 'settings-demo'
-    files = [root / 'submission.csv', root / 'scores.csv', *sorted(root.glob('*/fold0/weights.safetensors')),
-             *sorted(root.glob('*/fold0/preds.csv'))]
+    "What must be equal: submission, scores, each fold's weights, validation scores and history without its seconds"
+    root, = (f.parent for f in runs.glob('*/submission.csv'))
+    files = [root / 'submission.csv', root / 'scores.csv', *sorted(root.glob('*/fold*/weights.safetensors')),
+             *sorted(root.glob('*/fold*/preds.csv'))]
     out = {str(f.relative_to(root)): f.read_bytes() for f in files}
-    for f in sorted(root.glob('*/fold0/history.csv')): out[str(f.relative_to(root))] = history_without_seconds(f)
+    for f in sorted(root.glob('*/fold*/history.csv')): out[str(f.relative_to(root))] = history_without_seconds(f)
     return out
 
 
@@ -79,11 +80,34 @@ def kill_and_rerun(folder: Path, i: int, after: float, how: signal.Signals) -> d
     with open(log, 'w') as f: status = start(runs, f).wait(600)
     assert status == 0, log.read_text()
     rerun_log = log.read_text()
-    left = [str(f) for f in runs.rglob('*') if f.suffix == '.pt' or f.name in ('running.json', 'checkpoint.json')
+    return dict(last=last_activity(killed_log), stages=stages, code=p.returncode, left=left_over(runs),
+                results=results(runs), resumed=resumed_in(rerun_log), killed_log=killed_log,
+                idle='Nothing to do' in rerun_log)
+
+
+def left_over(runs: Path) -> list[str]:
+    "Files that only an unfinished run may have"
+    return [str(f) for f in runs.rglob('*') if f.suffix == '.pt' or f.name in ('running.json', 'checkpoint.json')
             or (f.name.endswith('.tmp') and f.is_file())]
-    return dict(last=last_activity(killed_log), stages=stages, code=p.returncode, left=left, results=results(runs),
-                resumed=re.findall(r'(\w+): resumes after epoch (\d+) of (\d+)', rerun_log),
-                killed_log=killed_log, idle='Nothing to do' in rerun_log)
+
+
+def resumed_in(log: str) -> list[tuple[str, str, str]]:
+    "Stage and fold, finished epochs and epochs of each training that was resumed"
+    return re.findall(r'(\w[\w ]*): resumes after epoch (\d+) of (\d+)', log)
+
+
+def kill_at_line(runs: Path, options: list[str], line: str, how: signal.Signals) -> tuple[str, int]:
+    "Start a run, send it a signal once its output has `line`; return its output and exit status"
+    log = runs.with_suffix('.log')
+    with open(log, 'w') as f: p = start(runs, f, options)
+    try:
+        while line not in log.read_text():
+            assert p.poll() is None, log.read_text()
+            time.sleep(.02)
+        p.send_signal(how)
+        p.wait(60)
+    finally: p.kill()
+    return log.read_text(), p.returncode
 
 
 def kill_at_random_moments(folder: Path, n: int, seed: int = 0) -> list[dict]:
@@ -113,8 +137,21 @@ def check(rows: list[dict]):
             assert row['code'] in (130, 143) and 'error: stopped' in log and 'to resume' in log, log
 
 
-def test_killed_and_run_again_it_ends_with_the_same(tmp_path):
-    check(kill_at_random_moments(tmp_path, 3, seed=1))
+def test_killed_twice_and_run_again_it_ends_with_the_same(small, no_report, tmp_path, capsys):
+    "By SIGKILL within the first fold and, resumed, by Ctrl-C within the last one; never by a lucky moment"
+    options = small_options(small, 'stage.epochs=3', 'stage.freeze_epochs=1', *TRAINING)
+    main(['all', *options, '--runs', str(tmp_path / 'undisturbed')])
+    runs = tmp_path / 'killed'
+    log, code = kill_at_line(runs, options, 'epoch 2/4', signal.SIGKILL)
+    assert code == -signal.SIGKILL and not list(runs.rglob('stage.json'))
+    log, code = kill_at_line(runs, options, 'retrain fold 1  epoch 3/4', signal.SIGINT)
+    assert [o[::2] for o in resumed_in(log)] == [('teacher fold 0', '4')]
+    assert code == 130 and 'error: stopped' in log and 'to resume' in log and len(list(runs.rglob('stage.json'))) == 3
+    capsys.readouterr()
+    main(['all', *options, '--runs', str(runs)])
+    assert [o[::2] for o in resumed_in(capsys.readouterr().out)] == [('retrain fold 1', '4')]
+    want = results(tmp_path / 'undisturbed')
+    assert len(want) == 2 + 4 * 3 and results(runs) == want and not left_over(runs)
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import shutil
 
 import pandas as pd
 import pytest
-from conftest import expect_error, write_table
+from conftest import expect_error, without_report, write_table
 
 from aptos_fastai.cli import main
 from aptos_fastai.common.io import AptosError
@@ -50,6 +50,7 @@ folds = 2
 final = finetune
 table = test
 '''
+pytestmark = pytest.mark.usefixtures('no_report')
 COPIES = 4                                   # images of `train` that are in `old`, too
 
 
@@ -65,7 +66,7 @@ def folder(tmp_path_factory):
     for i in range(COPIES): shutil.copy(data / f'train_images/train{i:03}.png', data / f'old_images/copy{i}.png')
     pd.concat([old, copies]).to_csv(data / 'old.csv', index=False)
     (folder / 'recipe.ini').write_text(RECIPE)
-    main(['all', *options(folder)])
+    with without_report(): main(['all', *options(folder)])
     return folder
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from conftest import expect_error, modified_times, write_table
+from conftest import expect_error, modified_times, without_report, write_table
 
 from aptos_fastai.cli import main
 from aptos_fastai.common.io import AptosError, file_hash, read_record, write_record
@@ -22,6 +22,7 @@ from aptos_fastai.pipeline.reasons import training_reasons
 from aptos_fastai.recipe import Stage
 from aptos_fastai.run_folder import WEIGHTS, hash_once
 
+pytestmark = pytest.mark.usefixtures('no_report')
 RECIPE = '''
 [recipe]
 splits = 3
@@ -70,7 +71,7 @@ def finished(tmp_path_factory):
     write_table(folder / 'runs/data', 30)
     write_table(folder / 'runs/data', 8, graded=False, seed=1, name='test')
     (folder / 'recipe.ini').write_text(RECIPE)
-    main(['all', *options(folder)])
+    with without_report(): main(['all', *options(folder)])
     return folder
 
 

@@ -4,7 +4,7 @@ import os
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import write_table
+from conftest import without_report, write_table
 
 from aptos_fastai.cli import main
 from aptos_fastai.common.io import AptosError, file_hash, read_record, write_csv, write_record
@@ -167,8 +167,8 @@ def trained(tmp_path_factory):
 
 def train(folder, *sets):
     options = [o for key in sets for o in ('--set', key)]
-    main(['all', '--recipe', str(folder / 'r.ini'), '--data', str(folder / 'data'), '--runs', str(folder / 'runs'),
-          *options])
+    places = ['--recipe', str(folder / 'r.ini'), '--data', str(folder / 'data'), '--runs', str(folder / 'runs')]
+    with without_report(): main(['all', *places, *options])
 
 
 def test_images_are_the_originals_and_heat_maps_cover_them(trained):

@@ -11,7 +11,7 @@ from conftest import STAGES, expect_error, open_toy_run, toy_args
 from aptos_fastai.cli import main
 from aptos_fastai.common.console import console
 from aptos_fastai.inference.model_spec import read_model
-from aptos_fastai.metrics import quadratic_kappa
+from aptos_fastai.metrics import kappa_interval, quadratic_kappa
 from aptos_fastai.pipeline import compare
 from aptos_fastai.pipeline.compare import compared_groups
 from aptos_fastai.pipeline.summary import (
@@ -59,7 +59,10 @@ def test_oof_has_a_row_for_each_validation_image(toy):
         name = result['stage']
         valid = oof[oof[name].notna()]
         assert len(valid) == result['validated']
-        assert quadratic_kappa(valid[f'{name}_grade'], valid.diagnosis) == pytest.approx(result['kappa'], nan_ok=True)
+        grades = valid[f'{name}_grade']
+        assert quadratic_kappa(grades, valid.diagnosis) == pytest.approx(result['kappa'], nan_ok=True)
+        interval = kappa_interval(grades, valid.diagnosis, valid.group)
+        assert result['kappa_interval'] == pytest.approx(interval, nan_ok=True)
 
 
 def test_oof_scores_are_those_of_the_stages(toy):

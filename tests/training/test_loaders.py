@@ -2,7 +2,6 @@
 import copy
 import multiprocessing
 import shutil
-import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -46,6 +45,7 @@ from aptos_fastai.training.loaders import (
     image_id,
     keep_processes,
     set_epoch,
+    start_workers_by_fork,
 )
 from aptos_fastai.training.model import get_learner
 
@@ -107,19 +107,16 @@ def test_ids_with_dots_draw_their_own_augmentation(frame, tmp_path):
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='forks on Linux alone')
 @pytest.mark.parametrize('chosen, expected', [('', 'fork'), ('spawn', 'spawn'), ('forkserver', 'forkserver')])
-def test_workers_start_by_fork_unless_the_user_chose_otherwise(chosen, expected):
-    "In a process of its own, where the default is that of Python 3.14"
-    code = (
-        'import multiprocessing as m, multiprocessing.context as c\n'
-        'c._default_context._default_context = c._concrete_contexts["forkserver"]\n'
-        'assert m.get_start_method() == "forkserver"\n'
-        'm.set_start_method(None, force=True)\n'
-        f'if {chosen!r}: m.set_start_method({chosen!r})\n'
-        'from aptos_fastai.training.loaders import start_workers_by_fork\n'
-        'start_workers_by_fork(); start_workers_by_fork()\n'
-        f'assert m.get_start_method() == {expected!r}, m.get_start_method()')
-    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr
+def test_workers_start_by_fork_unless_the_user_chose_otherwise(monkeypatch, chosen, expected):
+    "Where the default is that of Python 3.14"
+    context = multiprocessing.context._default_context
+    monkeypatch.setattr(context, '_default_context', multiprocessing.get_context('forkserver'))
+    monkeypatch.setattr(context, '_actual_context', None)
+    assert multiprocessing.get_start_method() == 'forkserver'
+    multiprocessing.set_start_method(chosen or None, force=True)
+    start_workers_by_fork()
+    start_workers_by_fork()
+    assert multiprocessing.get_start_method() == expected
 
 
 def test_no_worker_loads_images_where_processes_do_not_start_by_fork(monkeypatch):
@@ -374,7 +371,7 @@ def two_fits(dls, block):
 
 
 @pytest.mark.parametrize('weighted', [False, True])
-@pytest.mark.parametrize('workers', [1, 2])
+@pytest.mark.parametrize('workers', [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_kept_processes_load_what_others_do(frame, workers, weighted):
     "Order, augmentation, weights and PyTorch's generator are those of no process and of processes of every epoch"
     frame = frame.assign(weight=np.linspace(1, 5, 40))
@@ -461,8 +458,13 @@ def test_the_lr_finder_in_the_block(frame):
     assert torch.equal(*losses) and len(losses[0]) > 5
 
 
-@pytest.mark.parametrize('event', ['before_batch', 'after_train', 'before_validate', 'after_epoch'])
-@pytest.mark.parametrize('error', [KeyboardInterrupt, AptosError, CancelFitException])
+ERRORS = [('before_batch', KeyboardInterrupt), ('after_train', CancelFitException), ('before_validate', AptosError),
+          ('after_epoch', KeyboardInterrupt)]
+OTHER_ERRORS = [pytest.param(event, error, marks=pytest.mark.slow) for event, _ in ERRORS
+                for error in (KeyboardInterrupt, AptosError, CancelFitException) if (event, error) not in ERRORS]
+
+
+@pytest.mark.parametrize('event, error', ERRORS + OTHER_ERRORS)
 def test_no_process_is_left_after_an_error(frame, event, error):
     dls, started = worker_dls(frame), set()
     learn = get_learner(STAGE, dls)

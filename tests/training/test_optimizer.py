@@ -362,7 +362,8 @@ def test_a_body_that_is_no_longer_frozen_trains():
 
 # A small transformer, from its training to its predictions
 
-def test_a_transformer_trains_resumes_exports_and_predicts(tables, small_recipe, tmp_path, monkeypatch, capsys):
+def test_a_transformer_trains_resumes_exports_and_predicts(tables, small_recipe, no_report, tmp_path, monkeypatch,
+                                                           capsys):
     from aptos_fastai.cli import main
     from aptos_fastai.common.io import read_record
     from aptos_fastai.training import checkpoint

@@ -3,12 +3,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, TOY
+from conftest import ROOT, small_options
 from fastai.data.core import DataLoaders, TfmdDL
 
 from aptos_fastai.cli import main
@@ -18,6 +17,12 @@ from aptos_fastai.pipeline.scores import predict_scores, read_exported
 from aptos_fastai.recipe import ConfigError
 
 pytest.importorskip('accelerate', reason='the extra `parallel`')
+PROGRAM = '''
+from aptos_fastai.cli import main
+from aptos_fastai.reports import run_report
+run_report.write_report = lambda run, *args: (run.root / 'report.html').write_text('none')
+main()
+'''
 FAILING_PROGRAM = '''
 import os, sys
 from aptos_fastai.common import distributed
@@ -29,27 +34,33 @@ if distributed.rank() == {rank}:
 main()
 '''
 # keys whose callbacks fastai's distributed trainer could disturb
-OPTIONS = ['--set', 'demo.stage.freeze_epochs=1', '--set', 'stage.ema=.9', '--set', 'stage.accumulate=2']
-RECIPE = str(ROOT / 'settings.ini')
+KEYS = ['stage.freeze_epochs=1', 'stage.ema=.9', 'stage.accumulate=2']
+STAGES = 'teacher', 'retrain'
 
 
-def launch(runs: Path, *options, program=ROOT / 'run.py'):
-    "Run `all` on the toy demo in two processes; return output and exit status"
+def options_in(small, runs, *keys):
+    "Return the options of the small recipe, whose runs are in another folder"
+    return [*small_options(small, *keys), '--runs', str(runs)]
+
+
+def launch(options, program):
+    "Run `all` of a program such as run.py in two processes; return output and exit status"
     launcher = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--nproc-per-node', '2',
                 '--master-port', '0', '--rdzv-backend', 'c10d', '--rdzv-endpoint', 'localhost:0']
-    command = [str(program), 'all', '--recipe', RECIPE, '--runs', str(runs), *TOY, *options]
+    command = [str(program), 'all', *options]
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
     done = subprocess.run(launcher + command, capture_output=True, text=True, timeout=240, env=env, check=False)
     return done.stdout + done.stderr, done.returncode
 
 
 @pytest.fixture(scope='module')
-def two_process_run(tmp_path_factory):
+def two_process_run(small, tmp_path_factory):
     "Run folder and output of `all` in two processes"
     runs = tmp_path_factory.mktemp('two')
-    text, status = launch(runs, *OPTIONS)
+    (runs / 'run.py').write_text(PROGRAM)
+    text, status = launch(options_in(small, runs, *KEYS), runs / 'run.py')
     assert status == 0, text
-    return runs / 'settings-demo', text
+    return runs / 'small', text
 
 
 def files_in(root):
@@ -57,46 +68,50 @@ def files_in(root):
             if f.is_file() and f.name not in ('precision.json', 'lr_find.png')}
 
 
-def test_two_processes_write_what_one_does(two_process_run, toy):
+def test_two_processes_write_what_one_does(two_process_run, small):
     root, text = two_process_run
-    assert files_in(root) == files_in(toy)
-    two, one = (pd.read_csv(r / 'submission.csv') for r in (root, toy))
+    of_one = small / 'runs/small'
+    assert files_in(root) == files_in(of_one)
+    two, one = (pd.read_csv(r / 'submission.csv') for r in (root, of_one))
     assert two.id_code.tolist() == one.id_code.tolist() and set(two.diagnosis) <= set(range(5))
-    for stage in ('pretrain_256', 'retrain_512'):
-        two, one = (json.loads((r / stage / 'fold0/stage.json').read_text()) for r in (root, toy))
+    for fold in [f'{stage}/fold{k}' for stage in STAGES for k in (0, 1)]:
+        two, one = (json.loads((r / fold / 'stage.json').read_text()) for r in (root, of_one))
         assert two['processes'] == 2 and two['images'] == one['images']
-        two, one = (pd.read_csv(r / stage / 'fold0/preds.csv') for r in (root, toy))
+        two, one = (pd.read_csv(r / fold / 'preds.csv') for r in (root, of_one))
         assert two.id_code.tolist() == one.id_code.tolist()
-    assert text.count('stage 1 of 7') == 1      # only rank 0 prints
+    assert text.count('stage 1 of 2') == 1      # only rank 0 prints
 
 
-def test_every_process_trains_the_same_network(two_process_run):
+def test_every_process_trains_the_same_network(two_process_run, small):
     "Each process validated its shard with its own weights; the learner that rank 0 exported scores all images alike"
     root, _ = two_process_run
-    run = load_run(RECIPE, 'demo', str(root.parent), [o for o in [*TOY, *OPTIONS] if o != '--set'])
+    run = load_run(small / 'small.ini', small / 'data', root.parent, KEYS)
     assert not run.todo()
-    for stage in ('pretrain_256', 'retrain_512'):
+    for stage in STAGES:
         preds = pd.read_csv(root / stage / 'fold0/preds.csv')
         frame = run.frames[preds.source[0]].set_index('id_code').loc[preds.id_code].reset_index()
         scores = predict_scores(read_exported(run, stage, 0), frame, run.recipe.stages[stage].tta)
         assert abs(scores - preds.score).max() < 1e-4
 
 
-def test_scores_of_two_processes_equal_those_of_one(two_process_run):
+def test_scores_of_two_processes_equal_those_of_one(two_process_run, small):
     root, _ = two_process_run
     old = pd.read_csv(root / 'scores.csv')
-    for f in [*root.glob('*/fold0/scores_*.json'), root / 'scores.csv']: f.unlink()
-    main(['score', '--recipe', RECIPE, '--runs', str(root.parent), *TOY, *OPTIONS])
+    for f in [*root.glob('*/fold*/scores_*.json'), root / 'scores.csv']: f.unlink()
+    main(['score', *options_in(small, root.parent, *KEYS)])
     new = pd.read_csv(root / 'scores.csv')
     assert old.id_code.equals(new.id_code) and (old.score - new.score).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize('rank', [0, 1])
-@pytest.mark.parametrize('statement', ['os.kill(os.getpid(), 9)', 'raise callbacks.AptosError("disk failure")'])
-def test_a_process_that_fails_ends_the_run(tmp_path, rank, statement):
+KILL, FAIL = 'os.kill(os.getpid(), 9)', 'raise callbacks.AptosError("disk failure")'
+
+
+@pytest.mark.parametrize('rank, statement', [
+    (1, KILL), *(pytest.param(*o, marks=pytest.mark.slow) for o in ((0, KILL), (0, FAIL), (1, FAIL)))])
+def test_a_process_that_fails_ends_the_run(small, tmp_path, rank, statement):
     program = tmp_path / 'run.py'
     program.write_text(FAILING_PROGRAM.format(rank=rank, statement=statement))
-    text, status = launch(tmp_path / 'runs', program=program)
+    text, status = launch(options_in(small, tmp_path / 'runs'), program)
     assert status == 1
     errors = [line for line in text.splitlines() if line.startswith('error: ')]
     own = f'error: rank {rank} of 2: disk failure'

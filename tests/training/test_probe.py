@@ -1,11 +1,12 @@
 "A linear probe: the body never trains, its features are computed once, and the head trains on them."
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import expect_error, stage_options
+from conftest import expect_error, stage_options, write_small_recipe, write_table
 from safetensors.torch import load_file, save
 from sklearn.metrics import cohen_kappa_score
 
@@ -31,11 +32,25 @@ def args_in(tables, recipe, runs, *more):
     return ['--recipe', str(recipe), '--data', str(tables), '--runs', str(runs), *PROBE, *more]
 
 
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    "A recipe whose teacher is a probe, data, and a run with the trained teacher; tests must not change it"
+    folder = tmp_path_factory.mktemp('probe')
+    write_table(folder / 'data', 40)
+    write_table(folder / 'data', 10, graded=False, seed=1, name='test')
+    main(['train', 'teacher', *args_in(folder / 'data', write_small_recipe(folder / 'small.ini'), folder / 'runs')])
+    return folder
+
+
 @pytest.fixture
-def probed(tables, small_recipe, tmp_path):
-    "The run of a recipe whose teacher is a probe, with the teacher trained"
-    main(['train', 'teacher', *args_in(tables, small_recipe, tmp_path / 'runs')])
-    return load_run(small_recipe, tables, tmp_path / 'runs', PROBE[1::2])
+def probed(trained, tmp_path):
+    "A copy of this run that a test may change, which has found its images in their new place"
+    folder = shutil.copytree(trained, tmp_path / 'probe')
+    main(['prepare', *args_in(folder / 'data', folder / 'small.ini', folder / 'runs')])
+    return load_run(folder / 'small.ini', folder / 'data', folder / 'runs', PROBE[1::2])
+
+
+def args_of(run, *more): return args_in(run.data, run.recipe.path, run.root.parent, *more)
 
 
 def test_the_body_never_trains_and_the_head_does(probed):
@@ -101,11 +116,13 @@ def test_the_head_trains_as_on_images_without_augmentation(tables, small_recipe,
 def test_another_learning_rate_takes_the_features_from_the_store(tables, small_recipe, tmp_path, capsys, monkeypatch):
     def features_files(): return {f.name for f in (tmp_path / 'runs/prepared/features').glob('*.safetensors')}
     main(['train', 'teacher', *args_in(tables, small_recipe, tmp_path / 'runs')])
-    assert 'features of 40 images x 8 views -> ' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.count('features of 40 images') == out.count('features of 40 images x 8 views -> ') == 1   # for all folds
     first = features_files()
     monkeypatch.setattr(frozen, 'predict_view_features', None)
     main(['train', 'teacher', *args_in(tables, small_recipe, tmp_path / 'runs', '--set', 'stage.lr=.05')])
-    assert 'features of 40 images x 8 views are in ' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.count('features of 40 images') == out.count('features of 40 images x 8 views are in ') == 1
     assert features_files() == first
     monkeypatch.undo()
     main(['train', 'teacher', *args_in(tables, small_recipe, tmp_path / 'runs', '--set', 'recipe.seed=7')])   # weights
@@ -169,18 +186,9 @@ def test_other_normalisation_or_pooling_gives_other_features(tables, small_recip
     assert not np.allclose(*found, atol=1e-3)
 
 
-def test_features_are_named_once_for_all_folds(tables, small_recipe, tmp_path, capsys):
-    for lr, words in ((.01, 'views -> '), (.02, 'views are in ')):
-        main(['train', 'teacher', *args_in(tables, small_recipe, tmp_path, '--set', f'stage.lr={lr}')])
-        printed = capsys.readouterr().out
-        assert printed.count('features of 40 images') == printed.count(words) == 1
-
-
-def test_train_prints_the_out_of_fold_kappa(tables, small_recipe, tmp_path, capsys, monkeypatch):
-    "Of grades by cross-fitted thresholds; also where nothing is trained"
-    args = args_in(tables, small_recipe, tmp_path)
-    main(['train', 'teacher', *args])
-    assert 'teacher: out-of-fold kappa ' in capsys.readouterr().out.splitlines()[-1]
+def test_train_prints_the_out_of_fold_kappa(probed, capsys, monkeypatch):
+    "Of grades by cross-fitted thresholds; here where nothing is trained"
+    args = args_of(probed)
     real = Run.oof
 
     def scored(run, node, fold=None):
@@ -189,10 +197,9 @@ def test_train_prints_the_out_of_fold_kappa(tables, small_recipe, tmp_path, caps
     monkeypatch.setattr(Run, 'oof', scored)
     for setting, words in (('optimal', 'fitted on other images'), ('0.5 1.5 2.5 3.5', '0.5 1.5 2.5 3.5')):
         main(['train', 'teacher', *args, '--set', f'submit.thresholds={setting}'])
-        run = load_run(small_recipe, tables, tmp_path, args[7::2])
-        oof = run.oof('teacher')
+        oof = probed.oof('teacher')
         grades = np.digitize(oof.score, [.5, 1.5, 2.5, 3.5])
-        if setting == 'optimal': grades = cross_fitted_grades(oof.score, oof.diagnosis, run.parts(oof), setting)
+        if setting == 'optimal': grades = cross_fitted_grades(oof.score, oof.diagnosis, probed.parts(oof), setting)
         kappa = cohen_kappa_score(grades, oof.diagnosis, weights='quadratic')
         line = capsys.readouterr().out.splitlines()[-1]
         assert line.startswith(f'teacher: out-of-fold kappa {kappa:.3f} (95 % CI over images 0.') and kappa > .5
@@ -237,8 +244,10 @@ def test_features_in_bf16_are_near_those_in_float32(probed):
     assert np.allclose(again, exact[:, 0], atol=1e-5)
 
 
-def test_views_are_part_of_a_probes_training(tables, small_recipe, tmp_path, probed):
-    def todo(*keys): return load_run(small_recipe, tables, tmp_path / 'runs', [*PROBE[1::2], *keys]).todo(['teacher'])
+def test_views_are_part_of_a_probes_training(trained):
+    def todo(*keys):
+        run = load_run(trained / 'small.ini', trained / 'data', trained / 'runs', [*PROBE[1::2], *keys])
+        return run.todo(['teacher'])
     assert not todo() and todo('stage.tta=hflip') == {'teacher': [0, 1]}
 
 

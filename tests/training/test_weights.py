@@ -506,7 +506,7 @@ def test_wrong_means_are_refused(recipe, key, words):
     with pytest.raises(ConfigError, match=re.escape(words)): read_recipe(recipe, sets=[f'stage.first.{key}'])
 
 
-def test_what_was_loaded_and_mean_and_std_reach_record_and_prediction(recipe, tmp_path, capsys):
+def test_what_was_loaded_and_mean_and_std_reach_record_and_prediction(recipe, no_report, tmp_path, capsys):
     write_table(tmp_path / 'data', 30)
     net = network(num_classes=0)
     torch.save(mae_checkpoint(net), tmp_path / 'w.pth')
