@@ -515,5 +515,8 @@ def test_an_optional_table_is_there_if_its_csv_or_its_images_are(tmp_path, there
     assert ('test' in recipe.tables) == found
     left_out = 'the recipe runs without this table. The model is s.'
     assert note == ('' if found else f'test: test.csv and pictures not found in {tmp_path}; {left_out}')
+    if not there:
+        folder = read_recipe(file, sets=['table.test.csv='])
+        assert with_present_tables(folder, tmp_path)[1].startswith(f'test: pictures not found in {tmp_path}')
     nested = read_recipe(file, sets=['table.test.csv=sub/test.csv', 'table.test.images=.'])
     assert ('test' in with_present_tables(nested, tmp_path)[0].tables) == ('sub/test.csv' in there)
