@@ -15,6 +15,7 @@ from aptos_fastai.metrics import (
     PredictionSets,
     ScoreKappa,
     _random_parts,
+    _sd_of_draws,
     apply_thresholds,
     auc,
     bootstrap,
@@ -164,6 +165,10 @@ def test_the_design_effect_by_hand(correct, effective):
     assert interval == pytest.approx(wilson_interval(np.mean(correct) * effective, effective, .9))
 
 
+def test_a_single_patient_counts_as_one():
+    assert proportion_interval([1, 0], ['a', 'a']) == wilson_interval(.5, 1)
+
+
 def test_an_image_twice_is_no_further_patient():
     y, s = np.array([0, 0, 1, 0, 1, 1, 0, 1]), np.array([.1, .2, .3, .4, .4, .6, .7, .9])
     twice = auc(np.repeat(s, 2), np.repeat(y, 2), np.repeat(np.arange(8), 2), level=.8)
@@ -269,7 +274,8 @@ def test_thresholds_that_coincide_become_the_midpoints():
     for how in ('optimal', 'regularised'):
         thresholds, reason = thresholds_or_midpoints(how, s, y)
         assert tuple(thresholds) == MIDPOINTS and 'the optimal thresholds are all 0.5' in reason
-    with pytest.raises(AptosError, match='not finite'): thresholds_or_midpoints('optimal', [0, np.nan], [0, 1])
+    with pytest.raises(AptosError, match='not finite'): thresholds_or_midpoints('optimal', [0, np.nan], [1, 1])
+    with pytest.raises(AptosError, match='0 scores and 0 grades'): thresholds_or_midpoints('optimal', [], [])
 
 
 def test_thresholds_of_grades_without_images():
@@ -426,6 +432,13 @@ def test_grade_scores_puts_the_grade_into_its_set():
     assert grade.tolist() == [0, 1, 2]
     assert (low <= grade).all()
     assert (grade <= high).all()
+
+
+def test_the_set_is_of_the_scores_of_each_fold_and_the_grade_of_their_mean():
+    y, fold = np.repeat(range(5), 40), np.tile([0, 1], 100)
+    sets = PredictionSets(.9).fit(y + np.where(fold == 0, .01, .6), y, fold)
+    assert [o.tolist() for o in grade_scores([2.35], MIDPOINTS, sets, [[2., 2.7]])] == [[2], [2], [3]]
+    assert [o.tolist() for o in grade_scores([2.35], MIDPOINTS, sets)] == [[2], [2], [2]]
 
 
 def test_one_fold_is_split_conformal_prediction():
@@ -586,6 +599,15 @@ def test_subgroup_differences_are_those_of_a_naive_loop():
     for sd, (value, low, high) in zip(np.maximum(resampled, random), found.values(), strict=True):
         assert (high - low) / 2 == pytest.approx(1.645 * sd, rel=.12)
         assert (high + low) / 2 == pytest.approx(value)
+
+
+def test_the_mean_error_of_a_subgroup_by_hand():
+    "Mean scores of the grades 0 and 1 are 2 and 3, of grade 3 its only score: the errors are -1, 1, -1, 1 and 0"
+    found = subgroup_differences([1, 3, 2, 4, 7], [1, 3, 2, 4, 4], [0, 0, 1, 1, 3], [True] + [False] * 4)
+    assert found['mean_error'][0] == pytest.approx(-1 - 1 / 4)
+    assert np.isnan(found['auc']).all()                       # no referable image inside
+    assert np.isnan(_sd_of_draws(np.full((3, 2), np.nan))).all()
+    assert _sd_of_draws(np.array([[1., np.nan], [3., 5.], [np.nan, np.nan]])).tolist() == [1, 0]
 
 
 def test_random_subgroups_hold_whole_patients_where_the_subgroup_does():

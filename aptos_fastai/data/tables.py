@@ -260,8 +260,8 @@ def read_order(table: Table, data: Path) -> list[str]:
     """
     folder = find_folder(table, data)
     own = _rows(folder, table)[1][table.id].tolist()
-    csv = folder / table.order if table.order else None
-    if csv is None or not csv.is_file(): return own
+    csv = folder / table.order
+    if not csv.is_file(): return own         # nor is the folder itself, where there is no `order`
     df = read_spreadsheet(csv)
     require_column(csv, df, 'id_code', RENAME)
     _refuse_repeated(csv, df.id_code[df.id_code.duplicated()], 'duplicate value', 'in column id_code')

@@ -95,6 +95,8 @@ def test_a_group_has_one_fold_in_all_tables(tmp_path):
     made = dict(zip(frames['b'].group, make_folds(frames['b'], 2, recipe.seed), strict=True))
     assert of_b == made | {name: of_a[name] for name in 'spr'} != made
     assert found['test'].fold.tolist() == [of_a['q'], of_b['x'], -1]
+    write_folds(recipe, found, tmp_path / 'folds.csv')
+    assert pd.read_csv(tmp_path / 'folds.csv').source.tolist() == ['a'] * 8 + ['b'] * 10
 
 
 @pytest.fixture(params=[['007', 'NA', '1e5', 'null', '8', '', 'true', '9.0'], [f'0{i}' for i in range(1, 8)] + ['9.0']])

@@ -344,6 +344,7 @@ def test_empty_rows_between_filled_ones_are_kept_if_asked_for(tmp_path):
     text = 'a,b\n1,2\n,\n\n3,4\n,\n'
     assert sheet(tmp_path, text) == [['a', 'b'], ['1', '2'], ['3', '4']]
     assert sheet(tmp_path, text, keep_blank=True) == [['a', 'b'], ['1', '2'], ['', ''], ['3', '4']]
+    assert sheet(tmp_path, 'a\n1\n \n2\n', keep_blank=True) == [['a'], ['1'], ['2']]
     assert sheet(tmp_path, text, header=False) == [['1', '2'], ['a', 'b'], ['1', '2'], ['3', '4']]
 
 
@@ -358,7 +359,7 @@ def test_a_workbook_is_read_as_it_is_shown(tmp_path):
     book = openpyxl.Workbook()
     rows = ['id', 'grade', 'note'], [7, 2.5, None], [17, 3.0, '=1+1'], ['x', True, 'a\nb']
     for row in rows: book.active.append(row)
-    book.active['A2'].number_format, book.active['B3'].number_format = '000', '0'
+    for cell, number_format in dict(A2='000', B3='0', A4='000').items(): book.active[cell].number_format = number_format
     book.save(tmp_path / 'b.xlsx')
     with zipfile.ZipFile(tmp_path / 'b.xlsx') as old, zipfile.ZipFile(tmp_path / 's.xlsm', 'w') as new:
         for name in old.namelist():                          # the value of the formula, as Excel stores it
@@ -368,8 +369,9 @@ def test_a_workbook_is_read_as_it_is_shown(tmp_path):
     (tmp_path / '~$s.xlsm').write_bytes(b'')
     with pytest.raises(TableError, match='is the lock file of an open spreadsheet'):
         read_spreadsheet(tmp_path / '~$s.xlsm')
-    (tmp_path / 't.xlsx').write_bytes(b'PK\x03\x04 damaged')
-    with pytest.raises(TableError, match='t.xlsx: not a readable workbook'): read_spreadsheet(tmp_path / 't.xlsx')
+    for name, content in (('t.csv', b'PK\x03\x04 damaged'), ('t.XLSX', b'damaged')):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(TableError, match=f'{name}: not a readable workbook'): read_spreadsheet(tmp_path / name)
 
 
 @pytest.mark.parametrize('text, safe', [('=1', "'=1"), ('+1', "'+1"), ('-1', "'-1"), ('@a', "'@a"), ('\ta', "'\ta"),
@@ -382,6 +384,8 @@ def test_a_cell_that_a_spreadsheet_would_run_gets_an_apostrophe(text, safe):
 def test_the_header_says_whether_this_program_wrote_a_csv(tmp_path):
     (tmp_path / 'a.csv').write_bytes('id,grade,\xfc\r\n1,2,3\r\n'.encode('latin-1'))
     assert has_columns(tmp_path / 'a.csv', ['grade', 'id']) and not has_columns(tmp_path / 'a.csv', ['id', '1'])
+    (tmp_path / 'b.csv').write_text('id,grade\n')
+    assert has_columns(tmp_path / 'b.csv', ['id', 'grade'])
 
 
 def test_counts_and_the_first_five():
@@ -420,7 +424,7 @@ def groups_of(folder: Path, ids: str, **keys) -> tuple[list[str], str]:
 def test_groups_by_hand(tmp_path):
     assert groups_of(tmp_path, 'b a') == (['t:b', 't:a'], '')
     assert groups_of(tmp_path, 'a10 a2 a1 b', block=2) == (['t:block 1', 't:block 0', 't:block 0', 't:block 1'], '')
-    assert groups_of(tmp_path, '1_l 1_R 2_l', group='^(.+)_[lR]') == (['t:1', 't:1', 't:2'], '')
+    assert groups_of(tmp_path, '1_l 1_R na_l', group='^(.+)_[lR]') == (['t:1', 't:1', 't:na'], '')
 
 
 def test_pairs_by_hand(tmp_path):
@@ -472,6 +476,7 @@ def test_images_beside_the_folder_are_found_and_others_are_not(tmp_path):
     contents = table_contents(table(), tmp_path)
     assert contents.frame.path.tolist() == [f'{tmp_path}/images/../beside/x', f'{tmp_path}/images/y.png']
     assert contents.notes[0] == f'1 images in {tmp_path / "images"} are named by no row'
+    assert table_contents(table(grade=''), tmp_path).notes == contents.notes[:1]
     (tmp_path / 't.csv').write_text('id_code,diagnosis\n../../outside.png,1\ny,0\n')
     with pytest.raises(TableError, match=r'outside.png: lies outside .*; copy the file into this folder'):
         read_table(table(), tmp_path)
@@ -510,5 +515,8 @@ def test_an_optional_table_is_there_if_its_csv_or_its_images_are(tmp_path, there
     assert ('test' in recipe.tables) == found
     left_out = 'the recipe runs without this table. The model is s.'
     assert note == ('' if found else f'test: test.csv and pictures not found in {tmp_path}; {left_out}')
+    if not there:
+        folder = read_recipe(file, sets=['table.test.csv='])
+        assert with_present_tables(folder, tmp_path)[1].startswith(f'test: pictures not found in {tmp_path}')
     nested = read_recipe(file, sets=['table.test.csv=sub/test.csv', 'table.test.images=.'])
     assert ('test' in with_present_tables(nested, tmp_path)[0].tables) == ('sub/test.csv' in there)
