@@ -267,7 +267,7 @@ def all(options: RunOptions, hours: Hours = None, deidentify: Deidentify = False
     """Train every stage and write submission.csv. Finished stages are skipped.
 
     python run.py all
-    python run.py all --data ~/kaggle --name large --set stage.size=384
+    python run.py all --recipe recipes/one_table.ini --data ~/mydata --name large --set stage.size=384
     python run.py all --recipe recipes/one_table.ini --data ~/idrid --hours 0.5
     python run.py all runs/large
     """
@@ -400,7 +400,8 @@ def inspect(options: RunOptions,
     """
     from aptos_fastai import commands
     keys = given(id=id, grade=grade, patient=patient, eye=eye, ungradable=ungradable)
-    commands.inspect(options.load, table, count, images, options.runs, options.sets or [], ask_user(), keys)
+    commands.inspect(options.load, table, count, images, options.runs, options.name, options.sets or [], ask_user(),
+                     keys)
 
 
 @command

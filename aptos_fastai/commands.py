@@ -42,7 +42,7 @@ from aptos_fastai.pipeline.graph import (
     write_submissions,
 )
 from aptos_fastai.pipeline.refresh import refresh_folds
-from aptos_fastai.pipeline.run_recipe import RECIPE, check_name
+from aptos_fastai.pipeline.run_recipe import RECIPE, check_name, check_same_model
 from aptos_fastai.pipeline.share import with_shared
 from aptos_fastai.pipeline.summary import SYNTHETIC, oof_table, show_summary, stage_kappa_text, summarise
 from aptos_fastai.recipe import NAMED_SECTIONS, SECTIONS, TUNE_HELP, Recipe, read_recipe
@@ -103,14 +103,15 @@ def fit(csv: str | Path, images: str | Path = '', unlabelled: str | Path = '', *
     return as_prepared(load_run(recipe, data, runs))
 
 
-def inspect(load: Callable[[], Run], table: str, count: int, images: str, runs: str, sets: Iterable[str],
+def inspect(load: Callable[[], Run], table: str, count: int, images: str, runs: str, name: str, sets: Iterable[str],
             ask: Ask | None, keys: dict[str, str]) -> None:
     "Inspect a table of the recipe that `load` opens, or a CSV or folder as `fit` would train on it"
     from aptos_fastai.reports.table_report import inspect_table
     if not Path(table).exists():
         inspect_table(load(), table, count)
         return
-    recipe, data = understand_and_write(table, images, '', f'{name_of(table)}_inspect', runs, sets, ask, keys)
+    name = name or f'{name_of(table)}_inspect'
+    recipe, data = understand_and_write(table, images, '', name, runs, sets, ask, keys)
     inspect_table(load_run(recipe, data, runs), GRADED, count)
 
 
@@ -216,6 +217,7 @@ def label_table(run: Run, node: str, name: str) -> None:
 def start_trained_run(run: Run) -> Iterator[tuple[Run, Bars]]:
     "`start_run`. Raises `AptosError` if there is no test table, or a stage that the submission needs is not finished"
     require_test_table(run)
+    check_same_model(run)
     run = as_answered(run)
     needed = set().union(*(run.ancestors(n) for n in submitted_nodes(run.recipe))) & set(run.recipe.stages)
     require_finished(run, [n for n in run.recipe.order if n in needed and not run.record(n, 0)])

@@ -208,10 +208,15 @@ def with_common_size(run: Run, frames: dict[str, pd.DataFrame]) -> tuple[dict[st
     return frames, None
 
 
+def is_prepared(run: Run) -> bool:
+    "Return whether every image of the run's tables is prepared"
+    return all('perceptual_hash' in f for f in run.frames.values())
+
+
 def with_folds(run: Run) -> Run:
     "Return the run with a fold for each image; once all images are prepared, duplicate images share a fold"
     frames = run.frames
-    if all('perceptual_hash' in f for f in frames.values()):
+    if is_prepared(run):
         frames = resolve_conflicts(group_duplicates(*with_common_size(run, frames)), run.recipe.conflicts)
     return replace(run, frames=add_folds(run.recipe, frames, run.root / 'folds.csv'))
 

@@ -15,7 +15,8 @@ from aptos_fastai.common.io import AptosError
 from aptos_fastai.data.decode import ImageError
 from aptos_fastai.data.retina import Prep, prepare_sizes, square_of
 from aptos_fastai.data.store import missing_images
-from aptos_fastai.pipeline.graph import check_run, check_training, outputs_up_to_date, submitted_nodes
+from aptos_fastai.pipeline.graph import check_run, check_training, is_prepared, outputs_up_to_date, submitted_nodes
+from aptos_fastai.pipeline.other_runs import check_other_runs
 from aptos_fastai.pipeline.reasons import training_reasons
 from aptos_fastai.pipeline.share import shared_lines, with_shared
 from aptos_fastai.pipeline.summary import tables_text
@@ -264,6 +265,7 @@ def plan_images(recipe: str, sets: list[str], images: str) -> None:
 def show_plan(run: Run) -> None:
     "Print what is finished and what `all` would train, and time and disk space. Raises `AptosError` if it would fail"
     run = with_shared(run, run.recipe.stages)
+    if is_prepared(run): check_other_runs(run, run.recipe.stages)
     todo = run.todo()
     check_run(run, todo)
     outdated = run.to_refresh(todo)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from aptos_fastai.common.io import AptosError, read_record, write_bytes
-from aptos_fastai.recipe import ConfigError, Ini, Recipe, Stage, override, read_recipe
+from aptos_fastai.recipe import ConfigError, Ini, Recipe, Stage, override, read_ini, read_recipe
 from aptos_fastai.run_folder import Run
 
 RECIPE = 'recipe.ini'
@@ -111,6 +111,21 @@ def store_recipe(run: Run, replace: bool) -> dict:
     if known and is_stored(recipe, run.root): return dict(known, sets=merged_sets(known['sets'], recipe.sets))
     return dict(recipe=relative_to_root(run.root, recipe.path), folder=relative_to_root(run.root, Path()),
                 sets=list(recipe.sets))
+
+
+def check_same_model(run: Run) -> None:
+    "Raise `AptosError` if the recipe submits another stage, or blends other members, than that of the run folder"
+    file = run.root / RECIPE
+    if is_stored(run.recipe, run.root) or not file.is_file(): return
+    stored, now = sets_applied(read_ini(file), run.recipe.sets), run.recipe.sections
+    ensembles = sorted(section for section in stored.keys() | now.keys() if section.startswith('ensemble.'))
+    keys = [*((section, key) for section in ensembles for key in ('members', 'weights')),
+            *(('submit', key) for key in ('final', 'also', 'table', 'eyes'))]
+    for section, key in keys:
+        there, here = (o.get(section, {}).get(key, '') for o in (stored, now))
+        if there.split() == here.split(): continue
+        raise AptosError(f'{run.recipe.path} [{section}] {key} = {here or "(none)"}: the run {run.root} has '
+                         f'{there or "(none)"}. Take its recipe with --run {run.root}, or change it with `all`.')
 
 
 def merged_sets(old: list[str], new: tuple[str, ...]) -> list[str]:

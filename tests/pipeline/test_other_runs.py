@@ -95,7 +95,8 @@ def test_a_member_that_is_not_there(runs, capsys, stage, words):
 def test_a_member_of_other_folds_or_images_is_refused_before_training(runs, capsys, extra, words):
     recipe = RECIPE.replace('[images]\n', extra) if 'images' in extra else RECIPE
     args = write_recipe(runs, 'differs', '' if 'images' in extra else extra, recipe=recipe)
-    err = expect_error(capsys, ['all', *args], 'cannot be a member here', words)
+    main(['prepare', *args])
+    for command in ('plan', 'all'): err = expect_error(capsys, [command, *args], 'cannot be a member here', words)
     assert '\n' not in err.strip()
     assert not (runs / 'runs/differs/teacher').exists()
 

@@ -196,6 +196,19 @@ def test_a_finished_run_is_not_trained_again_unasked(copied, capsys):
     assert f'first: folds 0 1 from {root / "first"}' in out and 'stage 1 of 1: second' in out
 
 
+def test_a_submission_by_another_recipe_is_refused(copied, capsys):
+    "A recipe of another name that blends other members, used with --name of this run"
+    root, before = copied / 'runs/recipe', modified_times(copied / 'runs/recipe')
+    other = copied / 'other.ini'
+    other.write_text((copied / 'recipe.ini').read_text().replace('final = both', 'final = first'))
+    args = ['--recipe', other, '--data', options(copied)[3], '--runs', root.parent, '--name', root.name]
+    for command in ('submit', 'score'):
+        expect_error(capsys, [command, *args], '[submit] final = first', f'{root} has both', f'--run {root}')
+    assert modified_times(root) == before
+    main(['submit', *options(copied, 'submit.final=first')])         # asked for by --set
+    assert 'first, thresholds' in capsys.readouterr().out
+
+
 def test_a_model_of_other_scores_is_refused(copied):
     "`train` scores again; thresholds, kappa and gate in summary.json are still of the old scores"
     root, key = copied / 'runs/recipe', 'stage.second.tta=hflip'
