@@ -215,8 +215,8 @@ def damage_prepared_csv(run):
         write(file, b'\xff\xfe\x00' + file.read_bytes())
 
 
-PARENT = ['--set', 'stage.finetune_256.wd=.2']         # reruns finetune_256
-LAST = ['--set', 'stage.retrain_512.wd=.2']            # reruns retrain_512 alone
+PARENT = ['--set', 'stage.finetune_256.wd=.2', '--replace']         # reruns finetune_256
+LAST = ['--set', 'stage.retrain_512.wd=.2', '--replace']            # reruns retrain_512 alone
 STAGE_JSON = 'finetune_256/fold0/stage.json'
 LABELS_RECORD = 'labels/finetune_256/aptos_test/provenance.json'
 SCORES_RECORD = 'finetune_256/fold0/scores_aptos_test.json'
@@ -264,5 +264,5 @@ def test_changed_files_of_a_run_are_not_used(toy_copy, capsys, name):
 
 def test_changed_prepared_images_are_not_trained_on(toy_copy, capsys):
     for file in toy_copy.parent.glob('prepared/*/aptos_train*/*.jpg'): flip_bit(file, -9)
-    args = toy_args(toy_copy, '--set', 'stage.finetune_512.wd=.2')
+    args = toy_args(toy_copy, '--set', 'stage.finetune_512.wd=.2', '--replace')
     expect_error(capsys, ['all', *args], '.jpg: content changed', 'Delete it and run again')

@@ -411,7 +411,7 @@ def test_a_threshold_by_hand(target, value, threshold):
 def test_nine_images_are_enough_for_a_target_of_90_percent(n):
     "j = floor(0.1 * (9 + 1)) = 1"
     _, note = choose_threshold(np.arange(2 * n), np.arange(2 * n) >= n, 'sensitivity', .9)
-    assert note.partition(':')[0] == ('8 images are too few for sensitivity 0.9' if n == 8 else '')
+    assert note.partition(':')[0] == ('too few images (8) for sensitivity 0.9' if n == 8 else '')
 
 
 def test_a_threshold_without_an_image_of_the_other_class_beyond_it():

@@ -233,12 +233,12 @@ def start_run(run: Run, nodes: Iterable[str] = (), trial: bool = False,
     block ends. Raises `AptosError`.
     """
     stages = {n: s for n, s in run.recipe.stages.items() if n in set(nodes)}
-    if not trial and not replaces: check_replaced(run, stages)
     known = run if trial else with_shared(run, stages)
     check_run(run, [n for n in run.recipe.order if n in stages and not known.record(n, stages[n].folds - 1)])
     with run_lock(run.root), Bars() as bars:
         remove_stale_temp_files(run.root, 0)
         run = prepare_images(run, bars)
+        if not trial and not replaces: check_replaced(run, stages)
         if not trial:
             run = take_shared(move_renamed(run), stages)
             check_other_runs(run, stages)

@@ -475,7 +475,7 @@ def test_images_beside_the_folder_are_found_and_others_are_not(tmp_path):
     write_images(tmp_path, ['images/y.png', 'images/z.png', 'beside/x', '../outside.png'])
     contents = table_contents(table(), tmp_path)
     assert contents.frame.path.tolist() == [f'{tmp_path}/images/../beside/x', f'{tmp_path}/images/y.png']
-    assert contents.notes[0] == f'1 images in {tmp_path / "images"} are named by no row'
+    assert contents.notes[0] == f'1 image in {tmp_path / "images"} without a row'
     assert table_contents(table(grade=''), tmp_path).notes == contents.notes[:1]
     (tmp_path / 't.csv').write_text('id_code,diagnosis\n../../outside.png,1\ny,0\n')
     with pytest.raises(TableError, match=r'outside.png: lies outside .*; copy the file into this folder'):

@@ -187,7 +187,7 @@ def test_thresholds_are_not_fitted_on_changed_scores(toy_copy, image_paths, caps
 
 
 def test_a_run_trained_again_since_its_submission_is_an_error(toy_copy, image_paths, capsys):
-    main(['train', 'retrain_512', *toy_args(toy_copy, '--set', 'stage.retrain_512.wd=.3')])
+    main(['train', 'retrain_512', *toy_args(toy_copy, '--set', 'stage.retrain_512.wd=.3'), '--replace'])
     expect_error(capsys, ['predict', toy_copy, image_paths[0]],
                  'trained again after the submission was made', 'Run `all` again')
 

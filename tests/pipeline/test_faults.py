@@ -106,7 +106,7 @@ def test_a_read_only_disk_is_one_line(mount_disk, toy, capsys):
     disk = mount_disk(60000)
     shutil.copytree(toy.parent, disk / 'runs')
     subprocess.run(['mount', '-o', 'remount,ro', str(disk)], check=True)
-    args = ['all', *toy_args(disk / 'runs' / toy.name, '--set', 'stage.wd=.3')]
+    args = ['all', *toy_args(disk / 'runs' / toy.name, '--set', 'stage.wd=.3'), '--replace']
     expect_error(capsys, args, 'Read-only file system', '--runs')
 
 
@@ -302,7 +302,7 @@ def test_an_exchanged_learner_or_checkpoint_is_not_loaded(toy_copy, no_report, t
         (toy_copy / 'pretrain_256/fold0' / name).write_bytes(pickle.dumps(MaliciousPickle(trace)))
     write_record(toy_copy / 'finetune_256/fold0/checkpoint.json',
                  dict(key='x', file='../../pretrain_256/fold0/checkpoint-1.pt', hash='y', epochs=1, resumed=[]))
-    main(['all', *toy_args(toy_copy, '--set', 'stage.finetune_256.wd=.2')])
+    main(['all', *toy_args(toy_copy, '--set', 'stage.finetune_256.wd=.2', '--replace')])
     assert 'stage 1 of 3: pretrain_256' in capsys.readouterr().out      # the learner's size differs: trained again
     assert not trace.exists()
 
@@ -328,7 +328,7 @@ main(sys.argv[1:])
 
 
 def test_training_connects_to_no_host(small_copy):
-    args = ['train', 'teacher', *small_options(small_copy, 'stage.wd=.7', 'stage.folds=1')]
+    args = ['train', 'teacher', *small_options(small_copy, 'stage.wd=.7', 'stage.folds=1'), '--replace']
     out = subprocess.run([sys.executable, '-W', 'ignore', '-c', NO_NETWORK, *args], capture_output=True, text=True,
                          cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert out.returncode == 0, out.stderr

@@ -279,7 +279,7 @@ def test_uncertain_labels_are_used_and_sources_weighted(small_copy, capsys):
     root = small_copy / 'runs/small'
     shutil.rmtree(root / 'labels')
     main(['label', 'teacher', *small_options(small_copy)])
-    args = ['train', 'retrain', *small_options(small_copy, 'stage.retrain.ema=.9')]
+    args = ['train', 'retrain', *small_options(small_copy, 'stage.retrain.ema=.9'), '--replace']
     main([*args, '--set', 'stage.retrain.source_weights=1 2'])
     record = read_json(root / 'retrain/fold0/stage.json')
     graded = (pd.read_csv(root / 'folds.csv').fold != 0).sum()
@@ -290,7 +290,7 @@ def test_uncertain_labels_are_used_and_sources_weighted(small_copy, capsys):
 def test_the_moving_average_is_validated_and_kept(small, small_copy):
     "With decay 0 the average equals the weights; with a high decay it is near where training began"
     def trained(folder, *keys):
-        if keys: main(['train', 'teacher', *small_options(folder, 'stage.folds=1', *keys)])
+        if keys: main(['train', 'teacher', *small_options(folder, 'stage.folds=1', *keys), '--replace'])
         fold = folder / 'runs/small/teacher/fold0'
         assert f'stage.ema={read_json(fold / "stage.json")["settings"]["ema"]}' in keys or not keys
         return load_file(fold / WEIGHTS), pd.read_csv(fold / 'preds.csv').score

@@ -215,7 +215,7 @@ def test_weights_of_unknown_origin_are_named(folder, tmp_path):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     weights = tmp_path / 'copied.safetensors'
     shutil.copy(tmp_path / 'runs/recipe/pretrain/fold0/weights.safetensors', weights)
-    main(['all', *options(tmp_path, f'stage.pretrain.weights={weights}')])
+    main(['all', *options(tmp_path, f'stage.pretrain.weights={weights}'), '--replace'])
     warnings = json.loads((tmp_path / 'runs/recipe/summary.json').read_text())['submission']['warnings']
     assert 'the images that copied.safetensors was trained on are unknown: if some of them validate, this is ' \
            'optimistic' in warnings

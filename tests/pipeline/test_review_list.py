@@ -168,7 +168,7 @@ def trained(tmp_path_factory):
 def train(folder, *sets):
     options = [o for key in sets for o in ('--set', key)]
     places = ['--recipe', str(folder / 'r.ini'), '--data', str(folder / 'data'), '--runs', str(folder / 'runs')]
-    with without_report(): main(['all', *places, *options])
+    with without_report(): main(['all', *places, *options, *(['--replace'] if sets else [])])
 
 
 def test_images_are_the_originals_and_heat_maps_cover_them(trained):

@@ -31,7 +31,7 @@ def opened(root, sets=(), data=''): return load_run(**options_of(str(root), data
 @pytest.mark.parametrize('demo', [False, True])
 @pytest.mark.parametrize('file', ['settings.ini', 'recipes/published.ini', 'recipes/gold.ini'])
 def test_a_stored_recipe_is_the_one_that_was_used(file, demo, tmp_path):
-    sets = ['stage.lr=0.02', 'recipe.owner=A; B = 50 % # c', 'submit.thresholds=0.6 1.5 2.5 3.5']
+    sets = ['stage.clip=3', 'recipe.owner=A; B = 50 % # c', 'submit.thresholds=0.6 1.5 2.5 3.5']
     used = read_recipe(ROOT / file, demo=demo, sets=sets)
     stored = tmp_path / 'recipe.ini'
     stored.write_text(ini_text(used.sections), encoding='utf-8')
