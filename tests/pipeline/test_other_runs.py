@@ -3,24 +3,24 @@ import json
 
 import pandas as pd
 import pytest
-from conftest import expect_error
+from conftest import expect_error, without_report, write_table
 
 from aptos_fastai.cli import main
 from aptos_fastai.pipeline.graph import load_run
 
+pytestmark = pytest.mark.usefixtures('no_report')
 BLEND = '\n[ensemble.blend]\nmembers = teacher {stage}\n'
 
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     "A finished run `other`, its recipe and its data"
-    from conftest import write_table
     folder = tmp_path_factory.mktemp('other_runs')
     write_table(folder / 'data', 40)
     write_table(folder / 'data', 10, graded=False, seed=1, name='test')
     (folder / 'other.ini').write_text(RECIPE.replace('size = 32', 'size = 48') + '[stage.start]\n'
                                       '[stage.teacher]\ninit = start\n[submit]\nfinal = teacher\ntable = test\n')
-    main(['all', *arguments(folder, 'other')])
+    with without_report(): main(['all', *arguments(folder, 'other')])
     return folder
 
 

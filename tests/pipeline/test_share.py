@@ -2,20 +2,21 @@
 import json
 
 import pytest
-from conftest import modified_times
+from conftest import modified_times, small_options
 
 from aptos_fastai.cli import main
 from aptos_fastai.pipeline import stage as stage_module
 from aptos_fastai.pipeline.graph import load_run
 from aptos_fastai.pipeline.share import with_shared
 
+pytestmark = pytest.mark.usefixtures('no_report')
+
 
 @pytest.fixture
-def first(small_recipe, tables, tmp_path):
+def first(small_copy):
     "A finished run, and the arguments of others beside it"
-    args = ['--recipe', str(small_recipe), '--data', str(tables), '--runs', str(tmp_path / 'runs')]
-    main(['train', 'teacher', *args, '--name', 'first'])
-    return tmp_path / 'runs/first', args
+    main(['prepare', *small_options(small_copy)])              # the copy's images have moved
+    return small_copy / 'runs/small', small_options(small_copy)
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def test_a_run_takes_what_another_run_has_trained(first, trained, capsys):
     out = capsys.readouterr().out
     assert f'shared: teacher: folds 0 1 from {root / "teacher"}' in ' '.join(out.split())
     assert not (root.parent / 'second/teacher').exists()
-    main(['all', *args, '--name', 'second'])
+    main(['all', *args, '--name', 'second', '--set', 'stage.retrain.lr=.02'])
     out = ' '.join(capsys.readouterr().out.split())
     assert f'teacher: folds 0 1 from {root / "teacher"}, trained with the same settings on the same images' in out
     assert trained == ['retrain/0', 'retrain/1']
@@ -57,7 +58,6 @@ def test_other_settings_images_or_seeds_are_not_shared(first, capsys):
 def test_a_child_of_parents_trained_here_is_not_taken(first, trained, capsys):
     "The fingerprints agree, but not the weights of the parents"
     root, args = first
-    main(['all', *args, '--name', 'first'])
     third = root.parent / 'third'
     main(['train', 'teacher', *args, '--name', 'third', '--set', 'stage.precision=bf16'])
     assert 'teacher/0' in trained                           # in another precision: not taken
@@ -84,4 +84,4 @@ def test_deleting_one_run_leaves_the_other_whole(first, trained, capsys):
     main(['train', 'teacher', *args, '--name', 'second'])
     shutil.rmtree(root)
     main(['all', *args, '--name', 'second'])
-    assert trained == ['retrain/0', 'retrain/1']
+    assert trained == ['retrain/0', 'retrain/1'] and (root.parent / 'second/submission.csv').is_file()
