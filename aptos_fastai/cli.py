@@ -432,14 +432,15 @@ def tune(options: RunOptions, stage: Stage,
 @command
 def label(options: RunOptions,
           stage: Annotated[str, argument('STAGE', 'The stage or ensemble that labels.')],
-          table: Annotated[str, argument('TABLE', 'An ungraded table. Default: [submit] table.')] = '') -> None:
+          table: Annotated[str, argument('TABLE', 'An ungraded table. Default: [submit] table.')] = '',
+          replace: Replace = False) -> None:
     """Write pseudo-labels of an ungraded table. Writes soft_pseudo_label.csv (scores) and hard_pseudo_label.csv
     (grades); trains the stage first if needed.
 
     python run.py label finetune_256
     """
     from aptos_fastai import commands
-    commands.label_table(options.load(stage), stage, table)
+    commands.label_table(options.load(stage), stage, table, replace)
 
 
 @command

@@ -200,7 +200,7 @@ def train_stage(run: Run, stage: str, replaces: bool = False) -> None:
     say(f'{stage}: {kappa}')
 
 
-def label_table(run: Run, node: str, name: str) -> None:
+def label_table(run: Run, node: str, name: str, replaces: bool = False) -> None:
     "Write the pseudo-labels of an ungraded table (default: the submission's); train what they need first"
     if not name: require_test_table(run)
     name = name or run.recipe.submit.table
@@ -208,7 +208,7 @@ def label_table(run: Run, node: str, name: str) -> None:
         ungraded = [t.name for t in run.recipe.used_tables if not t.graded]
         raise AptosError(f'{name}: no such ungraded table in {run.recipe.path}. Choose from: {", ".join(ungraded)}.')
     needed = run.ancestors(require_name(run.recipe, node, run.recipe.nodes))
-    with start_run(run, needed) as (run, bars):
+    with start_run(run, needed, replaces=replaces) as (run, bars):
         train_nodes(run, needed, bars)
         say(f'pseudo-labels of {name} by {node}: {write_missing_labels(run, node, name, bars)}')
 

@@ -770,7 +770,9 @@ def read_recipe(path: str | Path, *, demo: bool = False, sets: Sequence[str] = (
     `sets` are SECTION.KEY=VALUE strings (from --set) that override the file; `resolve` adds the stages of other runs
     that ensembles name by path. Raises `ConfigError`.
     """
-    return parse_recipe(Path(path), read_ini(Path(path)), demo, sets, resolve)
+    ini = read_ini(Path(path))
+    _check_sets(ini, sets, demo)
+    return parse_recipe(Path(path), ini, demo, sets, resolve)
 
 
 def changed(recipe: Recipe, sets: Sequence[str]) -> Recipe:
@@ -786,7 +788,6 @@ def parse_recipe(path: Path, ini: Ini, demo: bool, sets: Sequence[str], resolve:
     for text in sets: override(ini, text)
     sections = dict(ini)
     _check_section_names(path, ini)
-    _check_sets(ini, sets, demo)
     _check_tuned(path, ini)
     for name in _names(ini, 'table'): ini[f'table.{name}'] = _with_preset(path, name, ini[f'table.{name}'])
     tables = {n: _build(path, f'table.{n}', Table, ini[f'table.{n}'], name=n) for n in _names(ini, 'table')}
@@ -1165,6 +1166,7 @@ def _check_fitted_labels(r: Recipe, s: Stage) -> None:
 def _check_members(r: Recipe, e: Ensemble) -> None:
     "Check that the members of an ensemble are stages"
     for m in e.members:
+        if '/' in m: _fail(r, f'ensemble.{e.name}', 'members', m, 'only commands on a run find stages of other runs.')
         if m not in r.stages: _fail(r, f'ensemble.{e.name}', 'members', m, _no_stage(r))
 
 

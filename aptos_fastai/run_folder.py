@@ -164,6 +164,18 @@ class Run:
         others = [o for name, o in self.frames.items() if name != table and self.recipe.tables[name].graded]
         return kept & ~frame.group.isin(pd.concat([o.group[o.fold == fold] for o in others]))
 
+    def left_out_for_others(self, stage: Stage, table: str, fold: int) -> pd.Series:
+        """Return which images of a table `training_part` leaves out only because of tables that the stage does not
+        train on or that do not validate it, as a mask: what else is left out follows from the tables of `train`.
+        """
+        frame = self.frames[table]
+        known = [*stage.graded_tables, table]
+        others = [o.group[o.fold == fold] for name, o in self.frames.items()
+                  if name not in known and self.recipe.tables[name].graded]
+        if table not in stage.graded_tables or table in stage.validated_tables or not others:
+            return pd.Series(False, frame.index)
+        return frame.group.isin(pd.concat(others))
+
     def validation_part(self, stage: Stage, table: str, fold: int) -> pd.Series:
         "Return which images of a graded table of `train` validate a fold of a stage, as a mask"
         frame = self.frames[table]
@@ -246,6 +258,8 @@ class Run:
         held_out = self.held_out(stage, table)
         if stage.balance: facts['balance'] = digest(self.frames[table][stage.balance].tolist())
         if held_out.any(): facts['held_out'] = digest(self.frames[table].id_code[held_out].tolist())
+        left_out = self.left_out_for_others(stage, table, fold)
+        if left_out.any(): facts['left_out'] = digest(self.frames[table].id_code[left_out].tolist())
         if not teacher: return dict(facts, teacher='')
         thresholds = self.label_thresholds(teacher) if stage.labels == 'hard' else ''
         views = [self.recipe.stages[m].tta for m in self.recipe.members(teacher)]

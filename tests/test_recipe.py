@@ -6,7 +6,7 @@ from conftest import ROOT, expect_error
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aptos_fastai.recipe import OLD_KEYS, ConfigError, parse_thresholds, read_recipe
+from aptos_fastai.recipe import OLD_KEYS, ConfigError, changed, parse_thresholds, read_recipe
 
 SETTINGS = ROOT / 'settings.ini'
 PUBLISHED = ROOT / 'recipes/published.ini'
@@ -202,6 +202,15 @@ def test_a_set_of_a_key_that_every_stage_has_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r'stage.epochs=9: changes nothing, .*--set stage.a.epochs=VALUE'):
         read_recipe(file, sets=['stage.epochs=9'])
     assert read_recipe(file, demo=True, sets=['stage.epochs=9']).stages['a'].epochs == 9      # by [demo.stage]
+
+
+def test_a_key_of_all_stages_may_be_changed_for_one_of_them_later(tmp_path):
+    "As `tune` does, whose recipe has one stage: the earlier --set is then without effect, which is meant"
+    file = tmp_path / 'r.ini'
+    file.write_text('[table.train]\ncsv = train.csv\nimages = images\ngrade = g\n[stage.a]\ntrain = train\n'
+                    '[submit]\nfinal = a\n')
+    recipe = changed(read_recipe(file, sets=['stage.keep=kappa']), ['stage.a.keep=last'])
+    assert recipe.stages['a'].keep == 'last'
 
 
 def test_old_keys_are_no_keys_and_name_keys_that_exist():

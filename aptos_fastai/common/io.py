@@ -66,7 +66,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temp
-        with open(temp, 'r+b') as f: os.fsync(f.fileno())     # Windows syncs only files that are open for writing
+        with open(temp, 'r+b' if os.name == 'nt' else 'rb') as f: os.fsync(f.fileno())   # Windows: only if writable
         os.replace(temp, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as e:     # PyTorch raises RuntimeError when the disk is full

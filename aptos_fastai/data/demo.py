@@ -362,15 +362,16 @@ def write_demo(folder: Path, *, pretrain: int = 600, train: int = 480, test: int
 
 
 def holds_demo_images(paths: Iterable[str | Path]) -> bool:
-    "Return True if one of the images lies in a folder that `write_demo` wrote, at any depth of that"
-    folders = [Path(folder).resolve() for folder in {os.path.dirname(path) for path in paths}]
-    return any(_is_demo(parent) for parent in {parent for folder in folders for parent in (folder, *folder.parents)})
+    "Return True if one of the images lies in a folder of images that `write_demo` wrote"
+    folders = {Path(folder).resolve() for folder in {os.path.dirname(path) for path in paths}}
+    return any('/'.join(folder.parts[-2:]) in FOLDERS and _is_demo(folder.parents[1]) for folder in folders)
 
 
 def _is_demo(folder: Path) -> bool:
     note = folder / NOTE
-    try: return note.is_file() and 'camera_by_grade' in json.loads(note.read_text(encoding='utf-8'))
-    except (OSError, ValueError): return False           # a file of this name that someone else wrote
+    try: settings = json.loads(note.read_text(encoding='utf-8'))
+    except (OSError, ValueError): return False           # none, or a file of this name that someone else wrote
+    return isinstance(settings, dict) and 'camera_by_grade' in settings
 
 
 def _write_tables(folder: Path, plan: pd.DataFrame, seed: int, progress: Callable[[int, int], None] | None):

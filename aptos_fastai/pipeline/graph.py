@@ -151,7 +151,7 @@ def check_same_data(root: Path, data: Path, demo: bool, may_have_moved: bool = F
 def check_replaced(run: Run, stages: Collection[str]) -> None:
     "Raise `AptosError` if a training of `stages` would replace finished folds of other settings or images"
     if not (run.root / 'summary.json').is_file(): return             # `all` has not finished here yet
-    todo = run.todo(stages)
+    todo = run.todo([name for name in stages if name not in run.recipe.other_runs])
     lost = {name: [k for k in folds if run.has_changed(name, k)] for name, folds in todo.items()}
     reasons = training_reasons(run, {name: folds for name, folds in lost.items() if folds})
     if not reasons: return

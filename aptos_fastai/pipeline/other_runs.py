@@ -1,31 +1,36 @@
 """Members of ensembles from other runs: `[ensemble.both] members = teacher ../other/finetune_256`.
 
 The path is relative to the run folder. The stage, its ancestors and their tables become part of the recipe, named
-OTHER_STAGE, so that lineage, scores and reports treat them as its own; `pipeline.share` takes their finished folds.
+OTHER_STAGE, so that lineage, scores and reports treat them as its own; `pipeline.share` takes their finished folds
+from that run alone, and again if they were trained again there. They are never trained here.
 """
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from aptos_fastai.common.io import AptosError, read_record
-from aptos_fastai.pipeline.reasons import fold_reasons
+from aptos_fastai.pipeline.reasons import OLDER, fold_reasons
 from aptos_fastai.pipeline.run_recipe import RECIPE, of_demo
+from aptos_fastai.pipeline.share import has_weights_of
 from aptos_fastai.recipe import ConfigError, Ensemble, Parts, Recipe, Stage, Table, did_you_mean, read_recipe, run_name
 from aptos_fastai.run_folder import FINISHED, Run
 
 
 @dataclass(frozen=True)
 class MembersOfRuns:
-    "Put the stages that ensembles name by path into the recipe of the run in `root`"
+    "Put the stages that ensembles name by path into the recipe of the run in `root`; `within`: runs that name it so"
     root: Path
     demo: bool
+    within: tuple[Path, ...] = ()
 
     def __call__(self, recipe: Path, parts: Parts) -> Parts:
         "Return tables, stages and ensembles with those of other runs. Raises `ConfigError`"
         for e in parts.ensembles.values():
             names = tuple(self._add(f'{recipe} [ensemble.{e.name}] members = {m}', m, parts) if '/' in m else m
                           for m in e.members)
+            if len(set(names)) < len(names):
+                raise ConfigError(f'{recipe} [ensemble.{e.name}] members = {" ".join(e.members)}: one is named twice.')
             parts.ensembles[e.name] = replace(e, members=names)
         return parts
 
@@ -41,8 +46,12 @@ class MembersOfRuns:
         tables = {table: _table_name(parts.tables, other.tables[table], prefix)
                   for node in needed if node in other.stages for _, table in other.stages[node].sources}
         for old, new in tables.items(): parts.tables.setdefault(new, replace(other.tables[old], name=new))
-        for old in needed: _add_node(where, parts, other, old, names, tables)
-        parts.other_runs[names[name]] = folder / name
+        for old in needed:
+            _add_node(where, parts, other, old, names, tables)
+            if old not in other.stages: continue
+            if parts.other_runs.setdefault(names[old], folder / old) != folder / old:
+                raise ConfigError(f'{where}: {parts.other_runs[names[old]].parent} and {folder} would both be '
+                                  f'{names[old]} here. Rename one of the two runs.')
         return names[name]
 
     def _recipe_of(self, where: str, folder: Path) -> Recipe:
@@ -52,7 +61,9 @@ class MembersOfRuns:
                               '../OTHER/STAGE.')
         if of_demo(record) != self.demo:
             raise ConfigError(f'{where}: one of the two runs is on the built-in demo, the other is not.')
-        return read_recipe(folder / RECIPE, demo=self.demo, resolve=MembersOfRuns(folder, self.demo))
+        within = (*self.within, self.root.resolve())
+        if folder in within: raise ConfigError(f'{where}: {folder} takes members from this run. Leave one of them out.')
+        return read_recipe(folder / RECIPE, demo=self.demo, resolve=MembersOfRuns(folder, self.demo, within))
 
 
 def read_run_recipe(recipe: str | Path, runs: str | Path, name: str = '', *, demo: bool,
@@ -96,18 +107,20 @@ def _add_node(where: str, parts: Parts, other: Recipe, old: str, names: dict[str
     if known not in (None, node): raise ConfigError(f'{where}: this recipe has another {new}. Rename it.')
 
 
-def check_other_runs(run: Run, stages: Iterable[str]) -> None:
+def check_other_runs(run: Run, stages: Collection[str]) -> None:
     "Raise `AptosError` if one of `stages` that is named by path is not what the other run has finished"
-    for name in run.recipe.other_runs.keys() & set(stages):
-        folder = run.recipe.other_runs[name]
+    for name, folder in run.recipe.other_runs.items():
+        if name not in stages: continue
         for k in range(run.recipe.stages[name].folds):
-            if not run.finished(name, k): raise AptosError(_why_not(run, name, k, folder / f'fold{k}'))
+            if not run.finished(name, k) or not has_weights_of(run, name, k):
+                raise AptosError(_why_not(run, name, k, folder / f'fold{k}'))
 
 
 def _why_not(run: Run, name: str, fold: int, folder: Path) -> str:
     if not (folder / FINISHED).is_file(): return f'{folder}: not finished. Train it in its own run first.'
     there = replace(run, shared={(name, fold): folder})
     reasons = fold_reasons(there, name, fold, {})
-    reasons = [o for o in reasons if not o.startswith('init: ')] or reasons          # the parent has a new name here
+    reasons = [o for o in reasons if not o.startswith('init: ') and o != OLDER]          # a parent has a new name here
+    if not reasons: return f'{folder}: cannot be a member here: its parents or files have changed. Train it again.'
     return (f'{folder}: cannot be a member here: {"; ".join(reasons)}. A member of another '
             'run has the images, folds, [images] and [augment] of this one.')

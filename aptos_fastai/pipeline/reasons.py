@@ -131,6 +131,8 @@ def _changed_table(run: Run, table: str, old: dict, new: dict) -> list[str]:
     if not lines and differs('folds'): lines.append('other folds')
     if old.get('held_out') != new.get('held_out'): lines.append('other images are left out: they are copies of '
                                                                 'validation images of stages that build on this one')
+    if old.get('left_out') != new.get('left_out'): lines.append('other images are left out: they are copies of images '
+                                                                'of this fold in another table')
     if 'balance' in old and 'balance' in new and differs('balance'): lines.append('the column of balance changed')
     if differs('validates'): lines.append(f'{"validates" if new["validates"] else "no longer validates"} this stage')
     return [f'table {table}: {", ".join(lines)}'] if lines else []

@@ -7,28 +7,37 @@ from itertools import groupby
 from pathlib import Path
 
 from aptos_fastai.common.console import say
-from aptos_fastai.common.io import AptosError, atomic_write, read_record, verify_file
+from aptos_fastai.common.io import AptosError, atomic_write, changed_message, file_hash, read_record, write_record
 from aptos_fastai.pipeline.reasons import CHECKPOINT_RECORD
-from aptos_fastai.run_folder import FINISHED, Run
+from aptos_fastai.run_folder import FINISHED, WEIGHTS, Run
 
 
 def with_shared(run: Run, stages: Collection[str]) -> Run:
     """Return the run with `shared`: the folds of `stages` that it lacks and another run beside it has finished.
 
     They are up to date as the run's own would be: by fingerprint, precision, initial weights and the weights of their
-    parents, which come first. Nothing is copied.
+    parents, which come first. Those of a stage that an ensemble names by path are of that run and of no other, whose
+    weights replace others. Nothing is copied.
     """
-    run = replace(run, shared={})
-    folds = [(name, k) for name in run.recipe.order if name in stages
-             for k in range(run.recipe.stages[name].folds)]
-    lacking = {fold: run.fingerprint(*fold) for fold in folds if not _is_begun(run.fold_dir(*fold))}
+    run, named = replace(run, shared={}), run.recipe.other_runs
+    folds = [(name, k) for name in run.recipe.order if name in stages for k in range(run.recipe.stages[name].folds)]
+    lacking = {(name, k): run.fingerprint(name, k) for name, k in folds
+               if name not in named and not _is_begun(run.fold_dir(name, k))}
     there = _finished_elsewhere(run.root, set(lacking.values())) if lacking else {}
-    for (name, k), fingerprint in lacking.items():
-        for folder in there.get(fingerprint, []):
+    for name, k in folds:
+        if name in named: found = [named[name] / f'fold{k}'] if not has_weights_of(run, name, k) else []
+        else: found = there.get(lacking.get((name, k), ''), [])
+        for folder in found:
             run.shared[name, k] = folder
             if run.finished(name, k): break
             del run.shared[name, k]
     return run
+
+
+def has_weights_of(run: Run, name: str, fold: int) -> bool:
+    "Return whether the weights of a stage that an ensemble names by path are those of the run that trained it"
+    own, there = run.record(name, fold), read_record(run.recipe.other_runs[name] / f'fold{fold}' / FINISHED)
+    return own is not None and there is not None and own['files'][WEIGHTS] == there['files'][WEIGHTS]
 
 
 def _is_begun(folder: Path) -> bool:
@@ -56,20 +65,23 @@ def take_shared(run: Run, stages: Collection[str]) -> Run:
     found, taken = dict(run.shared), {}
     run.shared.clear()
     for (name, k), folder in found.items():
-        files = (read_record(folder / FINISHED) or {})['files']
-        try:
-            for file, state in files.items(): verify_file(folder / file, state['sha256'], f'{name} is trained here.')
-        except AptosError as e:
-            say(str(e), 'yellow')
+        record, to = read_record(folder / FINISHED), run.fold_dir(name, k)
+        assert record
+        (to / FINISHED).unlink(missing_ok=True)                  # of an earlier member: finished again at the end
+        for file in record['files']: _link_or_copy(folder / file, to / file)
+        changed = [file for file, state in record['files'].items() if file_hash(to / file) != state['sha256']]
+        if changed:
+            say(changed_message(folder / changed[0], f'{name} fold {k} is not taken.'), 'yellow')
+            for file in record['files']: (to / file).unlink(missing_ok=True)
             continue
-        for file in [*files, FINISHED]: _link_or_copy(folder / file, run.fold_dir(name, k) / file)
+        write_record(to / FINISHED, record)
         taken[name, k] = folder
     for line in shared_lines(taken): say(line)
     return run
 
 
 def _link_or_copy(file: Path, to: Path) -> None:
-    "Put a file of another run into this one; the record, which makes a fold finished, comes last"
+    "Put a file of another run into this one"
     if to.exists() and to.samefile(file): return                 # linked before an interruption
     with atomic_write(to) as temporary:
         try: os.link(file, temporary)

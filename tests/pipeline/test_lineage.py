@@ -227,3 +227,29 @@ def test_a_model_knows_the_images_of_a_pretraining_that_served_all_folds(folder)
     root = folder / 'runs/recipe'
     known, note = training_images(read_model(root)[0], root)
     assert len(known) == 60 and note == ''   # of `old` and `train`, copies once
+
+
+def test_a_table_that_a_stage_does_not_train_on_changes_what_it_may_see(folder, tmp_path):
+    "A stage with a table that only trains, `old`: copies of images of another graded table of the run are left out"
+    shutil.copytree(folder / 'data', tmp_path / 'data')
+    write_table(tmp_path / 'data', 20, name='small', seed=9)
+    table = '[table.small]\ncsv = small.csv\nimages = small_images\ngrade = diagnosis\n'
+    head = RECIPE[:RECIPE.index('[stage.pretrain]')].replace('splits = 3', 'splits = 2')
+    alone = head.replace(RECIPE[RECIPE.index('[table.train]'):RECIPE.index('[table.test]')], '') + table + \
+        '[stage.pre]\ntrain = small old\nvalidate = small\nfolds = 2\n'
+    both = head + table + '[stage.pre]\ntrain = small old\nvalidate = small\nfolds = 2\n' \
+        '[stage.fine]\ntrain = train\ninit = pre\nfolds = 2\n'
+    prepared = {}
+    for name, text, final in (('alone', alone, 'pre'), ('both', both, 'fine')):
+        (tmp_path / f'{name}.ini').write_text(f'{text}[submit]\nfinal = {final}\n')
+        run = load_run(tmp_path / f'{name}.ini', tmp_path / 'data', tmp_path / 'runs')
+        with start_run(run) as (run, _): prepared[name] = run
+    stage = prepared['both'].recipe.stages['pre']
+    left_out = [prepared['both'].left_out_for_others(stage, 'old', k) for k in (0, 1)]
+    assert sum(o.sum() for o in left_out) == COPIES
+    for k in (0, 1):
+        assert not prepared['alone'].left_out_for_others(stage, 'old', k).any()
+        seen = prepared['both'].training_part(stage, 'old', k)
+        assert not (seen & left_out[k]).any()
+        same = prepared['both'].fingerprint('pre', k) == prepared['alone'].fingerprint('pre', k)
+        assert same == (not left_out[k].any())

@@ -115,3 +115,47 @@ def test_the_stage_has_one_meaning(runs):
     assert list(run.recipe.tables) == ['train', 'test']
     assert list(run.recipe.stages) == ['teacher', 'other_teacher', 'other_start']
     assert run.ancestors('blend') == {'blend', 'teacher', 'other_teacher', 'other_start'}
+
+
+def test_a_member_is_of_the_run_that_is_named_and_of_no_other(runs, capsys):
+    "The run `like` has the fold that this recipe would train; the named one has another augmentation: refused"
+    recipe = RECIPE.replace('[table.train]', '[augment]\nhue = .3\n[table.train]', 1)
+    (runs / 'third.ini').write_text(recipe + '[stage.start]\n[stage.teacher]\ninit = start\nsize = 48\n'
+                                    '[submit]\nfinal = teacher\n')
+    (runs / 'like.ini').write_text(recipe.replace('size = 32', 'size = 48') + '[stage.start]\n'
+                                   '[stage.teacher]\ninit = start\n[submit]\nfinal = teacher\n')
+    main(['train', 'teacher', *arguments(runs, 'like')])
+    args = write_recipe(runs, 'strict', recipe=recipe)
+    expect_error(capsys, ['all', *args], 'cannot be a member here: [augment] hue')
+
+
+def test_a_member_that_was_trained_again_is_taken_again(runs, capsys, tmp_path):
+    text = (runs / 'other.ini').read_text()
+    (runs / 'source.ini').write_text(text)
+    main(['train', 'teacher', *arguments(runs, 'source')])
+    args = write_recipe(runs, 'follows', stage='../source/teacher')
+    main(['all', *args])
+
+    def weights(name): return (runs / f'runs/{name}/fold0/weights.safetensors').read_bytes()
+    assert weights('source/teacher') == weights('follows/source_teacher')
+    main(['train', 'teacher', *arguments(runs, 'source'), '--set', 'stage.teacher.lr=.02', '--replace'])
+    capsys.readouterr()
+    main(['all', *args])
+    assert 'source_teacher: folds 0 1 from' in ' '.join(capsys.readouterr().out.split())
+    assert weights('source/teacher') == weights('follows/source_teacher')
+
+
+def test_two_runs_of_one_name_and_runs_that_name_each_other_are_refused(runs, capsys):
+    for name in ('a-b', 'a_b'):
+        (runs / f'{name}.ini').write_text((runs / 'other.ini').read_text())
+        main(['train', 'teacher', *arguments(runs, name)])
+    expect_error(capsys, ['plan', *write_recipe(runs, 'both', stage='../a-b/teacher ../a_b/teacher')],
+                 'would both be a_b_teacher here')
+    expect_error(capsys, ['plan', *write_recipe(runs, 'twice', stage='../a_b/teacher ../../runs/a_b/teacher')],
+                 'named twice')
+    for name, other in (('one', 'two'), ('two', 'one')):
+        write_recipe(runs, name, stage='../other/teacher')
+        main(['prepare', *arguments(runs, name)])
+        file = runs / f'runs/{name}/recipe.ini'
+        file.write_text(file.read_text().replace('../other/', f'../{other}/'))
+    expect_error(capsys, ['plan', runs / 'runs/one'], 'takes members from this run')

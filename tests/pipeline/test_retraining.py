@@ -196,6 +196,13 @@ def test_a_finished_run_is_not_trained_again_unasked(copied, capsys):
     assert f'first: folds 0 1 from {root / "first"}' in out and 'stage 1 of 1: second' in out
 
 
+def test_prepared_images_may_be_deleted_in_a_finished_run(copied, capsys):
+    "They are made again; that is no change of the run"
+    shutil.rmtree(copied / 'runs/prepared')
+    main(['all', *options(copied)])
+    assert 'Nothing to do' in capsys.readouterr().out
+
+
 def test_a_submission_by_another_recipe_is_refused(copied, capsys):
     "A recipe of another name that blends other members, used with --name of this run"
     root, before = copied / 'runs/recipe', modified_times(copied / 'runs/recipe')

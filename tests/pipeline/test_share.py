@@ -74,7 +74,7 @@ def test_a_damaged_fold_of_another_run_is_trained_here(first, trained, capsys):
     weights.write_bytes(data)
     main(['train', 'teacher', *args, '--name', 'second'])
     out = ' '.join(capsys.readouterr().out.split())
-    assert f'{weights}: content changed since it was written (SHA-256 differs). teacher is trained here.' in out
+    assert f'{weights}: content changed since it was written (SHA-256 differs). teacher fold 0 is not taken.' in out
     assert trained == ['teacher/0']
 
 
