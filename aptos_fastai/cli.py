@@ -66,6 +66,8 @@ Root = Annotated[str | None, typer.Option(
     metavar='FOLDER', help='Base folder of relative paths in a CSV. Default: the folder of the CSV.')]
 Deidentify = Annotated[bool, typer.Option(
     '--deidentify', help='Leave ids, file names, patients and images out of what is written.')]
+DeidentifyReport = Annotated[bool, typer.Option(
+    '--deidentify', help='Leave ids and images out of report.html. Other files of the run keep the ids.')]
 Hours = Annotated[float | None, typer.Option(
     metavar='H', parser=hours_above_0, help='Take at most about H hours: stages that would end later are left out. A '
     'later `all` trains them.')]
@@ -263,7 +265,8 @@ def program(version: Annotated[bool, typer.Option(
 
 
 @command
-def all(options: RunOptions, hours: Hours = None, deidentify: Deidentify = False, replace: Replace = False) -> None:
+def all(options: RunOptions, hours: Hours = None, deidentify: DeidentifyReport = False,
+        replace: Replace = False) -> None:
     """Train every stage and write submission.csv. Finished stages are skipped.
 
     python run.py all
@@ -296,7 +299,7 @@ def fit(csv: Annotated[str, argument('CSV', 'A CSV or .xlsx with a grade for eac
         hours: Annotated[float | None, typer.Option(
             metavar='H', parser=hours_above_0, help='Choose the settings for about H hours on this machine, and leave '
             'out stages that would end later.')] = None,
-        sets: Sets = None, deidentify: Deidentify = False) -> None:
+        sets: Sets = None, deidentify: DeidentifyReport = False) -> None:
     """Train on a graded table without a recipe. Says which column it takes for id, grade, patient and eye, and why;
     writes the recipe that it uses into the run folder. The run folder grades new images.
 
@@ -518,7 +521,7 @@ def submit(options: RunOptions) -> None:
 
 
 @command
-def report(options: RunOptions, deidentify: Deidentify = False) -> None:
+def report(options: RunOptions, deidentify: DeidentifyReport = False) -> None:
     """Write report.html of a finished run again. Shows kappa, errors, ROC, calibration and learning curves; `all`
     writes it too.
 

@@ -14,7 +14,7 @@ from aptos_fastai.common.console import Bars, say
 from aptos_fastai.common.io import AptosError, file_hash, read_record, verify_file, write_bytes, write_csv, write_record
 from aptos_fastai.deploy.parity import ParityImages, compare_backends, parity_images, show_parity
 from aptos_fastai.inference.backends import PACKAGES, changed_text
-from aptos_fastai.inference.deidentify import without_ids
+from aptos_fastai.inference.deidentify import without_ids, without_values
 from aptos_fastai.inference.grader import Grader
 from aptos_fastai.inference.measures import EVALUATION, EVALUATIONS, is_of_model
 from aptos_fastai.inference.model_spec import BUNDLE, MemberSpec, ModelSpec, copy_members, read_model
@@ -76,7 +76,7 @@ def run_metrics(root: Path, model: ModelSpec, deidentify: bool = False) -> dict:
     """Return what a run measured of the stage or ensemble that a model is; {} if the run does not report it.
 
     What is measured of the submission only (`OF_SUBMISSION`) is missing for another stage. A bundle is passed on: it
-    names no ids but those of the largest errors, and with `deidentify` not even these.
+    names no ids but those of the largest errors; with `deidentify` not even these, and no values of carried columns.
     """
     summary = read_record(root / 'summary.json')
     if not summary or not model.kappa: return {}
@@ -85,8 +85,8 @@ def run_metrics(root: Path, model: ModelSpec, deidentify: bool = False) -> dict:
     name = model.name.rpartition('/')[2]
     stage = next(s for s in summary['stages'] if s['stage'] == name)
     largest_errors = summary['largest_errors']
-    summary = without_ids(summary)
-    if not deidentify: summary['largest_errors'] = largest_errors
+    if deidentify: summary = without_values(summary)
+    else: summary = dict(without_ids(summary), largest_errors=largest_errors)
     keys = OF_RUN | OF_SUBMISSION if name == summary['submission']['node'] else OF_RUN
     return {key: stage[key] for key in OF_STAGE} | {key: summary[key] for key in sorted(keys)} | dict(
         node=name, fitted=stage.get('fitted', False), points=[o['threshold'] for o in stage['decision']['points']])
@@ -129,7 +129,7 @@ def build_bundle(model: ModelSpec, root: Path, folder: Path, images: ParityImage
             bar.to(i)
     origins, metrics = [lineage(root, m) for m in model.members], run_metrics(root, model, deidentify)
     known, unknown = training_images(model, root)
-    if known is not None: write_csv(folder / BUNDLE_IMAGES, known)
+    if known is not None: write_csv(folder / BUNDLE_IMAGES, known.sort_values([*known]))     # not in a table's order
     write_csv(folder / BUNDLE_SCORES, scores)
     parts = dict(lineage=origins, metrics=metrics, training_images=unknown, changed_from=changed_from)
     return compare_and_write(folder, bundled, images, parts)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:                            # the modules that these are of imp
 
 ERROR = 'cannot be found or read'            # instead of an error's text, which can name files
 ID_RANGE = 'id range'                        # kind of clusters that are named by ids
+NAMED = 'table', 'camera', 'visual cluster'  # kinds whose names say nothing of people; others are columns of a table
 NOTE = ('De-identified: rows are numbered in the order of the table; ids, patients, hashes and carried columns are '
         'left out; subgroups are numbered')
 HASHES = 'image_sha256', 'pixel_sha256'      # whoever has an image finds it by its hash
@@ -58,6 +59,14 @@ def without_ids(summary: dict) -> dict:
                 for o in summary['clusters']]
     errors = [dict(o, id_code='') for o in summary.get('largest_errors', [])]
     return dict(summary, clusters=clusters, largest_errors=errors)
+
+
+def without_values(summary: dict) -> dict:
+    "Return `without_ids` of a run's summary in which values of the columns that tables carry are numbered: 'site 1'"
+    summary = without_ids(summary)
+    clusters = [o if o['kind'] in (*NAMED, ID_RANGE) else dict(o, clusters=_numbered(o['clusters'], o['kind']))
+                for o in summary['clusters']]
+    return dict(summary, clusters=clusters)
 
 
 def _numbered(groups: list[dict], noun: str) -> list[dict]:

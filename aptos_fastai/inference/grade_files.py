@@ -101,11 +101,12 @@ def _check_free(out: Path, overwrite: bool) -> None:
 def _options(model: str, paths: list[str], root: str | None, overwrite: bool, choices: Choices) -> dict:
     """Return the options of a call for its audit file.
 
-    De-identified, they name no files, and `patient` and `eye` are 'given' or empty: a pattern can name people.
+    De-identified, they name no files and no folders, and `patient` and `eye` are 'given' or empty: a pattern can name
+    people.
     """
     if not choices.deidentify: return dict(model=model, images=paths, root=root, overwrite=overwrite, **asdict(choices))
     given = {name: 'given' if getattr(choices, name) else '' for name in ('patient', 'eye')}
-    return dict(model=model, overwrite=overwrite, **asdict(choices) | given)
+    return dict(model=Path(model).name, overwrite=overwrite, **asdict(choices) | given)
 
 
 def _digest_of(entries: list[ImageEntry], audit: dict) -> str:

@@ -15,7 +15,7 @@ from aptos_fastai.cli import main
 from aptos_fastai.common.io import read_record
 from aptos_fastai.data.demo import CAMERAS, generate_fundus
 from aptos_fastai.inference import deidentify
-from aptos_fastai.inference.deidentify import pseudonyms, without_ids, without_names, without_people
+from aptos_fastai.inference.deidentify import pseudonyms, without_ids, without_names, without_people, without_values
 from aptos_fastai.inference.evaluate import COLUMNS, Evaluation
 from aptos_fastai.inference.grader import Grader
 from aptos_fastai.pipeline import clusters
@@ -185,3 +185,15 @@ def test_deidentified_evaluations_of_one_table_can_be_compared_and_those_of_two_
     assert both[['diagnosis', 'diagnosis_b', 'grade', 'grade_b']].to_numpy().tolist() == [
         [0, 0, 0, 2], [1, 1, 1, 1], [2, 2, 1, 0]]
     assert len(matched(deidentified('one-table', [0, 1, 1]), deidentified('another', [0, 1, 1]))) == 0
+
+
+def test_values_of_carried_columns_are_numbered_in_a_bundle():
+    "The names of tables, cameras and visual clusters say nothing of people and stay"
+    def clusters(kind, *names): return dict(kind=kind, clusters=[dict(name=name) for name in names])
+    summary = dict(largest_errors=[dict(id_code='a', diagnosis=1)], clusters=[
+        clusters('site', 'Zwiesel', 'unknown', 'Grafenau'), clusters('camera', '384 x 256, radius 0.5'),
+        clusters('id range', 'a to c')])
+    changed = without_values(summary)
+    assert [[c['name'] for c in o['clusters']] for o in changed['clusters']] == [
+        ['site 1', 'unknown', 'site 3'], ['384 x 256, radius 0.5'], ['range 1']]
+    assert changed['largest_errors'] == [dict(id_code='', diagnosis=1)]
