@@ -155,6 +155,7 @@ class Table:
                       'column of `id` if that has several; empty: the table is ungraded; folder (without csv): images '
                       'lie in sub-folders named by grade')
     header: str = _key('yes', 'no: the CSV has no header; its columns are called 1, 2, 3 …', choices=('yes', 'no'))
+    sheet: str = _key('', 'sheet of an .xlsx file; empty: the only one that has data')
     where: str = _key('', 'use only the rows with a value: COLUMN = VALUE', check=_check_where)
     ungradable: str = _key('', 'values of `grade` that mean ungradable, separated by |; blank: an empty cell. These '
                            'images are counted and left out')

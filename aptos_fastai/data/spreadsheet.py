@@ -3,8 +3,11 @@ import codecs
 import csv
 import io
 from collections.abc import Iterable, Sized
+from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -52,18 +55,33 @@ def unsafe_cell(text: str) -> str:
     return text[1:] if text.startswith(tuple(f"'{start}" for start in FORMULA_STARTS)) else text
 
 
-def read_spreadsheet(file: Path, *, header: bool = True, keep_blank: bool = False) -> pd.DataFrame:
+@dataclass(frozen=True)
+class Sheet:
+    "A sheet of a workbook: its name and the cells of each row as text"
+    name: str
+    rows: list[list[str]]
+
+    @property
+    def data_rows(self) -> int:
+        "How many rows have a cell, without the header"
+        return max(sum(any(row) for row in self.rows) - 1, 0)
+
+
+def read_spreadsheet(file: Path, *, header: bool = True, keep_blank: bool = False,
+                     sheet: str | None = None) -> pd.DataFrame:
     """Return a table as text, without spaces around headers and cells, without empty rows and columns.
 
     Encodings: UTF-8, UTF-16, Windows-1252. Separators: comma, semicolon, tab, spaces; a first line `sep=;` counts.
     `header` = False: the columns are called 1, 2, 3 … `keep_blank` keeps rows of empty cells before the last
-    filled row, but not blank lines, as pandas does. Raises `TableError` if there is no such table in the file.
+    filled row, but not blank lines, as pandas does. `sheet` is that of a workbook, '' its only one with data; None: the
+    user cannot name one. Raises `TableError` if there is no such table in the file.
     """
     if file.name.startswith('~$'):
         raise TableError(f'{file}: is the lock file of an open spreadsheet. Name the spreadsheet itself.')
     data = file.read_bytes()
     is_workbook = file.suffix.lower() in SPREADSHEETS or data.startswith(ZIP)
-    rows = _rows_of_workbook(file, data) if is_workbook else _rows_of_text(_decode(file, data))
+    if sheet and not is_workbook: raise TableError(f'{file}: sheet = {sheet}, but only a workbook has sheets.')
+    rows = _the_sheet(file, _sheets(file, data), sheet).rows if is_workbook else _rows_of_text(_decode(file, data))
     rows = [[' '.join(cell.split()) if '\n' in cell else cell.strip() for cell in row] for row in rows]
     filled = [i for i, row in enumerate(rows) if any(row)]
     rows = [row for row in rows[filled[0]:filled[-1] + 1] if any(row) or keep_blank and len(row) > 1] if filled else []
@@ -135,15 +153,35 @@ def _split(text: str, separator: str) -> list[list[str]]:
     return list(csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True))
 
 
-def _rows_of_workbook(file: Path, data: bytes) -> list[list[str]]:
-    "Return the cells of the first sheet"
+@lru_cache(maxsize=1)                        # a table is read several times: to understand it, and to use it
+def _sheets(file: Path, data: bytes) -> list[Sheet]:
+    "Return the sheets of a workbook"
     if find_spec('openpyxl') is None:
         raise TableError(f'{file}: reading .xlsx needs openpyxl. Run pip install openpyxl, or save it as CSV.')
     import openpyxl
     try:
-        sheet = openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=True).worksheets[0]
-        return [[_cell_text(cell.value, cell.number_format or '') for cell in row] for row in sheet.iter_rows()]
+        book = openpyxl.load_workbook(io.BytesIO(data), data_only=True)
+        return [_sheet(o) for o in book.worksheets]
     except Exception as e: raise TableError(f'{file}: not a readable workbook ({e}). Save it as CSV.') from None
+
+
+def _sheet(worksheet: Any) -> Sheet:
+    "Return a worksheet of openpyxl as text"
+    rows = [[_cell_text(cell.value, cell.number_format or '') for cell in row] for row in worksheet.iter_rows()]
+    return Sheet(worksheet.title, rows)
+
+
+def _the_sheet(file: Path, sheets: list[Sheet], name: str | None) -> Sheet:
+    "Return the sheet called `name`, or the only one with data. Raises `TableError`"
+    if name:
+        named = [sheet for sheet in sheets if sheet.name.strip() == name]
+        if named: return named[0]
+        raise TableError(f'{file}: no sheet {name}. Its sheets are {", ".join(sheet.name for sheet in sheets)}.')
+    filled = [sheet for sheet in sheets if sheet.data_rows] or [o for o in sheets if any(map(any, o.rows))] or sheets
+    if len(filled) == 1: return filled[0]
+    shown = ', '.join(f'{sheet.name} ({plural(sheet.data_rows, "row")})' for sheet in filled)
+    how = f'Name one: --sheet "{filled[0].name}" (key `sheet`), or' if name is not None else 'One is needed:'
+    raise TableError(f'{file}: {len(filled)} sheets have data: {shown}. {how} save the sheet as a CSV of its own.')
 
 
 def _cell_text(value: object, number_format: str) -> str:

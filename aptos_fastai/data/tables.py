@@ -140,7 +140,7 @@ def _rows(folder: Path, table: Table) -> tuple[Path, pd.DataFrame]:
 
 def _read_rows(csv: Path, table: Table) -> pd.DataFrame:
     "Return the rows of a table's CSV that `where` chooses. Raises `TableError` if it lacks a column of the recipe"
-    df = read_spreadsheet(csv, header=table.header == 'yes')
+    df = read_spreadsheet(csv, header=table.header == 'yes', sheet=table.sheet)
     needed = [*table.id_columns, *table.grade_columns, *table.carry_columns, *filter(None, [table.patient])]
     for column in needed:
         if column not in (PATIENT, EYE, DEVICE): require_column(csv, df, column, RENAME)

@@ -374,6 +374,34 @@ def test_a_workbook_is_read_as_it_is_shown(tmp_path):
         with pytest.raises(TableError, match=f'{name}: not a readable workbook'): read_spreadsheet(tmp_path / name)
 
 
+def write_workbook(file, **sheets):
+    "Write an .xlsx with sheets of rows; return its openpyxl workbook, to be changed and saved again"
+    book = pytest.importorskip('openpyxl').Workbook()
+    book.remove(book.active)
+    for name, rows in sheets.items():
+        sheet = book.create_sheet(name)
+        for row in rows: sheet.append(row)
+    book.save(file)
+    return book
+
+
+def test_one_sheet_of_a_workbook_is_read(tmp_path):
+    rows = [['id', 'grade'], *([f'a{i}', i % 5] for i in range(3))]
+    file = tmp_path / 't.xlsx'
+    write_workbook(file, Info=[['Clinic']], A=rows, Empty=[], B=rows[:2])
+    with pytest.raises(TableError) as e: read_spreadsheet(file, sheet='')
+    assert '2 sheets have data: A (3 rows), B (1 row). Name one: --sheet "A" (key `sheet`' in str(e.value)
+    with pytest.raises(TableError, match='One is needed: save the sheet as a CSV'): read_spreadsheet(file)
+    assert read_spreadsheet(file, sheet='B').id.tolist() == ['a0']
+    with pytest.raises(TableError, match='no sheet C. Its sheets are Info, A, Empty, B'):
+        read_spreadsheet(file, sheet='C')
+    write_workbook(file, Info=[['Clinic']], A=rows, Empty=[])
+    assert len(read_spreadsheet(file)) == 3
+    (tmp_path / 't.csv').write_text('id\na\n')
+    with pytest.raises(TableError, match='sheet = A, but only a workbook has sheets'):
+        read_spreadsheet(tmp_path / 't.csv', sheet='A')
+
+
 @pytest.mark.parametrize('text, safe', [('=1', "'=1"), ('+1', "'+1"), ('-1', "'-1"), ('@a', "'@a"), ('\ta', "'\ta"),
                                         ('\ra', "'\ra"), ('a=1', 'a=1'), ("'a", "'a"), ('', ''), (2, 2)])
 def test_a_cell_that_a_spreadsheet_would_run_gets_an_apostrophe(text, safe):
@@ -475,7 +503,7 @@ def test_images_beside_the_folder_are_found_and_others_are_not(tmp_path):
     write_images(tmp_path, ['images/y.png', 'images/z.png', 'beside/x', '../outside.png'])
     contents = table_contents(table(), tmp_path)
     assert contents.frame.path.tolist() == [f'{tmp_path}/images/../beside/x', f'{tmp_path}/images/y.png']
-    assert contents.notes[0] == f'1 images in {tmp_path / "images"} are named by no row'
+    assert contents.notes[0] == f'1 image in {tmp_path / "images"} without a row'
     assert table_contents(table(grade=''), tmp_path).notes == contents.notes[:1]
     (tmp_path / 't.csv').write_text('id_code,diagnosis\n../../outside.png,1\ny,0\n')
     with pytest.raises(TableError, match=r'outside.png: lies outside .*; copy the file into this folder'):

@@ -271,3 +271,16 @@ def test_find_table_takes_a_csv_a_preset_or_a_table_of_a_recipe(tmp_path):
     for name, data, words in (('messidor2', '', 'add --data FOLDER'), ('messidor3', str(root), 'no such file'),
                               ('mine', str(root), 'Give a CSV')):
         with pytest.raises(AptosError, match=words): find_table(name, data=data)
+
+
+def test_a_sheet_of_a_workbook(tmp_path):
+    openpyxl = pytest.importorskip('openpyxl')
+    for i in range(20): write_image(tmp_path / f'a{i}.png', i)
+    book = openpyxl.Workbook()
+    for sheet in (book.active, book.create_sheet('second reading')):
+        for row in (['image', 'grade'], *([f'a{i}', i % 5] for i in range(20))): sheet.append(row)
+    book.save(tmp_path / 't.xlsx')
+    with pytest.raises(AptosError, match=r'2 sheets have data: Sheet \(20 rows\), second reading \(20 rows\)'):
+        understand_table(tmp_path / 't.xlsx')
+    understood = understand_table(tmp_path / 't.xlsx', sheet='second reading')
+    assert keys(understood, 'sheet', 'grade') == ('second reading', 'grade') and len(understood.contents.frame) == 20
