@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from aptos_fastai.common.console import plural
+from aptos_fastai.common.console import plural, say
 from aptos_fastai.common.io import AptosError
 from aptos_fastai.recipe import did_you_mean
 
@@ -57,9 +57,10 @@ def unsafe_cell(text: str) -> str:
 
 @dataclass(frozen=True)
 class Sheet:
-    "A sheet of a workbook: its name and the cells of each row as text"
+    "A sheet of a workbook: its name, the cells of each row as text, and what a person should know of it"
     name: str
     rows: list[list[str]]
+    notes: list[str]
 
     @property
     def data_rows(self) -> int:
@@ -68,20 +69,34 @@ class Sheet:
 
 
 def read_spreadsheet(file: Path, *, header: bool = True, keep_blank: bool = False,
-                     sheet: str | None = None) -> pd.DataFrame:
+                     sheet: str | None = None, notes: list[str] | None = None) -> pd.DataFrame:
     """Return a table as text, without spaces around headers and cells, without empty rows and columns.
 
     Encodings: UTF-8, UTF-16, Windows-1252. Separators: comma, semicolon, tab, spaces; a first line `sep=;` counts.
     `header` = False: the columns are called 1, 2, 3 … `keep_blank` keeps rows of empty cells before the last
     filled row, but not blank lines, as pandas does. `sheet` is that of a workbook, '' its only one with data; None: the
-    user cannot name one. Raises `TableError` if there is no such table in the file.
+    user cannot name one. What a person should know is appended to `notes`, or printed if there is no such list.
+    Raises `TableError` if there is no such table in the file.
     """
+    found: list[str] = []
+    df = _read(file, header, keep_blank, sheet, found)
+    if notes is not None: notes += found
+    else:
+        for note in found: say(f'{file}: {note}', 'yellow')
+    return df
+
+
+def _read(file: Path, header: bool, keep_blank: bool, sheet: str | None, notes: list[str]) -> pd.DataFrame:
+    "`read_spreadsheet`; appends to `notes`"
     if file.name.startswith('~$'):
         raise TableError(f'{file}: is the lock file of an open spreadsheet. Name the spreadsheet itself.')
     data = file.read_bytes()
     is_workbook = file.suffix.lower() in SPREADSHEETS or data.startswith(ZIP)
     if sheet and not is_workbook: raise TableError(f'{file}: sheet = {sheet}, but only a workbook has sheets.')
-    rows = _the_sheet(file, _sheets(file, data), sheet).rows if is_workbook else _rows_of_text(_decode(file, data))
+    if is_workbook:
+        found = _the_sheet(file, _sheets(file, data), sheet)
+        rows, notes[:] = found.rows, found.notes
+    else: rows = _rows_of_text(_decode(file, data))
     rows = [[' '.join(cell.split()) if '\n' in cell else cell.strip() for cell in row] for row in rows]
     filled = [i for i, row in enumerate(rows) if any(row)]
     rows = [row for row in rows[filled[0]:filled[-1] + 1] if any(row) or keep_blank and len(row) > 1] if filled else []
@@ -168,7 +183,22 @@ def _sheets(file: Path, data: bytes) -> list[Sheet]:
 def _sheet(worksheet: Any) -> Sheet:
     "Return a worksheet of openpyxl as text"
     rows = [[_cell_text(cell.value, cell.number_format or '') for cell in row] for row in worksheet.iter_rows()]
-    return Sheet(worksheet.title, rows)
+    notes = []
+    merged = _fill_merged(rows, worksheet.merged_cells.ranges)
+    if merged: notes.append(f'{plural(merged, "merged cell")} over several rows: each of the rows has the value')
+    return Sheet(worksheet.title, rows, notes)
+
+
+def _fill_merged(rows: list[list[str]], ranges: Iterable[Any]) -> int:
+    "Write the value of merged cells into each filled row that they span; return how many of them had a value to write"
+    filled, n = [any(row) for row in rows], 0
+    for cells in ranges:
+        column, first = cells.min_col - 1, cells.min_row - 1
+        below = [i for i in range(first + 1, cells.max_row) if i < len(rows) and filled[i]]
+        if not below or not rows[first][column]: continue
+        for i in below: rows[i][column] = rows[first][column]
+        n += 1
+    return n
 
 
 def _the_sheet(file: Path, sheets: list[Sheet], name: str | None) -> Sheet:

@@ -80,7 +80,7 @@ def table_contents(table: Table, data: Path) -> TableContents:
     if not images.is_dir():
         raise TableError(f'{images}: image folder not found. Put the images there, or change the key `images`.')
     locator = ImageLocator(images, loose=True, within=images.resolve().parent)
-    csv, df = _rows(folder, table)
+    csv, df = _rows(folder, table, notes)
     if table.graded:
         texts = grade_texts(csv, df, table)
         ungradable = is_ungradable(texts, table)
@@ -131,16 +131,16 @@ def read_contents(recipe: Recipe, data: Path) -> dict[str, TableContents]:
 
 # Rows
 
-def _rows(folder: Path, table: Table) -> tuple[Path, pd.DataFrame]:
-    "Return the CSV of a table and its rows; without a CSV, its folder of images and a row for each of them"
-    if table.csv: return folder / table.csv, _read_rows(folder / table.csv, table)
+def _rows(folder: Path, table: Table, notes: list[str]) -> tuple[Path, pd.DataFrame]:
+    "Return the CSV of a table and its rows; without a CSV, its folder of images and a row for each of them; add notes"
+    if table.csv: return folder / table.csv, _read_rows(folder / table.csv, table, notes)
     images = folder / table.images
     return images, _class_folders(images, table) if table.graded else _folder_rows(images, table)
 
 
-def _read_rows(csv: Path, table: Table) -> pd.DataFrame:
+def _read_rows(csv: Path, table: Table, notes: list[str]) -> pd.DataFrame:
     "Return the rows of a table's CSV that `where` chooses. Raises `TableError` if it lacks a column of the recipe"
-    df = read_spreadsheet(csv, header=table.header == 'yes', sheet=table.sheet)
+    df = read_spreadsheet(csv, header=table.header == 'yes', sheet=table.sheet, notes=notes)
     needed = [*table.id_columns, *table.grade_columns, *table.carry_columns, *filter(None, [table.patient])]
     for column in needed:
         if column not in (PATIENT, EYE, DEVICE): require_column(csv, df, column, RENAME)
@@ -259,7 +259,7 @@ def read_order(table: Table, data: Path) -> list[str]:
     Raises `TableError` if the two lists contain different ids.
     """
     folder = find_folder(table, data)
-    own = _rows(folder, table)[1][table.id].tolist()
+    own = _rows(folder, table, [])[1][table.id].tolist()
     csv = folder / table.order
     if not csv.is_file(): return own         # nor is the folder itself, where there is no `order`
     df = read_spreadsheet(csv)

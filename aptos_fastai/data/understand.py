@@ -150,10 +150,10 @@ class _Columns:
         self.reasons: list[str] = []
         self.locator = ImageLocator(images, loose=True, within=images.resolve().parent)
         sheet = keys.get('sheet', '')
-        df = read_spreadsheet(file, header=False, sheet=sheet)
+        df = read_spreadsheet(file, header=False, sheet=sheet, notes=[])
         self.given = list(keys)
         header = keys.get('header') or ('no' if self._is_row(df.iloc[0].tolist()) else 'yes')
-        if header == 'yes': df = read_spreadsheet(file, sheet=sheet)
+        if header == 'yes': df = read_spreadsheet(file, sheet=sheet, notes=[])
         elif 'header' not in keys: self._decide('header', 'no', 'the first row already names an image')
         bad = [column for column in df if '|' in column]
         if bad: raise TableError(f'{file}: column {bad[0]} has a | in its name, which separates columns. Rename it.')

@@ -402,6 +402,35 @@ def test_one_sheet_of_a_workbook_is_read(tmp_path):
         read_spreadsheet(tmp_path / 't.csv', sheet='A')
 
 
+def test_merged_cells_are_filled_down(tmp_path):
+    "A patient over the rows of both eyes; a row that is otherwise empty stays empty; a merged title is no value"
+    rows = ['patient', 'eye', 'id', 'n'], ['P1', 'L', 'a', 1], [None, 'R', 'b', 2], ['P2', 'L', 'c', 3], [None], ['P3']
+    book = write_workbook(tmp_path / 't.xlsx', A=rows)
+    for cells in ('A2:A3', 'A4:A5', 'C6:D6'): book['A'].merge_cells(cells)
+    book.save(tmp_path / 't.xlsx')
+    notes = []
+    df = read_spreadsheet(tmp_path / 't.xlsx', notes=notes)
+    assert df.patient.tolist() == ['P1', 'P1', 'P2', 'P3'] and df.id.tolist() == ['a', 'b', 'c', '']
+    assert notes == ['1 merged cell over several rows: each of the rows has the value']
+    again = []
+    read_spreadsheet(tmp_path / 't.xlsx', notes=again)
+    assert again == notes
+
+
+def test_merged_patients_of_a_table(tmp_path, capsys):
+    write_images(tmp_path, [f'images/{o}.png' for o in 'abcd'])
+    rows = [['id_code', 'diagnosis', 'who'], ['a', 0, 'P1'], ['b', 1, None], ['c', 2, 'P2'], ['d', 3, None]]
+    book = write_workbook(tmp_path / 't.xlsx', A=rows)
+    for cells in ('C2:C3', 'C4:C5'): book['A'].merge_cells(cells)
+    book.save(tmp_path / 't.xlsx')
+    contents = table_contents(table(csv='t.xlsx', patient='who'), tmp_path)
+    assert contents.frame.group.tolist() == ['t:p1', 't:p1', 't:p2', 't:p2']
+    assert contents.notes[0] == '2 merged cells over several rows: each of the rows has the value'
+    assert not capsys.readouterr().out
+    read_spreadsheet(tmp_path / 't.xlsx')
+    assert 't.xlsx: 2 merged cells over several rows' in ' '.join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize('text, safe', [('=1', "'=1"), ('+1', "'+1"), ('-1', "'-1"), ('@a', "'@a"), ('\ta', "'\ta"),
                                         ('\ra', "'\ra"), ('a=1', 'a=1'), ("'a", "'a"), ('', ''), (2, 2)])
 def test_a_cell_that_a_spreadsheet_would_run_gets_an_apostrophe(text, safe):
