@@ -12,7 +12,11 @@ from aptos_fastai.recipe import Table
 
 ROW = '(row)'                                # column: which row of the CSV held an image, beside others of its patient
 UNKNOWN = '', 'na', 'n/a', 'nan', 'none', 'null', 'unknown', '?', '-'      # in a column of patients
-EYES = {'l': 'left', 'left': 'left', 'os': 'left', 'r': 'right', 'right': 'right', 'od': 'right'}
+EYES = {side: eye for eye, sides in dict(
+    left='l left os og oi oe la links linkes gauche izquierdo izquierda esquerdo sinistro',
+    right='r right od ra rechts rechtes droit droite derecho derecha direito destro').items() for side in sides.split()}
+EYE_NOUNS = 'eye', 'auge', 'oeil', 'œil', 'ojo', 'olho', 'occhio'
+EYE_EXAMPLES = 'L, R, left, right, OS, OD, OG, LA, RA, links, rechts, gauche, droit, izquierdo, derecho'
 
 
 def find_groups(csv: Path, df: pd.DataFrame, ids: pd.Series, table: Table) -> tuple[pd.Series, str]:
@@ -93,13 +97,19 @@ def patients_text(frame: pd.DataFrame, table: Table) -> str:
     return f'patients unknown, {n} {table.grouped_by}' if table.block else 'patients unknown'
 
 
+def read_eye(text: str) -> str:
+    "Return left or right for a cell such as L, OS, 'right eye', 'linkes Auge' or 'œil droit'; '' for another text"
+    words = [word for word in text.casefold().replace('.', '').split() if word not in EYE_NOUNS]
+    return EYES.get(words[0], '') if len(words) == 1 else ''
+
+
 def eyes(csv: Path, df: pd.DataFrame, ids: pd.Series, table: Table) -> pd.Series:
     "Return left or right for each row, from the column or the pattern `eye`. Raises `TableError` for another value"
     texts = df[table.eye] if table.eye in df else ids.str.extract(table.eye).iloc[:, 0].fillna('')
-    found = texts.str.casefold().map(EYES)
-    bad = texts[found.isna() & texts.ne('')]
-    if len(bad) or not found.notna().any():
+    found = texts.map({text: read_eye(text) for text in texts.unique()})
+    bad = texts[found.eq('') & ~texts.str.casefold().isin(UNKNOWN)]
+    if len(bad) or not found.any():
         shown = first_few(sorted(set(bad))) or 'nothing'
         raise TableError(f'{csv}: [table.{table.name}] eye = {table.eye}: found {shown}. Expected are '
-                         f'{", ".join(EYES)}.')
-    return found.fillna('')
+                         f'{EYE_EXAMPLES}.')
+    return found

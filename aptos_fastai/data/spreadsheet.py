@@ -186,6 +186,9 @@ def _sheet(worksheet: Any) -> Sheet:
     notes = []
     merged = _fill_merged(rows, worksheet.merged_cells.ranges)
     if merged: notes.append(f'{plural(merged, "merged cell")} over several rows: each of the rows has the value')
+    hidden = sum(row.hidden and n <= len(rows) and any(rows[n - 1]) for n, row in worksheet.row_dimensions.items())
+    text = f'{plural(hidden, "row")} hidden in the workbook (by a filter?) are used: delete what is not meant'
+    if hidden: notes.append(text)
     return Sheet(worksheet.title, rows, notes)
 
 

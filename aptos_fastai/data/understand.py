@@ -12,7 +12,7 @@ import pandas as pd
 
 from aptos_fastai.common.console import plural
 from aptos_fastai.data.grades import BLANK, FEWEST_ROWS, read_grade
-from aptos_fastai.data.groups import EYES, UNKNOWN
+from aptos_fastai.data.groups import EYE_EXAMPLES, EYES, UNKNOWN, read_eye
 from aptos_fastai.data.id_order import compare_id_orders
 from aptos_fastai.data.locate import ImageLocator, files_below, has_image_suffix, is_image
 from aptos_fastai.data.spreadsheet import TableError, first_few, read_spreadsheet, require_column
@@ -45,11 +45,12 @@ NO_PATIENT = re.compile(
     r'(^|[^a-z])age([^a-z]|$)|sex|gender|site|clinic|date|name|race|ethnic|birth|dob|visit|status|eye|type|grade|level')
 PERSONAL = re.compile(r'name|initial|birth|dob|address|phone|email|mrn|ssn|comment|note')         # is never carried
 NUMBER_NAME = re.compile(r'(^|[^a-z])(id|no|nr|num|number|code|key|pid|mrn)([^a-z]|$)|id$')
-EYE_NAME = re.compile(r'eye|lateral|(^|[^a-z])(side|oculus)([^a-z]|$)')
+EYE_NAME = re.compile(
+    r'eye|auge|œil|oeil|lateral|(^|[^a-z])(side|seite|côté|lado|lato|oculus|ojo|olho|occhio)([^a-z]|$)')
 UNGRADABLE = re.compile(r'|ungrad.*|unread.*|poor.*|bad.*|not? grad.*|n/?a|nan|none|null|u|x|5|5\.0|6|9|99|-1')
-SIDE = r'(left|right|od|os|l|r)'
-EYE_PATTERN = rf'(?i)[_\-. ]{SIDE}\d*(?:\.\w+)?$'
-PATIENT_PATTERN = r'(?i)^(.+?)[_\-. ]+(?:left|right|od|os|l|r)\d*(?:\.\w+)?$'
+SIDE = 'left|right|od|os|og|links|rechts|gauche|droit|l|r'
+EYE_PATTERN = rf'(?i)[_\-. ]({SIDE})\d*(?:\.\w+)?$'
+PATIENT_PATTERN = rf'(?i)^(.+?)[_\-. ]+(?:{SIDE})\d*(?:\.\w+)?$'
 
 
 @dataclass(frozen=True)
@@ -344,10 +345,12 @@ class _Columns:
     def _find_eye(self) -> None:
         if self.has_row_per_patient: return
         columns = [c for c in self._others('id', 'grade', 'patient') if EYE_NAME.search(c.casefold())]
-        columns = [c for c in columns if set(self.df[c].str.casefold()) <= {*EYES, ''} and self.df[c].any()]
-        if columns: self._decide('eye', columns[0], 'by its name and values')
-        elif _all_end_in_eye(self.df[self.keys['id']]):
-            self._decide('eye', EYE_PATTERN, 'every id ends in the eye')
+        odd = {c: [o for o in self.df[c].unique() if not read_eye(o) and o.casefold() not in UNKNOWN] for c in columns}
+        good = [c for c in columns if not odd[c] and self.df[c].map(read_eye).any()]
+        if good: return self._decide('eye', good[0], 'by its name and values')
+        named = [c for c in columns if 0 < len(odd[c]) and self.df[c].nunique() <= MOST_VALUES]
+        for c in named: self.reasons.append(f'eye: not {c}, which has {first_few(odd[c])}. Eyes are {EYE_EXAMPLES}')
+        if _all_end_in_eye(self.df[self.keys['id']]): self._decide('eye', EYE_PATTERN, 'every id ends in the eye')
 
     def _find_carried(self) -> None:
         "Carry further columns of few values: subgroups of the report. Others may name people, and stay where they are"

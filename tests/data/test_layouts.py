@@ -417,6 +417,15 @@ def test_merged_cells_are_filled_down(tmp_path):
     assert again == notes
 
 
+def test_hidden_rows_are_counted(tmp_path):
+    book = write_workbook(tmp_path / 't.xlsx', A=[['id', 'grade'], ['a', 1], ['b', 2], ['c', 3]])
+    for n in (2, 4, 9): book['A'].row_dimensions[n].hidden = True        # the ninth is empty
+    book.save(tmp_path / 't.xlsx')
+    notes = []
+    assert read_spreadsheet(tmp_path / 't.xlsx', notes=notes).id.tolist() == ['a', 'b', 'c']
+    assert notes == ['2 rows hidden in the workbook (by a filter?) are used: delete what is not meant']
+
+
 def test_merged_patients_of_a_table(tmp_path, capsys):
     write_images(tmp_path, [f'images/{o}.png' for o in 'abcd'])
     rows = [['id_code', 'diagnosis', 'who'], ['a', 0, 'P1'], ['b', 1, None], ['c', 2, 'P2'], ['d', 3, None]]

@@ -284,3 +284,27 @@ def test_a_sheet_of_a_workbook(tmp_path):
         understand_table(tmp_path / 't.xlsx')
     understood = understand_table(tmp_path / 't.xlsx', sheet='second reading')
     assert keys(understood, 'sheet', 'grade') == ('second reading', 'grade') and len(understood.contents.frame) == 20
+
+
+@pytest.mark.parametrize('column, left, right', [
+    ('Auge', 'links', 'rechts'), ('Auge', 'LA', 'RA'), ('Œil', 'OG', 'OD'), ('Œil', 'œil gauche', 'Œil droit'),
+    ('Ojo', 'izquierdo', 'derecho'), ('Eye', 'left eye', 'O.D.'), ('Seite', 'linkes Auge', 'rechtes Auge')])
+def test_words_for_eyes(tmp_path, column, left, right):
+    rows = [f'a{i},P{i // 2},{(left, right)[i % 2] if i else "?"},{grade_of(i)}' for i in range(20)]
+    understood = understand_table(write_rows(tmp_path, f'image,patient,{column},grade', rows))
+    assert keys(understood, 'eye') == (column,)
+    assert understood.contents.frame.eye.tolist() == ['', *(['right', 'left'] * 10)[:19]]
+
+
+def test_why_a_column_is_not_the_eye(tmp_path):
+    rows = [f'a{i},P{i // 2},{("links", "beide")[i % 2]},{i},{grade_of(i)}' for i in range(30)]
+    understood = understand_table(write_rows(tmp_path, 'image,patient,Auge,eye pressure,grade', rows))
+    assert keys(understood, 'eye') == ('',)
+    reason, = [o for o in understood.reasons if o.startswith('eye')]
+    assert reason.startswith('eye: not Auge, which has beide. Eyes are L, R, left, right')
+
+
+def test_ids_that_end_in_words_for_eyes(tmp_path):
+    rows = [f'{i // 2}_{("OG", "OD")[i % 2]},{grade_of(i)}' for i in range(40)]
+    frame = understand_table(write_rows(tmp_path, 'image,level', rows)).contents.frame
+    assert frame.group.nunique() == 20 and frame.eye.tolist() == ['left', 'right'] * 20

@@ -162,7 +162,7 @@ def test_a_pattern_is_applied_to_the_id_of_a_csv(tmp_path):
     ('subjct', '', 'subjct: no such column, and no pattern with a group in parentheses. Columns of the CSV: file, id'),
     ('(', '', 'is no regular expression'),
     (r'(\d{9})', '', 'gives no patient for any of the 2 images'),
-    ('id', 'id', '--eye id: found 1 (a.png), 2 (b.png). Expected are l, left'),
+    ('id', 'id', '--eye id: found 1 (a.png), 2 (b.png). Expected are L, R, left'),
     ('', 'id', 'patients are unknown. Add --patient'),
     ('dicom', '', 'none of the images is a DICOM file'),
 ])
