@@ -10,7 +10,7 @@ import pandas as pd
 from aptos_fastai.common.console import plural, say
 from aptos_fastai.data.dicom import DEVICE, EYE, PATIENT, with_tags
 from aptos_fastai.data.grades import grade_texts, is_ungradable, read_grade, read_grades
-from aptos_fastai.data.groups import ROW, eyes, find_groups, patients_text
+from aptos_fastai.data.groups import ROW, eye_note, eyes, find_groups, patients_text
 from aptos_fastai.data.locate import ImageLocator, files_below, is_image, without_suffix
 from aptos_fastai.data.relabels import apply_relabels
 from aptos_fastai.data.spreadsheet import TableError, count, first_few, read_spreadsheet, require_column
@@ -95,7 +95,9 @@ def table_contents(table: Table, data: Path) -> TableContents:
     grades = read_grades(csv, texts, ids, table) if table.graded else np.full(len(df), np.nan, np.float32)
     frame = pd.DataFrame(dict(id_code=ids, diagnosis=grades, path=paths, group=groups, source=table.name))
     for column in table.carry_columns: frame[column] = df[column]
-    if table.eye: frame['eye'] = eyes(csv, df, ids, table)
+    if table.eye:
+        frame['eye'] = eyes(csv, df, ids, table)
+        notes += filter(None, [eye_note(ids, frame.eye, groups)])
     if table.names_eyes: frame[PATIENT_OF_EYE] = groups
     if not table.graded: return TableContents(frame, notes)
     if table.relabels:

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from aptos_fastai.data.grades import read_grade
-from aptos_fastai.data.groups import find_groups, patients_text
+from aptos_fastai.data.groups import eye_note, eye_of_name, find_groups, patients_text
 from aptos_fastai.data.spreadsheet import (
     TableError,
     count,
@@ -534,6 +534,26 @@ def test_a_table_in_words(tmp_path):
     plain = table_contents(table(grade=''), tmp_path)
     assert describe(table(grade=''), plain) == '5 images, patients unknown'
     assert list(plain.ungradable) == ['id_code', 'path']
+
+
+@pytest.mark.parametrize('name, eye', [
+    ('12_R', 'right'), ('12_OD_1.png', 'right'), ('left/12.jpg', 'left'), ('12-links', 'left'), ('L12', 'left'),
+    ('12_left_od', ''), ('rolf_12', ''), ('la_12', ''), ('12.png', '')])
+def test_the_eye_that_a_name_says(name, eye): assert eye_of_name(name) == eye
+
+
+def test_eyes_that_contradict_the_ids(tmp_path):
+    ids = [f'{i // 2}_{"LR"[i % 2]}' for i in range(8)]
+    write_images(tmp_path, [f'images/{o}.png' for o in ids])
+    def write(eyes):
+        rows = [f'{o},{i % 5},{i // 2},{eye}' for i, (o, eye) in enumerate(zip(ids, eyes, strict=True))]
+        (tmp_path / 't.csv').write_text('\n'.join(['id_code,diagnosis,who,side', *rows]))
+        return [o for o in table_contents(table(eye='side', patient='who'), tmp_path).notes if 'contradicts' in o]
+    assert write('LRLRLRLR') == write(['L', 'R', '', 'R', *'LRLR']) == []
+    assert write('LRRLLRLL') == [
+        'the eye contradicts the name of 3 images of 8 (1_L is right, 1_R is left, 3_R is left); 1 patient with one '
+        'eye twice where the names say both. Correct the eyes or the names']
+    assert eye_note(['R1', 'R2'], ['left', 'right']) == ''               # R may be anything here
 
 
 def test_images_beside_the_folder_are_found_and_others_are_not(tmp_path):
