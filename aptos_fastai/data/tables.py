@@ -105,7 +105,8 @@ def table_contents(table: Table, data: Path) -> TableContents:
         not_graded = pd.concat([not_graded, ungradable_now[['id_code', 'path']]], ignore_index=True)
         notes.append(note)
     missing = sorted(set(range(GRADES)) - set(frame.diagnosis))
-    if missing: notes.append(f'no image has grade {", ".join(map(str, missing))}: the model cannot learn it')
+    if missing:
+        notes.append(f'no image has grade {", ".join(map(str, missing))}: these images can neither teach nor test it')
     return TableContents(frame, notes, not_graded)
 
 

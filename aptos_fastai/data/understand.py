@@ -32,10 +32,14 @@ Ask = Callable[[str, list[str]], str]        # a question and its possible answe
 SAMPLE = 200                                 # rows that are searched among the images
 NEIGHBOUR_BLOCK = 10                         # ids in a group if neighbours have equal grades and patients are unknown
 ID_SHARE = .5                                # of the values of a column that name images, at least, for a candidate
+MOSTLY = .8                                  # of the values of a column that nearly has grades
+MOST_ODD = 8                                 # values that are listed to be named as ungradable
 MOST_VALUES = 20                             # of a column that is carried
 ID_NAMES = 'id_code', 'image', 'image_id', 'file', 'filename', 'file name', 'image name', 'path', 'id', 'name'
-GRADE_NAME = re.compile(r'diagnos|retinopathy|icdr|(^|[^a-z])dr([^a-z]|$)')
-WEAK_GRADE_NAME = re.compile(r'grade|level|label|class|stage|severity')              # needs the values of grades, too
+GRADE_NAME = re.compile(r'diagnos|retinopat|icdr|(^|[^a-z])dr([^a-z]|$)')
+WEAK_GRADE_NAME = re.compile(                # needs the values of grades, too
+    r'grade|level|label|class|stage|severity|befund|stufe|klasse|schwere|niveau|'
+    r'(^|[^a-z])(grado?s?|stade|stadi(o|um)|estadio|gravedad|gravit[éà]|classe)([^a-z]|$)')
 OTHER_GRADE = re.compile(
     r'edema|oedema|dme|quality|gradab|risk|referable|clarity|artifact|field|glaucoma|amd|cataract|lens|hypertens|ckd|'
     r'kidney|rop([^a-z]|$)|confidence|education|camera|visit|(^|[^a-z])(id|no|nr|number|name)([^a-z]|$)')
@@ -271,20 +275,34 @@ class _Columns:
                                 (unnamed, 'its values are grades')):
             sides = _of_both_eyes(self.df, candidates)
             if sides: return self._decide('grade', ' | '.join(sides), 'one of them is filled in each row')
+            if candidates is unnamed: self._refuse_nearly_grades(MOSTLY)
             if not candidates: continue
             rest = [c for c in others if c not in candidates]
             text = f'; not {", ".join(rest)}' if rest else ''
             chosen = self._choose('grade', candidates, 'the grade')
             self._refuse_yes_or_no(chosen)
             return self._decide('grade', chosen, why + text)
-        for column in self._others('id', 'patient'):
-            odd = [t for t in self.df[column].unique() if np.isnan(read_grade(t))]
-            if (GRADE_NAME.search(column.casefold()) or WEAK_GRADE_NAME.search(column.casefold())) and odd:
-                raise TableError(f'{self.file}: column {column} has values that are no grades: {first_few(odd)}. '
-                                 'Grades are 0 to 4, I to IV or English words. Correct them, or name those that mean '
-                                 f'ungradable: --grade "{column}" --ungradable "{odd[0]}".')
+        self._refuse_nearly_grades(0)
         raise TableError(f'{self.file}: no column has grades (0 to 4, I to IV, or words such as moderate). Its columns '
                          f'are {", ".join(self.df)}. Name the column: --grade COLUMN.')
+
+    def _refuse_nearly_grades(self, least: float) -> None:
+        """Raise `TableError` for the column of most grades beside other values.
+
+        Its share of grades is `least`, if its name is that of grades; another column has mostly grades.
+        """
+        columns = [c for c in self._others('id', 'patient') if not OTHER_GRADE.search(c.casefold())]
+        shares = {c: float(np.isfinite(self.df[c].map(read_grade)).mean()) for c in columns}
+        shares = {c: share for c, share in shares.items() if share < 1 and (
+            share >= least and _is_named_as_grades(c) or share >= MOSTLY and self._grades(c) > 2)}
+        if not shares: return
+        column = max(shares, key=shares.__getitem__)
+        odd = [text for text in self.df[column].unique() if np.isnan(read_grade(text))]
+        rows, shown = int(self.df[column].isin(odd).sum()), [text or BLANK for text in odd]
+        named = ' | '.join(shown) if len(odd) <= MOST_ODD else 'VALUE | VALUE'
+        raise TableError(f'{self.file}: column {column} has values that are no grades: {first_few(shown)} ({rows} of '
+                         f'{plural(len(self.df), "row")}). Grades are 0 to 4, I to IV or English words. Correct them, '
+                         f'or name those that mean ungradable: --grade "{column}" --ungradable "{named}".')
 
     def _grades(self, column: str) -> int:
         "Return how many different grades a column has"
@@ -361,6 +379,10 @@ class _Columns:
                  and not PERSONAL.search(c.casefold())]
         ages = [c for c in others if c.casefold() == 'age' and c not in names]
         if names or ages: self._decide('carry', ' | '.join(names + ages), 'few values each: subgroups')
+
+
+def _is_named_as_grades(column: str) -> bool:
+    return bool(GRADE_NAME.search(column.casefold()) or WEAK_GRADE_NAME.search(column.casefold()))
 
 
 def side_of(column: str) -> str:

@@ -174,7 +174,7 @@ def test_two_rows_of_one_file_are_refused_and_unnamed_images_counted(tmp_path):
     (tmp_path / 'images/notes.txt').write_text('no image')
     notes = table_contents(table(), tmp_path).notes
     assert notes[0] == f'2 images in {tmp_path / "images"} without a row (folders sub, .)'
-    assert notes[1] == 'no image has grade 0, 2, 3, 4: the model cannot learn it'
+    assert notes[1] == 'no image has grade 0, 2, 3, 4: these images can neither teach nor test it'
 
 
 @pytest.mark.parametrize('names', [['0', '1', '2', '3', '4'], ['No_DR', 'Mild', 'Moderate', 'Severe', 'Proliferate_DR'],

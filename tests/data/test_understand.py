@@ -308,3 +308,24 @@ def test_ids_that_end_in_words_for_eyes(tmp_path):
     rows = [f'{i // 2}_{("OG", "OD")[i % 2]},{grade_of(i)}' for i in range(40)]
     frame = understand_table(write_rows(tmp_path, 'image,level', rows)).contents.frame
     assert frame.group.nunique() == 20 and frame.eye.tolist() == ['left', 'right'] * 20
+
+
+@pytest.mark.parametrize('column', ['Grad', 'Befund', 'Stade', 'Stadium', 'Grado', 'DR-Grad', 'gt'])
+def test_a_column_that_nearly_has_grades(tmp_path, column):
+    "Its values are named with what to type, although another column has values that could be grades"
+    odd = {3: 'nicht beurteilbar', 9: 'unklar'}
+    rows = [f'a{i},{odd.get(i, i % 5)},{i % 3}' for i in range(40)]
+    csv = write_rows(tmp_path, f'image,{column},Aufnahmen', rows)
+    with pytest.raises(AptosError) as e: understand_table(csv)
+    words = f'column {column} has values that are no grades: nicht beurteilbar, unklar (2 of 40 rows)'
+    option = 'nicht beurteilbar | unklar'
+    assert words in str(e.value) and f'--grade "{column}" --ungradable "{option}"' in str(e.value)
+    assert len(understand_table(csv, grade=column, ungradable=option).contents.ungradable) == 2
+    with pytest.raises(AptosError, match=r'name it: --ungradable "nicht beurteilbar \| unklar", or the key'):
+        assert understand_table(csv, grade=column).contents
+
+
+@pytest.mark.parametrize('column', ['Grad', 'Befund', 'Stade', 'Stadium', 'Grado'])
+def test_names_of_grades(tmp_path, column):
+    csv = write_rows(tmp_path, f'image,Aufnahmen,{column}', [f'a{i},{i % 3},{i % 4}' for i in range(40)])
+    assert keys(understand_table(csv), 'grade') == (column,)
