@@ -35,7 +35,9 @@ ID_SHARE = .5                                # of the values of a column that na
 MOSTLY = .8                                  # of the values of a column that nearly has grades
 MOST_ODD = 8                                 # values that are listed to be named as ungradable
 MOST_VALUES = 20                             # of a column that is carried
-ID_NAMES = 'id_code', 'image', 'image_id', 'file', 'filename', 'file name', 'image name', 'path', 'id', 'name'
+ID_NAMES = (                                 # the first that a table has counts
+    'id_code', 'image', 'image_id', 'file', 'filename', 'file name', 'image name', 'path', 'datei', 'dateiname', 'bild',
+    'fichier', 'archivo', 'imagen', 'id', 'name')
 GRADE_NAME = re.compile(r'diagnos|retinopat|icdr|(^|[^a-z])dr([^a-z]|$)')
 WEAK_GRADE_NAME = re.compile(                # needs the values of grades, too
     r'grade|level|label|class|stage|severity|befund|stufe|klasse|schwere|niveau|'
@@ -232,16 +234,13 @@ class _Columns:
         return [column for column in self.df if column not in taken]
 
     def _find_id(self) -> None:
-        rows = self.df.iloc[np.linspace(0, len(self.df) - 1, min(SAMPLE, len(self.df))).astype(int)]
-        unlike = [column for column in self.df if rows[column].nunique() > len(rows) / 2]
-        share = {column: np.mean([self._has_image(o) for o in rows[column] if o]) for column in unlike}
+        share = image_shares(self.df, self._has_image)
         best = max(share.values(), default=0)
         if not best:
             files = first_few(self.locator.files[:3]) or 'nothing'
             raise TableError(f'{self.file}: no column names images in {self.locator.root}, which has {files}. Its '
                              f'columns are {", ".join(self.df)}. Give the folder of the images, or --id COLUMN.')
-        columns = [c for c, s in share.items() if s >= ID_SHARE or s == best]
-        columns.sort(key=lambda c: ID_NAMES.index(c.casefold()) if c.casefold() in ID_NAMES else len(ID_NAMES))
+        columns = sorted((c for c, s in share.items() if s >= ID_SHARE or s == best), key=id_rank)
         if len(columns) == 2 and not self._same_images(*columns) and _are_sides(*columns):
             return self._decide('id', ' | '.join(columns), 'a row holds the two images of a patient')
         columns = [c for c in columns if c == columns[0] or not self._same_images(columns[0], c)]
@@ -379,6 +378,18 @@ class _Columns:
                  and not PERSONAL.search(c.casefold())]
         ages = [c for c in others if c.casefold() == 'age' and c not in names]
         if names or ages: self._decide('carry', ' | '.join(names + ages), 'few values each: subgroups')
+
+
+def image_shares(df: pd.DataFrame, has_image: Callable[[str], bool]) -> dict[str, float]:
+    "Return which share of a sample of its values names images, for each column of mostly different values"
+    rows = df.iloc[np.linspace(0, len(df) - 1, min(SAMPLE, len(df))).astype(int)]
+    unlike = [column for column in df if rows[column].nunique() > len(rows) / 2]
+    return {column: float(np.mean([has_image(o) for o in rows[column] if o])) for column in unlike}
+
+
+def id_rank(column: str) -> int:
+    "Return the place of a column's name among those of ids; names that say nothing come last"
+    return ID_NAMES.index(column.casefold()) if column.casefold() in ID_NAMES else len(ID_NAMES)
 
 
 def _is_named_as_grades(column: str) -> bool:
