@@ -2,6 +2,7 @@
 import codecs
 import csv
 import io
+import re
 from collections.abc import Iterable, Sized
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +20,7 @@ SEPARATORS = ',;\t'                          # in this order where several are e
 SNIFFED_ROWS = 200
 SNIFFED_BYTES = 10_000
 MANY_ZEROS = .4                              # of every second byte: UTF-16 without a byte order mark
+TITLE_ROWS = 10                              # above a header, at most
 SPREADSHEETS = '.xlsx', '.xlsm'
 ZIP = b'PK\x03\x04'                        # how a workbook begins, whatever its suffix
 SAVE_AS = 'Save it as comma-separated UTF-8.'
@@ -99,24 +101,49 @@ def _read(file: Path, header: bool, keep_blank: bool, sheet: str | None, notes: 
     else: rows = _rows_of_text(_decode(file, data))
     rows = [[' '.join(cell.split()) if '\n' in cell else cell.strip() for cell in row] for row in rows]
     filled = [i for i, row in enumerate(rows) if any(row)]
-    rows = [row for row in rows[filled[0]:filled[-1] + 1] if any(row) or keep_blank and len(row) > 1] if filled else []
-    if not rows: raise TableError(f'{file}: the file is empty. Write a header and one row per image.')
-    return _frame(file, rows, header)
+    if not filled: raise TableError(f'{file}: the file is empty. Write a header and one row per image.')
+    kept = [i for i in range(filled[0], filled[-1] + 1) if any(rows[i]) or keep_blank and len(rows[i]) > 1]
+    rows = [rows[i] for i in kept]
+    return _frame(file, rows, [i + 1 for i in kept], header, notes)
 
 
-def _frame(file: Path, rows: list[list[str]], header: bool) -> pd.DataFrame:
-    "Return the frame of a table's rows; columns without a name and without a cell are dropped"
+def _frame(file: Path, rows: list[list[str]], numbers: list[int], header: bool, notes: list[str]) -> pd.DataFrame:
+    """Return the frame of a table's rows; columns without a name and without a cell are dropped.
+
+    So is a first column without a name that numbers the rows, as pandas writes it, with a note. `numbers` are those of
+    the rows in the file.
+    """
     width = max(map(len, rows))
     rows = [row + [''] * (width - len(row)) for row in rows]
     names = rows.pop(0) if header else [str(i + 1) for i in range(width)]
     filled = [bool(names[i]) and header or any(row[i] for row in rows) for i in range(width)]
+    if filled[0] and not names[0] and _numbers_rows([row[0] for row in rows if any(row)]):
+        filled[0] = False
+        notes.append('the first column has no name and numbers the rows: it is not used')
     unnamed = [i + 1 for i in range(width) if filled[i] and not names[i]]
     if unnamed:
-        raise TableError(f'{file}: column {unnamed[0]} has cells but no name in the header. Name it, or quote cells '
-                         'that contain the separator.')
+        if names[0]: _refuse_title(file, names, rows, numbers[1:])
+        raise TableError(f'{file}: column {unnamed[0]} has cells but no name in the header. Name it, or, in a text '
+                         'file, quote cells that contain the separator.')
     kept = [i for i in range(width) if filled[i]]
     names = _unique([names[i] for i in kept])
     return pd.DataFrame([[row[i] for i in kept] for row in rows], columns=names, dtype=str)
+
+
+def _numbers_rows(cells: list[str]) -> bool:
+    "Return whether cells are different whole numbers without leading zeros: an index, also of chosen or shuffled rows"
+    return len(set(cells)) == len(cells) and all(re.fullmatch('0|[1-9][0-9]*', cell) for cell in cells)
+
+
+def _refuse_title(file: Path, first: list[str], rows: list[list[str]], numbers: list[int]) -> None:
+    "Raise `TableError` if `first` is a title and one of `rows`, of which `numbers` are those in the file, the header"
+    for row, number in list(zip(rows, numbers, strict=True))[:TITLE_ROWS]:
+        if sum(map(bool, row)) < 2 * sum(map(bool, first)) or any(map(_is_number, row)): continue
+        raise TableError(f'{file}: the header seems to be row {number}, below "{" ".join(filter(None, first))}". '
+                         'Delete the rows above it.')
+
+
+def _is_number(cell: str) -> bool: return bool(re.fullmatch('[-+]?[0-9]+([.,][0-9]+)?', cell))
 
 
 def _unique(names: list[str]) -> list[str]:

@@ -417,6 +417,33 @@ def test_merged_cells_are_filled_down(tmp_path):
     assert again == notes
 
 
+@pytest.mark.parametrize('numbers', ['012', '123', '917'])
+def test_a_nameless_index_is_not_used(tmp_path, numbers):
+    "As `DataFrame.to_csv` writes it, also of chosen rows"
+    notes = []
+    rows = [f'{n},{name},{grade}' for n, name, grade in zip(numbers, 'abc', (0, 1, 2), strict=True)]
+    (tmp_path / 't.csv').write_text('\n'.join([',id_code,diagnosis', *rows]))
+    df = read_spreadsheet(tmp_path / 't.csv', notes=notes)
+    assert list(df) == ['id_code', 'diagnosis'] and df.id_code.tolist() == list('abc')
+    assert notes == ['the first column has no name and numbers the rows: it is not used']
+
+
+@pytest.mark.parametrize('numbers', ['112', ['01', '2', '3'], 'ab1', ['1.5', '2', '3'], ['', '1', '2']])
+def test_another_nameless_column_is_an_error(tmp_path, numbers):
+    (tmp_path / 't.csv').write_text('\n'.join([',id_code', *(f'{n},a{i}' for i, n in enumerate(numbers))]))
+    with pytest.raises(TableError, match='column 1 has cells but no name'): read_spreadsheet(tmp_path / 't.csv')
+
+
+def test_a_title_above_the_header(tmp_path):
+    rows = [['Patients 2024'], [None], ['as of May'], ['id', 'grade', 'eye'], ['a', 1, 'L'], ['b', 2, 'R']]
+    write_workbook(tmp_path / 't.xlsx', A=rows)
+    (tmp_path / 't.csv').write_text('\n'.join(';'.join(str(o or '') for o in row) for row in rows))
+    for name in ('t.xlsx', 't.csv'):
+        with pytest.raises(TableError) as e: read_spreadsheet(tmp_path / name)
+        assert str(e.value) == (f'{tmp_path / name}: the header seems to be row 4, below "Patients 2024". Delete the '
+                                'rows above it.')
+
+
 def test_hidden_rows_are_counted(tmp_path):
     book = write_workbook(tmp_path / 't.xlsx', A=[['id', 'grade'], ['a', 1], ['b', 2], ['c', 3]])
     for n in (2, 4, 9): book['A'].row_dimensions[n].hidden = True        # the ninth is empty
