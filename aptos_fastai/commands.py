@@ -118,7 +118,8 @@ def understand_and_write(csv: str | Path, images: str | Path, unlabelled: str | 
                          sets: Iterable[str], ask: Ask | None, keys: dict[str, str],
                          deadline: Deadline | None = None) -> tuple[Path, Path]:
     "Print how the tables of `fit` are understood and write its recipe; return the recipe and the data folder"
-    tables = understand_tables(csv, images, unlabelled, ask, keys)
+    sets = list(sets)
+    tables = understand_tables(csv, images, unlabelled, ask, keys, sets)
     name = name or name_of(csv)
     check_name(name)
     recipe = Path(runs) / name / f'{name}.ini'

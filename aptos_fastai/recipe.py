@@ -118,7 +118,8 @@ class Images:
     jpeg: str = _key('full', 'how a JPEG much larger than `size` is decoded. full: every pixel, so that an image gets '
                      'the same score in every format; fast: at 1/2, 1/4 or 1/8, in a sixth of the time, with scores '
                      'that differ by up to 0.1', choices=('full', 'fast'))
-    skip_unreadable: str = _key('no', 'no: stop and list unreadable images; yes: continue without them',
+    skip_unreadable: str = _key('no', 'no: stop and list unreadable and missing images; yes: continue without '
+                                'them',
                                 choices=('no', 'yes'))
 
 

@@ -65,11 +65,12 @@ class Understood:
     table: Table
     data: Path
     reasons: list[str] = field(default_factory=list)
+    skip_missing: bool = False               # leave out rows without an image
 
     @cached_property
     def contents(self) -> TableContents:
         "The table's images and grades, read once. Raises `TableError`"
-        return table_contents(self.table, self.data)
+        return table_contents(self.table, self.data, self.skip_missing)
 
 
 def find_table(name: str, images: str = '', recipe: str = '', data: str = '', ask: Ask | None = None,
@@ -79,7 +80,8 @@ def find_table(name: str, images: str = '', recipe: str = '', data: str = '', as
     `images` is the folder of images of a CSV, `data` that of a recipe or a preset; `keys` (keys of [table.NAME]) change
     how a CSV or a folder is understood. Raises `AptosError`.
     """
-    if Path(name).exists(): return understand_table(name, images, graded=True, ask=ask, **keys)
+    if Path(name).exists():
+        return understand_table(name, images, graded=True, ask=ask, skip_missing=False, **keys)
     known: dict[str, Table] = read_recipe(recipe).tables if recipe else {}
     if name not in known and name not in preset_files():
         tables = f', or a table of {recipe}: {", ".join(known)}' if recipe else ''
@@ -92,11 +94,12 @@ def find_table(name: str, images: str = '', recipe: str = '', data: str = '', as
 
 
 def understand_table(csv: str | Path, images: str | Path = '', *, name: str = 'train', graded: bool = True,
-                     ask: Ask | None = None, **keys: str) -> Understood:
+                     ask: Ask | None = None, skip_missing: bool = False, **keys: str) -> Understood:
     """Return the table of a CSV (or .xlsx) and a folder of images, or of a folder alone; see `Understood`.
 
     Columns are chosen by their names and contents; `keys` (keys of [table.NAME]: id, grade, patient …) override that.
-    Where two columns would do, `ask` chooses; without it that raises `TableError`, which names both.
+    Where two columns would do, `ask` chooses; without it that raises `TableError`, which names both. With
+    `skip_missing` rows without an image are left out.
     """
     file = Path(csv)
     if file.is_dir(): return _understand_folder(file, name, graded, keys)
@@ -105,7 +108,7 @@ def understand_table(csv: str | Path, images: str | Path = '', *, name: str = 't
     if folder.is_file(): raise TableError(f'{folder}: is a file. Unpack it if it is an archive, and give the folder.')
     if not folder.is_dir(): raise TableError(f'{folder}: no such folder of images.')
     keys = dict(csv=file.name, images=relative(folder, file.parent), **keys)
-    table = _Columns(file, folder, keys, ask).table(name, graded)
+    table = replace(_Columns(file, folder, keys, ask).table(name, graded), skip_missing=skip_missing)
     return table if not graded else _with_blocks(table)
 
 

@@ -329,3 +329,15 @@ def test_a_column_that_nearly_has_grades(tmp_path, column):
 def test_names_of_grades(tmp_path, column):
     csv = write_rows(tmp_path, f'image,Aufnahmen,{column}', [f'a{i},{i % 3},{i % 4}' for i in range(40)])
     assert keys(understand_table(csv), 'grade') == (column,)
+
+
+def test_rows_without_an_image_are_left_out_if_asked_for(tmp_path):
+    csv = write_rows(tmp_path, 'image,grade', [f'a{i},{i % 5}' for i in range(20)])
+    for i in (3, 8): (tmp_path / f'a{i}.png').unlink()
+    with pytest.raises(AptosError, match=r'2 of 20 ids .*: a3, a8.*--set images.skip_unreadable=yes'):
+        assert understand_table(csv).contents
+    contents = understand_table(csv, skip_missing=True).contents
+    assert contents.missing == ['a3', 'a8'] and len(contents.frame) == 18
+    expected = [(f'a{i}', i % 5, str(tmp_path / f'a{i}.png')) for i in range(20) if i not in (3, 8)]
+    assert list(contents.frame[['id_code', 'diagnosis', 'path']].itertuples(index=False, name=None)) == expected
+    assert '2 of 20 ids have no image and are left out (skip_unreadable = yes): a3, a8' in contents.notes
