@@ -284,6 +284,8 @@ def all(options: RunOptions, hours: Hours = None, deidentify: DeidentifyReport =
 Column = Annotated[str, typer.Option(metavar='COLUMN', help='Default: found by names and contents.')]
 Ungradable = Annotated[str, typer.Option(
     metavar='VALUES', help='Values of the grade that mean ungradable, separated by |. Default: found.')]
+SheetName = Annotated[str, typer.Option(
+    '--sheet', metavar='NAME', help='The sheet of an .xlsx file. Default: the only one with data.')]
 
 
 @command
@@ -293,7 +295,7 @@ def fit(csv: Annotated[str, argument('CSV', 'A CSV or .xlsx with a grade for eac
         unlabelled: Annotated[str, argument('UNLABELLED', 'A folder of ungraded images, which are predicted and '
                                             'trained on, too.')] = '',
         id: Column = '', grade: Column = '', patient: Column = '', eye: Column = '',
-        ungradable: Ungradable = '',
+        ungradable: Ungradable = '', sheet: SheetName = '',
         name: Annotated[str, typer.Option(metavar='NAME', help='Name of the run. Default: that of the CSV.')] = '',
         runs: Annotated[str, typer.Option(metavar='FOLDER', help='Results go to FOLDER/NAME/.')] = 'runs',
         hours: Annotated[float | None, typer.Option(
@@ -308,7 +310,7 @@ def fit(csv: Annotated[str, argument('CSV', 'A CSV or .xlsx with a grade for eac
     python run.py fit labels.xlsx photos/ unlabelled/ --grade "DR grade" --set stage.epochs=5
     """
     from aptos_fastai import commands
-    keys = given(id=id, grade=grade, patient=patient, eye=eye, ungradable=ungradable)
+    keys = given(id=id, grade=grade, patient=patient, eye=eye, ungradable=ungradable, sheet=sheet)
     commands.fit(csv, images, unlabelled, name=name, runs=runs, sets=sets or [], ask=ask_user(),
                  deidentify=deidentify, hours=hours, **keys)
 
@@ -393,7 +395,7 @@ def inspect(options: RunOptions,
             images: Annotated[str, typer.Option(
                 metavar='FOLDER', help="The folder of a CSV's images. Default: the folder of the CSV.")] = '',
             id: Column = '', grade: Column = '', patient: Column = '', eye: Column = '',
-            ungradable: Ungradable = '') -> None:
+            ungradable: Ungradable = '', sheet: SheetName = '') -> None:
     """Show how a table is understood. Prints how ids were matched, patients, eyes, grades, ungradable images and
     duplicates; writes a page with sizes, quality flags, and images with circle, crop and augmentation.
 
@@ -402,7 +404,7 @@ def inspect(options: RunOptions,
     python run.py inspect grades.csv --images photos/
     """
     from aptos_fastai import commands
-    keys = given(id=id, grade=grade, patient=patient, eye=eye, ungradable=ungradable)
+    keys = given(id=id, grade=grade, patient=patient, eye=eye, ungradable=ungradable, sheet=sheet)
     commands.inspect(options.load, table, count, images, options.runs, options.name, options.sets or [], ask_user(),
                      keys)
 
@@ -566,6 +568,7 @@ def evaluate(model: Model,
                  'IMAGES', "The folder of the CSV's images. Default: the folder of the CSV.")] = '',
              recipe: TableRecipe = '', data: TableData = '',
              id: Column = '', grade: Column = '', patient: Column = '', eye: Column = '', ungradable: Ungradable = '',
+             sheet: SheetName = '',
              prevalence: Annotated[float | None, typer.Option(
                  metavar='P', help='Prevalence of referable retinopathy for PPV and NPV, 0 to 1. Default: that of the '
                  'table.')] = None,
@@ -585,7 +588,7 @@ def evaluate(model: Model,
     """
     from aptos_fastai import commands
     from aptos_fastai.inference.evaluate import Choices
-    keys = given(id=id, grade=grade, patient=patient, eye=eye, ungradable=ungradable)
+    keys = given(id=id, grade=grade, patient=patient, eye=eye, ungradable=ungradable, sheet=sheet)
     choices = Choices(prevalence, by or (), include_seen, output)
     commands.evaluate_model(model, table, choices, deidentify, images=images, recipe=recipe, data=data, ask=ask_user(),
                             **keys)
@@ -621,7 +624,7 @@ def operating_point(model: Model,
                         metavar='FOLDER', help='The folder of its images. Default: the folder of the CSV.')] = '',
                     recipe: TableRecipe = '', data: TableData = '',
                     id: Column = '', grade: Column = '', patient: Column = '', eye: Column = '',
-                    ungradable: Ungradable = '',
+                    ungradable: Ungradable = '', sheet: SheetName = '',
                     output: Annotated[str, typer.Option(
                         '-o', '--output', metavar='FOLDER', help='The bundle to write. Default: a new folder in the '
                         'run, or beside the bundle.')] = '') -> None:
@@ -634,7 +637,7 @@ def operating_point(model: Model,
     from aptos_fastai.deploy.operating_point import write_operating_point
     from aptos_fastai.recipe import parse_refer
     refer = parse_refer(given(sensitivity=sensitivity, specificity=specificity, threshold=threshold))
-    keys = given(id=id, grade=grade, patient=patient, eye=eye, ungradable=ungradable)
+    keys = given(id=id, grade=grade, patient=patient, eye=eye, ungradable=ungradable, sheet=sheet)
     write_operating_point(model, refer, output, table, images=images, recipe=recipe, data=data, ask=ask_user(), **keys)
 
 

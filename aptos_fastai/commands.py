@@ -92,7 +92,7 @@ def fit(csv: str | Path, images: str | Path = '', unlabelled: str | Path = '', *
 
     `csv` is a CSV or .xlsx with a row for each image in the folder `images`, or a folder with a sub-folder for each
     grade; `unlabelled` is a folder of ungraded images to predict and train on, too. Columns are understood by their
-    names and contents and printed; `keys` (id, grade, patient, eye, group, ungradable, carry, where, header) override
+    names and contents and printed; `keys` (id, grade, patient, eye, group, ungradable, sheet, where, carry) override
     that. Writes the recipe <runs>/<name>/<name>.ini and everything that `all` writes; with `deidentify` the report has
     no ids and no images. With `hours` the settings are chosen for that time, and stages that would end later are left
     out. Raises `AptosError`, also where two columns would do and there is no `ask` to choose one.
@@ -119,7 +119,8 @@ def understand_and_write(csv: str | Path, images: str | Path, unlabelled: str | 
                          sets: Iterable[str], ask: Ask | None, keys: dict[str, str],
                          deadline: Deadline | None = None) -> tuple[Path, Path]:
     "Print how the tables of `fit` are understood and write its recipe; return the recipe and the data folder"
-    tables = understand_tables(csv, images, unlabelled, ask, keys)
+    sets = list(sets)
+    tables = understand_tables(csv, images, unlabelled, ask, keys, sets)
     name = name or name_of(csv)
     check_name(name)
     recipe = Path(runs) / name / f'{name}.ini'

@@ -118,7 +118,8 @@ class Images:
     jpeg: str = _key('full', 'how a JPEG much larger than `size` is decoded. full: every pixel, so that an image gets '
                      'the same score in every format; fast: at 1/2, 1/4 or 1/8, in a sixth of the time, with scores '
                      'that differ by up to 0.1', choices=('full', 'fast'))
-    skip_unreadable: str = _key('no', 'no: stop and list unreadable images; yes: continue without them',
+    skip_unreadable: str = _key('no', 'no: stop and list unreadable and missing images; yes: continue without '
+                                'them',
                                 choices=('no', 'yes'))
 
 
@@ -155,6 +156,7 @@ class Table:
                       'column of `id` if that has several; empty: the table is ungraded; folder (without csv): images '
                       'lie in sub-folders named by grade')
     header: str = _key('yes', 'no: the CSV has no header; its columns are called 1, 2, 3 …', choices=('yes', 'no'))
+    sheet: str = _key('', 'sheet of an .xlsx file; empty: the only one that has data')
     where: str = _key('', 'use only the rows with a value: COLUMN = VALUE', check=_check_where)
     ungradable: str = _key('', 'values of `grade` that mean ungradable, separated by |; blank: an empty cell. These '
                            'images are counted and left out')

@@ -73,6 +73,11 @@ def _refuse_english_scale(csv: Path, texts: pd.Series) -> None:
                          'proliferative and which has no R4. Write 0 to 4 of the international scale.')
 
 
+def _stray(texts: pd.Series) -> str:
+    "Return values for the key `ungradable`"
+    return ' | '.join(text or BLANK for text in texts.unique()[:5])
+
+
 def read_grades(csv: Path, texts: pd.Series, ids: pd.Series, table: Table) -> np.ndarray:
     "Return the grades as float32 (n,). Raises `TableError` for anything but the grades 0 to 4, and for one grade alone"
     _refuse_english_scale(csv, texts)
@@ -82,7 +87,8 @@ def read_grades(csv: Path, texts: pd.Series, ids: pd.Series, table: Table) -> np
         shown = [f'{i} = {v or "(empty)"}' for i, v in zip(ids[bad], texts[bad], strict=True)]
         raise TableError(f'{csv}: {count(shown, "invalid value")} in column {", ".join(table.grade_columns)}: '
                          f'{first_few(shown)}. Grades are whole numbers from 0 to 4. If a value means that an image '
-                         'cannot be graded, name it in the key `ungradable`.')
+                         f'cannot be graded, name it: --ungradable "{_stray(texts[bad])}", or the key `ungradable` of '
+                         'a recipe.')
     if len(grades) >= FEWEST_ROWS and grades.nunique() == 1:
         like = ' It looks like a sample submission.' if grades.iloc[0] == 0 else ''
         raise TableError(f'{csv}: all {len(grades)} grades are {grades.iloc[0]:.0f}.{like} Set csv and grade to the '

@@ -1,5 +1,6 @@
 "Find which images share a fold: those of a patient (a column, or a pattern in ids) or of a block of ids; and the eye."
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,12 @@ from aptos_fastai.recipe import Table
 
 ROW = '(row)'                                # column: which row of the CSV held an image, beside others of its patient
 UNKNOWN = '', 'na', 'n/a', 'nan', 'none', 'null', 'unknown', '?', '-'      # in a column of patients
-EYES = {'l': 'left', 'left': 'left', 'os': 'left', 'r': 'right', 'right': 'right', 'od': 'right'}
+EYES = {side: eye for eye, sides in dict(
+    left='l left os og oi oe la links linkes gauche izquierdo izquierda esquerdo sinistro',
+    right='r right od ra rechts rechtes droit droite derecho derecha direito destro').items() for side in sides.split()}
+EYES_OF_NAMES = EYES.keys() - {'la', 'ra', 'oe', 'oi'}           # words that say an eye in the name of a file
+EYE_NOUNS = 'eye', 'auge', 'oeil', 'œil', 'ojo', 'olho', 'occhio'
+EYE_EXAMPLES = 'L, R, left, right, OS, OD, OG, LA, RA, links, rechts, gauche, droit, izquierdo, derecho'
 
 
 def find_groups(csv: Path, df: pd.DataFrame, ids: pd.Series, table: Table) -> tuple[pd.Series, str]:
@@ -93,13 +99,48 @@ def patients_text(frame: pd.DataFrame, table: Table) -> str:
     return f'patients unknown, {n} {table.grouped_by}' if table.block else 'patients unknown'
 
 
+def read_eye(text: str) -> str:
+    "Return left or right for a cell such as L, OS, 'right eye', 'linkes Auge' or 'œil droit'; '' for another text"
+    words = [word for word in text.casefold().replace('.', '').split() if word not in EYE_NOUNS]
+    return EYES.get(words[0], '') if len(words) == 1 else ''
+
+
+def eye_of_name(name: str) -> str:
+    "Return the only eye that the words of an id or a file name say: right for '12_R_1.png'; '' for none or both"
+    words = re.split(r'[\W\d_]+', without_image_suffix(name).casefold())
+    found = {EYES[word] for word in words if word in EYES_OF_NAMES}
+    return found.pop() if len(found) == 1 else ''
+
+
+def eye_note(names: Sequence[str], eyes: Sequence[str], patients: Sequence[str] | None = None) -> str:
+    """Return a warning if ids or file names that say which eye they show contradict `eyes`; else ''.
+
+    Where names say one eye only, the word may mean something else, and counts for nothing.
+    """
+    df = pd.DataFrame(dict(file=list(names), eye=list(eyes), said=[eye_of_name(name) for name in names]))
+    if not {'left', 'right'} <= set(df.said): return ''
+    wrong = df[(df.eye != '') & (df.said != '') & (df.eye != df.said)]
+    if not len(wrong): return ''
+    shown = first_few([f'{name} is {eye}' for name, eye in zip(wrong.file, wrong.eye, strict=True)])
+    twice = _twice(df.assign(patient=list(patients))) if patients is not None else 0
+    more = f'; {plural(twice, "patient")} with one eye twice where the names say both' if twice else ''
+    return (f'the eye contradicts the name of {plural(len(wrong), "image")} of {len(df)} ({shown}){more}. Correct the '
+            'eyes or the names')
+
+
+def _twice(df: pd.DataFrame) -> int:
+    "Return how many patients have images of one eye alone although the names say both"
+    found = df[df.patient != ''].groupby('patient').agg(eyes=('eye', 'nunique'), said=('said', 'nunique'))
+    return int(((found.eyes == 1) & (found.said == 2)).sum())
+
+
 def eyes(csv: Path, df: pd.DataFrame, ids: pd.Series, table: Table) -> pd.Series:
     "Return left or right for each row, from the column or the pattern `eye`. Raises `TableError` for another value"
     texts = df[table.eye] if table.eye in df else ids.str.extract(table.eye).iloc[:, 0].fillna('')
-    found = texts.str.casefold().map(EYES)
-    bad = texts[found.isna() & texts.ne('')]
-    if len(bad) or not found.notna().any():
+    found = texts.map({text: read_eye(text) for text in texts.unique()})
+    bad = texts[found.eq('') & ~texts.str.casefold().isin(UNKNOWN)]
+    if len(bad) or not found.any():
         shown = first_few(sorted(set(bad))) or 'nothing'
         raise TableError(f'{csv}: [table.{table.name}] eye = {table.eye}: found {shown}. Expected are '
-                         f'{", ".join(EYES)}.')
-    return found.fillna('')
+                         f'{EYE_EXAMPLES}.')
+    return found

@@ -11,6 +11,7 @@ from aptos_fastai.common.console import say
 from aptos_fastai.data.decode import HEADER_BYTES, image_format
 
 SUFFIXES = {'.jpg', '.jpeg', '.png', '.tif', '.tiff', '.bmp', '.webp', '.dcm', '.heic'}     # of images
+NO_IMAGE = 'no such image'                           # how the error of a name without a file begins
 SYSTEM_FILES = {'thumbs.db', 'desktop.ini'}            # ignored, as is whatever begins with a dot
 SYSTEM_FOLDERS = {'__MACOSX'}
 
@@ -123,7 +124,7 @@ class ImageLocator:
         "Return why a name has no file; names files of that name in sub-folders"
         found = [] if '/' in path else self.by_name.get(unicodedata.normalize('NFC', path), [])
         where = f'; {", ".join(found[:5])} has this name: give it with its folder' if found else ''
-        return f'no such image in {self.root}{where}'
+        return f'{NO_IMAGE} in {self.root}{where}'
 
     def _loose_candidates(self, path: str) -> list[str]:
         "Return the files whose folded path ends as the folded name does, with its suffix or without"
@@ -164,7 +165,7 @@ class ImageLocator:
             file = self._contained(self._only(candidates))
             self.loosely += 1
             return file
-        raise LookupError('no such file' if self.anywhere else f'no such image in {self.within}')
+        raise LookupError('no such file' if self.anywhere else f'{NO_IMAGE} in {self.within}')
 
 
 def without_image_suffix(path: str) -> str:

@@ -10,8 +10,8 @@ import pandas as pd
 from aptos_fastai.common.console import plural, say
 from aptos_fastai.data.dicom import DEVICE, EYE, PATIENT, with_tags
 from aptos_fastai.data.grades import grade_texts, is_ungradable, read_grade, read_grades
-from aptos_fastai.data.groups import ROW, eyes, find_groups, patients_text
-from aptos_fastai.data.locate import ImageLocator, files_below, is_image, without_suffix
+from aptos_fastai.data.groups import ROW, eye_note, eyes, find_groups, patients_text
+from aptos_fastai.data.locate import NO_IMAGE, ImageLocator, files_below, is_image, without_suffix
 from aptos_fastai.data.relabels import apply_relabels
 from aptos_fastai.data.spreadsheet import TableError, count, first_few, read_spreadsheet, require_column
 from aptos_fastai.metrics import GRADES
@@ -27,6 +27,7 @@ class TableContents:
     frame: pd.DataFrame
     notes: list[str] = field(default_factory=list)
     ungradable: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=['id_code', 'path']))
+    missing: list[str] = field(default_factory=list)         # ids without an image, which were left out
 
 
 def find_folder(table: Table, data: Path) -> Path:
@@ -70,8 +71,11 @@ def read_table(table: Table, data: Path) -> pd.DataFrame:
     return table_contents(table, data).frame
 
 
-def table_contents(table: Table, data: Path) -> TableContents:
-    "Read `table` as `read_table` does; return its frame and what a person should check"
+def table_contents(table: Table, data: Path, skip_missing: bool = False) -> TableContents:
+    """Read `table` as `read_table` does; return its frame and what a person should check.
+
+    With `skip_missing` rows without an image are left out, if not all are.
+    """
     if not data.is_dir():
         raise TableError(f'{data}: data folder not found. Check --data, or use --data demo for synthetic images.')
     folder = find_folder(table, data)
@@ -80,14 +84,21 @@ def table_contents(table: Table, data: Path) -> TableContents:
     if not images.is_dir():
         raise TableError(f'{images}: image folder not found. Put the images there, or change the key `images`.')
     locator = ImageLocator(images, loose=True, within=images.resolve().parent)
-    csv, df = _rows(folder, table)
+    csv, df = _rows(folder, table, notes)
     if table.graded:
         texts = grade_texts(csv, df, table)
         ungradable = is_ungradable(texts, table)
         not_graded = _ungradable_images(df[table.id][ungradable], len(df), table, locator, notes)
         df, texts = (o[~ungradable].reset_index(drop=True) for o in (df, texts))
     ids = df[table.id].rename(table.id)
-    paths = _match_images(csv, ids, locator)
+    paths, absent = _match_images(csv, ids, locator, skip_missing)
+    lost = ids[absent].tolist()
+    if lost:
+        notes.append(f'{len(lost)} of {len(ids)} ids have no image and are left out (skip_unreadable = yes): '
+                     f'{first_few(lost)}')
+        df, ids = (o[~absent].reset_index(drop=True) for o in (df, ids))
+        if table.graded: texts = texts[~absent].reset_index(drop=True)
+        paths = [path for path, is_absent in zip(paths, absent, strict=True) if not is_absent]
     df = with_tags(df, paths, [table.patient, table.eye, *table.carry_columns])
     groups, note = find_groups(csv, df, ids, table)
     if note: notes.append(note)
@@ -95,16 +106,19 @@ def table_contents(table: Table, data: Path) -> TableContents:
     grades = read_grades(csv, texts, ids, table) if table.graded else np.full(len(df), np.nan, np.float32)
     frame = pd.DataFrame(dict(id_code=ids, diagnosis=grades, path=paths, group=groups, source=table.name))
     for column in table.carry_columns: frame[column] = df[column]
-    if table.eye: frame['eye'] = eyes(csv, df, ids, table)
+    if table.eye:
+        frame['eye'] = eyes(csv, df, ids, table)
+        notes += filter(None, [eye_note(ids, frame.eye, groups)])
     if table.names_eyes: frame[PATIENT_OF_EYE] = groups
-    if not table.graded: return TableContents(frame, notes)
+    if not table.graded: return TableContents(frame, notes, missing=lost)
     if table.relabels:
         frame, ungradable_now, note = apply_relabels(frame, table, folder)
         not_graded = pd.concat([not_graded, ungradable_now[['id_code', 'path']]], ignore_index=True)
         notes.append(note)
     missing = sorted(set(range(GRADES)) - set(frame.diagnosis))
-    if missing: notes.append(f'no image has grade {", ".join(map(str, missing))}: the model cannot learn it')
-    return TableContents(frame, notes, not_graded)
+    if missing:
+        notes.append(f'no image has grade {", ".join(map(str, missing))}: these images can neither teach nor test it')
+    return TableContents(frame, notes, not_graded, lost)
 
 
 def describe(table: Table, contents: TableContents) -> str:
@@ -126,21 +140,22 @@ def read_tables(recipe: Recipe, data: Path) -> dict[str, pd.DataFrame]:
 
 def read_contents(recipe: Recipe, data: Path) -> dict[str, TableContents]:
     "Read every table that the recipe uses, with the notes of each"
-    return {t.name: table_contents(t, Path(data)) for t in recipe.used_tables}
+    skip = recipe.images.skip_unreadable == 'yes'
+    return {t.name: table_contents(t, Path(data), skip) for t in recipe.used_tables}
 
 
 # Rows
 
-def _rows(folder: Path, table: Table) -> tuple[Path, pd.DataFrame]:
-    "Return the CSV of a table and its rows; without a CSV, its folder of images and a row for each of them"
-    if table.csv: return folder / table.csv, _read_rows(folder / table.csv, table)
+def _rows(folder: Path, table: Table, notes: list[str]) -> tuple[Path, pd.DataFrame]:
+    "Return the CSV of a table and its rows; without a CSV, its folder of images and a row for each of them; add notes"
+    if table.csv: return folder / table.csv, _read_rows(folder / table.csv, table, notes)
     images = folder / table.images
     return images, _class_folders(images, table) if table.graded else _folder_rows(images, table)
 
 
-def _read_rows(csv: Path, table: Table) -> pd.DataFrame:
+def _read_rows(csv: Path, table: Table, notes: list[str]) -> pd.DataFrame:
     "Return the rows of a table's CSV that `where` chooses. Raises `TableError` if it lacks a column of the recipe"
-    df = read_spreadsheet(csv, header=table.header == 'yes')
+    df = read_spreadsheet(csv, header=table.header == 'yes', sheet=table.sheet, notes=notes)
     needed = [*table.id_columns, *table.grade_columns, *table.carry_columns, *filter(None, [table.patient])]
     for column in needed:
         if column not in (PATIENT, EYE, DEVICE): require_column(csv, df, column, RENAME)
@@ -205,10 +220,12 @@ def _ungradable_images(ids: pd.Series, n: int, table: Table, locator: ImageLocat
 
 # Images
 
-def _match_images(csv: Path, ids: pd.Series, locator: ImageLocator) -> list[str]:
-    """Return the image path of each id; an id is a file name or path, with or without its suffix.
+def _match_images(csv: Path, ids: pd.Series, locator: ImageLocator,
+                  skip_missing: bool) -> tuple[list[str], np.ndarray]:
+    """Return the image path of each id, and which have none; an id is a file name or path, with or without its suffix.
 
-    Raises `TableError` for duplicate ids, for ids without an image and for ids that fit several.
+    Raises `TableError` for duplicate ids, for ids that fit several images, and for ids without an image, unless
+    `skip_missing` and another id has one.
     """
     paths, problems = [], []
     for name in ids:
@@ -219,8 +236,10 @@ def _match_images(csv: Path, ids: pd.Series, locator: ImageLocator) -> list[str]
     _refuse_repeated(csv, ids[ids.duplicated()], 'duplicate value', f'in column {ids.name}')
     same_file = pd.Series(paths, index=ids.index).duplicated()
     _refuse_repeated(csv, ids[same_file], 'id', f'in column {ids.name} of an image that another row names')
-    if problems: raise TableError(_image_problems(csv, len(ids), problems, locator.root))
-    return paths
+    missing = [name for name, problem in problems if problem.startswith(NO_IMAGE)]
+    if problems and not (skip_missing and len(missing) == len(problems) < len(ids)):
+        raise TableError(_image_problems(csv, len(ids), problems, locator.root))
+    return paths, ids.isin(missing).to_numpy()
 
 
 def _refuse_repeated(csv: Path, repeated: pd.Series, noun: str, where: str) -> None:
@@ -243,10 +262,11 @@ def _image_notes(locator: ImageLocator, n: int, table: Table) -> list[str]:
 
 def _image_problems(csv: Path, n: int, problems: list[tuple[str, str]], root: Path) -> str:
     "Return the message for ids that name no image, or no single one"
-    missing = [name for name, problem in problems if problem.startswith('no such image')]
+    missing = [name for name, problem in problems if problem.startswith(NO_IMAGE)]
     if missing:
         return (f'{csv}: {len(missing)} of {n} ids have no image in {root}: {first_few(missing)}. '
-                'Add the images or remove these rows.')
+                'Add the images or remove these rows; to train without them, set [images] skip_unreadable = yes (--set '
+                'images.skip_unreadable=yes).')
     name, problem = problems[0]
     return f'{csv}: {len(problems)} of {n} ids cannot be matched with one image: {name}: {problem}.'
 
@@ -259,7 +279,7 @@ def read_order(table: Table, data: Path) -> list[str]:
     Raises `TableError` if the two lists contain different ids.
     """
     folder = find_folder(table, data)
-    own = _rows(folder, table)[1][table.id].tolist()
+    own = _rows(folder, table, [])[1][table.id].tolist()
     csv = folder / table.order
     if not csv.is_file(): return own         # nor is the folder itself, where there is no `order`
     df = read_spreadsheet(csv)

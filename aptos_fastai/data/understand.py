@@ -12,7 +12,7 @@ import pandas as pd
 
 from aptos_fastai.common.console import plural
 from aptos_fastai.data.grades import BLANK, FEWEST_ROWS, read_grade
-from aptos_fastai.data.groups import EYES, UNKNOWN
+from aptos_fastai.data.groups import EYE_EXAMPLES, EYES, UNKNOWN, read_eye
 from aptos_fastai.data.id_order import compare_id_orders
 from aptos_fastai.data.locate import ImageLocator, files_below, has_image_suffix, is_image
 from aptos_fastai.data.spreadsheet import TableError, first_few, read_spreadsheet, require_column
@@ -32,10 +32,16 @@ Ask = Callable[[str, list[str]], str]        # a question and its possible answe
 SAMPLE = 200                                 # rows that are searched among the images
 NEIGHBOUR_BLOCK = 10                         # ids in a group if neighbours have equal grades and patients are unknown
 ID_SHARE = .5                                # of the values of a column that name images, at least, for a candidate
+MOSTLY = .8                                  # of the values of a column that nearly has grades
+MOST_ODD = 8                                 # values that are listed to be named as ungradable
 MOST_VALUES = 20                             # of a column that is carried
-ID_NAMES = 'id_code', 'image', 'image_id', 'file', 'filename', 'file name', 'image name', 'path', 'id', 'name'
-GRADE_NAME = re.compile(r'diagnos|retinopathy|icdr|(^|[^a-z])dr([^a-z]|$)')
-WEAK_GRADE_NAME = re.compile(r'grade|level|label|class|stage|severity')              # needs the values of grades, too
+ID_NAMES = (                                 # the first that a table has counts
+    'id_code', 'image', 'image_id', 'file', 'filename', 'file name', 'image name', 'path', 'datei', 'dateiname', 'bild',
+    'fichier', 'archivo', 'imagen', 'id', 'name')
+GRADE_NAME = re.compile(r'diagnos|retinopat|icdr|(^|[^a-z])dr([^a-z]|$)')
+WEAK_GRADE_NAME = re.compile(                # needs the values of grades, too
+    r'grade|level|label|class|stage|severity|befund|stufe|klasse|schwere|niveau|'
+    r'(^|[^a-z])(grado?s?|stade|stadi(o|um)|estadio|gravedad|gravit[éà]|classe)([^a-z]|$)')
 OTHER_GRADE = re.compile(
     r'edema|oedema|dme|quality|gradab|risk|referable|clarity|artifact|field|glaucoma|amd|cataract|lens|hypertens|ckd|'
     r'kidney|rop([^a-z]|$)|confidence|education|camera|visit|(^|[^a-z])(id|no|nr|number|name)([^a-z]|$)')
@@ -45,11 +51,12 @@ NO_PATIENT = re.compile(
     r'(^|[^a-z])age([^a-z]|$)|sex|gender|site|clinic|date|name|race|ethnic|birth|dob|visit|status|eye|type|grade|level')
 PERSONAL = re.compile(r'name|initial|birth|dob|address|phone|email|mrn|ssn|comment|note')         # is never carried
 NUMBER_NAME = re.compile(r'(^|[^a-z])(id|no|nr|num|number|code|key|pid|mrn)([^a-z]|$)|id$')
-EYE_NAME = re.compile(r'eye|lateral|(^|[^a-z])(side|oculus)([^a-z]|$)')
+EYE_NAME = re.compile(
+    r'eye|auge|œil|oeil|lateral|(^|[^a-z])(side|seite|côté|lado|lato|oculus|ojo|olho|occhio)([^a-z]|$)')
 UNGRADABLE = re.compile(r'|ungrad.*|unread.*|poor.*|bad.*|not? grad.*|n/?a|nan|none|null|u|x|5|5\.0|6|9|99|-1')
-SIDE = r'(left|right|od|os|l|r)'
-EYE_PATTERN = rf'(?i)[_\-. ]{SIDE}\d*(?:\.\w+)?$'
-PATIENT_PATTERN = r'(?i)^(.+?)[_\-. ]+(?:left|right|od|os|l|r)\d*(?:\.\w+)?$'
+SIDE = 'left|right|od|os|og|links|rechts|gauche|droit|l|r'
+EYE_PATTERN = rf'(?i)[_\-. ]({SIDE})\d*(?:\.\w+)?$'
+PATIENT_PATTERN = rf'(?i)^(.+?)[_\-. ]+(?:{SIDE})\d*(?:\.\w+)?$'
 
 
 @dataclass(frozen=True)
@@ -58,11 +65,12 @@ class Understood:
     table: Table
     data: Path
     reasons: list[str] = field(default_factory=list)
+    skip_missing: bool = False               # leave out rows without an image
 
     @cached_property
     def contents(self) -> TableContents:
         "The table's images and grades, read once. Raises `TableError`"
-        return table_contents(self.table, self.data)
+        return table_contents(self.table, self.data, self.skip_missing)
 
 
 def find_table(name: str, images: str = '', recipe: str = '', data: str = '', ask: Ask | None = None,
@@ -72,7 +80,8 @@ def find_table(name: str, images: str = '', recipe: str = '', data: str = '', as
     `images` is the folder of images of a CSV, `data` that of a recipe or a preset; `keys` (keys of [table.NAME]) change
     how a CSV or a folder is understood. Raises `AptosError`.
     """
-    if Path(name).exists(): return understand_table(name, images, graded=True, ask=ask, **keys)
+    if Path(name).exists():
+        return understand_table(name, images, graded=True, ask=ask, skip_missing=False, **keys)
     known: dict[str, Table] = read_recipe(recipe).tables if recipe else {}
     if name not in known and name not in preset_files():
         tables = f', or a table of {recipe}: {", ".join(known)}' if recipe else ''
@@ -85,11 +94,12 @@ def find_table(name: str, images: str = '', recipe: str = '', data: str = '', as
 
 
 def understand_table(csv: str | Path, images: str | Path = '', *, name: str = 'train', graded: bool = True,
-                     ask: Ask | None = None, **keys: str) -> Understood:
+                     ask: Ask | None = None, skip_missing: bool = False, **keys: str) -> Understood:
     """Return the table of a CSV (or .xlsx) and a folder of images, or of a folder alone; see `Understood`.
 
     Columns are chosen by their names and contents; `keys` (keys of [table.NAME]: id, grade, patient …) override that.
-    Where two columns would do, `ask` chooses; without it that raises `TableError`, which names both.
+    Where two columns would do, `ask` chooses; without it that raises `TableError`, which names both. With
+    `skip_missing` rows without an image are left out.
     """
     file = Path(csv)
     if file.is_dir(): return _understand_folder(file, name, graded, keys)
@@ -98,7 +108,7 @@ def understand_table(csv: str | Path, images: str | Path = '', *, name: str = 't
     if folder.is_file(): raise TableError(f'{folder}: is a file. Unpack it if it is an archive, and give the folder.')
     if not folder.is_dir(): raise TableError(f'{folder}: no such folder of images.')
     keys = dict(csv=file.name, images=relative(folder, file.parent), **keys)
-    table = _Columns(file, folder, keys, ask).table(name, graded)
+    table = replace(_Columns(file, folder, keys, ask).table(name, graded), skip_missing=skip_missing)
     return table if not graded else _with_blocks(table)
 
 
@@ -149,10 +159,11 @@ class _Columns:
         self.file, self.keys, self.ask = file, dict(keys), ask
         self.reasons: list[str] = []
         self.locator = ImageLocator(images, loose=True, within=images.resolve().parent)
-        df = read_spreadsheet(file, header=False)
+        sheet = keys.get('sheet', '')
+        df = read_spreadsheet(file, header=False, sheet=sheet, notes=[])
         self.given = list(keys)
         header = keys.get('header') or ('no' if self._is_row(df.iloc[0].tolist()) else 'yes')
-        if header == 'yes': df = read_spreadsheet(file)
+        if header == 'yes': df = read_spreadsheet(file, sheet=sheet, notes=[])
         elif 'header' not in keys: self._decide('header', 'no', 'the first row already names an image')
         bad = [column for column in df if '|' in column]
         if bad: raise TableError(f'{file}: column {bad[0]} has a | in its name, which separates columns. Rename it.')
@@ -226,16 +237,13 @@ class _Columns:
         return [column for column in self.df if column not in taken]
 
     def _find_id(self) -> None:
-        rows = self.df.iloc[np.linspace(0, len(self.df) - 1, min(SAMPLE, len(self.df))).astype(int)]
-        unlike = [column for column in self.df if rows[column].nunique() > len(rows) / 2]
-        share = {column: np.mean([self._has_image(o) for o in rows[column] if o]) for column in unlike}
+        share = image_shares(self.df, self._has_image)
         best = max(share.values(), default=0)
         if not best:
             files = first_few(self.locator.files[:3]) or 'nothing'
             raise TableError(f'{self.file}: no column names images in {self.locator.root}, which has {files}. Its '
                              f'columns are {", ".join(self.df)}. Give the folder of the images, or --id COLUMN.')
-        columns = [c for c, s in share.items() if s >= ID_SHARE or s == best]
-        columns.sort(key=lambda c: ID_NAMES.index(c.casefold()) if c.casefold() in ID_NAMES else len(ID_NAMES))
+        columns = sorted((c for c, s in share.items() if s >= ID_SHARE or s == best), key=id_rank)
         if len(columns) == 2 and not self._same_images(*columns) and _are_sides(*columns):
             return self._decide('id', ' | '.join(columns), 'a row holds the two images of a patient')
         columns = [c for c in columns if c == columns[0] or not self._same_images(columns[0], c)]
@@ -269,20 +277,34 @@ class _Columns:
                                 (unnamed, 'its values are grades')):
             sides = _of_both_eyes(self.df, candidates)
             if sides: return self._decide('grade', ' | '.join(sides), 'one of them is filled in each row')
+            if candidates is unnamed: self._refuse_nearly_grades(MOSTLY)
             if not candidates: continue
             rest = [c for c in others if c not in candidates]
             text = f'; not {", ".join(rest)}' if rest else ''
             chosen = self._choose('grade', candidates, 'the grade')
             self._refuse_yes_or_no(chosen)
             return self._decide('grade', chosen, why + text)
-        for column in self._others('id', 'patient'):
-            odd = [t for t in self.df[column].unique() if np.isnan(read_grade(t))]
-            if (GRADE_NAME.search(column.casefold()) or WEAK_GRADE_NAME.search(column.casefold())) and odd:
-                raise TableError(f'{self.file}: column {column} has values that are no grades: {first_few(odd)}. '
-                                 'Grades are 0 to 4, I to IV or English words. Correct them, or name those that mean '
-                                 f'ungradable: --grade "{column}" --ungradable "{odd[0]}".')
+        self._refuse_nearly_grades(0)
         raise TableError(f'{self.file}: no column has grades (0 to 4, I to IV, or words such as moderate). Its columns '
                          f'are {", ".join(self.df)}. Name the column: --grade COLUMN.')
+
+    def _refuse_nearly_grades(self, least: float) -> None:
+        """Raise `TableError` for the column of most grades beside other values.
+
+        Its share of grades is `least`, if its name is that of grades; another column has mostly grades.
+        """
+        columns = [c for c in self._others('id', 'patient') if not OTHER_GRADE.search(c.casefold())]
+        shares = {c: float(np.isfinite(self.df[c].map(read_grade)).mean()) for c in columns}
+        shares = {c: share for c, share in shares.items() if share < 1 and (
+            share >= least and _is_named_as_grades(c) or share >= MOSTLY and self._grades(c) > 2)}
+        if not shares: return
+        column = max(shares, key=shares.__getitem__)
+        odd = [text for text in self.df[column].unique() if np.isnan(read_grade(text))]
+        rows, shown = int(self.df[column].isin(odd).sum()), [text or BLANK for text in odd]
+        named = ' | '.join(shown) if len(odd) <= MOST_ODD else 'VALUE | VALUE'
+        raise TableError(f'{self.file}: column {column} has values that are no grades: {first_few(shown)} ({rows} of '
+                         f'{plural(len(self.df), "row")}). Grades are 0 to 4, I to IV or English words. Correct them, '
+                         f'or name those that mean ungradable: --grade "{column}" --ungradable "{named}".')
 
     def _grades(self, column: str) -> int:
         "Return how many different grades a column has"
@@ -343,10 +365,12 @@ class _Columns:
     def _find_eye(self) -> None:
         if self.has_row_per_patient: return
         columns = [c for c in self._others('id', 'grade', 'patient') if EYE_NAME.search(c.casefold())]
-        columns = [c for c in columns if set(self.df[c].str.casefold()) <= {*EYES, ''} and self.df[c].any()]
-        if columns: self._decide('eye', columns[0], 'by its name and values')
-        elif _all_end_in_eye(self.df[self.keys['id']]):
-            self._decide('eye', EYE_PATTERN, 'every id ends in the eye')
+        odd = {c: [o for o in self.df[c].unique() if not read_eye(o) and o.casefold() not in UNKNOWN] for c in columns}
+        good = [c for c in columns if not odd[c] and self.df[c].map(read_eye).any()]
+        if good: return self._decide('eye', good[0], 'by its name and values')
+        named = [c for c in columns if 0 < len(odd[c]) and self.df[c].nunique() <= MOST_VALUES]
+        for c in named: self.reasons.append(f'eye: not {c}, which has {first_few(odd[c])}. Eyes are {EYE_EXAMPLES}')
+        if _all_end_in_eye(self.df[self.keys['id']]): self._decide('eye', EYE_PATTERN, 'every id ends in the eye')
 
     def _find_carried(self) -> None:
         "Carry further columns of few values: subgroups of the report. Others may name people, and stay where they are"
@@ -357,6 +381,22 @@ class _Columns:
                  and not PERSONAL.search(c.casefold())]
         ages = [c for c in others if c.casefold() == 'age' and c not in names]
         if names or ages: self._decide('carry', ' | '.join(names + ages), 'few values each: subgroups')
+
+
+def image_shares(df: pd.DataFrame, has_image: Callable[[str], bool]) -> dict[str, float]:
+    "Return which share of a sample of its values names images, for each column of mostly different values"
+    rows = df.iloc[np.linspace(0, len(df) - 1, min(SAMPLE, len(df))).astype(int)]
+    unlike = [column for column in df if rows[column].nunique() > len(rows) / 2]
+    return {column: float(np.mean([has_image(o) for o in rows[column] if o])) for column in unlike}
+
+
+def id_rank(column: str) -> int:
+    "Return the place of a column's name among those of ids; names that say nothing come last"
+    return ID_NAMES.index(column.casefold()) if column.casefold() in ID_NAMES else len(ID_NAMES)
+
+
+def _is_named_as_grades(column: str) -> bool:
+    return bool(GRADE_NAME.search(column.casefold()) or WEAK_GRADE_NAME.search(column.casefold()))
 
 
 def side_of(column: str) -> str:

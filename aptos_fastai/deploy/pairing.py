@@ -3,7 +3,7 @@ from typing import Any
 
 import pandas as pd
 
-from aptos_fastai.data.groups import EYES, UNKNOWN
+from aptos_fastai.data.groups import EYE_EXAMPLES, UNKNOWN, read_eye
 from aptos_fastai.decisions import DO_NOT_REFER, NOT_GRADABLE, REFER, UNCERTAIN_REFER
 from aptos_fastai.deploy.batching import as_json
 from aptos_fastai.deploy.web import RequestError, text_of
@@ -42,12 +42,13 @@ def read_row(row: Any, name: str) -> dict:
     out = {key: text_of(row, key, f'{name}.') for key in (*TEXTS, *CHOICES)}
     for key, accepted in CHOICES.items():
         if out[key] not in accepted: raise RequestError(400, f'{name}.{key}: {out[key]!r} is none of {accepted}')
-    eye = text_of(row, 'eye', f'{name}.').strip().casefold()
-    if eye not in EYES and eye not in UNKNOWN:
-        raise RequestError(400, f'{name}.eye: {eye!r} is none of {", ".join(EYES)}; empty where it is unknown')
+    text = text_of(row, 'eye', f'{name}.').strip().casefold()
+    eye = read_eye(text)
+    if not eye and text not in UNKNOWN:
+        raise RequestError(400, f'{name}.eye: {text!r} is none of {EYE_EXAMPLES}; empty where it is unknown')
     grade = number_of(row, 'grade', name, GRADES - 1)
     if grade is not None and grade != int(grade): raise RequestError(400, f'{name}.grade: {grade} is no whole number')
-    return dict(out, eye=EYES.get(eye, ''), grade=grade, p_referable=number_of(row, 'p_referable', name, 1))
+    return dict(out, eye=eye, grade=grade, p_referable=number_of(row, 'p_referable', name, 1))
 
 
 def number_of(row: dict, key: str, name: str, highest: float) -> float | None:

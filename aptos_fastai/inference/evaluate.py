@@ -79,7 +79,7 @@ def evaluate_table(model: str, table: str, images: str = '', recipe: str = '', d
     """Grade the images of a graded table and compare with their grades; nothing is written.
 
     `table` is a CSV or a folder of class folders with its `images`, a preset, or a table of `recipe` in `data`; `keys`
-    (id, grade, patient, eye) name its columns, `ask` lets the user choose between two. Raises `AptosError`.
+    (id, grade, patient, eye, sheet) name its columns, `ask` lets the user choose between two. Raises `AptosError`.
     """
     if choices.prevalence is not None and not 0 < choices.prevalence < 1:
         raise AptosError(f'--prevalence {choices.prevalence:g}: enter a number between 0 and 1, for example 0.1.')
@@ -149,7 +149,7 @@ def _table_record(understood: Understood) -> dict:
     table = understood.table
     place = find_folder(table, understood.data).resolve() / (table.csv or table.images)
     return dict(name=table.name, csv=Path(table.csv).name, grouped_by=table.grouped_by,
-                place=digest([os.fspath(place), table.where])[:12])
+                place=digest([os.fspath(place), table.where, *filter(None, [table.sheet])])[:12])
 
 
 def check_folder(folder: Path, identity: dict, own: bool) -> None:

@@ -3,13 +3,17 @@ import glob
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import pandas as pd
 
 from aptos_fastai.common.console import plural, say
 from aptos_fastai.common.io import AptosError
 from aptos_fastai.data.locate import ImageLocator, files_below, has_image_suffix, inside, is_image
 from aptos_fastai.data.spreadsheet import SPREADSHEETS, read_spreadsheet, require_column
+from aptos_fastai.data.understand import ID_SHARE, id_rank, image_shares
 
 ID = 'id_code'
 FILE_COLUMNS = 'file', 'path', 'image', ID      # of a CSV that lists images; the first that it has counts
@@ -81,14 +85,29 @@ def _entries_of_csv(table: Path, root: Path) -> Iterator[ImageEntry]:
     "Yield an entry for each row of a CSV"
     if not table.is_file(): raise AptosError(f'{table}: no such file')
     df = read_spreadsheet(table, keep_blank=True)
-    column = next((c for c in FILE_COLUMNS if c in df), None)
-    if not column:
-        raise AptosError(f'{table}: no column file, path, image or id_code. Its columns are {", ".join(df.columns)}; '
-                         'rename the one that names the images.')
     if not root.is_dir(): raise AptosError(f'--root {root}: no such folder')
     locate = ImageLocator(root)
+    column = next((c for c in FILE_COLUMNS if c in df), '') or _column_of_images(table, df, locate)
     id_column = ID if ID in df else column
     for name in (column, id_column): require_column(table, df, name, '')
     for name, own_id, cells in zip(df[column], df[id_column], df.to_dict('records'), strict=True):
         try: yield ImageEntry(locate(name), '', name, own_id, id_column, cells)
         except LookupError as e: yield ImageEntry(None, str(e), name, own_id, id_column, cells)
+
+
+def _column_of_images(table: Path, df: pd.DataFrame, locate: ImageLocator) -> str:
+    "Return the column whose values name images, as `fit` finds it, and say so. Raises `AptosError` for none or several"
+    def has_image(name: str) -> bool:
+        with suppress(LookupError): return bool(locate(name))
+        return False
+    shares = image_shares(df, has_image) if len(df) else {}
+    found = sorted((c for c, share in shares.items() if share >= ID_SHARE), key=id_rank)
+    if not found:
+        raise AptosError(f'{table}: no column file, path, image or id_code, and none that names images in '
+                         f'{locate.root}. Its columns are {", ".join(df.columns)}. Rename the one that names the '
+                         'images, or give their folder with --root.')
+    if len(found) > 1 and id_rank(found[0]) == id_rank(found[1]):
+        raise AptosError(f'{table}: the images can be in {len(found)} columns: {", ".join(found)}. Rename the '
+                         'right one to file.')
+    say(f'{table}: column {found[0]} names the images ({100 * shares[found[0]]:.0f} % of its values)')
+    return found[0]

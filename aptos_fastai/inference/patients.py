@@ -15,7 +15,7 @@ from aptos_fastai.common.console import say
 from aptos_fastai.common.io import AptosError, write_csv
 from aptos_fastai.common.privacy import LEAVE_OUT, patient_data
 from aptos_fastai.data.dicom import EYE, PATIENT, DicomTags, is_dicom, patient_keys, read_tags
-from aptos_fastai.data.groups import EYES, UNKNOWN
+from aptos_fastai.data.groups import EYE_EXAMPLES, UNKNOWN, eye_note, eye_of_name, read_eye
 from aptos_fastai.data.spreadsheet import first_few, has_columns, safe_cell
 from aptos_fastai.decisions import DO_NOT_REFER, NOT_GRADABLE, REFER, UNCERTAIN_REFER, UNGRADABLE
 from aptos_fastai.inference.deidentify import pseudonyms, without_names
@@ -101,11 +101,11 @@ def _eyes(entries: Sequence[ImageEntry], source: str, tags: Sequence[DicomTags |
     "Return left, right, or '' where the eye is unknown, of each image. Raises `AptosError` for another value"
     if source == DICOM: return [o.eye if o else '' for o in tags]
     texts = _texts(entries, source, '--eye')
-    found = [EYES.get(text.casefold(), '') for text in texts]
+    found = [read_eye(text) for text in texts]
     bad = [f'{text} ({entry.id or entry})' for text, eye, entry in zip(texts, found, entries, strict=True)
            if not eye and text.casefold() not in UNKNOWN]
     if bad or not any(found):
-        raise AptosError(f'--eye {source}: found {first_few(bad) or "nothing"}. Expected are {", ".join(EYES)}.')
+        raise AptosError(f'--eye {source}: found {first_few(bad) or "nothing"}. Expected are {EYE_EXAMPLES}.')
     return found
 
 
@@ -129,7 +129,7 @@ def _matched(pattern: re.Pattern, entry: ImageEntry, folders: int) -> str:
 
 
 def _notes(df: pd.DataFrame, entries: Sequence[ImageEntry], patient: str, eye: str) -> list[str]:
-    "Return what a person should check: images without patient or eye"
+    "Return what a person should check: images without patient or eye, eyes that contradict their names"
     notes, names = [], pd.Series(list(map(str, entries)))
     nobody = names[df.patient == '']
     if len(nobody):
@@ -139,7 +139,15 @@ def _notes(df: pd.DataFrame, entries: Sequence[ImageEntry], patient: str, eye: s
     if not eye: notes.append("eyes unknown: a patient's worst image counts and no eye is missing (--eye names them)")
     elif len(unknown):
         notes.append(f'--eye {eye}: {len(unknown)} of {len(df)} images show an unknown eye ({first_few(unknown)})')
+    contradiction = eye_note(list(map(_name_with_eye, entries)), df.eye, df.patient)
+    if contradiction: notes.append(f'--eye {eye}: {contradiction}')
     return notes
+
+
+def _name_with_eye(entry: ImageEntry) -> str:
+    "Return which of an image's id and file name says an eye, else the latter"
+    names = entry.id, entry.name or Path(str(entry)).name
+    return next(filter(eye_of_name, names), names[-1])
 
 
 def find_people(entries: Sequence[ImageEntry], choices: Choices) -> pd.DataFrame | None:

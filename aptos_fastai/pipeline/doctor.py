@@ -96,7 +96,7 @@ def check_tables(recipe: Recipe, data: Path, every_image: bool) -> Iterator[Find
     "Check each table on its own, so that one missing table does not hide another"
     for table in recipe.used_tables:
         name = f'table {table.name}'
-        try: contents = table_contents(table, data)
+        try: contents = table_contents(table, data, recipe.images.skip_unreadable == 'yes')
         except TableError as e:
             yield name, str(e), False
             continue

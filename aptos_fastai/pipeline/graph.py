@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from aptos_fastai.pipeline.deadline import Deadline
 
 UNREADABLE = 'cannot be read'                              # in the column ungradable of scores.csv
+MISSING = 'missing_images.csv'                               # ids without an image that were left out
 OUTPUTS = ('submission.csv', 'scores.csv', 'oof.csv')     # their SHA-256 are in summary.json
 
 
@@ -262,12 +263,23 @@ def prepare_images(run: Run, bars: Bars) -> Run:
     tables = read_contents(run.recipe, run.data)
     for name, contents in tables.items():
         for note in contents.notes: say(f'{name}: {note}', 'yellow')
+    write_missing(run.root / MISSING, tables)
     sizes = run.recipe.prepared_sizes
     frames = {name: prepare_table(contents.frame, run.store, run.prep, bars, sizes=sizes, skip_unreadable=skip)
               for name, contents in tables.items()}
     prepared = with_folds(replace(run, frames=frames, ungradable=count_ungradable(tables)))
     check_eyes(prepared)                     # again: unreadable images are left out now
     return prepared
+
+
+def write_missing(file: Path, tables: dict[str, TableContents]) -> None:
+    "Write the ids that were left out because they have no image, if there are any, and say where"
+    rows = [(name, missing) for name, contents in tables.items() for missing in contents.missing]
+    if not rows:
+        file.unlink(missing_ok=True)
+        return
+    write_csv(file, pd.DataFrame(rows, columns=['source', 'id_code']))
+    say(f'{plural(len(rows), "id")} without an image -> {file}', 'yellow')
 
 
 def report_duplicates(run: Run) -> None:

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from aptos_fastai.data.grades import read_grade
-from aptos_fastai.data.groups import find_groups, patients_text
+from aptos_fastai.data.groups import eye_note, eye_of_name, find_groups, patients_text
 from aptos_fastai.data.spreadsheet import (
     TableError,
     count,
@@ -174,7 +174,7 @@ def test_two_rows_of_one_file_are_refused_and_unnamed_images_counted(tmp_path):
     (tmp_path / 'images/notes.txt').write_text('no image')
     notes = table_contents(table(), tmp_path).notes
     assert notes[0] == f'2 images in {tmp_path / "images"} without a row (folders sub, .)'
-    assert notes[1] == 'no image has grade 0, 2, 3, 4: the model cannot learn it'
+    assert notes[1] == 'no image has grade 0, 2, 3, 4: these images can neither teach nor test it'
 
 
 @pytest.mark.parametrize('names', [['0', '1', '2', '3', '4'], ['No_DR', 'Mild', 'Moderate', 'Severe', 'Proliferate_DR'],
@@ -374,6 +374,99 @@ def test_a_workbook_is_read_as_it_is_shown(tmp_path):
         with pytest.raises(TableError, match=f'{name}: not a readable workbook'): read_spreadsheet(tmp_path / name)
 
 
+def write_workbook(file, **sheets):
+    "Write an .xlsx with sheets of rows; return its openpyxl workbook, to be changed and saved again"
+    book = pytest.importorskip('openpyxl').Workbook()
+    book.remove(book.active)
+    for name, rows in sheets.items():
+        sheet = book.create_sheet(name)
+        for row in rows: sheet.append(row)
+    book.save(file)
+    return book
+
+
+def test_one_sheet_of_a_workbook_is_read(tmp_path):
+    rows = [['id', 'grade'], *([f'a{i}', i % 5] for i in range(3))]
+    file = tmp_path / 't.xlsx'
+    write_workbook(file, Info=[['Clinic']], A=rows, Empty=[], B=rows[:2])
+    with pytest.raises(TableError) as e: read_spreadsheet(file, sheet='')
+    assert '2 sheets have data: A (3 rows), B (1 row). Name one: --sheet "A" (key `sheet`' in str(e.value)
+    with pytest.raises(TableError, match='One is needed: save the sheet as a CSV'): read_spreadsheet(file)
+    assert read_spreadsheet(file, sheet='B').id.tolist() == ['a0']
+    with pytest.raises(TableError, match='no sheet C. Its sheets are Info, A, Empty, B'):
+        read_spreadsheet(file, sheet='C')
+    write_workbook(file, Info=[['Clinic']], A=rows, Empty=[])
+    assert len(read_spreadsheet(file)) == 3
+    (tmp_path / 't.csv').write_text('id\na\n')
+    with pytest.raises(TableError, match='sheet = A, but only a workbook has sheets'):
+        read_spreadsheet(tmp_path / 't.csv', sheet='A')
+
+
+def test_merged_cells_are_filled_down(tmp_path):
+    "A patient over the rows of both eyes; a row that is otherwise empty stays empty; a merged title is no value"
+    rows = ['patient', 'eye', 'id', 'n'], ['P1', 'L', 'a', 1], [None, 'R', 'b', 2], ['P2', 'L', 'c', 3], [None], ['P3']
+    book = write_workbook(tmp_path / 't.xlsx', A=rows)
+    for cells in ('A2:A3', 'A4:A5', 'C6:D6'): book['A'].merge_cells(cells)
+    book.save(tmp_path / 't.xlsx')
+    notes = []
+    df = read_spreadsheet(tmp_path / 't.xlsx', notes=notes)
+    assert df.patient.tolist() == ['P1', 'P1', 'P2', 'P3'] and df.id.tolist() == ['a', 'b', 'c', '']
+    assert notes == ['1 merged cell over several rows: each of the rows has the value']
+    again = []
+    read_spreadsheet(tmp_path / 't.xlsx', notes=again)
+    assert again == notes
+
+
+@pytest.mark.parametrize('numbers', ['012', '123', '917'])
+def test_a_nameless_index_is_not_used(tmp_path, numbers):
+    "As `DataFrame.to_csv` writes it, also of chosen rows"
+    notes = []
+    rows = [f'{n},{name},{grade}' for n, name, grade in zip(numbers, 'abc', (0, 1, 2), strict=True)]
+    (tmp_path / 't.csv').write_text('\n'.join([',id_code,diagnosis', *rows]))
+    df = read_spreadsheet(tmp_path / 't.csv', notes=notes)
+    assert list(df) == ['id_code', 'diagnosis'] and df.id_code.tolist() == list('abc')
+    assert notes == ['the first column has no name and numbers the rows: it is not used']
+
+
+@pytest.mark.parametrize('numbers', ['112', ['01', '2', '3'], 'ab1', ['1.5', '2', '3'], ['', '1', '2']])
+def test_another_nameless_column_is_an_error(tmp_path, numbers):
+    (tmp_path / 't.csv').write_text('\n'.join([',id_code', *(f'{n},a{i}' for i, n in enumerate(numbers))]))
+    with pytest.raises(TableError, match='column 1 has cells but no name'): read_spreadsheet(tmp_path / 't.csv')
+
+
+def test_a_title_above_the_header(tmp_path):
+    rows = [['Patients 2024'], [None], ['as of May'], ['id', 'grade', 'eye'], ['a', 1, 'L'], ['b', 2, 'R']]
+    write_workbook(tmp_path / 't.xlsx', A=rows)
+    (tmp_path / 't.csv').write_text('\n'.join(';'.join(str(o or '') for o in row) for row in rows))
+    for name in ('t.xlsx', 't.csv'):
+        with pytest.raises(TableError) as e: read_spreadsheet(tmp_path / name)
+        assert str(e.value) == (f'{tmp_path / name}: the header seems to be row 4, below "Patients 2024". Delete the '
+                                'rows above it.')
+
+
+def test_hidden_rows_are_counted(tmp_path):
+    book = write_workbook(tmp_path / 't.xlsx', A=[['id', 'grade'], ['a', 1], ['b', 2], ['c', 3]])
+    for n in (2, 4, 9): book['A'].row_dimensions[n].hidden = True        # the ninth is empty
+    book.save(tmp_path / 't.xlsx')
+    notes = []
+    assert read_spreadsheet(tmp_path / 't.xlsx', notes=notes).id.tolist() == ['a', 'b', 'c']
+    assert notes == ['2 rows hidden in the workbook (by a filter?) are used: delete what is not meant']
+
+
+def test_merged_patients_of_a_table(tmp_path, capsys):
+    write_images(tmp_path, [f'images/{o}.png' for o in 'abcd'])
+    rows = [['id_code', 'diagnosis', 'who'], ['a', 0, 'P1'], ['b', 1, None], ['c', 2, 'P2'], ['d', 3, None]]
+    book = write_workbook(tmp_path / 't.xlsx', A=rows)
+    for cells in ('C2:C3', 'C4:C5'): book['A'].merge_cells(cells)
+    book.save(tmp_path / 't.xlsx')
+    contents = table_contents(table(csv='t.xlsx', patient='who'), tmp_path)
+    assert contents.frame.group.tolist() == ['t:p1', 't:p1', 't:p2', 't:p2']
+    assert contents.notes[0] == '2 merged cells over several rows: each of the rows has the value'
+    assert not capsys.readouterr().out
+    read_spreadsheet(tmp_path / 't.xlsx')
+    assert 't.xlsx: 2 merged cells over several rows' in ' '.join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize('text, safe', [('=1', "'=1"), ('+1', "'+1"), ('-1', "'-1"), ('@a', "'@a"), ('\ta', "'\ta"),
                                         ('\ra', "'\ra"), ('a=1', 'a=1'), ("'a", "'a"), ('', ''), (2, 2)])
 def test_a_cell_that_a_spreadsheet_would_run_gets_an_apostrophe(text, safe):
@@ -468,6 +561,26 @@ def test_a_table_in_words(tmp_path):
     plain = table_contents(table(grade=''), tmp_path)
     assert describe(table(grade=''), plain) == '5 images, patients unknown'
     assert list(plain.ungradable) == ['id_code', 'path']
+
+
+@pytest.mark.parametrize('name, eye', [
+    ('12_R', 'right'), ('12_OD_1.png', 'right'), ('left/12.jpg', 'left'), ('12-links', 'left'), ('L12', 'left'),
+    ('12_left_od', ''), ('rolf_12', ''), ('la_12', ''), ('12.png', '')])
+def test_the_eye_that_a_name_says(name, eye): assert eye_of_name(name) == eye
+
+
+def test_eyes_that_contradict_the_ids(tmp_path):
+    ids = [f'{i // 2}_{"LR"[i % 2]}' for i in range(8)]
+    write_images(tmp_path, [f'images/{o}.png' for o in ids])
+    def write(eyes):
+        rows = [f'{o},{i % 5},{i // 2},{eye}' for i, (o, eye) in enumerate(zip(ids, eyes, strict=True))]
+        (tmp_path / 't.csv').write_text('\n'.join(['id_code,diagnosis,who,side', *rows]))
+        return [o for o in table_contents(table(eye='side', patient='who'), tmp_path).notes if 'contradicts' in o]
+    assert write('LRLRLRLR') == write(['L', 'R', '', 'R', *'LRLR']) == []
+    assert write('LRRLLRLL') == [
+        'the eye contradicts the name of 3 images of 8 (1_L is right, 1_R is left, 3_R is left); 1 patient with one '
+        'eye twice where the names say both. Correct the eyes or the names']
+    assert eye_note(['R1', 'R2'], ['left', 'right']) == ''               # R may be anything here
 
 
 def test_images_beside_the_folder_are_found_and_others_are_not(tmp_path):

@@ -271,3 +271,73 @@ def test_find_table_takes_a_csv_a_preset_or_a_table_of_a_recipe(tmp_path):
     for name, data, words in (('messidor2', '', 'add --data FOLDER'), ('messidor3', str(root), 'no such file'),
                               ('mine', str(root), 'Give a CSV')):
         with pytest.raises(AptosError, match=words): find_table(name, data=data)
+
+
+def test_a_sheet_of_a_workbook(tmp_path):
+    openpyxl = pytest.importorskip('openpyxl')
+    for i in range(20): write_image(tmp_path / f'a{i}.png', i)
+    book = openpyxl.Workbook()
+    for sheet in (book.active, book.create_sheet('second reading')):
+        for row in (['image', 'grade'], *([f'a{i}', i % 5] for i in range(20))): sheet.append(row)
+    book.save(tmp_path / 't.xlsx')
+    with pytest.raises(AptosError, match=r'2 sheets have data: Sheet \(20 rows\), second reading \(20 rows\)'):
+        understand_table(tmp_path / 't.xlsx')
+    understood = understand_table(tmp_path / 't.xlsx', sheet='second reading')
+    assert keys(understood, 'sheet', 'grade') == ('second reading', 'grade') and len(understood.contents.frame) == 20
+
+
+@pytest.mark.parametrize('column, left, right', [
+    ('Auge', 'links', 'rechts'), ('Auge', 'LA', 'RA'), ('Œil', 'OG', 'OD'), ('Œil', 'œil gauche', 'Œil droit'),
+    ('Ojo', 'izquierdo', 'derecho'), ('Eye', 'left eye', 'O.D.'), ('Seite', 'linkes Auge', 'rechtes Auge')])
+def test_words_for_eyes(tmp_path, column, left, right):
+    rows = [f'a{i},P{i // 2},{(left, right)[i % 2] if i else "?"},{grade_of(i)}' for i in range(20)]
+    understood = understand_table(write_rows(tmp_path, f'image,patient,{column},grade', rows))
+    assert keys(understood, 'eye') == (column,)
+    assert understood.contents.frame.eye.tolist() == ['', *(['right', 'left'] * 10)[:19]]
+
+
+def test_why_a_column_is_not_the_eye(tmp_path):
+    rows = [f'a{i},P{i // 2},{("links", "beide")[i % 2]},{i},{grade_of(i)}' for i in range(30)]
+    understood = understand_table(write_rows(tmp_path, 'image,patient,Auge,eye pressure,grade', rows))
+    assert keys(understood, 'eye') == ('',)
+    reason, = [o for o in understood.reasons if o.startswith('eye')]
+    assert reason.startswith('eye: not Auge, which has beide. Eyes are L, R, left, right')
+
+
+def test_ids_that_end_in_words_for_eyes(tmp_path):
+    rows = [f'{i // 2}_{("OG", "OD")[i % 2]},{grade_of(i)}' for i in range(40)]
+    frame = understand_table(write_rows(tmp_path, 'image,level', rows)).contents.frame
+    assert frame.group.nunique() == 20 and frame.eye.tolist() == ['left', 'right'] * 20
+
+
+@pytest.mark.parametrize('column', ['Grad', 'Befund', 'Stade', 'Stadium', 'Grado', 'DR-Grad', 'gt'])
+def test_a_column_that_nearly_has_grades(tmp_path, column):
+    "Its values are named with what to type, although another column has values that could be grades"
+    odd = {3: 'nicht beurteilbar', 9: 'unklar'}
+    rows = [f'a{i},{odd.get(i, i % 5)},{i % 3}' for i in range(40)]
+    csv = write_rows(tmp_path, f'image,{column},Aufnahmen', rows)
+    with pytest.raises(AptosError) as e: understand_table(csv)
+    words = f'column {column} has values that are no grades: nicht beurteilbar, unklar (2 of 40 rows)'
+    option = 'nicht beurteilbar | unklar'
+    assert words in str(e.value) and f'--grade "{column}" --ungradable "{option}"' in str(e.value)
+    assert len(understand_table(csv, grade=column, ungradable=option).contents.ungradable) == 2
+    with pytest.raises(AptosError, match=r'name it: --ungradable "nicht beurteilbar \| unklar", or the key'):
+        assert understand_table(csv, grade=column).contents
+
+
+@pytest.mark.parametrize('column', ['Grad', 'Befund', 'Stade', 'Stadium', 'Grado'])
+def test_names_of_grades(tmp_path, column):
+    csv = write_rows(tmp_path, f'image,Aufnahmen,{column}', [f'a{i},{i % 3},{i % 4}' for i in range(40)])
+    assert keys(understand_table(csv), 'grade') == (column,)
+
+
+def test_rows_without_an_image_are_left_out_if_asked_for(tmp_path):
+    csv = write_rows(tmp_path, 'image,grade', [f'a{i},{i % 5}' for i in range(20)])
+    for i in (3, 8): (tmp_path / f'a{i}.png').unlink()
+    with pytest.raises(AptosError, match=r'2 of 20 ids .*: a3, a8.*--set images.skip_unreadable=yes'):
+        assert understand_table(csv).contents
+    contents = understand_table(csv, skip_missing=True).contents
+    assert contents.missing == ['a3', 'a8'] and len(contents.frame) == 18
+    expected = [(f'a{i}', i % 5, str(tmp_path / f'a{i}.png')) for i in range(20) if i not in (3, 8)]
+    assert list(contents.frame[['id_code', 'diagnosis', 'path']].itertuples(index=False, name=None)) == expected
+    assert '2 of 20 ids have no image and are left out (skip_unreadable = yes): a3, a8' in contents.notes

@@ -39,6 +39,25 @@ def test_files_folders_and_globs_give_each_file_once(tmp_path):
     with pytest.raises(AptosError, match='no images found'): find_images([str(tmp_path / 'nowhere.png')])
 
 
+@pytest.mark.parametrize('column', ['Datei', 'Fichier', 'Bild', 'filename', 'Aufnahme'])
+def test_the_column_that_names_images_is_found(tmp_path, capsys, column):
+    "As `fit` finds it: by its values; a row without an image stays an entry with an error"
+    write(tmp_path, 'a.png', 'b.png', 'c.png')
+    rows = dict(Nr=[1, 2, 3, 4], Ort=['x'] * 4)
+    pd.DataFrame(rows | {column: ['a.png', 'b', 'c.png', 'lost.png']}).to_csv(tmp_path / 'list.csv', index=False)
+    entries = find_images([str(tmp_path / 'list.csv')])
+    assert [entry.path and entry.path.name for entry in entries] == ['a.png', 'b.png', 'c.png', None]
+    assert [entry.id for entry in entries] == ['a.png', 'b', 'c.png', 'lost.png']
+    assert f'column {column} names the images (75 % of its values)' in ' '.join(capsys.readouterr().out.split())
+
+
+def test_two_columns_that_name_images_are_an_error(tmp_path):
+    write(tmp_path, 'a.png', 'b.png')
+    pd.DataFrame(dict(first=['a', 'b'], second=['b', 'a'])).to_csv(tmp_path / 'list.csv', index=False)
+    with pytest.raises(AptosError, match='the images can be in 2 columns: first, second. Rename the right one to file'):
+        find_images([str(tmp_path / 'list.csv')])
+
+
 def test_a_bare_name_in_two_folders_is_an_error_that_names_both(tmp_path):
     write(tmp_path, 'a/left.png', 'b/left.png', 'a/right.png')
     left, right = listed(tmp_path, 'left', 'right')

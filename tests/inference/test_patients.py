@@ -141,6 +141,15 @@ def test_columns_of_the_csv_name_patient_and_eye(tmp_path):
     assert '1 of 3 images have no patient' in notes[0] and '1 of 3 images show an unknown eye' in notes[1]
 
 
+def test_eyes_that_contradict_the_file_names(tmp_path):
+    entries = csv_of_images(tmp_path, file=['1_L.png', '1_R.png', '2_L.png', '2_R.png'], who=list('aabb'),
+                            side=['links', 'RA', 'R', 'R'])
+    df, (note,) = identify(entries, 'who', 'side')
+    assert df.eye.tolist() == ['left', 'right', 'right', 'right']
+    assert note == ('--eye side: the eye contradicts the name of 1 image of 4 (2_L.png is right); 1 patient with one '
+                    'eye twice where the names say both. Correct the eyes or the names')
+
+
 def test_patterns_name_patient_and_eye(tmp_path):
     for name in ('12/34_L.png', '12/34_R.png'):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -162,7 +171,7 @@ def test_a_pattern_is_applied_to_the_id_of_a_csv(tmp_path):
     ('subjct', '', 'subjct: no such column, and no pattern with a group in parentheses. Columns of the CSV: file, id'),
     ('(', '', 'is no regular expression'),
     (r'(\d{9})', '', 'gives no patient for any of the 2 images'),
-    ('id', 'id', '--eye id: found 1 (a.png), 2 (b.png). Expected are l, left'),
+    ('id', 'id', '--eye id: found 1 (a.png), 2 (b.png). Expected are L, R, left'),
     ('', 'id', 'patients are unknown. Add --patient'),
     ('dicom', '', 'none of the images is a DICOM file'),
 ])

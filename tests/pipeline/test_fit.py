@@ -58,7 +58,7 @@ def test_fit_trains_on_unlabelled_images_too(no_report, tmp_path, capsys):
     main(['fit', str(root / 'Befunde.csv'), str(root / 'Bilder'), str(root / 'ohne Befund'), '--name', 'a',
           '--runs', str(tmp_path / 'r'), *SETS])
     out = capsys.readouterr().out
-    assert 'train: grade: Grad der Retinopathie (its values are grades)' in out
+    assert 'train: grade: Grad der Retinopathie (by its name and values)' in out
     assert 'test: images: all below' in out and '20 images' in out
     summary = json.loads((tmp_path / 'r/a/summary.json').read_text())
     assert [o['stage'] for o in summary['stages']] == ['teacher', 'retrain', 'both']

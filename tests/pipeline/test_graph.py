@@ -512,6 +512,24 @@ def test_unreadable_images_stop_all_or_get_the_most_frequent_grade(tables, small
     assert UP_TO_DATE in capsys.readouterr().out
 
 
+def test_missing_images_are_left_out_if_asked_for(tables, small_recipe, no_report, tmp_path, capsys):
+    for file in ('train_images/train007.png', 'test_images/test004.png'): (tables / file).unlink()
+    args = ['all', *small_args(small_recipe, tables, tmp_path / 'runs')]
+    expect_error(capsys, args, '1 of 40 ids have no image', 'train007', '--set images.skip_unreadable=yes')
+    args += ['--set', 'images.skip_unreadable=yes']
+    main(args)
+    out = ' '.join(capsys.readouterr().out.split())
+    assert 'train: 1 of 40 ids have no image and are left out (skip_unreadable = yes): train007' in out
+    assert 'test: 1 image without a score' in out and '2 ids without an image -> ' in out
+    root = tmp_path / 'runs/small'
+    assert pd.read_csv(root / 'missing_images.csv').to_numpy().tolist() == [['train', 'train007'], ['test', 'test004']]
+    folds, submission = (pd.read_csv(root / f'{name}.csv') for name in ('folds', 'submission'))
+    folds = folds[folds.source == 'train']
+    assert len(folds) == 39 and 'train007' not in set(folds.id_code) and len(submission) == 10
+    main(args)
+    assert UP_TO_DATE in capsys.readouterr().out
+
+
 def test_results_of_another_data_folder_are_not_overwritten(small_copy, tmp_path, capsys):
     shutil.copytree(small_copy / 'data', tmp_path / 'other')
     args = ['all', *small_args(small_copy / 'small.ini', tmp_path / 'other', small_copy / 'runs')]
