@@ -211,7 +211,7 @@ def decode(data: bytes, min_side: int = 0, max_pixels: int = MAX_PIXELS, *,
             if fmt == 'TIFF': return _decode_odd_tiff(data, min_side, max_pixels)
             raise
         with opened as im:
-            check_size(*im.size, max_pixels=max_pixels)
+            check_size(im.width, im.height, max_pixels=max_pixels)
             _check_one_page(im)
             with BUDGET.pixels(im.width * im.height):
                 return _decode_opened(im, data, fmt, reduction(min(im.size), min_side), fast_jpeg), im.size

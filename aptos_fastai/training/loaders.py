@@ -47,12 +47,19 @@ from aptos_fastai.data.store import column_of, read_square
 from aptos_fastai.recipe import Augment, Stage
 
 
+class PreparedImage(PILImage):
+    """The prepared square of an image.
+
+    A type of its own, so that fastai refuses another image (`learn.predict(PILImage)`), which nobody has cropped.
+    """
+
+
 class ReadRetina(Transform):
     "Read the prepared square of an image at `size` pixels; prepare it first if the path is an original"
     def __init__(self, prep: Prep, size: int): self.prep, self.size = prep, size
 
     def encodes(self, path):
-        im = PILImage.create(np.ascontiguousarray(read_square(path, self.prep, self.size)))
+        im = PreparedImage.create(np.ascontiguousarray(read_square(path, self.prep, self.size)))
         im.key = zlib.crc32(image_id(Path(path), self.prep).encode())     # identifies the image for its random draws
         return im
 

@@ -71,7 +71,8 @@ outputs = dict(
 class GradeLoss(nn.Module):
     """A loss of `outputs` by name, as fastai's Learner calls it.
 
-    `activation` turns outputs (N, units) into scores (N, 1), so that `learn.get_preds` returns scores.
+    `activation` turns outputs (N, units) into scores (N, 1), so that `learn.get_preds` returns scores. fastai sets
+    `reduction` to none for the losses (N,) of single images: `get_preds(with_loss=True)`, `Interpretation`.
     """
     def __init__(self, name: str):
         super().__init__()
@@ -80,7 +81,9 @@ class GradeLoss(nn.Module):
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
         "Return the loss of outputs (N, units) for grades (N,) or (N, 1)"
         grades = target.as_subclass(Tensor).float().flatten()
-        return outputs[self.name].loss(pred.as_subclass(Tensor).float(), grades)
+        pred, loss = pred.as_subclass(Tensor).float(), outputs[self.name].loss
+        if self.reduction != 'none': return loss(pred, grades)
+        return torch.stack([loss(pred[i:i + 1], grades[i:i + 1]) for i in range(len(grades))])
 
     def activation(self, pred: Tensor) -> Tensor:
         "Return the scores (N, 1) of outputs (N, units)"

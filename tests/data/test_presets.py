@@ -3,6 +3,7 @@ import shutil
 
 import pandas as pd
 import pytest
+from conftest import ROOT
 from layouts import LAYOUTS, grade_of, write_lines
 
 from aptos_fastai.data.spreadsheet import TableError
@@ -126,3 +127,8 @@ def test_idrid_as_published(idrid, tmp_path):
     assert (len(train), train.group.nunique(), len(test)) == (413, 42, 103)
     assert train.diagnosis.value_counts().sort_index().tolist() == [134, 20, 136, 74, 49]
     assert train.id_code[0] == test.id_code[0] and train.path[0] != test.path[0]
+
+
+def test_every_preset_is_on_the_page_of_tables():
+    page = (ROOT / 'docs/tables.md').read_text(encoding='utf-8')
+    for name in preset_files(): assert f"`{name}`" in page, name

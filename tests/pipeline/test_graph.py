@@ -310,13 +310,19 @@ def test_an_exported_learner_predicts_in_a_fresh_process(toy):
     fold = toy / 'finetune_256/fold0'
     code = f'''
 import pandas as pd, torch
-from fastai.vision.all import load_learner
+from fastai.vision.all import PILImage, load_learner
 torch.set_num_threads(1)
 learn = load_learner(r"{fold / 'learner.pkl'}")
 folder = r"{next(toy.parent.glob('demo-*/aptos*/test_images'))}"
 ids = pd.read_csv(r"{fold / 'scores_aptos_test.csv'}", dtype=dict(id_code=str)).id_code
 dl = learn.dls.test_dl(pd.DataFrame(dict(stored=[f"{{folder}}/{{i}}.png" for i in ids])))
 with learn.no_bar(): preds = learn.get_preds(dl=dl)[0]
+file = f"{{folder}}/{{ids[0]}}.png"
+with learn.no_bar():
+    assert abs(float(learn.predict(file)[2]) - float(preds[0])) < 1e-3
+    try: learn.predict(PILImage.create(file))           # nobody has cropped it
+    except AssertionError: pass
+    else: raise SystemExit("an opened image is accepted")
 print(*preds.flatten().tolist())
 '''
     out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd='/')

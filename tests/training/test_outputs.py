@@ -1,15 +1,19 @@
 "Losses and scores of a network's outputs, by loops over their definitions and by scikit-learn."
 import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from sklearn.metrics import log_loss
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from aptos_fastai.recipe import Stage
+from aptos_fastai.training.networks import heads
 from aptos_fastai.training.outputs import GradeLoss, class_loss, class_score, corn_loss, corn_score, outputs
 
 
@@ -127,3 +131,22 @@ def test_get_preds_gives_scores(name):
     with torch.no_grad(): want = outputs[name].score(model(inputs))
     assert scores.flatten().tolist() == pytest.approx(want.tolist(), abs=1e-6)
     assert targets.flatten().tolist() == grades.tolist()
+
+
+@pytest.mark.parametrize('name', outputs)
+def test_losses_of_single_images(name):
+    "fastai sets `reduction` for get_preds(with_loss=True) and Interpretation"
+    loss, pred, grades = GradeLoss(name), logits(6, outputs[name].units), torch.tensor([0., 1, 2, 3, 4, 2.5])
+    loss.reduction = 'none'
+    losses = loss(pred, grades)
+    assert losses.shape == (6,)
+    assert losses[3] == outputs[name].loss(pred[3:4], grades[3:4])
+    if name != 'corn': assert torch.allclose(losses.mean(), GradeLoss(name)(pred, grades))    # a mean over conditions
+
+
+def test_every_head_and_loss_can_be_chosen_and_is_in_the_documents():
+    "A head or loss that no recipe can name is none"
+    keys = {f.name: f.metadata['choices'] for f in fields(Stage) if f.name in ('head', 'loss')}
+    assert {*heads, 'auto'} == set(keys['head']) and set(outputs) == set(keys['loss'])
+    page = (ROOT / 'docs/networks.md').read_text(encoding='utf-8')
+    for name in heads: assert f'`{name}`' in page, name
