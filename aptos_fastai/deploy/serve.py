@@ -24,6 +24,7 @@ from aptos_fastai.deploy.web import (
     run_server,
     server_url,
     trusted_hosts,
+    with_counted_body,
 )
 from aptos_fastai.inference.audit import audit_record
 from aptos_fastai.inference.grader import Grader, load_grader
@@ -129,11 +130,12 @@ class Pages:
 
     async def graded_rows(self, request) -> list[dict]:
         "Return the rows of the images of a request. Raises `RequestError`"
-        with self.queue.reserve(uploads_length(request)) as received:
+        with self.queue.admit(uploads_length(request)) as admission:
+            counted = with_counted_body(request, admission.add_bytes)
             try:
-                async with asyncio.timeout(UPLOAD_SECONDS): uploads, heatmap = await read_uploads(request)
+                async with asyncio.timeout(UPLOAD_SECONDS): uploads, heatmap = await read_uploads(counted)
             except TimeoutError: raise RequestError(408, f'the upload took more than {UPLOAD_SECONDS} s') from None
-            received(len(uploads))
+            admission.count_images(len(uploads))
             return await asyncio.gather(*(self.queue.grade(name, data, heatmap) for name, data in uploads))
 
     def log_request(self, status: int, seconds: float, rows: list[dict]) -> None:

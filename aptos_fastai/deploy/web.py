@@ -1,10 +1,11 @@
 "What every local page needs: headers, JSON, errors, checks of where a request comes from, a server."
+import asyncio
 import json
 import re
 import socket
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,12 +20,19 @@ PUBLIC = '0.0.0.0', '::'                     # addresses that listen to every ne
 HOST = re.compile(r'(\[[0-9a-f:.]+\]|[\w.-]+)(?::(\d{1,5}))?', re.ASCII | re.IGNORECASE)      # name[:port]
 PORTS = dict(http='80', https='443')         # which an address leaves out
 OWN_SITES = '', 'same-origin', 'none'        # Sec-Fetch-Site: of no browser, of this page, entered by a person
+IDLE_SECONDS = 30                            # without a byte of a request; then it ends
+CLIENT_GONE = 499                            # status in the log: nobody receives it
+MORE_HEADERS = {408: {'Connection': 'close'}, 503: {'Retry-After': '5'}}
 FOREIGN = 'requests of other web sites are refused: enter the address of the page in the address bar'
+
+Receive = Callable[[], Awaitable[Any]]
 
 
 class RequestError(Exception):
     "A request that cannot be served: HTTP status and reason."
-    def __init__(self, status: int, reason: str): self.status, self.reason = status, reason
+    def __init__(self, status: int, reason: str):
+        super().__init__(status, reason)
+        self.status, self.reason = status, reason
 
 
 # Applications
@@ -52,8 +60,8 @@ def json_reply(content: Any, status: int = 200, headers: dict[str, str] | None =
 
 
 async def _refused(request, e):
-    retry = {'Retry-After': '5'} if e.status == 503 else {}
-    return json_reply(dict(error=e.reason), e.status, retry)
+    if e.status == CLIENT_GONE: say(f'{request.method} {request.url.path}: {e.reason}')
+    return json_reply(dict(error=e.reason), e.status, MORE_HEADERS.get(e.status))
 
 
 async def _http_error(request, e):
@@ -81,7 +89,7 @@ class OwnRequests:
         if not self.is_served(host): return await self._unknown(host)(scope, receive, send)
         followed = headers.get('sec-fetch-mode') == 'navigate' and not scope['path'].startswith('/api')        # a link
         served = self.app if followed or not is_foreign(headers, host) else json_reply(dict(error=FOREIGN), 403)
-        await served(scope, receive, send)
+        await served(scope, in_time(receive), send)
 
     def is_served(self, host: str) -> bool:
         "Return whether requests with this header Host are served; HTTP/1.0 has none"
@@ -115,6 +123,34 @@ def is_own_origin(origin: str, host: str) -> bool:
 
 
 # Requests
+
+def in_time(receive: Receive) -> Receive:
+    """Return the `receive` of ASGI whose body arrives or ends with a `RequestError`.
+
+    Its status is 408 if no byte comes for `IDLE_SECONDS`, and 499 if the client has gone.
+    """
+    is_complete = False
+
+    async def receive_in_time():
+        nonlocal is_complete
+        if is_complete: return await receive()
+        try:
+            async with asyncio.timeout(IDLE_SECONDS): message = await receive()
+        except TimeoutError: raise RequestError(408, f'no byte of the request came for {IDLE_SECONDS} s') from None
+        if message['type'] == 'http.disconnect': raise RequestError(CLIENT_GONE, 'the client has closed the connection')
+        is_complete = not message.get('more_body', False)
+        return message
+    return receive_in_time
+
+
+def with_counted_body(request, count: Callable[[int], None]):
+    "Return a request that calls `count` with the number of bytes of each part of its body that arrives"
+    async def receive():
+        message = await request.receive()
+        count(len(message.get('body', b'')))
+        return message
+    return type(request)(request.scope, receive)
+
 
 def content_length(request, limit: float, what: str) -> int:
     "Return the size of a request's body in bytes. Raises `RequestError` if it is unknown or above `limit`, `what` fits"

@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import stat
+import time
 from datetime import datetime
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import expect_error, write_dicom
+from conftest import expect_error, url_of, write_dicom
 
 from aptos_fastai.common.io import AptosError
 from aptos_fastai.decisions import OperatingPoint
@@ -959,17 +960,62 @@ def test_patients_and_eyes_in_file_names(clinic):
     assert parsed == {name: dict(patient=patient, eye=eye) for name, (patient, eye) in expected.items()}
 
 
-def test_images_at_work_are_bounded_before_they_are_graded(toy):
+def test_images_and_bytes_at_work_are_bounded_before_they_are_graded(toy, monkeypatch):
     queue = batching.BatchingQueue(load_grader(toy))
     with contextlib.ExitStack() as requests:
-        for _ in range(batching.MAX_PENDING // 20):
-            received = requests.enter_context(queue.reserve(1000))
-            received(20)
+        for _ in range(batching.MAX_PENDING // 20): requests.enter_context(queue.admit(1000)).count_images(20)
         assert queue.pending == batching.MAX_PENDING
-        with pytest.raises(web.RequestError) as e: requests.enter_context(queue.reserve(1000))
+        with pytest.raises(web.RequestError) as e: requests.enter_context(queue.admit(1000))
         assert e.value.status == 503
     assert queue.pending == queue.held == 0
-    with contextlib.suppress(web.RequestError), queue.reserve(1000) as received:
-        received(batching.MAX_PENDING + 1)
+    with contextlib.suppress(web.RequestError), queue.admit(1000) as admission:
+        admission.count_images(batching.MAX_PENDING + 1)
         pytest.fail('too many images in one request')
     assert queue.pending == queue.held == 0
+    monkeypatch.setattr(batching, 'MAX_HELD', 1)
+    with queue.admit(batching.MEGABYTE), queue.admit(batching.MEGABYTE) as other:          # neither has arrived
+        other.add_bytes(batching.MEGABYTE)
+        with pytest.raises(web.RequestError, match='503'), queue.admit(1): pytest.fail('no room for it')
+        with pytest.raises(web.RequestError, match='503'): other.add_bytes(1)
+    assert queue.pending == queue.held == 0
+
+
+# Uploads that stop
+
+def start_upload(server_url, length):
+    "A connection that declares a body of `length` bytes and sends the first of them"
+    s = socket.create_connection(('127.0.0.1', httpx.URL(server_url).port), timeout=30)
+    s.sendall(b'POST /api/predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=x\r\n'
+              b'Content-Length: %d\r\n\r\n--x\r\n' % length)
+    return s
+
+
+def wait_for_pending(server_url, n):
+    "Wait until so many images are at work"
+    deadline = time.monotonic() + 10
+    while httpx.get(server_url + '/health').json()['pending'] != n:
+        assert time.monotonic() < deadline
+        time.sleep(.02)
+
+
+def test_uploads_that_stop_take_no_room_and_end(server_url, image_paths, monkeypatch):
+    monkeypatch.setattr(web, 'IDLE_SECONDS', 4)
+    with contextlib.ExitStack() as stack:
+        stopped = [stack.enter_context(start_upload(server_url, n)) for n in (1_048_576_000, 25_000_000, 120_000)]
+        wait_for_pending(server_url, 3)
+        assert post_images(server_url, image_paths[0]).status_code == 200
+        for s in stopped:
+            reply = b''.join(iter(lambda s=s: s.recv(4096), b''))      # until the server closes the connection
+            assert reply.startswith(b'HTTP/1.1 408') and b'no byte of the request came for 4 s' in reply
+    assert httpx.get(server_url + '/health').json()['pending'] == 0
+
+
+def test_a_client_that_goes_is_a_line_and_no_traceback(toy, tmp_path, capfd):
+    file = tmp_path / 'log.jsonl'
+    with url_of(serve.get_app(load_grader(toy), ['127.0.0.1'], RequestLog(str(file)))) as url:
+        with start_upload(url, 1000): wait_for_pending(url, 1)
+        wait_for_pending(url, 0)
+    record = json.loads(file.read_text())
+    assert record['status'] == 499 and record['error'] == 'Client Closed Request' and record['images'] == 0
+    printed = ''.join(capfd.readouterr())
+    assert 'POST /api/predict: the client has closed the connection' in printed and 'Traceback' not in printed
