@@ -1,6 +1,7 @@
 "What every local page needs: headers, JSON, errors, checks of where a request comes from, a server."
 import asyncio
 import json
+import logging
 import re
 import socket
 import threading
@@ -21,6 +22,7 @@ HOST = re.compile(r'(\[[0-9a-f:.]+\]|[\w.-]+)(?::(\d{1,5}))?', re.ASCII | re.IGN
 PORTS = dict(http='80', https='443')         # which an address leaves out
 OWN_SITES = '', 'same-origin', 'none'        # Sec-Fetch-Site: of no browser, of this page, entered by a person
 IDLE_SECONDS = 30                            # without a byte of a request; then it ends
+STOP_SECONDS = 5                             # for requests at work after Ctrl-C; `docker stop` kills after 10
 CLIENT_GONE = 499                            # status in the log: nobody receives it
 MORE_HEADERS = {408: {'Connection': 'close'}, 503: {'Retry-After': '5'}}
 FOREIGN = 'requests of other web sites are refused: enter the address of the page in the address bar'
@@ -216,9 +218,16 @@ def run_server(app, host: str, port: int, *notes: str) -> None:
     try: sock = socket.create_server((host, port), family=family, backlog=256)
     except OSError as e:
         raise AptosError(f'{host}:{port}: cannot listen ({e.strerror}). Choose another port with --port.') from None
-    server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level='warning', server_header=False))
+    server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level='warning', server_header=False,
+                                           timeout_graceful_shutdown=STOP_SECONDS))
+    logging.getLogger('uvicorn.error').addFilter(is_no_cancellation)
     threading.Thread(target=_announce, args=(server, server_url(host, port), notes), daemon=True).start()
     with sock: server.run(sockets=[sock])
+
+
+def is_no_cancellation(record: logging.LogRecord) -> bool:
+    "Return whether a line of the server's log is about anything but work that a stop has cancelled"
+    return 'CancelledError' not in logging.Formatter().format(record)
 
 
 def _announce(server, url: str, notes: Sequence[str]) -> None:

@@ -7,8 +7,11 @@ import io
 import json
 import os
 import shutil
+import signal
 import socket
 import stat
+import subprocess
+import sys
 import time
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +20,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import expect_error, url_of, write_dicom
+from conftest import ROOT, expect_error, url_of, write_dicom
 
 from aptos_fastai.common.io import AptosError
 from aptos_fastai.decisions import OperatingPoint
@@ -1019,3 +1022,32 @@ def test_a_client_that_goes_is_a_line_and_no_traceback(toy, tmp_path, capfd):
     assert record['status'] == 499 and record['error'] == 'Client Closed Request' and record['images'] == 0
     printed = ''.join(capfd.readouterr())
     assert 'POST /api/predict: the client has closed the connection' in printed and 'Traceback' not in printed
+
+
+@contextlib.contextmanager
+def serve_process(*options):
+    "Start `run.py serve`; yield the process, whose output is a pipe, and its URL once it answers"
+    with socket.create_server(('127.0.0.1', 0)) as s: port = s.getsockname()[1]
+    command = [sys.executable, ROOT / 'run.py', 'serve', *options, '--port', str(port)]
+    env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(httpx.TransportError):
+                    httpx.get(f'http://127.0.0.1:{port}/health')
+                    break
+                time.sleep(.1)
+            yield process, f'http://127.0.0.1:{port}'
+        finally: process.kill()
+
+
+@pytest.mark.parametrize('signals, status', [([signal.SIGINT, signal.SIGINT], 130), ([signal.SIGINT], 130),
+                                             ([signal.SIGTERM], 143)])
+def test_an_upload_that_stops_does_not_keep_the_server_from_stopping(toy, signals, status):
+    with serve_process(str(toy)) as (process, url), start_upload(url, 1000):
+        wait_for_pending(url, 1)
+        for s in signals:
+            process.send_signal(s)
+            time.sleep(.5)
+        printed, _ = process.communicate(timeout=web.STOP_SECONDS + 10)
+    assert process.returncode == status and 'Traceback' not in printed and printed.endswith('error: stopped.\n')
