@@ -1,6 +1,7 @@
 "Serve a local web page and a JSON endpoint that grade images and keep none."
 import asyncio
 import time
+from collections.abc import Sequence
 from contextlib import asynccontextmanager
 from pathlib import PurePath
 
@@ -15,6 +16,7 @@ from aptos_fastai.deploy.request_log import RequestLog
 from aptos_fastai.deploy.web import (
     HEADERS,
     RequestError,
+    check_names,
     content_length,
     get_application,
     is_unicode,
@@ -162,12 +164,12 @@ def _html(template: str, **values):
     return HTMLResponse(render(template, **values), headers=HEADERS)
 
 
-def get_app(grader: Grader, hosts: list[str], log: RequestLog | None = None):
+def get_app(grader: Grader, hosts: list[str], log: RequestLog | None = None, proxies: Sequence[str] = ()):
     """Return the ASGI application: `/` the page; `/api` the model; `/api/predict` (POST, multipart) and `/api/patients`
     (POST, JSON); `/openapi.json` and `/docs` their documentation; `/health`.
 
-    Every error is JSON. It accepts only requests to `hosts`, so that no other web site can reach it through a host name
-    of its own.
+    Every error is JSON. It accepts only requests to `hosts` and through `proxies`, so that no other web site can reach
+    it through a host name of its own.
     """
     from starlette.routing import Route
     pages = Pages(grader, log)
@@ -175,16 +177,17 @@ def get_app(grader: Grader, hosts: list[str], log: RequestLog | None = None):
               Route('/health', pages.health), Route('/api', pages.describe),
               Route('/api/predict', pages.predict, methods=['POST']),
               Route('/api/patients', pages.patients, methods=['POST'])]
-    return get_application(routes, hosts, pages.lifespan)
+    return get_application(routes, hosts, pages.lifespan, proxies)
 
 
-def serve(model: str, host: str, port: int, *, log: str = '', log_names: bool = False, backend: str = 'torch',
-          precision: str = 'f32', prevalence: float | None = None) -> None:
+def serve(model: str, host: str, port: int, *, allow_host: Sequence[str] = (), log: str = '', log_names: bool = False,
+          backend: str = 'torch', precision: str = 'f32', prevalence: float | None = None) -> None:
     "`serve MODEL`: serve the page until it is stopped"
     require_packages('serve', PACKAGES)
+    check_names('--allow-host', allow_host)
     grader = load_grader(model, backend, precision, prevalence)
     request_log = RequestLog(log, log_names) if log else None
-    app = get_app(grader, trusted_hosts(host), request_log)
+    app = get_app(grader, trusted_hosts(host), request_log, allow_host)
     notes = ['images are not kept', f'example: {about.example(server_url(host, port) + "/")}']
     if request_log: notes.append(request_log.describe())
     try: run_server(app, host, port, *notes)

@@ -22,6 +22,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT, expect_error, url_of, write_dicom
 
+from aptos_fastai.cli import main
 from aptos_fastai.common.io import AptosError
 from aptos_fastai.decisions import OperatingPoint
 from aptos_fastai.deploy import about, batching, pairing, serve, web
@@ -234,10 +235,47 @@ def test_host_names_are_read_without_their_port(header, name):
 
 @pytest.mark.parametrize('host', ['x@localhost', 'localhost:8000/x', 'a"><b', "a'b", 'localhost:x'])
 def test_a_malformed_host_is_refused_even_where_every_name_is_served(toy, host):
-    for hosts in (['localhost'], ['*']):
+    for hosts in (['localhost'], ['localhost', web.ADDRESSES]):
         with served(serve.get_app(load_grader(toy), hosts)) as client:
             reply = client.get('/api', headers=dict(host=host))
             assert reply.status_code == 400 and 'not served here' in reply.json()['error'], hosts
+
+
+def test_a_page_for_every_network_serves_addresses_and_the_names_of_this_machine_only(toy):
+    with served(serve.get_app(load_grader(toy), web.trusted_hosts('0.0.0.0'))) as client:
+        def status(host): return client.get('/health', headers=dict(host=host, origin=f'http://{host}')).status_code
+        own = '127.0.0.1:8000', '192.0.2.7:8000', '[2001:db8::1]:8000', 'localhost:8000', socket.gethostname()
+        assert [status(host) for host in own] == [200] * 5
+        foreign = 'evil.example:8000', '127.0.0.1.evil.example', '192.0.2', '127.1', '0x7f.1', '*'
+        assert [status(host) for host in foreign] == [400] * 6
+
+
+def test_a_proxy_may_pass_on_or_rewrite_the_host(toy):
+    proxies = 'grader.clinic.org', 'other.clinic.org:8443'
+    with served(serve.get_app(load_grader(toy), web.trusted_hosts('127.0.0.1'), proxies=proxies)) as client:
+        def status(host, origin):
+            return client.post('/api/patients', json=dict(rows=[]), headers=dict(host=host, origin=origin)).status_code
+        for host in ('grader.clinic.org', 'GRADER.clinic.org', '127.0.0.1:8000', 'localhost'):
+            for name in proxies: assert status(host, f'https://{name}') == 200, (host, name)
+            foreign = ('https://evil.example', 'https://grader.clinic.org:8443', 'https://other.clinic.org', 'null',
+                       'https://grader.clinic.org.evil.example')
+            for origin in foreign: assert status(host, origin) == 403, (host, origin)
+        assert status('www.clinic.org', 'https://grader.clinic.org') == 400
+
+
+@pytest.mark.parametrize('name', ['https://grader.clinic.org', '*', 'a b', 'grader/x', ''])
+def test_a_bad_allowed_host_is_an_error(toy, capsys, name):
+    expect_error(capsys, ['serve', toy, '--allow-host', 'a.b', '--allow-host', name], f'--allow-host {name}'.strip(),
+                 'such as grader.clinic.org')
+
+
+def test_allowed_hosts_of_the_command_reach_the_application(toy, monkeypatch):
+    apps = []
+    monkeypatch.setattr(serve, 'run_server', lambda app, *_: apps.append(app))
+    main(['serve', str(toy), '--allow-host', 'grader.clinic.org', '--allow-host', 'b.c'])
+    with served(apps[0]) as client:
+        for host in ('grader.clinic.org', 'b.c', 'localhost:8000'):
+            assert client.get('/health', headers=dict(host=host)).status_code == 200
 
 
 @pytest.mark.parametrize('origin, host, own', [
@@ -260,7 +298,7 @@ def test_the_own_origin_has_host_and_port_of_the_request(origin, host, own):
 
 def test_images_of_other_web_sites_are_not_graded(toy, image_paths, tmp_path):
     file = tmp_path / 'log.jsonl'
-    with served(serve.get_app(load_grader(toy), ['*'], RequestLog(str(file)))) as client:
+    with served(serve.get_app(load_grader(toy), ['localhost'], RequestLog(str(file)))) as client:
         def status(**headers):
             return client.post('/api/predict', files=[upload(image_paths[0])], headers=headers).status_code
         foreign = [{'Origin': 'https://evil.example'}, {'Origin': 'null'}, {'Origin': 'http://localhost:8001'},
@@ -297,7 +335,7 @@ def test_names_of_files_in_odd_character_sets_are_refused(toy, charset, name, wo
 # What the API says of itself
 
 def test_the_example_names_the_address_that_was_asked(toy):
-    with served(serve.get_app(load_grader(toy), ['*'])) as client:
+    with served(serve.get_app(load_grader(toy), [web.ADDRESSES], proxies=['clinic.example'])) as client:
         for url in ('https://clinic.example:8443', 'http://192.0.2.7:9000'):
             client.base_url = url
             assert client.get('/api').json()['example'].endswith(f' {url}/api/predict')
