@@ -692,6 +692,9 @@ def serve(model: Model,
           host: Annotated[str, typer.Option(metavar='ADDRESS', help='Listen on this address.')] = '127.0.0.1',
           port: Annotated[int, typer.Option(
               metavar='PORT', help='Listen on this port.', parser=whole_number)] = 8000,
+          allow_host: Annotated[list[str] | None, typer.Option(
+              '--allow-host', metavar='NAME', help='Serve requests to this host name, too: that of a proxy. May be '
+              'repeated.')] = None,
           log: Annotated[str, typer.Option(
               metavar='FILE', help='Append a line of JSON for each request to FILE: hashes, grades and decisions, no '
               'images.')] = '',
@@ -711,7 +714,8 @@ def serve(model: Model,
     if not 0 < port < 65536: fail(f'--port {port}: choose a port from 1 to 65535')
     if log_names and not log: fail('--log-names: name the log with --log FILE')
     from aptos_fastai.deploy.serve import serve
-    serve(model, host, port, log=log, log_names=log_names, backend=backend, precision=precision, prevalence=prevalence)
+    serve(model, host, port, allow_host=allow_host or (), log=log, log_names=log_names, backend=backend,
+          precision=precision, prevalence=prevalence)
 
 
 @command

@@ -1,6 +1,6 @@
 "Grade the images of several requests together: a queue with limits in front of one grader."
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from aptos_fastai.reports.html import data_uri, png_uri
 MEGABYTE = 2 ** 20
 MAX_PIXELS = 36_000_000                      # of one image; a single one above this is refused before it is decoded
 MAX_PENDING = 200                            # images that wait for their grade; further requests get status 503
-MAX_HELD = 1024                              # MB of the requests that are being read or graded
+MAX_HELD = 1024                              # MB that have arrived of requests that are read or graded
 BATCH_SIZE = 16                              # images that are graded together, at most
 MAX_WAIT = .02                               # seconds that the first image of a batch waits for others
 JPEG_QUALITY = 88
@@ -42,7 +42,7 @@ class BatchingQueue:
         self.grader = grader
         self.jobs: asyncio.Queue[Job] = asyncio.Queue()
         self.pending = 0
-        self.held = 0                                  # bytes of the requests at work
+        self.held = 0                                  # bytes that have arrived of the requests at work
         self.readers = ThreadPoolExecutor(reader_threads())
         self.networks = ThreadPoolExecutor(1)          # one batch at a time
 
@@ -56,25 +56,17 @@ class BatchingQueue:
         return await job.row
 
     @contextmanager
-    def reserve(self, size: int) -> Iterator[Callable[[int], None]]:
-        """Count the `size` bytes of a request and its images while it is served: one, until it is read.
+    def admit(self, size: int) -> Iterator['Admission']:
+        """Yield what counts a request of `size` bytes while it is served. Raises `RequestError` if there is no room.
 
-        Yields a function to call with their number. Both raise `RequestError` if the server has enough to do.
+        Bytes count when they arrive, so that an upload which stops takes no room from others.
         """
-        images = 0
-
-        def received(n: int) -> None:
-            nonlocal images
-            if self.pending + n - images > MAX_PENDING: raise RequestError(503, BUSY)
-            self.pending += n - images
-            images = n
         if self.held + size > MAX_HELD * MEGABYTE: raise RequestError(503, BUSY)
-        received(1)
-        self.held += size
-        try: yield received
-        finally:
-            self.held -= size
-            self.pending -= images
+        admission = Admission(self)
+        try:
+            admission.count_images(1)        # until it is read
+            yield admission
+        finally: admission.end()
 
     async def work(self) -> None:
         "Grade batches until the task is cancelled"
@@ -119,6 +111,28 @@ class BatchingQueue:
         "Stop the threads"
         self.readers.shutdown(cancel_futures=True)
         self.networks.shutdown(cancel_futures=True)
+
+
+class Admission:
+    "The bytes and images of a request that a queue counts. Its methods raise `RequestError` if there is no room"
+    def __init__(self, queue: BatchingQueue): self.queue, self.bytes, self.images = queue, 0, 0
+
+    def add_bytes(self, n: int) -> None:
+        "Count `n` more bytes"
+        if self.queue.held + n > MAX_HELD * MEGABYTE: raise RequestError(503, BUSY)
+        self.queue.held += n
+        self.bytes += n
+
+    def count_images(self, n: int) -> None:
+        "Count `n` images instead of those before"
+        if self.queue.pending + n - self.images > MAX_PENDING: raise RequestError(503, BUSY)
+        self.queue.pending += n - self.images
+        self.images = n
+
+    def end(self) -> None:
+        "Count it no more"
+        self.queue.held -= self.bytes
+        self.queue.pending -= self.images
 
 
 def person_of(tags: DicomTags | None) -> dict[str, str | None]:

@@ -204,7 +204,8 @@ def responses(description: str, schema: Schema, *errors: int) -> dict:
 
 
 ERRORS = {400: 'the request is not valid, or its host name is not served', 404: 'no such path',
-          405: 'another method is needed', 408: 'the upload took too long', 411: 'the header Content-Length is missing',
+          405: 'another method is needed', 408: 'the upload took too long or stopped',
+          411: 'the header Content-Length is missing',
           413: 'too many or too large images', 415: 'the content type is wrong', 500: 'an error of the server',
           503: 'the server is busy; try again after the seconds in the header Retry-After'}
 
@@ -251,7 +252,7 @@ def openapi_document(about: dict, url: str, kept: str = NOTHING_KEPT) -> dict:
         operationId='patients', summary='Pair graded images of patients',
         description="A patient's result is that of the worse eye.",
         requestBody=dict(required=True, content={'application/json': dict(schema=reference('PatientsRequest'))}),
-        responses=responses('the patients', reference('Patients'), 405, 411, 413, 415))
+        responses=responses('the patients', reference('Patients'), 405, 408, 411, 413, 415))
     document = _get('openapi', 'Return this document', dict(type='object', description='OpenAPI 3.1'))
     return dict(
         openapi='3.1.0',

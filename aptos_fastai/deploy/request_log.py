@@ -8,6 +8,7 @@ from aptos_fastai.common.clock import now
 from aptos_fastai.common.console import say
 from aptos_fastai.common.io import AptosError, make_private
 from aptos_fastai.common.privacy import patient_data
+from aptos_fastai.deploy.web import CLIENT_GONE
 
 LOGGED = 'image_sha256', 'grade', 'decision', 'score', 'ungradable', 'flags', 'error'     # of each image
 AUDITED = 'aptos_fastai', 'backend', 'precision', 'prevalence'                            # of each request
@@ -46,7 +47,7 @@ class RequestLog:
 
     def record(self, audit: dict, status: int, seconds: float, rows: list[dict]) -> dict:
         "Return what is logged of a request: `audit` of its grader, HTTP status, duration, its rows"
-        failed = {} if status < 400 else dict(error=HTTPStatus(status).phrase)
+        failed = {} if status < 400 else dict(error=_phrase(status))
         model = dict(model=audit['digests']['model'], name=audit['model'], **{key: audit[key] for key in AUDITED})
         return dict(time=now('milliseconds'), status=status, **failed, images=len(rows), seconds=round(seconds, 3),
                     **model, results=[self._image(row) for row in rows])
@@ -59,3 +60,7 @@ class RequestLog:
     def close(self) -> None:
         "Close the file"
         os.close(self._fd)
+
+
+def _phrase(status: int) -> str:
+    return 'Client Closed Request' if status == CLIENT_GONE else HTTPStatus(status).phrase

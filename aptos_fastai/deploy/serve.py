@@ -1,6 +1,7 @@
 "Serve a local web page and a JSON endpoint that grade images and keep none."
 import asyncio
 import time
+from collections.abc import Sequence
 from contextlib import asynccontextmanager
 from pathlib import PurePath
 
@@ -15,6 +16,7 @@ from aptos_fastai.deploy.request_log import RequestLog
 from aptos_fastai.deploy.web import (
     HEADERS,
     RequestError,
+    check_names,
     content_length,
     get_application,
     is_unicode,
@@ -24,6 +26,7 @@ from aptos_fastai.deploy.web import (
     run_server,
     server_url,
     trusted_hosts,
+    with_counted_body,
 )
 from aptos_fastai.inference.audit import audit_record
 from aptos_fastai.inference.grader import Grader, load_grader
@@ -129,11 +132,12 @@ class Pages:
 
     async def graded_rows(self, request) -> list[dict]:
         "Return the rows of the images of a request. Raises `RequestError`"
-        with self.queue.reserve(uploads_length(request)) as received:
+        with self.queue.admit(uploads_length(request)) as admission:
+            counted = with_counted_body(request, admission.add_bytes)
             try:
-                async with asyncio.timeout(UPLOAD_SECONDS): uploads, heatmap = await read_uploads(request)
+                async with asyncio.timeout(UPLOAD_SECONDS): uploads, heatmap = await read_uploads(counted)
             except TimeoutError: raise RequestError(408, f'the upload took more than {UPLOAD_SECONDS} s') from None
-            received(len(uploads))
+            admission.count_images(len(uploads))
             return await asyncio.gather(*(self.queue.grade(name, data, heatmap) for name, data in uploads))
 
     def log_request(self, status: int, seconds: float, rows: list[dict]) -> None:
@@ -160,12 +164,12 @@ def _html(template: str, **values):
     return HTMLResponse(render(template, **values), headers=HEADERS)
 
 
-def get_app(grader: Grader, hosts: list[str], log: RequestLog | None = None):
+def get_app(grader: Grader, hosts: list[str], log: RequestLog | None = None, proxies: Sequence[str] = ()):
     """Return the ASGI application: `/` the page; `/api` the model; `/api/predict` (POST, multipart) and `/api/patients`
     (POST, JSON); `/openapi.json` and `/docs` their documentation; `/health`.
 
-    Every error is JSON. It accepts only requests to `hosts`, so that no other web site can reach it through a host name
-    of its own.
+    Every error is JSON. It accepts only requests to `hosts` and through `proxies`, so that no other web site can reach
+    it through a host name of its own.
     """
     from starlette.routing import Route
     pages = Pages(grader, log)
@@ -173,16 +177,17 @@ def get_app(grader: Grader, hosts: list[str], log: RequestLog | None = None):
               Route('/health', pages.health), Route('/api', pages.describe),
               Route('/api/predict', pages.predict, methods=['POST']),
               Route('/api/patients', pages.patients, methods=['POST'])]
-    return get_application(routes, hosts, pages.lifespan)
+    return get_application(routes, hosts, pages.lifespan, proxies)
 
 
-def serve(model: str, host: str, port: int, *, log: str = '', log_names: bool = False, backend: str = 'torch',
-          precision: str = 'f32', prevalence: float | None = None) -> None:
+def serve(model: str, host: str, port: int, *, allow_host: Sequence[str] = (), log: str = '', log_names: bool = False,
+          backend: str = 'torch', precision: str = 'f32', prevalence: float | None = None) -> None:
     "`serve MODEL`: serve the page until it is stopped"
     require_packages('serve', PACKAGES)
+    check_names('--allow-host', allow_host)
     grader = load_grader(model, backend, precision, prevalence)
     request_log = RequestLog(log, log_names) if log else None
-    app = get_app(grader, trusted_hosts(host), request_log)
+    app = get_app(grader, trusted_hosts(host), request_log, allow_host)
     notes = ['images are not kept', f'example: {about.example(server_url(host, port) + "/")}']
     if request_log: notes.append(request_log.describe())
     try: run_server(app, host, port, *notes)

@@ -1,11 +1,14 @@
 "What every local page needs: headers, JSON, errors, checks of where a request comes from, a server."
+import asyncio
 import json
+import logging
 import re
 import socket
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
+from ipaddress import ip_address
 from typing import Any
 
 from aptos_fastai.common.console import say
@@ -19,28 +22,39 @@ PUBLIC = '0.0.0.0', '::'                     # addresses that listen to every ne
 HOST = re.compile(r'(\[[0-9a-f:.]+\]|[\w.-]+)(?::(\d{1,5}))?', re.ASCII | re.IGNORECASE)      # name[:port]
 PORTS = dict(http='80', https='443')         # which an address leaves out
 OWN_SITES = '', 'same-origin', 'none'        # Sec-Fetch-Site: of no browser, of this page, entered by a person
+ADDRESSES = '*'                              # among host names: every IP address
+IDLE_SECONDS = 30                            # without a byte of a request; then it ends
+STOP_SECONDS = 5                             # for requests at work after Ctrl-C; `docker stop` kills after 10
+CLIENT_GONE = 499                            # status in the log: nobody receives it
+MORE_HEADERS = {408: {'Connection': 'close'}, 503: {'Retry-After': '5'}}
 FOREIGN = 'requests of other web sites are refused: enter the address of the page in the address bar'
+
+Receive = Callable[[], Awaitable[Any]]
 
 
 class RequestError(Exception):
     "A request that cannot be served: HTTP status and reason."
-    def __init__(self, status: int, reason: str): self.status, self.reason = status, reason
+    def __init__(self, status: int, reason: str):
+        super().__init__(status, reason)
+        self.status, self.reason = status, reason
 
 
 # Applications
 
-def get_application(routes: Sequence, hosts: Sequence[str], lifespan: Any = None):
+def get_application(routes: Sequence, hosts: Sequence[str], lifespan: Any = None, proxies: Sequence[str] = ()):
     """Return a Starlette application whose errors are all JSON with the key `error`.
 
-    It accepts only requests to `hosts` ('*': all), so that no other web site can reach it through a host name of its
-    own, and none that a page of another web site makes. A `RequestError` of a route becomes its status and reason.
+    It accepts only requests to `hosts` (`ADDRESSES`: every IP address) and `proxies`, so that no other web site can
+    reach it through a host name of its own, and none that a page of another web site makes. Pages of `proxies`,
+    name[:port], are its own, whatever header Host the proxy sends. A `RequestError` of a route becomes its status and
+    reason.
     """
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
     handlers: dict = {RequestError: _refused, HTTPException: _http_error, Exception: _failed}
     app = Starlette(routes=list(routes), lifespan=lifespan, exception_handlers=handlers,
-                    middleware=[Middleware(OwnRequests, hosts=hosts)])
+                    middleware=[Middleware(OwnRequests, hosts=hosts, proxies=proxies)])
     app.router.redirect_slashes = False      # /api/ is an error, too: a redirection is no JSON
     return app
 
@@ -52,8 +66,8 @@ def json_reply(content: Any, status: int = 200, headers: dict[str, str] | None =
 
 
 async def _refused(request, e):
-    retry = {'Retry-After': '5'} if e.status == 503 else {}
-    return json_reply(dict(error=e.reason), e.status, retry)
+    if e.status == CLIENT_GONE: say(f'{request.method} {request.url.path}: {e.reason}')
+    return json_reply(dict(error=e.reason), e.status, MORE_HEADERS.get(e.status))
 
 
 async def _http_error(request, e):
@@ -69,8 +83,9 @@ async def _failed(request, e):
 
 class OwnRequests:
     "ASGI middleware: status 400 for requests to another host name, 403 for those of another web site"
-    def __init__(self, app, hosts: Sequence[str]):
-        self.app, self.hosts = app, {host.strip('[]').casefold() for host in hosts}
+    def __init__(self, app, hosts: Sequence[str], proxies: Sequence[str] = ()):
+        self.app, self.proxies = app, proxies
+        self.hosts = {host.strip('[]').casefold() for host in hosts} | {host_name(proxy) for proxy in proxies}
 
     async def __call__(self, scope, receive, send):
         "Serve a request if it may be made"
@@ -80,16 +95,17 @@ class OwnRequests:
         host = ', '.join(headers.getlist('host'))
         if not self.is_served(host): return await self._unknown(host)(scope, receive, send)
         followed = headers.get('sec-fetch-mode') == 'navigate' and not scope['path'].startswith('/api')        # a link
-        served = self.app if followed or not is_foreign(headers, host) else json_reply(dict(error=FOREIGN), 403)
-        await served(scope, receive, send)
+        is_own = followed or not is_foreign(headers, [host, *self.proxies])
+        served = self.app if is_own else json_reply(dict(error=FOREIGN), 403)
+        await served(scope, in_time(receive), send)
 
     def is_served(self, host: str) -> bool:
         "Return whether requests with this header Host are served; HTTP/1.0 has none"
         name = host_name(host)
-        return name in self.hosts or '*' in self.hosts and bool(name or not host)
+        return name in self.hosts or ADDRESSES in self.hosts and (is_address(name) or not host)
 
     def _unknown(self, host: str):
-        known = ', '.join(sorted(self.hosts - {'*'})) or 'HOST or HOST:PORT'
+        known = ', '.join([*sorted(self.hosts - {ADDRESSES}), *['the IP address'] * (ADDRESSES in self.hosts)])
         return json_reply(dict(error=f'host name {host[:80]!r} is not served here; use one of: {known}'), 400)
 
 
@@ -99,10 +115,17 @@ def host_name(header: str) -> str:
     return found[1].strip('[]').casefold() if found else ''
 
 
-def is_foreign(headers: Mapping[str, str], host: str) -> bool:
-    "Return whether a browser sent a request for a page that does not come from the header Host; curl is no browser"
+def is_address(name: str) -> bool:
+    "Return whether a host name is an IP address"
+    try: ip_address(name)
+    except ValueError: return False
+    return True
+
+
+def is_foreign(headers: Mapping[str, str], hosts: Sequence[str]) -> bool:
+    "Return whether a browser sent a request for a page of none of `hosts`, name[:port]; curl is no browser"
     if headers.get('sec-fetch-site', '') not in OWN_SITES: return True
-    return 'origin' in headers and not is_own_origin(headers['origin'], host)
+    return 'origin' in headers and not any(is_own_origin(headers['origin'], host) for host in hosts)
 
 
 def is_own_origin(origin: str, host: str) -> bool:
@@ -115,6 +138,34 @@ def is_own_origin(origin: str, host: str) -> bool:
 
 
 # Requests
+
+def in_time(receive: Receive) -> Receive:
+    """Return the `receive` of ASGI whose body arrives or ends with a `RequestError`.
+
+    Its status is 408 if no byte comes for `IDLE_SECONDS`, and 499 if the client has gone.
+    """
+    is_complete = False
+
+    async def receive_in_time():
+        nonlocal is_complete
+        if is_complete: return await receive()
+        try:
+            async with asyncio.timeout(IDLE_SECONDS): message = await receive()
+        except TimeoutError: raise RequestError(408, f'no byte of the request came for {IDLE_SECONDS} s') from None
+        if message['type'] == 'http.disconnect': raise RequestError(CLIENT_GONE, 'the client has closed the connection')
+        is_complete = not message.get('more_body', False)
+        return message
+    return receive_in_time
+
+
+def with_counted_body(request, count: Callable[[int], None]):
+    "Return a request that calls `count` with the number of bytes of each part of its body that arrives"
+    async def receive():
+        message = await request.receive()
+        count(len(message.get('body', b'')))
+        return message
+    return type(request)(request.scope, receive)
+
 
 def content_length(request, limit: float, what: str) -> int:
     "Return the size of a request's body in bytes. Raises `RequestError` if it is unknown or above `limit`, `what` fits"
@@ -161,10 +212,17 @@ def require_packages(command: str, packages: Iterable[str]) -> None:
 
 
 def trusted_hosts(host: str) -> list[str]:
-    "Return the host names that a page on `host` accepts; say so if that is every name"
+    "Return the host names that a page on `host` accepts; say so if other machines can reach it"
     if host not in PUBLIC: return ['127.0.0.1', 'localhost', '::1', host]
     say(f'{host}: everyone who can reach this machine can use the page; it asks for no password', 'yellow')
-    return ['*']
+    return ['localhost', socket.gethostname(), ADDRESSES]
+
+
+def check_names(option: str, names: Sequence[str]) -> None:
+    "Raise `AptosError` if one of the values of an option is no host name, with or without port"
+    for name in names:
+        if host_name(name): continue
+        raise AptosError(f'{option} {name}: name the host as browsers do, such as grader.clinic.org, without https://')
 
 
 def server_url(host: str, port: int) -> str:
@@ -180,9 +238,16 @@ def run_server(app, host: str, port: int, *notes: str) -> None:
     try: sock = socket.create_server((host, port), family=family, backlog=256)
     except OSError as e:
         raise AptosError(f'{host}:{port}: cannot listen ({e.strerror}). Choose another port with --port.') from None
-    server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level='warning', server_header=False))
+    server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level='warning', server_header=False,
+                                           timeout_graceful_shutdown=STOP_SECONDS))
+    logging.getLogger('uvicorn.error').addFilter(is_no_cancellation)
     threading.Thread(target=_announce, args=(server, server_url(host, port), notes), daemon=True).start()
     with sock: server.run(sockets=[sock])
+
+
+def is_no_cancellation(record: logging.LogRecord) -> bool:
+    "Return whether a line of the server's log is about anything but work that a stop has cancelled"
+    return 'CancelledError' not in logging.Formatter().format(record)
 
 
 def _announce(server, url: str, notes: Sequence[str]) -> None:

@@ -7,8 +7,12 @@ import io
 import json
 import os
 import shutil
+import signal
 import socket
 import stat
+import subprocess
+import sys
+import time
 from datetime import datetime
 from pathlib import Path
 
@@ -16,8 +20,9 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import expect_error, write_dicom
+from conftest import ROOT, expect_error, url_of, write_dicom
 
+from aptos_fastai.cli import main
 from aptos_fastai.common.io import AptosError
 from aptos_fastai.decisions import OperatingPoint
 from aptos_fastai.deploy import about, batching, pairing, serve, web
@@ -230,10 +235,47 @@ def test_host_names_are_read_without_their_port(header, name):
 
 @pytest.mark.parametrize('host', ['x@localhost', 'localhost:8000/x', 'a"><b', "a'b", 'localhost:x'])
 def test_a_malformed_host_is_refused_even_where_every_name_is_served(toy, host):
-    for hosts in (['localhost'], ['*']):
+    for hosts in (['localhost'], ['localhost', web.ADDRESSES]):
         with served(serve.get_app(load_grader(toy), hosts)) as client:
             reply = client.get('/api', headers=dict(host=host))
             assert reply.status_code == 400 and 'not served here' in reply.json()['error'], hosts
+
+
+def test_a_page_for_every_network_serves_addresses_and_the_names_of_this_machine_only(toy):
+    with served(serve.get_app(load_grader(toy), web.trusted_hosts('0.0.0.0'))) as client:
+        def status(host): return client.get('/health', headers=dict(host=host, origin=f'http://{host}')).status_code
+        own = '127.0.0.1:8000', '192.0.2.7:8000', '[2001:db8::1]:8000', 'localhost:8000', socket.gethostname()
+        assert [status(host) for host in own] == [200] * 5
+        foreign = 'evil.example:8000', '127.0.0.1.evil.example', '192.0.2', '127.1', '0x7f.1', '*'
+        assert [status(host) for host in foreign] == [400] * 6
+
+
+def test_a_proxy_may_pass_on_or_rewrite_the_host(toy):
+    proxies = 'grader.clinic.org', 'other.clinic.org:8443'
+    with served(serve.get_app(load_grader(toy), web.trusted_hosts('127.0.0.1'), proxies=proxies)) as client:
+        def status(host, origin):
+            return client.post('/api/patients', json=dict(rows=[]), headers=dict(host=host, origin=origin)).status_code
+        for host in ('grader.clinic.org', 'GRADER.clinic.org', '127.0.0.1:8000', 'localhost'):
+            for name in proxies: assert status(host, f'https://{name}') == 200, (host, name)
+            foreign = ('https://evil.example', 'https://grader.clinic.org:8443', 'https://other.clinic.org', 'null',
+                       'https://grader.clinic.org.evil.example')
+            for origin in foreign: assert status(host, origin) == 403, (host, origin)
+        assert status('www.clinic.org', 'https://grader.clinic.org') == 400
+
+
+@pytest.mark.parametrize('name', ['https://grader.clinic.org', '*', 'a b', 'grader/x', ''])
+def test_a_bad_allowed_host_is_an_error(toy, capsys, name):
+    expect_error(capsys, ['serve', toy, '--allow-host', 'a.b', '--allow-host', name], f'--allow-host {name}'.strip(),
+                 'such as grader.clinic.org')
+
+
+def test_allowed_hosts_of_the_command_reach_the_application(toy, monkeypatch):
+    apps = []
+    monkeypatch.setattr(serve, 'run_server', lambda app, *_: apps.append(app))
+    main(['serve', str(toy), '--allow-host', 'grader.clinic.org', '--allow-host', 'b.c'])
+    with served(apps[0]) as client:
+        for host in ('grader.clinic.org', 'b.c', 'localhost:8000'):
+            assert client.get('/health', headers=dict(host=host)).status_code == 200
 
 
 @pytest.mark.parametrize('origin, host, own', [
@@ -256,7 +298,7 @@ def test_the_own_origin_has_host_and_port_of_the_request(origin, host, own):
 
 def test_images_of_other_web_sites_are_not_graded(toy, image_paths, tmp_path):
     file = tmp_path / 'log.jsonl'
-    with served(serve.get_app(load_grader(toy), ['*'], RequestLog(str(file)))) as client:
+    with served(serve.get_app(load_grader(toy), ['localhost'], RequestLog(str(file)))) as client:
         def status(**headers):
             return client.post('/api/predict', files=[upload(image_paths[0])], headers=headers).status_code
         foreign = [{'Origin': 'https://evil.example'}, {'Origin': 'null'}, {'Origin': 'http://localhost:8001'},
@@ -293,7 +335,7 @@ def test_names_of_files_in_odd_character_sets_are_refused(toy, charset, name, wo
 # What the API says of itself
 
 def test_the_example_names_the_address_that_was_asked(toy):
-    with served(serve.get_app(load_grader(toy), ['*'])) as client:
+    with served(serve.get_app(load_grader(toy), [web.ADDRESSES], proxies=['clinic.example'])) as client:
         for url in ('https://clinic.example:8443', 'http://192.0.2.7:9000'):
             client.base_url = url
             assert client.get('/api').json()['example'].endswith(f' {url}/api/predict')
@@ -959,17 +1001,91 @@ def test_patients_and_eyes_in_file_names(clinic):
     assert parsed == {name: dict(patient=patient, eye=eye) for name, (patient, eye) in expected.items()}
 
 
-def test_images_at_work_are_bounded_before_they_are_graded(toy):
+def test_images_and_bytes_at_work_are_bounded_before_they_are_graded(toy, monkeypatch):
     queue = batching.BatchingQueue(load_grader(toy))
     with contextlib.ExitStack() as requests:
-        for _ in range(batching.MAX_PENDING // 20):
-            received = requests.enter_context(queue.reserve(1000))
-            received(20)
+        for _ in range(batching.MAX_PENDING // 20): requests.enter_context(queue.admit(1000)).count_images(20)
         assert queue.pending == batching.MAX_PENDING
-        with pytest.raises(web.RequestError) as e: requests.enter_context(queue.reserve(1000))
+        with pytest.raises(web.RequestError) as e: requests.enter_context(queue.admit(1000))
         assert e.value.status == 503
     assert queue.pending == queue.held == 0
-    with contextlib.suppress(web.RequestError), queue.reserve(1000) as received:
-        received(batching.MAX_PENDING + 1)
+    with contextlib.suppress(web.RequestError), queue.admit(1000) as admission:
+        admission.count_images(batching.MAX_PENDING + 1)
         pytest.fail('too many images in one request')
     assert queue.pending == queue.held == 0
+    monkeypatch.setattr(batching, 'MAX_HELD', 1)
+    with queue.admit(batching.MEGABYTE), queue.admit(batching.MEGABYTE) as other:          # neither has arrived
+        other.add_bytes(batching.MEGABYTE)
+        with pytest.raises(web.RequestError, match='503'), queue.admit(1): pytest.fail('no room for it')
+        with pytest.raises(web.RequestError, match='503'): other.add_bytes(1)
+    assert queue.pending == queue.held == 0
+
+
+# Uploads that stop
+
+def start_upload(server_url, length):
+    "A connection that declares a body of `length` bytes and sends the first of them"
+    s = socket.create_connection(('127.0.0.1', httpx.URL(server_url).port), timeout=30)
+    s.sendall(b'POST /api/predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=x\r\n'
+              b'Content-Length: %d\r\n\r\n--x\r\n' % length)
+    return s
+
+
+def wait_for_pending(server_url, n):
+    "Wait until so many images are at work"
+    deadline = time.monotonic() + 10
+    while httpx.get(server_url + '/health').json()['pending'] != n:
+        assert time.monotonic() < deadline
+        time.sleep(.02)
+
+
+def test_uploads_that_stop_take_no_room_and_end(server_url, image_paths, monkeypatch):
+    monkeypatch.setattr(web, 'IDLE_SECONDS', 4)
+    with contextlib.ExitStack() as stack:
+        stopped = [stack.enter_context(start_upload(server_url, n)) for n in (1_048_576_000, 25_000_000, 120_000)]
+        wait_for_pending(server_url, 3)
+        assert post_images(server_url, image_paths[0]).status_code == 200
+        for s in stopped:
+            reply = b''.join(iter(lambda s=s: s.recv(4096), b''))      # until the server closes the connection
+            assert reply.startswith(b'HTTP/1.1 408') and b'no byte of the request came for 4 s' in reply
+    assert httpx.get(server_url + '/health').json()['pending'] == 0
+
+
+def test_a_client_that_goes_is_a_line_and_no_traceback(toy, tmp_path, capfd):
+    file = tmp_path / 'log.jsonl'
+    with url_of(serve.get_app(load_grader(toy), ['127.0.0.1'], RequestLog(str(file)))) as url:
+        with start_upload(url, 1000): wait_for_pending(url, 1)
+        wait_for_pending(url, 0)
+    record = json.loads(file.read_text())
+    assert record['status'] == 499 and record['error'] == 'Client Closed Request' and record['images'] == 0
+    printed = ''.join(capfd.readouterr())
+    assert 'POST /api/predict: the client has closed the connection' in printed and 'Traceback' not in printed
+
+
+@contextlib.contextmanager
+def serve_process(*options):
+    "Start `run.py serve`; yield the process, whose output is a pipe, and its URL once it answers"
+    with socket.create_server(('127.0.0.1', 0)) as s: port = s.getsockname()[1]
+    command = [sys.executable, ROOT / 'run.py', 'serve', *options, '--port', str(port)]
+    env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(httpx.TransportError):
+                    httpx.get(f'http://127.0.0.1:{port}/health')
+                    break
+                time.sleep(.1)
+            yield process, f'http://127.0.0.1:{port}'
+        finally: process.kill()
+
+
+@pytest.mark.parametrize('signals, status', [([signal.SIGINT, signal.SIGINT], 130), ([signal.SIGINT], 130),
+                                             ([signal.SIGTERM], 143)])
+def test_an_upload_that_stops_does_not_keep_the_server_from_stopping(toy, signals, status):
+    with serve_process(str(toy)) as (process, url), start_upload(url, 1000):
+        wait_for_pending(url, 1)
+        for s in signals:
+            process.send_signal(s)
+            time.sleep(.5)
+        printed, _ = process.communicate(timeout=web.STOP_SECONDS + 10)
+    assert process.returncode == status and 'Traceback' not in printed and printed.endswith('error: stopped.\n')
