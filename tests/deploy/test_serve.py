@@ -1079,8 +1079,9 @@ def serve_process(*options):
         finally: process.kill()
 
 
-@pytest.mark.parametrize('signals, status', [([signal.SIGINT, signal.SIGINT], 130), ([signal.SIGINT], 130),
-                                             ([signal.SIGTERM], 143)])
+@pytest.mark.parametrize('signals, status', [
+    ([signal.SIGTERM], 143), pytest.param([signal.SIGINT], 130, marks=pytest.mark.slow),
+    pytest.param([signal.SIGINT, signal.SIGINT], 130, marks=pytest.mark.slow)])
 def test_an_upload_that_stops_does_not_keep_the_server_from_stopping(toy, signals, status):
     with serve_process(str(toy)) as (process, url), start_upload(url, 1000):
         wait_for_pending(url, 1)
