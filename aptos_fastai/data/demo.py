@@ -355,8 +355,11 @@ def write_demo(folder: Path, *, pretrain: int = 600, train: int = 480, test: int
         (tmp / 'README.txt').write_text(readme, encoding='utf-8')
         (tmp / NOTE).write_text(json.dumps(settings), encoding='utf-8')
         if existing: shutil.rmtree(folder)               # of an earlier version
-        elif folder.exists(): folder.rmdir()
-        tmp.rename(folder)
+        try:
+            if folder.exists(): folder.rmdir()
+            tmp.rename(folder)
+        except OSError:                                  # another process has written the same demo meanwhile
+            if not note.is_file() or json.loads(note.read_text(encoding='utf-8')) != settings: raise
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
 

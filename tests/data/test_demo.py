@@ -5,6 +5,7 @@ import pytest
 from conftest import modified_times
 
 from aptos_fastai.common.io import read_record
+from aptos_fastai.data import demo as module
 from aptos_fastai.data.demo import CAMERAS, COUNTS, generate_fundus, holds_demo_images, plan_demo, write_demo
 from aptos_fastai.data.retina import find_retina
 from aptos_fastai.pipeline.graph import load_run, start_run
@@ -73,6 +74,22 @@ def test_a_demo_is_written_once(demo):
     assert not calls
     with pytest.raises(FileExistsError, match='other settings'): write_demo(demo, pretrain=42, train=30, test=10)
     assert modified_times(demo) == before
+
+
+def test_two_processes_may_write_the_same_demo(tmp_path, monkeypatch):
+    "The second to finish finds the folder of the first, which stays"
+    folder, write = tmp_path / 'demo', module._write_tables
+
+    def overtaken(*args):
+        monkeypatch.setattr(module, '_write_tables', write)
+        write(*args)
+        monkeypatch.setattr('os.getpid', lambda: 1)
+        write_demo(folder, **TINY)
+        monkeypatch.undo()
+        (folder / 'first').touch()
+    monkeypatch.setattr(module, '_write_tables', overtaken)
+    assert write_demo(folder, **TINY) == folder
+    assert (folder / 'first').is_file() and [o.name for o in tmp_path.iterdir()] == ['demo']
 
 
 def test_a_demo_does_not_overwrite_other_files(tmp_path):
