@@ -234,7 +234,7 @@ def _out_of_memory_or_peer_lost(e: Exception, name: str) -> NoReturn:
 
 def main(argv: list[str] | None = None) -> None:
     "Run the command in `argv` (default: the program's arguments). Raises `SystemExit` if it fails"
-    if isinstance(sys.stdout, io.TextIOWrapper): sys.stdout.reconfigure(errors='replace')     # Windows: no '≥' in pipes
+    if isinstance(sys.stdout, io.TextIOWrapper): sys.stdout.reconfigure(errors='replace')      # cp1252 in a pipe
     parser, program = typer.main.get_command(app), PROGRAM
     arguments = sys.argv[1:] if argv is None else argv
     name = arguments[0].replace('-', '_') if arguments else ''          # operating-point is operating_point

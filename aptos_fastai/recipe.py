@@ -432,7 +432,7 @@ class Demo:
 
 SECTIONS: dict[str, type] = dict(recipe=General, images=Images, augment=Augment, table=Table, stage=Stage,
                                  ensemble=Ensemble, submit=Submit, gate=Gate, refer=Refer, demo=Demo)
-OLD_KEYS: dict[type, dict[str, str]] = {     # what a recipe with a renamed or removed key is told; see architecture.md
+OLD_KEYS: dict[type, dict[str, str]] = {     # renamed or removed key -> what to write; see docs/architecture.md
     Images: dict(skip_bad='renamed in 0.1.0. Write skip_unreadable.',
                  colour='removed in 0.1.0: colour normalisation lowered the kappa. Delete this line.'),
     Augment: dict(on='renamed in 0.1.0. Write mode; its value picture is now image.'),

@@ -1,5 +1,5 @@
 "The run folder: its paths, which stages are finished, and the files they wrote. Imports no torch."
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -161,20 +161,21 @@ class Run:
         """
         frame, kept = self.frames[table], ~self.held_out(stage, table)
         if table not in stage.graded_tables or table in stage.validated_tables: return kept & (frame.fold != fold)
-        others = [o for name, o in self.frames.items() if name != table and self.recipe.tables[name].graded]
-        return kept & ~frame.group.isin(pd.concat([o.group[o.fold == fold] for o in others]))
+        return kept & ~self._shares_group(table, fold, without=[table])
 
     def left_out_for_others(self, stage: Stage, table: str, fold: int) -> pd.Series:
         """Return which images of a table `training_part` leaves out only because of tables that the stage does not
         train on or that do not validate it, as a mask: what else is left out follows from the tables of `train`.
         """
-        frame = self.frames[table]
-        known = [*stage.graded_tables, table]
-        others = [o.group[o.fold == fold] for name, o in self.frames.items()
-                  if name not in known and self.recipe.tables[name].graded]
-        if table not in stage.graded_tables or table in stage.validated_tables or not others:
-            return pd.Series(False, frame.index)
-        return frame.group.isin(pd.concat(others))
+        if table in stage.graded_tables and table not in stage.validated_tables:
+            return self._shares_group(table, fold, without=stage.graded_tables)
+        return pd.Series(False, self.frames[table].index)
+
+    def _shares_group(self, table: str, fold: int, without: Collection[str]) -> pd.Series:
+        "Return which images of a table share a group with an image of the fold in a graded table not in `without`"
+        groups = [o.group[o.fold == fold] for name, o in self.frames.items()
+                  if name not in without and self.recipe.tables[name].graded]
+        return self.frames[table].group.isin(pd.concat(groups) if groups else [])
 
     def validation_part(self, stage: Stage, table: str, fold: int) -> pd.Series:
         "Return which images of a graded table of `train` validate a fold of a stage, as a mask"

@@ -26,9 +26,9 @@ import pandas as pd
 from aptos_fastai.common.console import say, table
 from aptos_fastai.common.io import write_csv
 from aptos_fastai.metrics import MIDPOINTS, PUBLISHED_THRESHOLDS, apply_thresholds, cross_fitted_grades, quadratic_kappa
-from recipes import RECIPE, VARIANTS
+from aptos_fastai.pipeline.summary import difference_text
+from recipes import RECIPE, ROOT, VARIANTS, out_of_fold
 
-ROOT = Path(__file__).parents[1]
 BOOTSTRAPS = 2000
 
 
@@ -41,12 +41,6 @@ def train(stage: str, name: str, seed: int, args: argparse.Namespace, sets: Iter
     for key in keys: command += ['--set', key]
     if subprocess.run(command, check=False).returncode: sys.exit(1)
     return out_of_fold(runs / RECIPE.stem / stage)
-
-
-def out_of_fold(folder: Path) -> pd.DataFrame:
-    files = sorted(folder.glob('fold*/preds.csv'))
-    preds = pd.concat([pd.read_csv(file, dtype=dict(id_code=str)) for file in files])
-    return preds[['id_code', 'diagnosis', 'fold', 'score']].sort_values('id_code').reset_index(drop=True)
 
 
 # The script of a course student
@@ -126,10 +120,6 @@ def mean_kappas(results: list[dict], name: str, rows: np.ndarray) -> float:
     return float(np.mean([quadratic_kappa(o[name][0][rows], o['truth'][0][rows]) for o in results]))
 
 
-def interval(values: list[float]) -> str:
-    return '{:+.3f} to {:+.3f}'.format(*np.quantile(values, [.025, .975]))
-
-
 def show(results: list[dict], seeds: list[int], args: argparse.Namespace) -> None:
     "Print the kappa of each, by seed and as the mean, and the difference of the answer from it"
     n, rng = len(results[0]['truth'][0]), np.random.default_rng(0)
@@ -139,7 +129,9 @@ def show(results: list[dict], seeds: list[int], args: argparse.Namespace) -> Non
         if name == 'truth': continue
         kappas = [f'{mean_kappas([o], name, everything):.3f}' for o in results]
         gain = partial(lambda name, rows: mean_kappas(results, 'answer', rows) - mean_kappas(results, name, rows), name)
-        text = '' if name == 'answer' else f'{gain(everything):+.3f} ({interval([gain(o) for o in draws])})'
+        text = ''
+        if name != 'answer':
+            text = difference_text(gain(everything), *np.quantile([gain(o) for o in draws], [.025, .975]))
         rows.append([name, *kappas, f'{mean_kappas(results, name, everything):.3f}', text, f'{count:,}'])
     table(f'{n} images, {args.splits} folds, {args.size} px, out-of-fold kappa',
           ['', *(f'seed {o}' for o in seeds), 'mean', 'the answer, minus it (95 % CI)', 'images trained on'], rows)

@@ -86,9 +86,8 @@ def train(name: str, data: str, runs: Path) -> None:
     if subprocess.run(command, check=False).returncode: sys.exit(1)
 
 
-def out_of_fold(name: str, runs: Path) -> pd.DataFrame:
-    "Return the out-of-fold scores of a variant, in the order of ids"
-    folder = runs_folder(name, runs) / RECIPE.stem / VARIANTS[name].stage
+def out_of_fold(folder: Path) -> pd.DataFrame:
+    "Return the out-of-fold scores of a stage, by its folder, in the order of ids"
     files = sorted(folder.glob('fold*/preds.csv'))
     preds = pd.concat([pd.read_csv(file, dtype=dict(id_code=str)) for file in files])
     return preds.sort_values('id_code').reset_index(drop=True)
@@ -106,7 +105,7 @@ def training_seconds(name: str, runs: Path) -> float:
 
 def result_row(name: str, runs: Path, reference: np.ndarray | None) -> tuple[list, np.ndarray]:
     "Return the table row of a variant and its grades; `reference` are the grades of the reference"
-    oof = out_of_fold(name, runs)
+    oof = out_of_fold(runs_folder(name, runs) / RECIPE.stem / VARIANTS[name].stage)
     grades = cross_fitted_grades(oof.score, oof.diagnosis, oof.fold)
     kappa = interval_text(quadratic_kappa(grades, oof.diagnosis), kappa_interval(grades, oof.diagnosis))
     difference = ''

@@ -33,6 +33,16 @@ TOY_KEYS = [
 ]
 TOY = [option for key in TOY_KEYS for option in ('--set', key)]
 
+TABLES = '''
+[table.train]
+csv = train.csv
+images = train_images
+grade = diagnosis
+[table.test]
+csv = test.csv
+images = test_images
+'''                                          # what `write_table` writes: train and test
+
 torch.set_num_threads(1)
 parity.PARITY_IMAGES = 24                    # each export compares four backends on so many images
 

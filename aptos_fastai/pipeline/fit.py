@@ -22,7 +22,7 @@ GRADED, UNGRADED = 'train', 'test'           # tables of `BASE`
 def understand_tables(csv: str | Path, images: str | Path, unlabelled: str | Path, ask: Ask | None,
                       keys: dict[str, str], sets: Iterable[str] = ()) -> dict[str, Understood]:
     "Return the graded table of a CSV and its images, and the ungraded one of a CSV or folder `unlabelled`, if given"
-    skip = any(''.join(text.split()) == 'images.skip_unreadable=yes' for text in sets)
+    skip = sets_applied({}, sets).get('images', {}).get('skip_unreadable') == 'yes'
     tables = {GRADED: understand_table(csv, images, name=GRADED, graded=True, ask=ask, skip_missing=skip, **keys)}
     if str(unlabelled) and Path(unlabelled).resolve() == Path(images or csv).resolve():
         raise AptosError(f'{unlabelled}: is the folder of the graded images. Name a folder of other images, or none.')

@@ -239,8 +239,8 @@ def start_run(run: Run, nodes: Iterable[str] = (), trial: bool = False,
     with run_lock(run.root), Bars() as bars:
         remove_stale_temp_files(run.root, 0)
         run = prepare_images(run, bars)
-        if not trial and not replaces: check_replaced(run, stages)
         if not trial:
+            if not replaces: check_replaced(run, stages)
             run = take_shared(move_renamed(run), stages)
             check_other_runs(run, stages)
         write_folds(run.recipe, run.frames, run.root / 'folds.csv')

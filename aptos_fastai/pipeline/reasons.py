@@ -19,11 +19,12 @@ def training_reasons(run: Run, todo: dict[str, list[int]]) -> list[str]:
         for text, group in groupby(sorted(texts, key=lambda o: (o[1], o[0])), key=lambda o: o[1]):
             numbers = [k for k, _ in group]
             all_folds = len(numbers) == run.recipe.stages[name].folds
-            lines.setdefault(text, []).append(name if all_folds else f'{name} {_folds_text(numbers)}')
+            lines.setdefault(text, []).append(name if all_folds else f'{name} {folds_text(numbers)}')
     return [f'{", ".join(names)}: {text}' for text, names in lines.items()]
 
 
-def _folds_text(folds: list[int]) -> str:
+def folds_text(folds: list[int]) -> str:
+    "Return 'fold 0' or 'folds 0 1'"
     return f'fold{"s" if len(folds) > 1 else ""} {" ".join(map(str, folds))}'
 
 

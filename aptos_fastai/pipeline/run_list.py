@@ -32,7 +32,7 @@ class Result:
     model: str                               # the stage or ensemble that is submitted
     result: dict                             # its entry of `stages` in summary.json
     images: str                              # SHA-256 of ids and grades of the images that validated it
-    changed: list[str]                       # SECTION.KEY=VALUE, or what is said instead
+    changed: list[str]                       # SECTION.KEY=VALUE, or `UNKNOWN_KEYS`
     seconds: float                           # training time of all stages
     date: str
     synthetic: bool

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from aptos_fastai.common.console import say
 from aptos_fastai.common.io import AptosError, atomic_write, changed_message, file_hash, read_record, write_record
-from aptos_fastai.pipeline.reasons import CHECKPOINT_RECORD
+from aptos_fastai.pipeline.reasons import CHECKPOINT_RECORD, folds_text
 from aptos_fastai.run_folder import FINISHED, WEIGHTS, Run
 
 
@@ -91,6 +91,5 @@ def _link_or_copy(file: Path, to: Path) -> None:
 def shared_lines(taken: dict[tuple[str, int], Path]) -> Iterator[str]:
     "Yield what was taken from where, a line for each stage and run"
     for (name, stage_there), group in groupby(taken, key=lambda key: (key[0], taken[key].parent)):
-        folds = ' '.join(str(k) for _, k in group)
-        yield f'{name}: fold{"s" if " " in folds else ""} {folds} from {stage_there}, trained with the same ' \
-              'settings on the same images'
+        yield f'{name}: {folds_text([k for _, k in group])} from {stage_there}, trained with the same settings on ' \
+              'the same images'

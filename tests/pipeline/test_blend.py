@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import write_table
+from conftest import TABLES, write_table
 
 from aptos_fastai.cli import main
 from aptos_fastai.common.io import file_state, read_record, write_bytes, write_csv, write_record
@@ -22,13 +22,7 @@ from aptos_fastai.run_folder import FINISHED, FOLD_FILES, PREDS, WEIGHTS, Run
 RECIPE = '''
 [recipe]
 splits = 3
-[table.train]
-csv = train.csv
-images = train_images
-grade = diagnosis
-[table.test]
-csv = test.csv
-images = test_images
+''' + TABLES + '''
 [stage]
 arch = test_resnet
 weights = none

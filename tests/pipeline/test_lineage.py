@@ -4,7 +4,7 @@ import shutil
 
 import pandas as pd
 import pytest
-from conftest import expect_error, without_report, write_table
+from conftest import TABLES, expect_error, without_report, write_table
 
 from aptos_fastai.cli import main
 from aptos_fastai.common.io import AptosError
@@ -22,13 +22,7 @@ size = 64
 csv = old.csv
 images = old_images
 grade = diagnosis
-[table.train]
-csv = train.csv
-images = train_images
-grade = diagnosis
-[table.test]
-csv = test.csv
-images = test_images
+''' + TABLES + '''
 [stage]
 arch = test_resnet
 weights = none

@@ -3,7 +3,7 @@ import json
 
 import pandas as pd
 import pytest
-from conftest import expect_error, without_report, write_table
+from conftest import TABLES, expect_error, without_report, write_table
 
 from aptos_fastai.cli import main
 from aptos_fastai.pipeline.graph import load_run
@@ -27,13 +27,7 @@ def runs(tmp_path_factory):
 RECIPE = '''
 [images]
 size = 64
-[table.train]
-csv = train.csv
-images = train_images
-grade = diagnosis
-[table.test]
-csv = test.csv
-images = test_images
+''' + TABLES + '''
 [stage]
 train = train
 arch = test_resnet
