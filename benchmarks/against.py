@@ -4,43 +4,53 @@ On the same network, weights and folds, for each seed of folds and training:
 
 - 'published': the published 2020 recipe, 30 epochs, its own thresholds;
 - 'student': the script of a fastai course: vision_learner, Resize, aug_transforms, fine_tune, squared error, rounding.
-  It sees as many images as the answer does;
-- 'answer': the mean of teacher and retrain, by thresholds fitted on the other folds;
-- 'half the time': the teacher alone, which sees 12 / 24 of the answer's images and no soft labels.
+  It trains on as many images as teacher and retrain do;
+- 'answer': the mean of teacher, retrain and probe by weights, and then thresholds, fitted on the other folds;
+- 'half the time': the same of teacher and probe, without soft labels.
 
-Time is counted in images that the network trains on, since all use one network at one size. What is there already is
-not trained again. Differences are paired on the same images; the last table takes the mean of kappa over the seeds,
-with a bootstrap that draws images and keeps the seeds together.
+Times are those of training and validation, all on one machine. What is there already is not trained again. Differences
+are paired on the same images; the table takes the mean of kappa over the seeds, with a bootstrap that draws images and
+keeps the seeds together.
 """
 import argparse
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from aptos_fastai.common.console import say, table
+from aptos_fastai.common.console import format_duration, say, table
 from aptos_fastai.common.io import write_csv
-from aptos_fastai.metrics import MIDPOINTS, PUBLISHED_THRESHOLDS, apply_thresholds, cross_fitted_grades, quadratic_kappa
+from aptos_fastai.metrics import (
+    MIDPOINTS,
+    PUBLISHED_THRESHOLDS,
+    apply_thresholds,
+    cross_fitted_grades,
+    cross_fitted_weights,
+    quadratic_kappa,
+)
 from aptos_fastai.pipeline.summary import difference_text
-from recipes import RECIPE, ROOT, VARIANTS, out_of_fold
+from recipes import RECIPE, ROOT, VARIANTS, out_of_fold, training_seconds_of
 
 BOOTSTRAPS = 2000
+Scores = tuple[pd.DataFrame, float]          # out of fold, and the seconds that they took
 
 
-def train(stage: str, name: str, seed: int, args: argparse.Namespace, sets: Iterable[str]) -> pd.DataFrame:
-    "Train a stage of one_table.ini on all folds; return its out-of-fold scores"
+def train(stage: str, name: str, seed: int, args: argparse.Namespace, sets: Iterable[str] = ()) -> Scores:
+    "Train a stage of one_table.ini on all folds; return its out-of-fold scores and the seconds that it took"
     runs = args.runs / f'seed{seed}' / name
     keys = [*sets, f'recipe.seed={seed}', f'recipe.splits={args.splits}', f'stage.folds={args.splits}',
             f'stage.size={args.size}']
     command = [sys.executable, ROOT / 'run.py', 'train', stage, '--recipe', RECIPE, '--data', args.data, '--runs', runs]
     for key in keys: command += ['--set', key]
     if subprocess.run(command, check=False).returncode: sys.exit(1)
-    return out_of_fold(runs / RECIPE.stem / stage)
+    folder = runs / RECIPE.stem / stage
+    return out_of_fold(folder), training_seconds_of(folder)
 
 
 # The script of a course student
@@ -76,44 +86,56 @@ def student_fold(frame: pd.DataFrame, images: Path, epochs: int, size: int, seed
         return learn.get_preds(ds_idx=1)[0].squeeze(1).numpy()
 
 
-def student(folds: pd.DataFrame, seed: int, epochs: int, args: argparse.Namespace) -> pd.DataFrame:
-    "Train the student's network on the folds of the others; return its out-of-fold scores"
+def student(folds: pd.DataFrame, seed: int, epochs: int, args: argparse.Namespace) -> Scores:
+    "Train the student's network on the folds of the others; return its out-of-fold scores and the seconds it took"
     parts = []
     for fold in range(args.splits):
         file = args.runs / f'seed{seed}' / 'student' / f'fold{fold}.csv'
         if not file.exists():
             say(f'student, seed {seed}, fold {fold}: {epochs} epochs …')
             frame = folds.assign(valid=folds.fold == fold, file=folds.id_code + args.suffix)
+            start = time.monotonic()
             scores = student_fold(frame, Path(args.data) / args.images, epochs, args.size, seed)
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_csv(file, frame[frame.valid].assign(score=scores)[['id_code', 'diagnosis', 'fold', 'score']])
+            found = frame[frame.valid].assign(score=scores, seconds=time.monotonic() - start)
+            write_csv(file, found[['id_code', 'diagnosis', 'fold', 'score', 'seconds']])
         parts.append(pd.read_csv(file, dtype=dict(id_code=str)))
-    return pd.concat(parts).sort_values('id_code').reset_index(drop=True)
+    return pd.concat(parts).sort_values('id_code').reset_index(drop=True), sum(o.seconds[0] for o in parts)
 
 
 # Results
 
-def results_of(seed: int, args: argparse.Namespace) -> dict[str, tuple[np.ndarray, int]]:
-    "Train what is missing of a seed; return the grades of each, the true grades, and the images that each trained on"
-    teacher = train('teacher', 'ours', seed, args, [])
-    retrain = train('retrain', 'ours', seed, args, [])
-    both = teacher.assign(score=(teacher.score + retrain.score) / 2)
-    published = train('teacher', 'published', seed, args, VARIANTS['published recipe'].sets)
+def blended(members: list[pd.DataFrame]) -> pd.DataFrame:
+    "Return the mean of out-of-fold scores by weights that are fitted on the other folds"
+    first, scores = members[0], np.stack([o.score for o in members], 1)
+    return first.assign(score=(cross_fitted_weights(scores, first.diagnosis, first.fold) * scores).sum(1))
+
+
+def results_of(seed: int, args: argparse.Namespace) -> dict[str, tuple[np.ndarray, float]]:
+    "Train what is missing of a seed; return the grades of each with the seconds that it took, and the true grades"
+    (teacher, t), (probe, p), (retrain, r) = (train(o, 'ours', seed, args) for o in ('teacher', 'probe', 'retrain'))
+    published, published_time = train('teacher', 'published', seed, args, VARIANTS['published recipe'].sets)
     if not published.fold.equals(teacher.fold): raise SystemExit('The folds of the two recipes differ.')
     n, soft = len(teacher) * (args.splits - 1), args.ungraded * args.splits
-    epochs = round((24 * n + 12 * soft) / n)
-    by_student = student(teacher, seed, epochs - 1, args)                  # and one epoch of the frozen body
-    fitted = partial(cross_fitted_grades, how='regularised')
-    grades = {
-        'answer': (fitted(both.score, both.diagnosis, both.fold), 24 * n + 12 * soft),
-        'half the time': (fitted(teacher.score, teacher.diagnosis, teacher.fold), 12 * n),
-        'published': (apply_thresholds(published.score, PUBLISHED_THRESHOLDS), 30 * n),
-        'published, fitted thresholds': (fitted(published.score, published.diagnosis, published.fold), 30 * n),
-        'student': (apply_thresholds(by_student.score, MIDPOINTS), epochs * n),
-        'student, fitted thresholds': (fitted(by_student.score, by_student.diagnosis, by_student.fold), epochs * n),
+    epochs = round((24 * n + 12 * soft) / n) - 1                           # and one epoch of the frozen body
+    by_student, student_time = student(teacher, seed, epochs, args)
+    found = {
+        'answer': (blended([teacher, retrain, probe]), t + r + p, None),
+        'half the time': (blended([teacher, probe]), t + p, None),
+        'teacher': (teacher, t, None), 'retrain': (retrain, r, None), 'probe': (probe, p, None),
+        'published': (published, published_time, PUBLISHED_THRESHOLDS),
+        'published, fitted thresholds': (published, published_time, None),
+        'student': (by_student, student_time, MIDPOINTS),
+        'student, fitted thresholds': (by_student, student_time, None),
     }
-    return {name: (np.asarray(pred), count) for name, (pred, count) in grades.items()} | {'truth': (
-        teacher.diagnosis.to_numpy(), 0)}
+    return {name: (grades_of(oof, thresholds), seconds) for name, (oof, seconds, thresholds) in found.items()} | {
+        'truth': (teacher.diagnosis.to_numpy(), 0)}
+
+
+def grades_of(oof: pd.DataFrame, thresholds: Sequence[float] | None) -> np.ndarray:
+    "Return the grades of scores by thresholds, or by those fitted on the other folds"
+    if thresholds is not None: return np.asarray(apply_thresholds(oof.score, thresholds))
+    return cross_fitted_grades(oof.score, oof.diagnosis, oof.fold, how='regularised')
 
 
 def mean_kappas(results: list[dict], name: str, rows: np.ndarray) -> float:
@@ -125,16 +147,17 @@ def show(results: list[dict], seeds: list[int], args: argparse.Namespace) -> Non
     n, rng = len(results[0]['truth'][0]), np.random.default_rng(0)
     draws = [rng.integers(0, n, n) for _ in range(BOOTSTRAPS)]
     everything, rows = np.arange(n), []
-    for name, (_, count) in results[0].items():
+    for name in results[0]:
         if name == 'truth': continue
         kappas = [f'{mean_kappas([o], name, everything):.3f}' for o in results]
         gain = partial(lambda name, rows: mean_kappas(results, 'answer', rows) - mean_kappas(results, name, rows), name)
         text = ''
         if name != 'answer':
             text = difference_text(gain(everything), *np.quantile([gain(o) for o in draws], [.025, .975]))
-        rows.append([name, *kappas, f'{mean_kappas(results, name, everything):.3f}', text, f'{count:,}'])
+        seconds = float(np.mean([o[name][1] for o in results]))
+        rows.append([name, *kappas, f'{mean_kappas(results, name, everything):.3f}', text, format_duration(seconds)])
     table(f'{n} images, {args.splits} folds, {args.size} px, out-of-fold kappa',
-          ['', *(f'seed {o}' for o in seeds), 'mean', 'the answer, minus it (95 % CI)', 'images trained on'], rows)
+          ['', *(f'seed {o}' for o in seeds), 'mean', 'the answer, minus it (95 % CI)', 'time'], rows)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -99,8 +99,12 @@ def training_seconds(name: str, runs: Path) -> float:
     stages = {variant.stage, *(key.partition('=')[2] for key in variant.sets if '.init=' in key)}
     if variant.stage == 'retrain': stages.add('teacher')
     root = runs_folder(name, runs) / RECIPE.stem
-    records = [file for stage in stages for file in (root / stage).glob('fold*/stage.json')]
-    return sum(json.loads(file.read_text())['seconds'] for file in records)
+    return sum(training_seconds_of(root / stage) for stage in stages)
+
+
+def training_seconds_of(folder: Path) -> float:
+    "Return the seconds that the folds of a stage took to train, by its folder"
+    return sum(json.loads(file.read_text())['seconds'] for file in folder.glob('fold*/stage.json'))
 
 
 def result_row(name: str, runs: Path, reference: np.ndarray | None) -> tuple[list, np.ndarray]:

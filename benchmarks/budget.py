@@ -1,0 +1,114 @@
+"""Kappa against time: python benchmarks/budget.py --data ~/idrid --minutes 10,30,120
+
+For each number of minutes, on the same folds and images:
+
+- 'fit': `run.py fit --hours`, which chooses its settings for the time; the time counted is that of the whole command,
+  with choosing, preparing and the report;
+- 'published': the published 2020 recipe on the network of `fit`, with as many epochs as train on these folds in the
+  same time (more than its 30 where there is time), and its own thresholds; then by thresholds fitted on other folds.
+
+The time of the published recipe is that of training and validation alone. What is there already is not trained again.
+"""
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from aptos_fastai.common.console import format_duration, say, table
+from aptos_fastai.common.io import write_bytes
+from aptos_fastai.metrics import (
+    PUBLISHED_THRESHOLDS,
+    apply_thresholds,
+    cross_fitted_grades,
+    kappa_interval,
+    paired_interval,
+    quadratic_kappa,
+)
+from aptos_fastai.pipeline.summary import difference_text, interval_text
+from aptos_fastai.recipe import Recipe, read_recipe
+from recipes import RECIPE, ROOT, VARIANTS, out_of_fold, training_seconds_of
+
+STAGE = 'teacher'
+
+
+def run_command(*args: object) -> None:
+    "Run a command of the program; exit if it fails"
+    if subprocess.run([sys.executable, ROOT / 'run.py', *args], check=False).returncode: sys.exit(1)
+
+
+def fit(minutes: float, args: argparse.Namespace) -> tuple[Path, float]:
+    "Fit for some minutes; return the run folder and the seconds that the command took"
+    root = args.runs / f'fit_{minutes:g}'
+    record = root / 'benchmark.json'
+    if not record.exists():
+        start = time.monotonic()
+        images = [args.data / 'train_images', args.data / 'test_images']
+        run_command('fit', args.data / 'train.csv', *images, '--name', root.name, '--runs', args.runs,
+                    '--hours', f'{minutes / 60:.3f}', '--set', f'recipe.seed={args.seed}')
+        write_bytes(record, json.dumps(dict(seconds=time.monotonic() - start)).encode())
+    return root, json.loads(record.read_text())['seconds']
+
+
+def published(name: str, epochs: int, folds: int, recipe: Recipe, args: argparse.Namespace) -> Path:
+    "Train the published recipe on the first folds of a recipe's splits; return the folder of its stage"
+    keys = [*VARIANTS['published recipe'].sets, f'recipe.seed={recipe.seed}', f'recipe.splits={recipe.splits}',
+            f'stage.folds={folds}', f'stage.epochs={epochs}']
+    sets = [text for key in keys for text in ('--set', key)]
+    runs = args.runs / name
+    run_command('train', STAGE, '--recipe', RECIPE, '--data', args.data, '--runs', runs, *sets)
+    return runs / RECIPE.stem / STAGE
+
+
+def results(minutes: float, args: argparse.Namespace) -> list[list[str]]:
+    "Train what is missing for some minutes; return the rows of the table"
+    root, seconds = fit(minutes, args)
+    recipe = read_recipe(root / 'recipe.ini')
+    answer = recipe.submit.final
+    ours = pd.read_csv(root / 'oof.csv', dtype=dict(id_code=str)).dropna(subset=answer)
+    folds = recipe.folds_of(answer)
+    epoch = training_seconds_of(published('one_epoch', 1, 1, recipe, args))
+    epochs = max(1, round(seconds / folds / epoch))
+    folder = published(f'published_{minutes:g}', epochs, folds, recipe, args)
+    theirs = out_of_fold(folder).set_index('id_code').loc[ours.id_code].reset_index()
+    if not np.array_equal(theirs.fold, ours.fold): raise SystemExit('The folds of the two recipes differ.')
+    stage = recipe.stages[STAGE]
+    what = f'{stage.size} px, {folds} folds, {stage.freeze_epochs + stage.epochs} epochs, answer: {answer}'
+    own = ours[f'{answer}_grade'].to_numpy().astype(int)
+    fixed = apply_thresholds(theirs.score, PUBLISHED_THRESHOLDS)
+    fitted = cross_fitted_grades(theirs.score, theirs.diagnosis, theirs.fold, how='regularised')
+    spent = format_duration(training_seconds_of(folder))
+    return [row(f'{minutes:g} min', 'fit', what, own, ours, own, format_duration(seconds)),
+            row('', 'published', f'{epochs} epochs', fixed, ours, own, spent),
+            row('', 'the same, fitted thresholds', '', fitted, ours, own, '')]
+
+
+def row(budget: str, name: str, what: str, grades: np.ndarray, ours: pd.DataFrame, own: np.ndarray,
+        spent: str) -> list[str]:
+    "Return a row of the table: kappa with its interval, and the difference of our grades from `grades`"
+    truth = ours.diagnosis.to_numpy()
+    kappa = interval_text(quadratic_kappa(grades, truth), kappa_interval(grades, truth))
+    gain = '' if grades is own else difference_text(*paired_interval(grades, own, truth))
+    return [budget, name, what, f'{len(truth)}', kappa, gain, spent]
+
+
+def main(args: argparse.Namespace) -> None:
+    rows: list[list[str]] = []
+    for minutes in args.minutes:
+        say(f'{minutes:g} minutes …', 'bold')
+        rows += results(minutes, args)
+        table('Out-of-fold kappa by time', ['for', 'recipe', 'chosen', 'images', 'kappa (95 % CI)',
+                                            'fit, minus it (95 % CI)', 'time'], rows)
+
+
+if __name__ == '__main__':
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument('--data', type=Path, required=True, help='folder of train.csv, train_images/ and test_images/')
+    p.add_argument('--minutes', type=lambda text: [float(o) for o in text.split(',')], default=[10.], metavar='M,...')
+    p.add_argument('--seed', type=int, default=1, help='of folds and training')
+    p.add_argument('--runs', type=Path, default=Path('runs/budget'), help='folder for the runs')
+    main(p.parse_args())
