@@ -111,7 +111,8 @@ class RunOptions:
         if self.folder and self.run: raise AptosError(f'--run {self.run}: {self.folder} was named, too. Name one run.')
         excess = [f'--{name}' for name in ('recipe', 'runs', 'name') if name in given]
         if excess: raise AptosError(f'{excess[0]}: the run folder {folder} has its own. Name one of them.')
-        return replace(self, **options_of(folder, self.data if 'data' in given else ''))
+        options: Any = options_of(folder, self.data if 'data' in given else '')
+        return replace(self, **options)
 
 
 # From a function to a command
@@ -235,7 +236,8 @@ def _out_of_memory_or_peer_lost(e: Exception, name: str) -> NoReturn:
 def main(argv: list[str] | None = None) -> None:
     "Run the command in `argv` (default: the program's arguments). Raises `SystemExit` if it fails"
     if isinstance(sys.stdout, io.TextIOWrapper): sys.stdout.reconfigure(errors='replace')      # cp1252 in a pipe
-    parser, program = typer.main.get_command(app), PROGRAM
+    parser: Any = typer.main.get_command(app)            # a group of commands
+    program = PROGRAM
     arguments = sys.argv[1:] if argv is None else argv
     name = arguments[0].replace('-', '_') if arguments else ''          # operating-point is operating_point
     if name in COMMANDS:                     # parse its arguments alone: those of the program import pydantic

@@ -20,7 +20,6 @@ from aptos_fastai.common.distributed import world_size
 from aptos_fastai.common.io import AptosError, digest, file_hash, read_record, write_csv, write_record
 from aptos_fastai.common.privacy import LEAVE_OUT, patient_data
 from aptos_fastai.common.program import COMMAND
-from aptos_fastai.data.store import read_prepared, store_folder
 from aptos_fastai.data.tables import describe
 from aptos_fastai.data.understand import Ask
 from aptos_fastai.pipeline.deadline import Deadline
@@ -167,9 +166,8 @@ def prepare_run(run: Run) -> None:
     "Prepare the images of every table; print how their retinas were found and which look bad"
     with start_run(run) as (prepared, _): pass
     rows = []
-    for name, frame in prepared.frames.items():
-        record = read_prepared(store_folder(frame, run.store, run.prep))
-        assert record is not None
+    for name in prepared.frames:
+        record = prepared.prepared_record(name)
         flags = record['flags'].str.split().explode()
         rows.append([name, len(record), int((record.error != '').sum()), counts_text(record.how[record.how != '']),
                      counts_text(flags) or 'none'])

@@ -11,6 +11,7 @@ from aptos_fastai.common.io import AptosError, digest, file_hash, is_trusted, re
 from aptos_fastai.data.demo import holds_demo_images
 from aptos_fastai.data.relabels import Relabels, read_relabels
 from aptos_fastai.data.retina import Prep, get_prep
+from aptos_fastai.data.store import read_prepared, store_folder
 from aptos_fastai.data.tables import find_folder
 from aptos_fastai.metrics import (
     GRADES,
@@ -115,6 +116,13 @@ class Run:
     def prep_of(self, stage: Stage) -> Prep:
         "How the images that a stage reads are prepared"
         return replace(self.prep, size=self.recipe.images.size or stage.size)
+
+    def prepared_record(self, table: str) -> pd.DataFrame:
+        "Return prepared.csv of a table at the largest size. Raises `RecordError` if it is not there"
+        folder = store_folder(self.frames[table], self.store, self.prep)
+        record = read_prepared(folder)
+        if record is None: raise RecordError(f'{folder}: has no prepared images of {table}. Run `prepare` again.')
+        return record
 
     @property
     def relabels(self) -> dict[str, Relabels]:

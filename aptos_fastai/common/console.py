@@ -45,7 +45,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, 
     console.print(t, soft_wrap=False)
 
 
-class _Bar:
+class ProgressBar:
     "One progress bar; without a terminal it prints a plain line every `LOG_SECONDS` seconds"
 
     def __init__(self, progress: Progress | None, title: str, total: int, unit: str):
@@ -86,8 +86,8 @@ class Bars:
         if self.progress: self.progress.stop()
 
     @contextmanager
-    def __call__(self, title: str, total: int, unit: str = '') -> Iterator[_Bar]:
+    def __call__(self, title: str, total: int, unit: str = '') -> Iterator[ProgressBar]:
         "Show a bar while the block runs"
-        bar = _Bar(self.progress, title, total, unit)
+        bar = ProgressBar(self.progress, title, total, unit)
         try: yield bar
         finally: bar.close()

@@ -161,7 +161,7 @@ def make_private(descriptor: int) -> bool:
     return not stat.S_IMODE(os.fstat(descriptor).st_mode) & 0o077
 
 
-def write_bytes(path: str | Path, data: bytes) -> None:
+def write_bytes(path: str | Path, data: bytes | memoryview) -> None:
     "Write `data` to `path` atomically"
     with atomic_write(path) as temp: temp.write_bytes(data)
 

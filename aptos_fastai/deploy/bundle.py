@@ -36,13 +36,16 @@ TABLES = BUNDLE_IMAGES, BUNDLE_SCORES        # CSVs of a bundle
 
 class NetOfSquares(nn.Module):
     "A network with its normalisation: squares (n, side, side, 3) uint8 RGB -> scores (n,), pooled features (n, C)"
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, net: nn.Module, member: MemberSpec):
         super().__init__()
         self.net = net
         self.register_buffer('mean', 255 * torch.tensor(member.mean))
         self.register_buffer('std', 255 * torch.tensor(member.std))
 
-    def forward(self, squares):
+    def forward(self, squares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         "Return the scores and the pooled features"
         x = (squares.float() - self.mean) / self.std
         features, scores = features_and_scores(self.net, x.permute(0, 3, 1, 2))

@@ -89,8 +89,8 @@ def _slug(name: str) -> str:
 
 def notebook() -> dict:
     "Return the notebook as its JSON"
-    extra = dict(code=dict(outputs=[], execution_count=None), markdown={})
-    cells = []
+    extra: dict[str, dict] = dict(code=dict(outputs=[], execution_count=None), markdown={})
+    cells: list[dict] = []
     for i, (kind, text) in enumerate(CELLS):
         source = text.strip().splitlines(keepends=True)
         cells.append(dict(cell_type=kind, id=f'cell{i}', metadata={}, source=source, **extra[kind]))

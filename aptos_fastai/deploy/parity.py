@@ -118,13 +118,14 @@ def comparison(backend: str, precision: str, expected: Predictions, folder: Path
     found = predict_jpegs(load_grader(folder, backend, precision), jpegs, bars)
     seconds = time.monotonic() - start
     difference, n = np.abs(found.scores - expected.scores), len(jpegs)
+    largest = float(difference.max())
     grades, referrals = ((getattr(found, o) != getattr(expected, o)).sum() for o in ('grades', 'referable'))
-    record = dict(backend=backend, precision=precision, images=n, max_difference=float(difference.max()),
+    record = dict(backend=backend, precision=precision, images=n, max_difference=largest,
                   mean_difference=float(difference.mean()), grades_changed=int(grades),
                   grades_interval=list(wilson_interval(int(grades), n)), referrals_changed=int(referrals),
                   referrals_interval=list(wilson_interval(int(referrals), n)), bound=MAX_DIFFERENCE[precision],
                   seconds=round(seconds, 1))
-    within = within_bounds(precision, record['max_difference'], int(grades), int(referrals), n)
+    within = within_bounds(precision, largest, int(grades), int(referrals), n)
     return dict(record, within_bounds=within)
 
 

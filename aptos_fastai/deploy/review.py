@@ -1,9 +1,10 @@
 "Serve a local page on which a reader decides about the labels that a finished run contradicts most."
 import asyncio
 import re
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -30,6 +31,11 @@ from aptos_fastai.pipeline.review import DUPLICATE, Review, ReviewItem
 from aptos_fastai.pipeline.review_images import ReviewImages
 from aptos_fastai.pipeline.summary import SYNTHETIC
 from aptos_fastai.reports.html import render
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
 
 PACKAGES = 'starlette', 'uvicorn'
 MAX_BODY = 10_000                            # bytes of a decision
@@ -117,7 +123,7 @@ def jpeg(pixels: np.ndarray) -> bytes:
 
 # Requests
 
-async def read_decision(request) -> dict[str, Any]:
+async def read_decision(request: 'Request') -> dict[str, Any]:
     "Return the JSON object of a request. Raises `RequestError`"
     body = await read_json(request, MAX_BODY, f'{MAX_BODY} bytes of JSON')
     if not isinstance(body, dict): raise RequestError(400, 'send a JSON object')
@@ -141,59 +147,59 @@ class Pages:
     "What each path of the server replies"
     def __init__(self, session: ReviewSession): self.session = session
 
-    async def _reply(self, function, *args):
+    async def _reply(self, function: Callable[..., dict], *args: Any) -> 'Response':
         "Return the JSON of what `function` returns; it runs in the session's thread"
         result = await asyncio.get_running_loop().run_in_executor(self.session.worker, function, *args)
         return json_reply(result)
 
-    async def page(self, request):
+    async def page(self, request: 'Request') -> 'Response':
         "`/`"
         from starlette.responses import HTMLResponse
         warning = SYNTHETIC if self.session.review.summary['synthetic'] else ''
         html = render('review.html', title='Review of labels', note='', about=about(self.session), warning=warning)
         return HTMLResponse(html, headers=HEADERS)
 
-    async def state(self, request):
+    async def state(self, request: 'Request') -> 'Response':
         "`/api/state`"
         return await self._reply(self.session.state)
 
-    async def label(self, request):
+    async def label(self, request: 'Request') -> 'Response':
         "`/api/label/N`"
         return await self._reply(self.session.label, request.path_params['n'])
 
-    async def image(self, request):
+    async def image(self, request: 'Request') -> 'Response':
         "`/api/image/N`"
         return await self._image(request, False)
 
-    async def heatmap(self, request):
+    async def heatmap(self, request: 'Request') -> 'Response':
         "`/api/heatmap/N`"
         return await self._image(request, True)
 
-    async def _image(self, request, heat: bool):
+    async def _image(self, request: 'Request', heat: bool) -> 'Response':
         from starlette.responses import Response
         loop, session = asyncio.get_running_loop(), self.session
         data, shown = await loop.run_in_executor(session.worker, session.image, request.path_params['n'], heat)
         return Response(data, media_type='image/jpeg', headers=HEADERS | shown)
 
-    async def decide(self, request):
+    async def decide(self, request: 'Request') -> 'Response':
         "POST `/api/decision`"
         body = await read_decision(request)
         args = image_of(body), grade_of(body), text_of(body, 'reviewer')
         return await self._reply(self.session.decide, *args)
 
-    async def undo(self, request):
+    async def undo(self, request: 'Request') -> 'Response':
         "POST `/api/undo`"
         body = await read_decision(request)
         return await self._reply(self.session.undo, text_of(body, 'reviewer'))
 
     @asynccontextmanager
-    async def lifespan(self, app):
+    async def lifespan(self, app: 'Starlette') -> AsyncIterator[None]:
         "Stop the session's thread at the end"
         yield
         self.session.worker.shutdown(cancel_futures=True)
 
 
-def get_app(session: ReviewSession, hosts: list[str]):
+def get_app(session: ReviewSession, hosts: list[str]) -> 'Starlette':
     """Return the ASGI application: `/` the page; `/api/state`, `/api/image/N`, `/api/heatmap/N`, `/api/label/N`; by
     POST `/api/decision` (image, grade, reviewer) and `/api/undo`.
 

@@ -1,9 +1,10 @@
 "Serve a local web page and a JSON endpoint that grade images and keep none."
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
 
 from aptos_fastai.common.clock import now
 from aptos_fastai.common.console import say
@@ -35,37 +36,45 @@ from aptos_fastai.inference.patients import COLUMNS as PATIENT_COLUMNS
 from aptos_fastai.reports.colours import GRADES_DARK, GRADES_LIGHT
 from aptos_fastai.reports.html import render
 
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.datastructures import UploadFile
+    from starlette.requests import Request
+    from starlette.responses import Response
+
 PACKAGES = 'starlette', 'uvicorn', 'python_multipart'
 UPLOAD_SECONDS = 120                         # for one request to arrive
 LOG_FAILED = 'the request log cannot be written ({}); the grades are withheld'
 
 
-def uploads_length(request) -> int:
+def uploads_length(request: 'Request') -> int:
     "Return the size of a request with images in bytes. Raises `RequestError`"
     limit = about.MAX_MEGABYTES * about.MAX_IMAGES
     return content_length(request, limit * MEGABYTE, f'{about.MAX_IMAGES} images of {about.MAX_MEGABYTES} MB')
 
 
-async def read_uploads(request) -> tuple[list[tuple[str, bytes]], bool]:
+async def read_uploads(request: 'Request') -> tuple[list[tuple[str, bytes]], bool]:
     "Return (name, bytes) of each file of a request, and whether it asks for heat maps. Raises `RequestError`"
+    from starlette.datastructures import UploadFile
     from starlette.exceptions import HTTPException
     if not request.headers.get('content-type', '').startswith('multipart/form-data'):
         raise RequestError(415, 'send the images as multipart/form-data, field `files`')
     try:
         async with request.form(max_files=about.MAX_IMAGES, max_fields=10) as form:
-            files = [f for f in form.getlist('files') if hasattr(f, 'filename')]
+            files = [f for f in form.getlist('files') if isinstance(f, UploadFile)]
             if not files: raise RequestError(400, 'no image in the field `files`')
             for f in files:
-                if f.size > about.MAX_MEGABYTES * MEGABYTE:
-                    raise RequestError(413, f'{_file_name(f.filename)} is larger than {about.MAX_MEGABYTES} MB')
-            uploads = [(_file_name(f.filename), await f.read()) for f in files]
+                if (f.size or 0) > about.MAX_MEGABYTES * MEGABYTE:
+                    raise RequestError(413, f'{_file_name(f)} is larger than {about.MAX_MEGABYTES} MB')
+            uploads = [(_file_name(f), await f.read()) for f in files]
             return uploads, form.get('heatmap', '') in ('1', 'true', 'yes', 'on')
     except HTTPException as e: raise RequestError(400, e.detail) from None
     except ValueError: raise RequestError(400, 'the charset of Content-Type does not fit: send UTF-8') from None
 
 
-def _file_name(text: str) -> str:
+def _file_name(upload: 'UploadFile') -> str:
     "Return the name of an uploaded file without its folders. Raises `RequestError` if it is no Unicode"
+    text = upload.filename or ''
     if not is_unicode(text): raise RequestError(400, 'the name of a file is no Unicode: send UTF-8')
     return PurePath(text.replace('\\', '/')).name[:200] or 'image'
 
@@ -78,16 +87,16 @@ class Pages:
         self.audit = audit_record(grader)
         self.logged = f'Its log keeps {log.contents}.' if log else ''
 
-    def about(self, request) -> dict:
+    def about(self, request: 'Request') -> dict:
         "Describe the model; addresses are those that the request used"
         return about.describe_model(self.grader, str(request.base_url))
 
-    def openapi(self, request) -> dict:
+    def openapi(self, request: 'Request') -> dict:
         "Return the OpenAPI document"
         kept = f'Images are not kept on the server. {self.logged}' if self.log else NOTHING_KEPT
         return openapi_document(self.about(request), str(request.base_url), kept)
 
-    async def page(self, request):
+    async def page(self, request: 'Request') -> 'Response':
         "`/`: the page"
         warning = SYNTHETIC_MODEL if self.grader.model.synthetic else ''
         return _html('serve.html', title='Diabetic retinopathy grading', note='', warning=warning,
@@ -95,30 +104,31 @@ class Pages:
                      formula_starts=list(FORMULA_STARTS),
                      grade_colours=list(zip(GRADES_LIGHT, GRADES_DARK, strict=True)))
 
-    async def docs(self, request):
+    async def docs(self, request: 'Request') -> 'Response':
         "`/docs`: the documentation of the API"
         return _html('api.html', title='API', note='', warning='', document=self.openapi(request))
 
-    async def describe(self, request):
+    async def describe(self, request: 'Request') -> 'Response':
         "`/api`: the model"
         return json_reply(self.about(request))
 
-    async def document(self, request):
+    async def document(self, request: 'Request') -> 'Response':
         "`/openapi.json`: the OpenAPI document"
         return json_reply(self.openapi(request))
 
-    async def health(self, request):
+    async def health(self, request: 'Request') -> 'Response':
         "`/health`: whether the server works"
         return json_reply(dict(status='ok', model=self.grader.model.name, pending=self.queue.pending))
 
-    async def patients(self, request):
+    async def patients(self, request: 'Request') -> 'Response':
         "`/api/patients`: pair graded images of patients"
         body = await read_json(request, pairing.MAX_BODY, f'{pairing.MAX_BODY // 1_000_000} MB of JSON')
         return json_reply(await asyncio.to_thread(pairing.patients_of, body))
 
-    async def predict(self, request):
+    async def predict(self, request: 'Request') -> 'Response':
         "`/api/predict`: grade images, and log the request"
-        started, status, rows = time.monotonic(), 500, []
+        started, status = time.monotonic(), 500
+        rows: list[dict] = []
         try:
             rows = await self.graded_rows(request)
             status = 200
@@ -130,7 +140,7 @@ class Pages:
         return json_reply(dict(model=self.grader.model.name, synthetic=self.grader.model.synthetic,
                                disclaimer=DISCLAIMER, audit=audit, rows=rows))
 
-    async def graded_rows(self, request) -> list[dict]:
+    async def graded_rows(self, request: 'Request') -> list[dict]:
         "Return the rows of the images of a request. Raises `RequestError`"
         with self.queue.admit(uploads_length(request)) as admission:
             counted = with_counted_body(request, admission.add_bytes)
@@ -150,7 +160,7 @@ class Pages:
             raise RequestError(500, reason) from None
 
     @asynccontextmanager
-    async def lifespan(self, app):
+    async def lifespan(self, app: 'Starlette') -> AsyncIterator[None]:
         "Grade while the server runs"
         worker = asyncio.create_task(self.queue.work())
         yield
@@ -158,13 +168,14 @@ class Pages:
         self.queue.close()
 
 
-def _html(template: str, **values):
+def _html(template: str, **values: Any) -> 'Response':
     "Return a page"
     from starlette.responses import HTMLResponse
     return HTMLResponse(render(template, **values), headers=HEADERS)
 
 
-def get_app(grader: Grader, hosts: list[str], log: RequestLog | None = None, proxies: Sequence[str] = ()):
+def get_app(grader: Grader, hosts: list[str], log: RequestLog | None = None,
+            proxies: Sequence[str] = ()) -> 'Starlette':
     """Return the ASGI application: `/` the page; `/api` the model; `/api/predict` (POST, multipart) and `/api/patients`
     (POST, JSON); `/openapi.json` and `/docs` their documentation; `/health`.
 

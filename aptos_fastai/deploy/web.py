@@ -6,13 +6,21 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from ipaddress import ip_address
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aptos_fastai.common.console import say
 from aptos_fastai.common.io import AptosError
+
+if TYPE_CHECKING:
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 CSP = ("default-src 'none'; img-src 'self' data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
        "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'")
@@ -29,8 +37,6 @@ CLIENT_GONE = 499                            # status in the log: nobody receive
 MORE_HEADERS = {408: {'Connection': 'close'}, 503: {'Retry-After': '5'}}
 FOREIGN = 'requests of other web sites are refused: enter the address of the page in the address bar'
 
-Receive = Callable[[], Awaitable[Any]]
-
 
 class RequestError(Exception):
     "A request that cannot be served: HTTP status and reason."
@@ -41,7 +47,8 @@ class RequestError(Exception):
 
 # Applications
 
-def get_application(routes: Sequence, hosts: Sequence[str], lifespan: Any = None, proxies: Sequence[str] = ()):
+def get_application(routes: Sequence, hosts: Sequence[str], lifespan: Any = None,
+                    proxies: Sequence[str] = ()) -> 'Starlette':
     """Return a Starlette application whose errors are all JSON with the key `error`.
 
     It accepts only requests to `hosts` (`ADDRESSES`: every IP address) and `proxies`, so that no other web site can
@@ -59,23 +66,23 @@ def get_application(routes: Sequence, hosts: Sequence[str], lifespan: Any = None
     return app
 
 
-def json_reply(content: Any, status: int = 200, headers: dict[str, str] | None = None):
+def json_reply(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> 'JSONResponse':
     "Return a JSON response with the headers of every page"
     from starlette.responses import JSONResponse
-    return JSONResponse(content, status, headers=HEADERS | (headers or {}))
+    return JSONResponse(content, status, headers={**HEADERS, **(headers or {})})
 
 
-async def _refused(request, e):
+async def _refused(request: 'Request', e: RequestError) -> 'JSONResponse':
     if e.status == CLIENT_GONE: say(f'{request.method} {request.url.path}: {e.reason}')
     return json_reply(dict(error=e.reason), e.status, MORE_HEADERS.get(e.status))
 
 
-async def _http_error(request, e):
+async def _http_error(request: 'Request', e: 'HTTPException') -> 'JSONResponse':
     reasons = {404: f'no such path: {request.url.path}', 405: f'{request.method} is not allowed here'}
     return json_reply(dict(error=reasons.get(e.status_code, e.detail)), e.status_code, e.headers)
 
 
-async def _failed(request, e):
+async def _failed(request: 'Request', e: Exception) -> 'JSONResponse':
     return json_reply(dict(error=f'internal error ({type(e).__name__}); the terminal of the server shows it'), 500)
 
 
@@ -83,11 +90,11 @@ async def _failed(request, e):
 
 class OwnRequests:
     "ASGI middleware: status 400 for requests to another host name, 403 for those of another web site"
-    def __init__(self, app, hosts: Sequence[str], proxies: Sequence[str] = ()):
+    def __init__(self, app: 'ASGIApp', hosts: Sequence[str], proxies: Sequence[str] = ()):
         self.app, self.proxies = app, proxies
         self.hosts = {host.strip('[]').casefold() for host in hosts} | {host_name(proxy) for proxy in proxies}
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: 'Scope', receive: 'Receive', send: 'Send') -> None:
         "Serve a request if it may be made"
         from starlette.datastructures import Headers
         if scope['type'] != 'http': return await self.app(scope, receive, send)
@@ -96,7 +103,7 @@ class OwnRequests:
         if not self.is_served(host): return await self._unknown(host)(scope, receive, send)
         followed = headers.get('sec-fetch-mode') == 'navigate' and not scope['path'].startswith('/api')        # a link
         is_own = followed or not is_foreign(headers, [host, *self.proxies])
-        served = self.app if is_own else json_reply(dict(error=FOREIGN), 403)
+        served: ASGIApp = self.app if is_own else json_reply(dict(error=FOREIGN), 403)
         await served(scope, in_time(receive), send)
 
     def is_served(self, host: str) -> bool:
@@ -104,7 +111,7 @@ class OwnRequests:
         name = host_name(host)
         return name in self.hosts or ADDRESSES in self.hosts and (is_address(name) or not host)
 
-    def _unknown(self, host: str):
+    def _unknown(self, host: str) -> 'JSONResponse':
         known = ', '.join([*sorted(self.hosts - {ADDRESSES}), *['the IP address'] * (ADDRESSES in self.hosts)])
         return json_reply(dict(error=f'host name {host[:80]!r} is not served here; use one of: {known}'), 400)
 
@@ -139,14 +146,14 @@ def is_own_origin(origin: str, host: str) -> bool:
 
 # Requests
 
-def in_time(receive: Receive) -> Receive:
+def in_time(receive: 'Receive') -> 'Receive':
     """Return the `receive` of ASGI whose body arrives or ends with a `RequestError`.
 
     Its status is 408 if no byte comes for `IDLE_SECONDS`, and 499 if the client has gone.
     """
     is_complete = False
 
-    async def receive_in_time():
+    async def receive_in_time() -> 'Message':
         nonlocal is_complete
         if is_complete: return await receive()
         try:
@@ -158,16 +165,16 @@ def in_time(receive: Receive) -> Receive:
     return receive_in_time
 
 
-def with_counted_body(request, count: Callable[[int], None]):
+def with_counted_body(request: 'Request', count: Callable[[int], None]) -> 'Request':
     "Return a request that calls `count` with the number of bytes of each part of its body that arrives"
-    async def receive():
+    async def receive() -> 'Message':
         message = await request.receive()
         count(len(message.get('body', b'')))
         return message
     return type(request)(request.scope, receive)
 
 
-def content_length(request, limit: float, what: str) -> int:
+def content_length(request: 'Request', limit: float, what: str) -> int:
     "Return the size of a request's body in bytes. Raises `RequestError` if it is unknown or above `limit`, `what` fits"
     length = request.headers.get('content-length', '')
     if not length.isdecimal(): raise RequestError(411, 'header Content-Length is missing')
@@ -175,7 +182,7 @@ def content_length(request, limit: float, what: str) -> int:
     return int(length)
 
 
-async def read_json(request, limit: int, what: str) -> Any:
+async def read_json(request: 'Request', limit: int, what: str) -> Any:
     "Return the JSON of a request of at most `limit` bytes. Raises `RequestError`; a form of another web site is none"
     if request.headers.get('content-type', '').partition(';')[0].strip() != 'application/json':
         raise RequestError(415, 'send application/json')
@@ -231,7 +238,7 @@ def server_url(host: str, port: int) -> str:
     return f'http://[{name}]:{port}' if ':' in name else f'http://{name}:{port}'
 
 
-def run_server(app, host: str, port: int, *notes: str) -> None:
+def run_server(app: 'ASGIApp', host: str, port: int, *notes: str) -> None:
     "Serve an ASGI application until it is stopped; print `notes` after its address. Raises `AptosError`"
     import uvicorn
     family = socket.AF_INET6 if ':' in host else socket.AF_INET
@@ -250,7 +257,7 @@ def is_no_cancellation(record: logging.LogRecord) -> bool:
     return 'CancelledError' not in logging.Formatter().format(record)
 
 
-def _announce(server, url: str, notes: Sequence[str]) -> None:
+def _announce(server: 'uvicorn.Server', url: str, notes: Sequence[str]) -> None:
     "Say the page's address once the server has started"
     while not server.started and not server.should_exit: time.sleep(.05)
     if not server.started: return

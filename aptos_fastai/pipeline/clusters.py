@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from aptos_fastai.data.groups import natural_order
-from aptos_fastai.data.store import read_prepared, read_square, store_folder
+from aptos_fastai.data.store import read_square
 from aptos_fastai.metrics import apply_thresholds, kappa_interval, quadratic_kappa, thresholds_or_midpoints
 from aptos_fastai.recipe import parse_thresholds
 from aptos_fastai.run_folder import Run
@@ -50,8 +50,7 @@ def with_image_records(run: Run, valid: pd.DataFrame) -> pd.DataFrame:
     parts = []
     for name, rows in valid.groupby('source'):
         frame = run.frames[name]
-        record = read_prepared(store_folder(frame, run.store, run.prep))
-        assert record is not None
+        record = run.prepared_record(name)
         rows = rows.merge(frame[['id_code', 'stored']], on='id_code')
         parts.append(rows.merge(record[['id_code', 'width', 'height', 'r', 'stretch']], on='id_code'))
     return pd.concat(parts, ignore_index=True)

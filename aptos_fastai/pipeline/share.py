@@ -2,7 +2,7 @@
 import os
 import shutil
 from collections.abc import Collection, Iterator
-from dataclasses import replace
+from copy import copy
 from itertools import groupby
 from pathlib import Path
 
@@ -19,7 +19,9 @@ def with_shared(run: Run, stages: Collection[str]) -> Run:
     parents, which come first. Those of a stage that an ensemble names by path are of that run and of no other, whose
     weights replace others. Nothing is copied.
     """
-    run, named = replace(run, shared={}), run.recipe.other_runs
+    run, named = copy(run), run.recipe.other_runs      # what it knows of its tables stays known
+    run.shared = {}
+    if not any('pixel_sha256' in frame for frame in run.frames.values()): return run     # no image is prepared yet
     folds = [(name, k) for name in run.recipe.order if name in stages for k in range(run.recipe.stages[name].folds)]
     lacking = {(name, k): run.fingerprint(name, k) for name, k in folds
                if name not in named and not _is_begun(run.fold_dir(name, k))}

@@ -122,7 +122,7 @@ def cluster_section(summary: dict) -> list[Table | str]:
 
 def threshold_comparison(run: Run, oof: pd.DataFrame) -> Table:
     "Compare the kappa of each stage between the ways to set its thresholds."
-    def kappa(grades, valid):
+    def kappa(grades: np.ndarray, valid: pd.DataFrame) -> str:
         interval = kappa_interval(grades, valid.diagnosis, valid.group)
         text = interval_text(quadratic_kappa(grades, valid.diagnosis), interval)
         return text.replace(' (', '\n(')     # two lines: the table fits the page

@@ -3,6 +3,7 @@ import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -77,11 +78,11 @@ def embed_image(im: np.ndarray, alt: str, quality: int = 85) -> EmbeddedImage:
     return EmbeddedImage(data_uri(im, quality), alt, width, height)
 
 
-def render(template: str, **values) -> str:
+def render(template: str, **values: Any) -> str:
     "Render a template; a missing value raises `jinja2.UndefinedError`."
     return _environment.get_template(template).render(**values)
 
 
-def write_html(path: Path, template: str, **values):
+def write_html(path: Path, template: str, **values: Any) -> None:
     "Render a template and write it to `path` atomically."
     write_bytes(path, render(template, **values).encode())

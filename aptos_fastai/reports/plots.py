@@ -53,7 +53,8 @@ styled = matplotlib.rc_context({
 })
 
 
-def subplots(width: float = 5.6, height: float = 3.4, rows: int = 1, columns: int = 1, **kwargs):
+def subplots(width: float = 5.6, height: float = 3.4, rows: int = 1, columns: int = 1,
+             **kwargs: Any) -> tuple[Figure, Any]:
     "Return a new figure of `width` x `height` inches and its axes."
     fig = Figure(figsize=(width, height), layout='constrained')
     return fig, fig.subplots(rows, columns, **kwargs)
@@ -263,7 +264,7 @@ def learning_curves(histories: dict[str, list[pd.DataFrame]]) -> Figure:
     return fig
 
 
-def _stage_curves(axes: np.ndarray, stage: str, folds: list[pd.DataFrame]):
+def _stage_curves(axes: np.ndarray, stage: str, folds: list[pd.DataFrame]) -> None:
     "Draw the three curves of a stage on its three axes, one line per fold."
     loss_ax, kappa_ax, rate_ax = axes
     for h in folds:
@@ -325,7 +326,7 @@ def stage_graph(depth: dict[str, int], edges: Sequence[tuple[str, str, bool]], t
     return fig
 
 
-def _arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float], dashed: bool):
+def _arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float], dashed: bool) -> None:
     "Draw an arrow from the right edge of a box to the left edge of another, bent where it skips a column."
     (x0, y0), (x1, y1) = start, end
     bend = -.2 if x1 - x0 > 1 else 0

@@ -48,7 +48,7 @@ THUMBNAIL = 224                              # side of a gallery image, pixels
 
 
 def write_report(run: Run, summary: dict, oof: pd.DataFrame, predictions: pd.DataFrame | None, bars: Bars,
-                 deidentify: bool = False):
+                 deidentify: bool = False) -> None:
     """Write <run>/report.html from summary.json, the out-of-fold table and the test predictions (scores.csv), if any.
 
     `deidentify` leaves out ids and images.

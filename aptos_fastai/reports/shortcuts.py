@@ -5,7 +5,8 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from aptos_fastai.data.store import read_prepared, read_square, store_folder
+from aptos_fastai.common.console import ProgressBar
+from aptos_fastai.data.store import read_square
 from aptos_fastai.metrics import cross_fitted_grades, kappa_interval, quadratic_kappa, stratified_group_parts
 from aptos_fastai.run_folder import Run
 
@@ -41,7 +42,7 @@ def forest_kappa(features: np.ndarray, grades: np.ndarray, parts: np.ndarray,
     return quadratic_kappa(predicted, grades), kappa_interval(predicted, grades, groups)
 
 
-def shortcut_check(run: Run, bar=None) -> list[tuple[str, int, float, tuple[float, float]]]:
+def shortcut_check(run: Run, bar: ProgressBar | None = None) -> list[tuple[str, int, float, tuple[float, float]]]:
     """Return (features, images, kappa, interval) for each set of features that shows the camera rather than the retina.
 
     Uses up to `MAX_IMAGES` of the final model's validation images. A kappa clearly above 0 for `IMAGE_SIZE` or
@@ -70,7 +71,7 @@ def _sample(run: Run) -> pd.DataFrame:
     "Return up to `MAX_IMAGES` validation images of the final model, with the columns of prepared.csv."
     ids = run.oof(run.recipe.submit.final)[['source', 'id_code']]
     frames = {name: run.frames[name] for name in ids.source.unique()}
-    records = [read_prepared(store_folder(f, run.store, run.prep)).assign(source=name) for name, f in frames.items()]
+    records = [run.prepared_record(name).assign(source=name) for name in frames]
     df = ids.merge(pd.concat(frames.values()), on=['source', 'id_code'])
     df = df.merge(pd.concat(records), on=['source', 'id_code'], suffixes=('', '_prepared'))
     return df.sample(min(MAX_IMAGES, len(df)), random_state=0).reset_index(drop=True)

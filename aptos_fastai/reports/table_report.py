@@ -1,5 +1,6 @@
 "Write inspect/<table>.html: what a table holds and what its images look like."
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -15,7 +16,7 @@ from aptos_fastai.data.groups import patients_text
 from aptos_fastai.data.id_order import ORDERS, compare_id_orders, id_order_text
 from aptos_fastai.data.retina import Circle
 from aptos_fastai.data.spreadsheet import first_few
-from aptos_fastai.data.store import read_prepared, read_square, resized_warning, store_folder
+from aptos_fastai.data.store import read_square, resized_warning
 from aptos_fastai.data.tables import describe, table_contents
 from aptos_fastai.metrics import GRADE_NAMES, GRADES
 from aptos_fastai.pipeline.graph import start_run
@@ -34,13 +35,13 @@ LEGEND = ('original with the circle or ellipse found (green: fitted; orange: bou
           'crop, two augmented samples')
 
 
-def inspect_table(run: Run, name: str, count: int):
+def inspect_table(run: Run, name: str, count: int) -> None:
     "`inspect TABLE [COUNT]`: write inspect/<table>.html, and its images as the contact sheet inspect/<table>.png."
     if name not in run.frames:
         raise AptosError(f'{name}: no such table in {run.recipe.path}. Choose one of {", ".join(run.frames)}.')
     if count < 1: raise AptosError(f'{count}: choose at least 1 image.')
     with start_run(run) as (run, bars):
-        prepared = read_prepared(store_folder(run.frames[name], run.store, run.prep))
+        prepared = run.prepared_record(name)
         columns = ['width', 'height', 'x', 'y', 'r', 'stretch', 'how', 'flags']
         frame = run.frames[name].drop(columns=columns, errors='ignore')
         df = frame.merge(prepared[['id_code', *columns]], on='id_code')
@@ -93,7 +94,7 @@ def choose_images(df: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
     return pd.concat([first, others]).sort_values(['diagnosis', 'id_code'], kind='stable')
 
 
-def inspect_image(row, run: Run) -> tuple[dict, np.ndarray]:
+def inspect_image(row: Any, run: Run) -> tuple[dict, np.ndarray]:
     "Return an image's tiles for the page, and the same as a strip of the contact sheet."
     parts = [row.id_code]
     if not np.isnan(row.diagnosis): parts.append(f'grade {row.diagnosis:.0f}')
@@ -104,7 +105,7 @@ def inspect_image(row, run: Run) -> tuple[dict, np.ndarray]:
     return entry, _strip(images, f'{caption} {row.flags}')
 
 
-def tiles(row, run: Run) -> list[np.ndarray]:
+def tiles(row: Any, run: Run) -> list[np.ndarray]:
     "Return the original with its circle, the crop and the augmented samples (uint8 RGB), each `TILE` pixels high."
     square = read_square(row.stored, run.prep, TILE)
     augment = FundusAugment(run.recipe.augment, run.recipe.seed)
@@ -112,7 +113,7 @@ def tiles(row, run: Run) -> list[np.ndarray]:
     return [_original_with_circle(row), square, *samples]
 
 
-def _original_with_circle(row) -> np.ndarray:
+def _original_with_circle(row: Any) -> np.ndarray:
     "Return the original, `TILE` pixels high, with the circle or ellipse that was found."
     im, (width, height) = decode(Path(row.path).read_bytes(), 2 * TILE)
     scale = TILE / im.shape[0]
@@ -196,7 +197,7 @@ def duplicate_sets(run: Run, name: str) -> Table:
                  f'{more} more in duplicates.csv of the run folder' if more > 0 else '')
 
 
-def _duplicate_text(row) -> str:
+def _duplicate_text(row: Any) -> str:
     "Return table, id and grade of an image."
     text = f'{row.source} {row.id_code}'
     return text if np.isnan(row.diagnosis) else f'{text} (grade {row.diagnosis:.0f})'

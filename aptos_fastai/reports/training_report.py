@@ -3,7 +3,6 @@ import pandas as pd
 
 from aptos_fastai.common.console import Bars, format_duration
 from aptos_fastai.data.duplicates import duplicates_table
-from aptos_fastai.data.store import read_prepared, store_folder
 from aptos_fastai.metrics import GRADES
 from aptos_fastai.pipeline.summary import EPOCH_CHOSEN, all_warnings, by_value, interval_text, mean_text, tables_text
 from aptos_fastai.recipe import General, Stage, parse_thresholds
@@ -40,7 +39,7 @@ def _box_text(run: Run, name: str, result: dict) -> str:
     return f'{stage.arch}\n{stage.size} px, {format_duration(result["seconds"])}, {kappa}'
 
 
-def stage_results(run: Run, summary: dict) -> list[Figure | Table]:
+def stage_results(run: Run, summary: dict) -> list[Figure | Table | str]:
     "Return the kappa of each stage as a plot and as a table."
     rows = summary['stages']
     fewest, most = min(r['validated'] for r in rows), max(r['validated'] for r in rows)
@@ -142,7 +141,7 @@ def tables_section(run: Run) -> Table:
 def _table_row(run: Run, name: str, duplicates: pd.DataFrame) -> list:
     "Return the row of a table."
     frame = run.frames[name]
-    prepared = read_prepared(store_folder(frame, run.store, run.prep))
+    prepared = run.prepared_record(name)
     flags = prepared['flags'].str.split().explode().value_counts()
     readable = prepared[prepared.error == '']
     graded = run.recipe.tables[name].graded
@@ -170,11 +169,11 @@ def settings(run: Run) -> list[Table]:
         rows.append([section, ', '.join(f'{key} = {_value_text(value)}' for key, value in keys)])
     keys = [(key, getattr(recipe, key)) for key in General.__dataclass_fields__]
     rows.append(['recipe', ', '.join(f'{key} = {_value_text(value)}' for key, value in keys)])
-    versions = run.record(list(stages)[-1], 0)['versions']
+    versions = run.finished_record(list(stages)[-1], 0)['versions']
     return [Table(['key', *stages], differing), Table(['section', 'keys'], rows),
             Table(['package', 'version'], [[name, version] for name, version in versions.items() if version])]
 
 
-def _value_text(value) -> str:
+def _value_text(value: object) -> str:
     "Return a value as a recipe has it; '(empty)' for an empty one."
     return (' '.join(map(str, value)) if isinstance(value, tuple) else str(value)) or '(empty)'

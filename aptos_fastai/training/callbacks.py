@@ -4,16 +4,17 @@ import math
 import random
 import re
 import time
+from typing import Any, NoReturn
 
 import torch
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgLoss, AvgSmoothLoss
 from fastai.torch_core import find_bs, to_detach
-from fastai.vision.all import Callback, Learner, Tensor, get_model, nn, set_seed, tensor
+from fastai.vision.all import Callback, DataLoader, Learner, Tensor, get_model, nn, set_seed, tensor
 from timm.utils import ModelEmaV3
 
-from aptos_fastai.common.console import console, format_duration, say
+from aptos_fastai.common.console import ProgressBar, console, format_duration, say
 from aptos_fastai.common.distributed import world_size
 from aptos_fastai.common.io import AptosError
 from aptos_fastai.training.loaders import set_epoch
@@ -30,17 +31,17 @@ class Reproducible(Callback):
     order = 20                                # after DistributedTraining, before any random draw
     def __init__(self, seed: int, history: 'History'): self.seed, self.hist = seed, history
 
-    def before_epoch(self):
+    def before_epoch(self) -> None:
         epoch = len(self.hist.rows)
         self.opt.zero_grad()                  # drop gradients accumulated after the last step of the previous epoch
         set_seed(self.seed + epoch)
         self.train_dl.rng = random.Random(self.seed + epoch)
         set_epoch(self.train_dl, epoch)
 
-    def after_fit(self): set_epoch(self.train_dl, None)
+    def after_fit(self) -> None: set_epoch(self.train_dl, None)
 
     @property
-    def train_dl(self):
+    def train_dl(self) -> DataLoader:
         "The training DataLoader, without the wrapper of distributed training"
         dl = self.dls.train
         return getattr(dl, 'dl', dl) if world_size() > 1 else dl
@@ -53,7 +54,7 @@ def cpu_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 class DeviceAvgLoss(AvgLoss):
     "fastai's mean loss, with its sum on the device: the CPU does not wait for the GPU in every batch"
-    def accumulate(self, learn: Learner):
+    def accumulate(self, learn: Learner) -> None:
         "Add the loss of a batch"
         n = find_bs(learn.yb)
         self.total += learn.to_detach(learn.loss.mean(), cpu=False) * n
@@ -62,7 +63,9 @@ class DeviceAvgLoss(AvgLoss):
 
 class DeviceSmoothLoss(AvgSmoothLoss):
     "fastai's smoothed loss, kept on the device"
-    def accumulate(self, learn: Learner):
+    val: Tensor
+
+    def accumulate(self, learn: Learner) -> None:
         "Add the loss of a batch"
         loss = to_detach(learn.loss.mean(), cpu=False)
         self.count += 1
@@ -85,10 +88,10 @@ class History(Callback):
         self.weights: dict | None = None
         self.smooth: tuple[int, float] | None = None      # count and value of the smoothed loss, from a checkpoint
 
-    def before_fit(self):
+    def before_fit(self) -> None:
         self.set_losses(DeviceAvgLoss(), DeviceSmoothLoss(self.recorder.smooth_loss.beta))
 
-    def after_fit(self):
+    def after_fit(self) -> None:
         "Give the Recorder fastai's own metrics and its losses on the CPU, for its plots and the exported Learner"
         smooth, losses = self.recorder.smooth_loss, self.recorder.losses
         on_cpu = AvgSmoothLoss(smooth.beta)
@@ -96,21 +99,21 @@ class History(Callback):
         self.set_losses(AvgLoss(), on_cpu)
         if losses: self.recorder.losses = list(torch.stack(losses).cpu())
 
-    def set_losses(self, loss: AvgLoss, smooth_loss: AvgSmoothLoss):
+    def set_losses(self, loss: AvgLoss, smooth_loss: AvgSmoothLoss) -> None:
         "Replace the Recorder's losses; a plain assignment warns that the Learner has attributes of these names"
         self.recorder.__dict__.update(loss=loss, smooth_loss=smooth_loss)
 
-    def before_epoch(self):
+    def before_epoch(self) -> None:
         self.epoch_start = time.monotonic()
         if self.smooth and self.epoch > 0:    # resumed inside this fit; a new fit starts with a new average
             count, value = self.smooth
             self.recorder.smooth_loss.count, self.recorder.smooth_loss.val = count, tensor(value)
 
-    def after_batch(self):
+    def after_batch(self) -> None:
         if self.training and self.iter % CHECK_EVERY == 0 and not math.isfinite(self.smooth_loss):
             self.stop(f'the loss is {float(self.smooth_loss):g}')
 
-    def after_epoch(self):
+    def after_epoch(self) -> None:
         if not self.recorder.values[-1]: return          # an epoch that `start_epoch` skips
         train, valid, kappa, *more = map(float, self.recorder.values[-1])
         if not all(map(math.isfinite, (train, valid, kappa))):
@@ -138,7 +141,7 @@ class History(Callback):
         "The row of the epoch whose weights are kept"
         return next(r for r in self.rows if r['kept'])
 
-    def stop(self, reason: str):
+    def stop(self, reason: str) -> NoReturn:
         "Raise `TrainingDiverged` with the epoch, the reason and the present learning rate"
         lr = self.opt.hypers[-1]['lr']
         raise TrainingDiverged(f'epoch {len(self.rows) + 1}: {reason}. Lower the stage\'s lr ({lr:.2g} in this step).')
@@ -149,7 +152,7 @@ class History(Callback):
         weights = None if self.rows[-1]['kept'] else self.weights
         return dict(rows=self.rows, best=self.best, smooth=(smooth.count, float(smooth.val)), weights=weights)
 
-    def load_state_dict(self, state: dict, model: nn.Module):
+    def load_state_dict(self, state: dict, model: nn.Module) -> None:
         "Restore `state_dict`; `model` holds the last epoch's weights"
         self.rows, self.best, self.smooth = state['rows'], state['best'], state['smooth']
         self.weights = state['weights'] or cpu_state_dict(model)
@@ -162,19 +165,20 @@ class EMACallback(Callback):
     """
     def __init__(self, decay: float):
         self.decay, self.steps = decay, 0
-        self.average: ModelEmaV3 | None = None
+        self.average: Any = None              # `ModelEmaV3`, from the first fit on
         self.raw: dict | None = None          # the weights before they were replaced by the average
 
-    def before_fit(self): self.average = self.average or ModelEmaV3(self.model, decay=self.decay, use_warmup=True)
+    def before_fit(self) -> None:
+        self.average = self.average or ModelEmaV3(self.model, decay=self.decay, use_warmup=True)
 
-    def before_epoch(self):
+    def before_epoch(self) -> None:
         if self.raw: get_model(self.model).load_state_dict(self.raw)
 
-    def after_step(self):
+    def after_step(self) -> None:
         self.steps += 1
         self.average.update(get_model(self.model), step=self.steps)
 
-    def before_validate(self):
+    def before_validate(self) -> None:
         self.raw = {k: v.clone() for k, v in get_model(self.model).state_dict().items()}
         get_model(self.model).load_state_dict(self.average.module.state_dict())
 
@@ -182,7 +186,8 @@ class EMACallback(Callback):
         "Return raw weights and steps; the average is in the checkpoint's model"
         return dict(raw=self.raw, steps=self.steps)
 
-    def load_state_dict(self, state: dict, model: nn.Module): self.raw, self.steps = state['raw'], state['steps']
+    def load_state_dict(self, state: dict, model: nn.Module) -> None:
+        self.raw, self.steps = state['raw'], state['steps']
 
 
 class FrozenBody(Callback):
@@ -190,15 +195,15 @@ class FrozenBody(Callback):
 
     fastai's own freezing lets batch normalisation train.
     """
-    def before_train(self):
+    def before_train(self) -> None:
         body = get_model(self.model)[0]
         if not any(p.requires_grad for p in body.parameters()): body.eval()
 
 
 class LossScaling(MixedPrecision):
     "Scale the loss for fp16 as fastai's `MixedPrecision` does; `precision.Autocast` does the casting"
-    def before_batch(self): pass
-    def after_loss(self): pass
+    def before_batch(self) -> None: pass
+    def after_loss(self) -> None: pass
 
 
 class AccumulateGradients(GradientAccumulation):
@@ -207,13 +212,13 @@ class AccumulateGradients(GradientAccumulation):
     fastai's `GradientAccumulation` carries a count across epochs, but `Reproducible` drops the gradients of an
     incomplete group: each epoch counts from zero, and a resumed training takes the same steps.
     """
-    def before_epoch(self): self.count = 0
+    def before_epoch(self) -> None: self.count = 0
 
 
 class ShowProgress(Callback):
     "Show a bar of batches with loss, last kappa and images/s, and print a line per epoch"
     order = 70
-    def __init__(self, title: str, epochs: int, bar, history: History):
+    def __init__(self, title: str, epochs: int, bar: ProgressBar, history: History):
         self.title, self.epochs, self.bar, self.hist = title, epochs, bar, history
         self.fit_start, self.batches = time.monotonic(), 0
         self.resumed_at = len(history.rows)
@@ -221,11 +226,11 @@ class ShowProgress(Callback):
     @property
     def finished(self) -> int: return len(self.hist.rows)
 
-    def before_train(self):
+    def before_train(self) -> None:
         self.images, self.train_start = 0, time.monotonic()
         self.batches = self.finished * len(self.dls.train)
 
-    def after_batch(self):
+    def after_batch(self) -> None:
         if not self.training: return
         self.images += len(self.x) * world_size()
         self.batches += 1
@@ -236,7 +241,7 @@ class ShowProgress(Callback):
         self.bar.to(self.batches, f'epoch {self.finished + 1}/{self.epochs}  loss {float(self.smooth_loss):.3f}  '
                                   f'{kappa}{self.images_per_second:.0f} images/s')
 
-    def after_epoch(self):
+    def after_epoch(self) -> None:
         if self.finished == self.resumed_at: return      # an epoch that `start_epoch` skips
         row = self.hist.rows[-1]
         line = (f'  {self.title}  epoch {self.finished}/{self.epochs}  loss {row["train_loss"]:.3f}  '
@@ -247,7 +252,7 @@ class ShowProgress(Callback):
         say(line, 'dim' if console.is_terminal else None)
 
 
-def mlflow_client(uri: str):
+def mlflow_client(uri: str) -> Any:
     "Return MLflow's client of a server or database"
     import mlflow
     logging.getLogger('mlflow').setLevel(logging.WARNING)              # not of tables that it creates
@@ -276,13 +281,13 @@ class MLflowCallback(Callback):
         self.resumed: bool | None = None      # whether the training was interrupted before, from the first fit
         self.warned = False
 
-    def before_fit(self):
+    def before_fit(self) -> None:
         if self.resumed is None: self.resumed = bool(self.hist.rows)
         self.log()
 
-    def after_epoch(self): self.log()
+    def after_epoch(self) -> None: self.log()
 
-    def log(self):
+    def log(self) -> None:
         "Log what is not logged yet"
         try:
             if not self.run_id: self.open_run()
@@ -294,7 +299,7 @@ class MLflowCallback(Callback):
             say(f'{self.title}: MLflow logs nothing now ({mlflow_reason(e)}). The training goes on; each epoch tries '
                 'again.', 'yellow')
 
-    def open_run(self):
+    def open_run(self) -> None:
         "Begin a run of MLflow, or go on in that of an interrupted training"
         from mlflow.entities import Param
         self.client = mlflow_client(self.uri)
@@ -310,7 +315,7 @@ class MLflowCallback(Callback):
             self.client.log_batch(run_id, params=params)
         self.run_id = run_id
 
-    def log_rows(self):
+    def log_rows(self) -> None:
         "Log the epochs that are not logged yet"
         from mlflow.entities import Metric
         for row in self.hist.rows[self.logged:]:

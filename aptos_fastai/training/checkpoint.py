@@ -30,7 +30,7 @@ class Checkpoint(Callback):
         self.saved_epochs = 0
         self.resumed: list[int] = []         # the epochs after which this training was resumed
 
-    def after_epoch(self):
+    def after_epoch(self) -> None:
         epochs = len(self.hist.rows)
         if epochs == self.saved_epochs: return           # an epoch that `start_epoch` skips
         state = dict(model=get_model(self.model).state_dict(), opt=optimizer_state(self.opt),
@@ -67,7 +67,7 @@ def finished_epochs(folder: Path) -> int:
     return record['epochs'] if record else 0
 
 
-def clear_checkpoint(folder: Path):
+def clear_checkpoint(folder: Path) -> None:
     "Delete the checkpoint of a finished stage, and the best weights of earlier attempts"
     for f in [Path(folder) / CHECKPOINT_RECORD, Path(folder) / BEST_WEIGHTS, *Path(folder).glob('checkpoint-*.pt')]:
         f.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -38,7 +39,7 @@ from fastai.vision.all import (
     to_device,
 )
 from torch import Tensor
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from aptos_fastai.common.distributed import cores, rank, world_size
 from aptos_fastai.common.io import AptosError
@@ -90,8 +91,8 @@ def draw_params(aug: Augment, rng: np.random.Generator, side: int, shape: tuple[
     "Draw the augmentation of an image of `side` x `side` pixels from `rng`, or of (n,) images, all at once"
     warp = draw_warp(aug, rng, side, shape)
     colour, offset = draw_colour(aug, rng, shape)
-    blurred = rng.random(shape) < aug.blur
-    sigma = np.where(blurred, rng.uniform(*aug.blur_sigma, size=shape), 0.)
+    blurred, (lowest, highest) = rng.random(shape) < aug.blur, aug.blur_sigma
+    sigma = np.where(blurred, rng.uniform(lowest, highest, shape), 0.)
     return AugmentParams(warp, colour, offset, sigma)
 
 
@@ -102,7 +103,8 @@ def draw_warp(aug: Augment, rng: np.random.Generator, side: int, shape: tuple[in
     """
     angle = np.deg2rad(rng.uniform(-aug.rotate, aug.rotate, shape))
     shear = np.deg2rad(rng.uniform(-aug.shear, aug.shear, shape))
-    scale = rng.uniform(*aug.scale, size=shape)
+    lowest, highest = aug.scale
+    scale = rng.uniform(lowest, highest, shape)
     flips = np.where(rng.random((*shape, 2)) < (aug.hflip, aug.vflip), -1., 1.)
     cos, sin, tan = scale * np.cos(angle), scale * np.sin(angle), np.tan(shear)
     linear = np.stack([cos, cos * tan - sin, sin, sin * tan + cos], -1).reshape(*shape, 2, 2) * flips[..., None, :]
@@ -150,7 +152,8 @@ class FundusAugment(RandTransform):
     order, split_idx = 2, 0                   # training images only
     def __init__(self, aug: Augment, seed: int = 0):
         super().__init__()
-        self.aug, self.seed, self.epoch = aug, seed, None
+        self.aug, self.seed = aug, seed
+        self.epoch: int | None = None
 
     def encodes(self, im: PILImage):
         out = PILImage.create(self.apply(np.asarray(im), _draw_seed(self.seed, self.epoch, im.key)))
@@ -176,7 +179,8 @@ class BatchAugment(RandTransform):
     order, split_idx = 11, 0                  # after IntToFloatTensor, before Normalize; training images only
     def __init__(self, aug: Augment, seed: int = 0):
         super().__init__()
-        self.aug, self.seed, self.epoch, self.batch = aug, seed, None, 0
+        self.aug, self.seed, self.batch = aug, seed, 0
+        self.epoch: int | None = None
 
     def encodes(self, x: TensorImage):
         which = [self.batch, rank()] if rank() > 0 else [self.batch]
@@ -211,7 +215,7 @@ def _affine_theta(warp: np.ndarray, side: int) -> np.ndarray:
 
 
 def _warp(x: Tensor, theta: Tensor) -> Tensor:
-    return F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), align_corners=False)
+    return F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), align_corners=False)
 
 
 def _blur3(x: Tensor, neighbour: Tensor) -> Tensor:
@@ -237,7 +241,7 @@ class ToDevice(Transform):
 
     def encodes(self, x: Tensor): return x if x.is_cuda else x.to(self.device, non_blocking=True)
 
-    def to(self, device):
+    def to(self, device: torch.device) -> None:
         "Copy to another device from now on; fastai calls it when a DataLoader moves"
         self.device = device
 
@@ -273,20 +277,24 @@ def start_workers_by_fork() -> None:
         multiprocessing.set_start_method('fork')
 
 
-class LoadBatch:
+Task = tuple[int, int, int, tuple, list[int]]
+
+
+class LoadBatch(Dataset):
     """Load a batch in a loader process: `loaders` are the DataLoaders as they were when the process started.
 
     A task: the number of the iteration, that of its DataLoader, its random seed and transforms, the images' indices.
     """
     def __init__(self, loaders: list[TfmdDL]): self.loaders, self.iteration = loaders, 0
 
-    def __getitem__(self, task: tuple[int, int, int, tuple, list[int]]):
+    def __getitem__(self, task: Task) -> tuple:
         iteration, number, seed, transforms, idxs = task
-        dl = self.loaders[number]
+        dl, worker = self.loaders[number], get_worker_info()
+        assert worker                             # this runs in a loader process
         if iteration != self.iteration:           # its first batch in this process
             self.iteration = iteration
             dl.after_item, dl.before_batch = transforms
-            set_seed(seed + get_worker_info().id)
+            set_seed(seed + worker.id)
         return dl.do_batch([dl.do_item(i) for i in idxs])
 
 
@@ -297,13 +305,14 @@ class LoaderProcesses(DataLoader):
     the next one starts others.
     """
     def __init__(self, loaders: Sequence[TfmdDL]):
-        first, self.loaders, self.tasks = loaders[0], list(loaders), []
+        first, self.loaders = loaders[0], list(loaders)
+        self.tasks: list[Task] = []
         self.busy, self.iterations = False, 0
         super().__init__(LoadBatch(self.loaders), batch_size=None, sampler=self.tasks, collate_fn=noop,
                          num_workers=first.fake_l.num_workers, pin_memory=first.pin_memory, persistent_workers=True,
                          generator=torch.Generator())      # draws nothing from PyTorch's own one
 
-    def check_worker_number_rationality(self):
+    def check_worker_number_rationality(self) -> None:
         "No warning: more processes than cores are the user's choice"
 
     def load(self, dl: TfmdDL, batches: Iterator[list[int]]) -> Iterator:
@@ -311,7 +320,7 @@ class LoaderProcesses(DataLoader):
 
         The processes are given the transforms as they are now, with the epoch's number in them, and a random seed.
         """
-        seed = torch.empty((), dtype=torch.int64).random_().item()      # as PyTorch draws one for every iteration
+        seed = int(torch.empty((), dtype=torch.int64).random_())        # as PyTorch draws one for every iteration
         transforms, number = (dl.after_item, dl.before_batch), self.loaders.index(dl)
         pickle.dumps(transforms)             # an error here: one in the thread that sends tasks would be lost
         self.iterations += 1
@@ -323,9 +332,10 @@ class LoaderProcesses(DataLoader):
             raise
         finally: self.busy = False
 
-    def close(self):
+    def close(self) -> None:
         "End the processes"
-        if self._iterator is not None: self._iterator._shutdown_workers()
+        iterator: Any = self._iterator
+        if iterator is not None: iterator._shutdown_workers()
         self._iterator = None
 
 
@@ -350,7 +360,7 @@ def keep_processes(dls: DataLoaders) -> Iterator[None]:
         processes.close()
 
 
-class FromKeptProcesses:
+class ImageDL(TfmdDL):
     "A fastai DataLoader whose batches come from the processes of `keep_processes`, if they are free; else as fastai's"
     @property
     def source(self) -> TfmdDL:
@@ -371,16 +381,12 @@ class FromKeptProcesses:
         self.after_iter()
 
 
-class ImageDL(FromKeptProcesses, TfmdDL):
-    "fastai's DataLoader, for `keep_processes`"
-
-
-class WeightedImageDL(FromKeptProcesses, WeightedDL):
+class WeightedImageDL(ImageDL, WeightedDL):
     "fastai's DataLoader that draws training images by their weights, for `keep_processes`"
 
 
 def get_dls(frame: pd.DataFrame, stage: Stage, prep: Prep, aug: Augment, stats: tuple, *, seed: int = 42,
-            path='.') -> DataLoaders:
+            path: str | Path = '.') -> DataLoaders:
     """Return DataLoaders of `frame` (columns stored, diagnosis, valid and, if `draws_by_weight`, weight).
 
     A column `stored_SIZE` for the size of `prep` is read in the place of `stored`.
@@ -408,7 +414,7 @@ def get_dls(frame: pd.DataFrame, stage: Stage, prep: Prep, aug: Augment, stats: 
     return dls
 
 
-def set_epoch(dl, epoch: int | None):
+def set_epoch(dl: TfmdDL, epoch: int | None) -> None:
     "Seed the augmentation of a DataLoader by the number of the epoch; None: draw at random, as fastai's transforms do"
     for t in [*dl.after_item.fs, *dl.after_batch.fs]:
         if isinstance(t, (FundusAugment, BatchAugment)): t.epoch, t.batch = epoch, 0

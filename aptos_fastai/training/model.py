@@ -2,12 +2,13 @@
 import ctypes
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import timm
 import torch
 from fastai.torch_core import flatten_check, to_detach
 from fastai.vision.all import AccumMetric, DataLoaders, Learner, imagenet_stats
-from torch import nn
+from torch import Tensor, nn
 
 from aptos_fastai.metrics import MIDPOINTS, ScoreKappa
 from aptos_fastai.recipe import Stage, parse_thresholds
@@ -27,7 +28,7 @@ def body_stats(arch: str, mean: Sequence[float] = (), std: Sequence[float] = ())
     return tuple(mean or timms[0]), tuple(std or timms[1])
 
 
-def keep_freed_memory():
+def keep_freed_memory() -> None:
     """Let glibc keep freed memory instead of returning it to the system.
 
     Faulting it in again cost 60 % more time a step on the CPU (tf_efficientnet_lite0, 224 px). Elsewhere: no effect.
@@ -46,11 +47,11 @@ class QuadraticKappa(AccumMetric):
     `thresholds` are four numbers, or optimal or regularised: fitted to the same scores, so that kappa is in-sample.
     `loss` says what the network puts out (see `training.outputs`): by default one unit, the score.
     """
-    def __init__(self, thresholds=MIDPOINTS, loss: str = 'smooth_l1'):
+    def __init__(self, thresholds: Sequence[float] | str = MIDPOINTS, loss: str = 'smooth_l1'):
         super().__init__(ScoreKappa(thresholds), name='kappa')
         self.loss = loss
 
-    def accum_values(self, preds, targs, learn=None):
+    def accum_values(self, preds: Tensor, targs: Tensor, learn: Learner | None = None) -> None:
         "Add the scores of outputs (N, units) and their grades; they stay on the device until the epoch ends"
         scores = outputs[self.loss].score(preds.reshape(len(preds), -1))
         gathered = [(learn.to_detach if learn else to_detach)(o, cpu=False) for o in (scores, targs)]
@@ -77,7 +78,8 @@ def get_learner(stage: Stage, dls: DataLoaders, weights: dict | None = None) -> 
     loaded = None
     if weights is None: loaded = load_body(model, stage.arch, stage.weights)
     else: load_stage_weights(model, weights, f'init = {stage.init}')
-    model[0].loaded = loaded.record() if loaded else None           # for the record of the stage
+    body: Any = model[0]
+    body.loaded = loaded.record() if loaded else None        # for the record of the stage
     return model_learner(stage, dls, model)
 
 

@@ -1,4 +1,5 @@
 "Networks: any timm network as a body, pooling, and the units of a loss."
+from collections.abc import Callable
 from math import isqrt
 from typing import Any
 
@@ -24,13 +25,13 @@ class GeM(Module):
     def __init__(self, p: float = 3., eps: float = 1e-6):
         self.p, self.eps = nn.Parameter(torch.full((1,), float(p))), eps
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         p = self.p.clamp(1., 6.)
         return x.clamp(min=self.eps).pow(p).mean((-2, -1), keepdim=True).pow(1 / p)
 
 
 # to add one: a line here, its name in recipe.Stage.head
-heads = dict(gem=GeM, avg=lambda: nn.AdaptiveAvgPool2d(1), cls=nn.Identity)
+heads: dict[str, Callable[[], nn.Module]] = dict(gem=GeM, avg=lambda: nn.AdaptiveAvgPool2d(1), cls=nn.Identity)
 
 
 class TimmBody(Module):
@@ -42,7 +43,8 @@ class TimmBody(Module):
     """
     def __init__(self, arch: str, size: int, drop_path: float = 0., class_token: bool = False):
         check_arch(arch)
-        self.model, self.takes_class_token = build_timm(arch, size, drop_path), class_token
+        self.model: Any = build_timm(arch, size, drop_path)       # each family has its own methods
+        self.takes_class_token = class_token
         if class_token and getattr(self.model, 'cls_token', None) is None:
             raise WeightsError(f'head = cls: {arch} has no class token. Set head = avg or auto.')
 
@@ -50,9 +52,9 @@ class TimmBody(Module):
         "Return what timm's network gives: maps, tokens, or a list of them"
         return self.model.forward_features(x) if self.model.pools_always else self.model(x)
 
-    def forward(self, x):
-        x = self.timm_features(x)
-        return class_token(x) if self.takes_class_token else as_maps(x, self.model)
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.timm_features(x)
+        return class_token(features) if self.takes_class_token else as_maps(features, self.model)
 
 
 def build_timm(arch: str, size: int, drop_path: float = 0.) -> nn.Module:
@@ -98,7 +100,7 @@ def patch_side(model: nn.Module) -> int:
 
 def _create(arch: str, wanted: dict[str, Any]) -> nn.Module:
     "Create a network with the options among `wanted` that its family has"
-    try: model = timm.create_model(arch, pretrained=False, num_classes=0, **wanted)
+    try: model: Any = timm.create_model(arch, pretrained=False, num_classes=0, **wanted)
     except TypeError as e:                   # convolutional networks take any size
         if 'img_size' not in wanted or 'img_size' not in str(e): raise
         return _create(arch, {k: v for k, v in wanted.items() if k != 'img_size'})
@@ -147,7 +149,8 @@ class GradeHead(nn.Sequential):
     @property
     def channels(self) -> int:
         "Number of pooled features, C"
-        return self[3].in_features
+        units: Any = self[3]
+        return units.in_features
 
     def features(self, maps: Tensor) -> Tensor:
         "Return the pooled features (N, C)"
@@ -209,7 +212,7 @@ def has_signed_maps(body: nn.Module, size: int) -> bool:
     return float(maps.min()) < SIGNED
 
 
-def features_and_scores(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def features_and_scores(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     "Return the pooled features (N, C) and the scores (N,) of images (N, 3, H, W), from one pass of `create_model`'s"
     body, head = model
     features = head.features(body(x))

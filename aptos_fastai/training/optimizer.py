@@ -1,10 +1,11 @@
 "Optimizers by name, learning rates by layer, and which parameters decay."
 import inspect
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import fastai.optimizer
@@ -77,8 +78,9 @@ def layer_numbers(net: nn.Module) -> tuple[dict[str, int], int]:
     0 is the layer of the input, the classifier's is the highest; a few parameters, as a last normalisation, share it.
     Where timm has no `group_matcher`, 12 tensors each are a layer. Raises `AptosError` if timm knows no layers of it.
     """
-    model = _WithClassifier(net)
-    if hasattr(net, 'group_matcher'): numbers = group_parameters(model, net.group_matcher(coarse=False), reverse=True)
+    model: Any = _WithClassifier(net)        # as much of a network as timm reads here
+    matcher: Any = getattr(net, 'group_matcher', None)
+    if matcher: numbers = group_parameters(model, matcher(coarse=False), reverse=True)
     else: numbers = timm.optim.auto_group_layers(model)
     last = numbers.pop(model.name)
     if last > 0: return numbers, last
@@ -124,11 +126,11 @@ class TorchOptimizer(OptimWrapper):
             if decays or not found[i]: found[i] = hyper
         return L(found)
 
-    def set_hyper(self, k, v):
+    def set_hyper(self, k: str, v: Any) -> None:
         "Set `k` to `v`: a number, one for each layer, or fastai's slice"
         if self.bwd_map.get(k, k).partition('__')[0] in self.opt.param_groups[0]: super().set_hyper(k, v)
 
-    def _set_hyper(self, k, v):
+    def _set_hyper(self, k: str, v: Sequence[float]) -> None:
         for (i, decays), group in zip(self.layer_of, self.opt.param_groups, strict=True):
             if k == 'wd' and not decays: continue
             fastai.optimizer.set_item_pg(group, self.bwd_map[k], float(v[i]))
@@ -150,7 +152,7 @@ def optimizer_class(name: str) -> Any:
 
 def optimizer_names() -> dict[str, Any]:
     "Return the optimizers by their names in lower case"
-    def of(module) -> dict[str, Any]:
+    def of(module: ModuleType) -> dict[str, Any]:
         classes = {n.lower(): o for n, o in vars(module).items() if isinstance(o, type)}
         return {n: o for n, o in classes.items() if issubclass(o, torch.optim.Optimizer) and n != 'optimizer'}
     return {**of(timm.optim), **FASTAI, **of(torch.optim)}
@@ -176,7 +178,7 @@ def create_optimizer(layers: Sequence[Layer], lr: float, *, name: str = 'adam', 
     return TorchOptimizer(layers, partial(found, lr=lr, **settings))
 
 
-def _known(has, **settings) -> dict:
+def _known(has: Collection[str], **settings: Any) -> dict:
     "Return those of `settings` that a signature has"
     return {k: v for k, v in settings.items() if k in has}
 

@@ -4,10 +4,10 @@ from fastai.data.core import TfmdDL
 from fastai.distributed import DistributedDL, DistributedTrainer
 from torch import cuda
 
-from aptos_fastai.training.loaders import FromKeptProcesses
+from aptos_fastai.training.loaders import ImageDL
 
 
-class ShardDL(FromKeptProcesses, DistributedDL):
+class ShardDL(ImageDL, DistributedDL):
     """Load this process's shard of a DataLoader's batches.
 
     fastai's own class needs CUDA to broadcast the order, and counts one batch too many where the last one is dropped.

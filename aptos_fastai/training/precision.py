@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from fastai.callback.core import Callback
+from torch import Tensor, nn
 
 from aptos_fastai.common.console import plural, say
 from aptos_fastai.common.io import AptosError, read_record, write_record
@@ -26,22 +27,23 @@ class Autocast(Callback):
     """
     def __init__(self, precision: str): self.dtype = DTYPES[precision]
 
-    def before_fit(self):
-        body, contexts = self.model[0], []
+    def before_fit(self) -> None:
+        body = self.model[0]
+        contexts: list[torch.autocast] = []
 
-        def enter_autocast(module, inputs):
+        def enter_autocast(module: nn.Module, inputs: tuple) -> None:
             device = next(module.parameters()).device.type
             contexts.append(torch.autocast(device, self.dtype))
             contexts[-1].__enter__()
 
-        def leave_autocast(module, inputs, maps):
+        def leave_autocast(module: nn.Module, inputs: tuple, maps: Tensor | None) -> Tensor | None:
             contexts.pop().__exit__(None, None, None)
             return None if maps is None else maps.float()      # None: the body has raised
 
         self.hooks = [body.register_forward_pre_hook(enter_autocast),
                       body.register_forward_hook(leave_autocast, always_call=True)]
 
-    def after_fit(self):
+    def after_fit(self) -> None:
         for hook in self.hooks: hook.remove()
 
 
@@ -87,13 +89,13 @@ def step_seconds(stage: Stage, precisions: Sequence[str] = ('f32',), n: int = 4,
             maps = model[0](images)
         return model[1](maps.float()).mean()
 
-    def train_step(precision: str):
+    def train_step(precision: str) -> None:
         mean_score(precision).backward()
         opt.step()
         opt.zero_grad()
 
     @torch.no_grad()
-    def forward(precision: str): mean_score(precision)
+    def forward(precision: str) -> None: mean_score(precision)
 
     def per_image(step: Callable[[str], None], names: Iterable[str]) -> dict[str, float]:
         return {p: s / n for p, s in best_seconds(step, list(names), rounds).items()}

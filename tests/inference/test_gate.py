@@ -16,7 +16,15 @@ from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.io import read_record
 from aptos_fastai.data.decode import decode
 from aptos_fastai.data.demo import CAMERAS, generate_fundus
-from aptos_fastai.data.retina import Circle, Prep, find_retina, has_multiple_retinas, measure_quality, prepare
+from aptos_fastai.data.retina import (
+    Circle,
+    Prep,
+    find_retina,
+    has_multiple_retinas,
+    measure_quality,
+    prepare,
+    quality_square,
+)
 from aptos_fastai.inference.gate import (
     FeatureDistance,
     GateSpec,
@@ -239,14 +247,18 @@ def test_no_generated_fundus_is_multiple_or_without_a_retina():
         assert 'multiple' not in found['flags'] and found['how'] == 'circle', camera
 
 
+def quality(im, c=None):
+    c = c or find_retina(im)
+    return measure_quality(im, c, quality_square(im, c, Prep()))
+
+
 def test_colours_of_the_retina():
     im = disc(np.zeros((400, 400, 3), np.uint8), 200, 190, (160, 80, 40))
-    found = measure_quality(im, find_retina(im), Prep())
+    found = quality(im)
     assert np.allclose([found['red_green'], found['green_blue']], np.log([165 / 85, 85 / 45]), atol=.02)
-    grey = np.repeat(im[..., :1], 3, 2)
-    found = measure_quality(grey, find_retina(grey), Prep())
+    found = quality(np.repeat(im[..., :1], 3, 2))
     assert (found['red_green'], found['green_blue']) == (0, 0)
-    assert measure_quality(im * 0, Circle(200, 200, 190), Prep())['flags'] == 'dark'
+    assert quality(im * 0, Circle(200, 200, 190))['flags'] == 'dark'
 
 
 def verdicts(im, prep):

@@ -8,6 +8,7 @@ from aptos_fastai.cli import main
 from aptos_fastai.pipeline import stage as stage_module
 from aptos_fastai.pipeline.graph import load_run
 from aptos_fastai.pipeline.share import with_shared
+from aptos_fastai.run_folder import RecordError, Run
 
 pytestmark = pytest.mark.usefixtures('no_report')
 
@@ -44,6 +45,16 @@ def test_a_run_takes_what_another_run_has_trained(first, trained, capsys):
     assert (second / weights).samefile(root / weights)
     assert json.loads((second / 'summary.json').read_text())['stages']
     assert modified_times(root) == before                   # the first run is untouched
+
+
+def test_nothing_is_searched_or_counted_twice_for_images_that_are_not_prepared(tables, small_recipe, tmp_path,
+                                                                                monkeypatch):
+    run = load_run(small_recipe, tables, tmp_path / 'runs')
+    facts = run.table_facts
+    monkeypatch.setattr(Run, 'fingerprint', None)
+    found = with_shared(run, run.recipe.stages)
+    assert found.shared == {} and found.table_facts is facts
+    with pytest.raises(RecordError, match='no prepared images of'): run.prepared_record(next(iter(run.frames)))
 
 
 def test_other_settings_images_or_seeds_are_not_shared(first, capsys):

@@ -1,10 +1,13 @@
 "Weights from files: wrappers, prefixes, names and sizes of others, what is refused, and mean and std of the images."
 import argparse
+import importlib.resources
 import json
 import os
 import pickle
 import re
+import socket
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from conftest import expect_error, write_table
 from safetensors.torch import save_file
-from timm.models import load_checkpoint
+from timm.models import PretrainedCfg, load_checkpoint
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer import checkpoint_filter_fn as swin_filter
 
@@ -26,7 +29,14 @@ from aptos_fastai.pipeline.scores import read_exported
 from aptos_fastai.recipe import ConfigError, Stage, read_recipe
 from aptos_fastai.training.networks import create_model
 from aptos_fastai.training.weight_files import check_modality, fit_tensors, read_checkpoint
-from aptos_fastai.training.weights import WeightsError, check_weights, load_body, load_stage_weights
+from aptos_fastai.training.weights import (
+    BUNDLED_ARCH,
+    WeightsError,
+    bundled_weights,
+    check_weights,
+    load_body,
+    load_stage_weights,
+)
 
 VIT = dict(num_classes=0, global_pool='')
 
@@ -377,6 +387,25 @@ def test_files_that_do_not_fit_are_refused_before_and_at_the_training(tmp_path, 
     with pytest.raises(WeightsError, match=words) as e:
         load_body(create_model('test_vit', 'avg', 160), 'test_vit', str(tmp_path / 'w.pth'))
     assert '\n' not in str(e.value) and 'w.pth' in str(e.value)
+
+
+def test_a_registered_network_with_its_weights_in_a_file_needs_no_connection(tmp_path, monkeypatch):
+    file = tmp_path / 'own.safetensors'
+    def refuse(*_, **__): raise OSError
+    monkeypatch.setattr(socket, 'create_connection', refuse)
+    monkeypatch.setattr(timm, 'get_pretrained_cfg', lambda arch: PretrainedCfg(file=str(file)))
+    stage = Stage(name='s', train=('a',), arch='resnet18', weights='imagenet')
+    with pytest.raises(WeightsError, match=f'{file} is not there'): check_weights(stage)
+    file.touch()
+    check_weights(stage)
+
+
+def test_bundled_weights_of_a_package_in_a_zip(tmp_path, monkeypatch):
+    file = tmp_path / 'package.zip'
+    with zipfile.ZipFile(file, 'w') as z, z.open('models/w.pth', 'w') as f:
+        torch.save({'_conv_stem.weight': torch.ones(2)}, f)
+    monkeypatch.setattr(importlib.resources, 'files', lambda name: zipfile.Path(file))
+    assert bundled_weights(BUNDLED_ARCH)['conv_stem.weight'].tolist() == [1, 1]
 
 
 class Code:
