@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import stat
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -76,6 +77,26 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     finally:
         try: temp.unlink(missing_ok=True)
         except OSError: pass                 # the disk may have become read-only
+
+
+def check_output_folder(folder: str | Path, option: str = '-o') -> None:
+    """Raise `AptosError` if no file can be written to `folder`, which need not exist; leaves nothing behind.
+
+    Call it before a long computation. `option` names the folder on the command line.
+    """
+    folder = Path(folder)
+    there = next(o for o in (folder, *folder.absolute().parents) if os.path.lexists(o))       # or the lowest above it
+    try:
+        with tempfile.TemporaryFile(dir=there): pass
+    except OSError as e:
+        reason = 'this is a file' if there.is_file() else e.strerror
+        raise AptosError(f'{there}: cannot write to this folder ({reason}). Choose another with {option}.') from None
+
+
+def check_output_file(file: str | Path, option: str = '-o') -> None:
+    "Raise `AptosError` if `file` cannot be written, as `check_output_folder` does"
+    if Path(file).is_dir(): raise AptosError(f'{file}: is a folder. Name a file in it with {option}.')
+    check_output_folder(Path(file).parent, option)
 
 
 def _sync_folder(folder: Path) -> None:
