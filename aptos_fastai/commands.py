@@ -32,7 +32,6 @@ from aptos_fastai.pipeline.graph import (
     load_run,
     output_files,
     outputs_up_to_date,
-    require_name,
     score_test_table,
     start_run,
     submitted_nodes,
@@ -45,7 +44,7 @@ from aptos_fastai.pipeline.refresh import refresh_folds
 from aptos_fastai.pipeline.run_recipe import RECIPE, check_name, check_same_model
 from aptos_fastai.pipeline.share import with_shared
 from aptos_fastai.pipeline.summary import SYNTHETIC, oof_table, show_summary, stage_kappa_text, summarise
-from aptos_fastai.recipe import NAMED_SECTIONS, SECTIONS, TUNE_HELP, Recipe, read_recipe
+from aptos_fastai.recipe import NAMED_SECTIONS, SECTIONS, TUNE_HELP, Recipe, read_recipe, require_name
 from aptos_fastai.run_folder import Run
 
 if TYPE_CHECKING:
