@@ -107,6 +107,7 @@ def inspect(load: Callable[[], Run], table: str, count: int, images: str, runs: 
     "Inspect a table of the recipe that `load` opens, or a CSV or folder as `fit` would train on it"
     from aptos_fastai.reports.table_report import inspect_table
     if not Path(table).exists():
+        if Path(table).name != table or Path(table).suffix: raise AptosError(f'{table}: no such file or folder.')
         inspect_table(load(), table, count)
         return
     name = name or f'{name_of(table)}_inspect'

@@ -668,6 +668,12 @@ def check_choice(value: str, choices: Iterable[str], problem: str) -> str:
     raise ConfigError(f'{problem}{did_you_mean(str(value), known)} Choose from: {", ".join(known)}.')
 
 
+def check_fold(fold: int, folds: int, stage: str) -> None:
+    "Raise `ConfigError` if `fold` is none of the `folds` of a stage or ensemble"
+    if fold in range(folds): return
+    raise ConfigError(f'fold {fold}: no such fold of {stage}. Choose from: {", ".join(map(str, range(folds)))}.')
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     "Return ', did you mean X?' if one of `known` is similar to `word` or contains it, whatever its case, else '.'"
     folded = {name.casefold(): name for name in known}

@@ -20,7 +20,7 @@ from aptos_fastai.metrics import (
     thresholds_or_midpoints,
     upper_quantile,
 )
-from aptos_fastai.recipe import FITTED, Recipe, Stage, check_choice, parse_thresholds, require_name
+from aptos_fastai.recipe import FITTED, Recipe, Stage, check_fold, parse_thresholds, require_name
 
 FINISHED = 'stage.json'                      # a fold's record, written last: its presence means finished
 EXPORT = 'learner.pkl'
@@ -423,8 +423,7 @@ class Run:
         fold that the recipe lacks.
         """
         require_name(self.recipe, node, self.recipe.nodes)
-        folds = [str(k) for k in self.folds_of(node)]
-        if fold is not None: check_choice(str(fold), folds, f'fold {fold}: no such fold of {node}')
+        if fold is not None: check_fold(fold, len(self.folds_of(node)), node)
         if not self.recipe.is_fitted(node):
             members = self._member_scores(node, self.folds_of(node) if fold is None else [fold])
             return self._mean(members, self.recipe.members(node))

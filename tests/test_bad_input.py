@@ -163,6 +163,8 @@ BAD_COMMANDS = {
     'label: graded table': (['label', 'finetune_256', 'aptos_train'], ['aptos_train: no such ungraded table']),
     'lr_find: no such stage': (['lr_find', 'nope'], ['nope: no such stage']),
     'inspect: no such table': (['inspect', 'nope'], ['nope: no such table', 'aptos_train']),
+    'inspect: no such file': (['inspect', 'grades.csv', '--recipe', 'nowhere.ini'], ['grades.csv: no such file']),
+    'export: run is a file': (['export', __file__], [f'{__file__}: no model here']),
     'inspect: not a number': (['inspect', 'aptos_train', 'many'], ['many']),
     'inspect: no images': (['inspect', 'aptos_train', '0'], ['0: choose at least 1 image']),
     'no recipe': (['all', '--recipe', 'nowhere.ini'], ['nowhere.ini: no such recipe']),
@@ -184,6 +186,7 @@ BAD_COMMANDS = {
     'kaggle: no run': (['kaggle', 'nowhere'], ['nowhere: no model here']),
     'kaggle: bad user name': (['kaggle', 'nowhere', '--user', 'a b'], ['--user a b']),
     'compare: no runs': (['compare', 'nowhere', 'elsewhere'], ['nowhere: not a finished run']),
+    'init: folder is a file': (['init', __file__], ['cannot write this file (File exists). Choose another folder']),
     'demo: folder in use': (['demo', str(ROOT / 'tests')], ['is not empty and contains no demo']),
 }
 

@@ -72,8 +72,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as e:     # PyTorch raises RuntimeError when the disk is full
         reason = getattr(e, 'strerror', None) or str(e).splitlines()[0]
-        raise AptosError(f'{path}: cannot write this file ({reason}). '
-                         'Free disk space or choose another folder (--runs, -o).') from e
+        wrong_place = isinstance(e, FileExistsError | NotADirectoryError | PermissionError)
+        advice = 'Choose' if wrong_place else 'Free disk space or choose'
+        raise AptosError(f'{path}: cannot write this file ({reason}). {advice} another folder (--runs, -o).') from e
     finally:
         try: temp.unlink(missing_ok=True)
         except OSError: pass                 # the disk may have become read-only
@@ -209,7 +210,7 @@ def read_record(path: str | Path) -> dict | None:
     Raises `AptosError` if the file is unreadable, damaged, changed or written by an older version.
     """
     try: o = json.loads(Path(path).read_text(encoding='utf-8'))
-    except FileNotFoundError: return None
+    except (FileNotFoundError, NotADirectoryError): return None
     except OSError as e:
         raise AptosError(f'{path}: cannot read this file ({e.strerror}). Check its permissions.') from None
     except ValueError as e: raise AptosError(f'{path}: damaged JSON ({e}). Delete it and run again.') from None

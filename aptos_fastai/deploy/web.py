@@ -1,5 +1,6 @@
 "What every local page needs: headers, JSON, errors, checks of where a request comes from, a server."
 import asyncio
+import errno
 import json
 import logging
 import re
@@ -250,7 +251,9 @@ def run_server(app, host: str, port: int, *notes: str) -> None:
     family = socket.AF_INET6 if ':' in host else socket.AF_INET
     try: sock = socket.create_server((host, port), family=family, backlog=256)
     except OSError as e:
-        raise AptosError(f'{host}:{port}: cannot listen ({e.strerror}). Choose another port with --port.') from None
+        other = 'port with --port' if e.errno in (errno.EADDRINUSE, errno.EACCES) else 'address with --host'
+        reason = e.strerror.partition(' (while')[0]
+        raise AptosError(f'{host}:{port}: cannot listen ({reason}). Choose another {other}.') from None
     server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level='warning', server_header=False,
                                            timeout_graceful_shutdown=STOP_SECONDS))
     logging.getLogger('uvicorn.error').addFilter(is_no_cancellation)

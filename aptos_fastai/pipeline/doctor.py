@@ -233,7 +233,7 @@ def doctor(recipe: str, data: str, runs: str, sets: Iterable[str], every_image: 
         say(f'{status} {what}: {found}', style)
         problems += not ok
         warnings |= ok == WARNING
-    small = small_recipe(recipe, keys, data)
+    small = smaller_recipe(recipe, keys, data)
     if small and (problems or not has_gpu()): say(small)
     if not problems:
         say('No problem would stop `all`. Read the lines above that begin with WARN.' if warnings else
@@ -250,13 +250,13 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def small_recipe(recipe: str, sets: list[str], data: str) -> str:
+def smaller_recipe(recipe: str, sets: list[str], data: str) -> str:
     "Return which command needs less than a recipe for Kaggle's tables, if those of recipes/cpu.ini are there, else ''"
     try: tables, small = read_recipe(recipe, sets=sets).tables, read_recipe(shipped_folder() / SMALL)
     except AptosError: return ''             # the recipe is wrong, which is a finding already
     of_kaggle = any(folder in DOWNLOADS for t in tables.values() for folder in t.folders)
     present = all(any((Path(data) / folder / t.csv).is_file() for folder in t.folders) for t in small.used_tables)
-    if not of_kaggle or not present or Path(recipe).name == Path(SMALL).name: return ''
+    if not of_kaggle or not present or set(tables) <= set(small.tables): return ''
     return (f'{SMALL} needs less: the folder of APTOS 2019 alone, two CPU cores, no download, under 4 hours. Check it: '
             f'{COMMAND} doctor --recipe {SMALL} --data {shlex.quote(data)}')
 

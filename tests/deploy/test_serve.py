@@ -185,6 +185,7 @@ def test_a_port_in_use_is_an_error(toy, capsys):
         s.listen()
         command = ['serve', toy, '--port', s.getsockname()[1]]
         expect_error(capsys, command, 'cannot listen (', 'Choose another port with --port')
+    expect_error(capsys, ['serve', toy, '--host', '192.0.2.1'], 'cannot listen (', 'Choose another address with --host')
 
 
 def test_a_bad_port_is_an_error(toy, capsys):
