@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aptos_fastai.common.io import read_record
-from aptos_fastai.pipeline.graph import load_run, require_name, start_run, train_nodes
+from aptos_fastai.pipeline.graph import load_run, start_run, train_nodes
+from aptos_fastai.recipe import require_name
 from aptos_fastai.run_folder import RecordError, Run
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class PreparedRun(Run):
     def learner(self, stage: str, fold: int = 0) -> 'Learner':
         "Return the fastai Learner of a stage as its training starts. Raises `AptosError` if its parent is not trained"
         from aptos_fastai.pipeline.stage import stage_learner
-        return stage_learner(self, require_name(self.recipe, stage, self.recipe.stages), fold)
+        return stage_learner(self, stage, fold)
 
     @cached_property
     def grader(self) -> 'RunGrader':

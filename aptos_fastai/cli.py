@@ -355,9 +355,7 @@ def ask_user() -> Callable[[str, list[str]], str] | None:
 @command
 def plan(options: RunOptions, images: Annotated[str, typer.Option(
         metavar='"TABLE=N ..."', help='Plan for tables of these sizes, without the data.')] = '') -> None:
-    """Show what `all` would train, why, and how long.
-
-    Writes nothing but the demo's images.
+    """Show what `all` would train, why, and how long. Writes nothing but the demo's images.
 
     python run.py plan --recipe recipes/one_table.ini --data ~/idrid
     python run.py plan --images "eyepacs2015=35126 aptos_train=3662 aptos_test=1928"

@@ -31,7 +31,6 @@ from aptos_fastai.pipeline.graph import (
     load_run,
     output_files,
     outputs_up_to_date,
-    require_name,
     score_test_table,
     start_run,
     submitted_nodes,
@@ -44,7 +43,7 @@ from aptos_fastai.pipeline.refresh import refresh_folds
 from aptos_fastai.pipeline.run_recipe import RECIPE, check_name, check_same_model
 from aptos_fastai.pipeline.share import with_shared
 from aptos_fastai.pipeline.summary import SYNTHETIC, oof_table, show_summary, stage_kappa_text, summarise
-from aptos_fastai.recipe import NAMED_SECTIONS, SECTIONS, TUNE_HELP, Recipe, read_recipe
+from aptos_fastai.recipe import NAMED_SECTIONS, SECTIONS, TUNE_HELP, Recipe, read_recipe, require_name
 from aptos_fastai.run_folder import Run
 
 if TYPE_CHECKING:
@@ -107,6 +106,7 @@ def inspect(load: Callable[[], Run], table: str, count: int, images: str, runs: 
     "Inspect a table of the recipe that `load` opens, or a CSV or folder as `fit` would train on it"
     from aptos_fastai.reports.table_report import inspect_table
     if not Path(table).exists():
+        if Path(table).name != table or Path(table).suffix: raise AptosError(f'{table}: no such file or folder.')
         inspect_table(load(), table, count)
         return
     name = name or f'{name_of(table)}_inspect'

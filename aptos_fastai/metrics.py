@@ -21,9 +21,17 @@ CALIBRATION_IMAGES = 2_000                   # of each grade, at most, that the 
 
 def confusion(grades: ArrayLike, targs: ArrayLike) -> np.ndarray:
     "Return the 5 x 5 confusion matrix of counts: row = true grade, column = predicted grade"
-    g = np.asarray(grades, int).ravel()
-    y = np.asarray(targs, int).ravel()
+    g, y = (check_grades(o) for o in (grades, targs))
+    if len(g) != len(y): raise AptosError(f'{len(g)} grades and {len(y)} true grades. Give one of each for an image.')
     return np.bincount(y * GRADES + g, minlength=GRADES**2).reshape(GRADES, GRADES)
+
+
+def check_grades(grades: ArrayLike) -> np.ndarray:
+    "Return grades as integers (n,). Raises `AptosError` unless all of them are 0, 1, 2, 3 or 4"
+    g = np.asarray(grades).ravel()
+    wrong = g[~np.isin(g, np.arange(GRADES))]
+    if len(wrong): raise AptosError(f'{wrong[0]} is no grade. Give whole numbers from 0 to {GRADES - 1}.')
+    return g.astype(int)
 
 
 def kappa_from_confusion(cm: np.ndarray) -> np.ndarray:
@@ -239,6 +247,7 @@ class GradeThresholds:
 
     def predict(self, scores: ArrayLike) -> np.ndarray:
         "Return the grades 0-4 of scores"
+        if not hasattr(self, 'thresholds_'): raise AptosError('GradeThresholds: not fitted. Call fit(scores, grades).')
         return apply_thresholds(scores, self.thresholds_)
 
 
@@ -453,6 +462,7 @@ class PredictionSets:
     calibration_: Calibration
 
     def __init__(self, coverage: float = .9, calibration: Calibration = ()):
+        if not 0 < coverage < 1: raise AptosError(f'coverage {coverage}: choose a number between 0 and 1, such as 0.9.')
         self.coverage, self.calibration_ = coverage, calibration or ((),) * GRADES
 
     def fit(self, scores: ArrayLike, grades: ArrayLike, folds: ArrayLike | None = None) -> 'PredictionSets':
@@ -460,7 +470,8 @@ class PredictionSets:
 
         Keeps at most `CALIBRATION_IMAGES` distances of a grade, drawn with a fixed seed, to four decimals.
         """
-        s, y = np.asarray(scores, float), np.asarray(grades, int)
+        s, y = np.asarray(scores, float), check_grades(grades)
+        if len(s) != len(y): raise AptosError(f'{len(s)} scores and {len(y)} grades. Give one of each for an image.')
         fold = np.zeros(len(y), int) if folds is None else np.unique(np.asarray(folds), return_inverse=True)[1]
         rng = np.random.default_rng(0)
         n_folds = fold.max() + 1

@@ -654,6 +654,26 @@ class Recipe:
 
 # Parsing one value
 
+def require_name(recipe: Recipe, name: str, names: Iterable[str]) -> str:
+    "Return `name`, a stage or ensemble. Raises `ConfigError` if it is not one of `names`"
+    known = list(names)
+    kind = 'stage or ensemble' if recipe.ensembles.keys() & known else 'stage'
+    return check_choice(name, known, f'{name}: no such {kind} in {recipe.path}')
+
+
+def check_choice(value: str, choices: Iterable[str], problem: str) -> str:
+    "Return `value`. Raises `ConfigError` if it is none of `choices`, with a `problem` and the right names"
+    known = list(choices)
+    if value in known: return value
+    raise ConfigError(f'{problem}{did_you_mean(str(value), known)} Choose from: {", ".join(known)}.')
+
+
+def check_fold(fold: int, folds: int, stage: str) -> None:
+    "Raise `ConfigError` if `fold` is none of the `folds` of a stage or ensemble"
+    if fold in range(folds): return
+    raise ConfigError(f'fold {fold}: no such fold of {stage}. Choose from: {", ".join(map(str, range(folds)))}.')
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     "Return ', did you mean X?' if one of `known` is similar to `word` or contains it, whatever its case, else '.'"
     folded = {name.casefold(): name for name in known}

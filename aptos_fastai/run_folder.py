@@ -21,7 +21,7 @@ from aptos_fastai.metrics import (
     thresholds_or_midpoints,
     upper_quantile,
 )
-from aptos_fastai.recipe import FITTED, Recipe, Stage, parse_thresholds
+from aptos_fastai.recipe import FITTED, Recipe, Stage, check_fold, parse_thresholds, require_name
 
 FINISHED = 'stage.json'                      # a fold's record, written last: its presence means finished
 EXPORT = 'learner.pkl'
@@ -427,8 +427,11 @@ class Run:
         """Return the out-of-fold scores of a stage or ensemble: columns id_code, source, diagnosis, fold, score.
 
         Fitted weights of an ensemble are cross-fitted: those of each part (`parts`) are fitted on the other parts. With
-        `fold`, the scores of that fold's validation images only. Raises `RecordError`.
+        `fold`, the scores of that fold's validation images only. Raises `RecordError`, and `ConfigError` for a name or
+        fold that the recipe lacks.
         """
+        require_name(self.recipe, node, self.recipe.nodes)
+        if fold is not None: check_fold(fold, len(self.folds_of(node)), node)
         if not self.recipe.is_fitted(node):
             members = self._member_scores(node, self.folds_of(node) if fold is None else [fold])
             return self._mean(members, self.recipe.members(node))

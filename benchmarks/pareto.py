@@ -24,7 +24,7 @@ from aptos_fastai.common.io import AptosError, write_bytes
 from aptos_fastai.data.understand import find_table
 from aptos_fastai.inference.grader import Grader
 from aptos_fastai.inference.model_spec import ModelSpec, read_model
-from aptos_fastai.inference.training_images import seen_images, training_images
+from aptos_fastai.inference.training_images import SeenImages, training_images
 from aptos_fastai.metrics import REFERABLE, apply_thresholds, auc, kappa_interval, paired_interval, quadratic_kappa
 from aptos_fastai.reports.colours import BLUE, GREEN, ORANGE, RED
 from aptos_fastai.training.precision import machine
@@ -98,7 +98,7 @@ def judge(run: str, name: str) -> Judged:
 
 def check_unseen(frame, model: ModelSpec, root: Path) -> None:
     "Raise `AptosError` if an image was used to train or tune the model"
-    seen = seen_images(frame, training_images(model, root)[0]) != ''
+    seen = SeenImages(training_images(model, root)[0]).find(frame) != ''
     if seen.any():
         raise AptosError(f'{root}: was trained on {seen.sum()} of {len(frame)} images, for example '
                          f'{frame.id_code[seen].iloc[0]}. Give a table that the run has not seen.')

@@ -2,11 +2,24 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT, TOY_KEYS
 
 import aptos_fastai
-from aptos_fastai import open_run
+from aptos_fastai import (
+    GradeThresholds,
+    PredictionSets,
+    QuadraticKappa,
+    create_model,
+    find_retina,
+    get_dls,
+    load_grader,
+    open_run,
+    quadratic_kappa,
+    read_recipe,
+    stage_learner,
+)
 from aptos_fastai.common.io import AptosError, run_lock
 from aptos_fastai.run_folder import RecordError
 
@@ -60,3 +73,44 @@ def test_methods_of_a_finished_run(run, image_paths):
 @pytest.mark.parametrize('method', ['train', 'learner', 'grader'])
 def test_unknown_stage(run, method):
     with pytest.raises(AptosError, match='nope: no such stage'): getattr(run, method)('nope')
+
+
+GRADES, IMAGE = np.arange(20) % 5, np.zeros((40, 40), np.uint8)
+BAD_CALLS = {                                # name: call, words of its error
+    'head': (lambda: create_model('test_resnet', head='gen'), ['head = gen: no such head, did you mean gem?', 'auto']),
+    'loss': (lambda: create_model('test_resnet', loss='l1'), ['loss = l1: no such loss', 'smooth_l1, mse, corn']),
+    'arch': (lambda: create_model('resnet5000'), ['arch = resnet5000: no such network in timm']),
+    'metric of a loss': (lambda: QuadraticKappa(loss='l1'), ['loss = l1: no such loss']),
+    'metric by a method': (lambda: QuadraticKappa('best'), ['thresholds = best: no such method', 'regularised']),
+    'grade 5': (lambda: quadratic_kappa(GRADES + 1, GRADES), ['5 is no grade. Give whole numbers from 0 to 4']),
+    'grade 1.5': (lambda: quadratic_kappa(GRADES, GRADES * .5), ['0.5 is no grade']),
+    'fewer grades': (lambda: quadratic_kappa(GRADES, GRADES[1:]), ['20 grades and 19 true grades']),
+    'not fitted': (lambda: GradeThresholds().predict(GRADES), ['not fitted. Call fit(scores, grades)']),
+    'coverage': (lambda: PredictionSets(90), ['coverage 90: choose a number between 0 and 1']),
+    'fewer scores': (lambda: PredictionSets().fit(GRADES[1:], GRADES), ['19 scores and 20 grades']),
+    'a grey image': (lambda: find_retina(IMAGE), ['uint8 array (height, width, 3)']),
+    'a path for an image': (lambda: find_retina('eye.jpg'), ['uint8 array (height, width, 3)']),
+    'no recipe': (lambda: read_recipe('nowhere.ini'), ['nowhere.ini: no such recipe']),
+    'no model': (lambda: load_grader('nowhere'), ['nowhere: no model here']),
+}
+
+
+@pytest.mark.parametrize('name', BAD_CALLS)
+def test_a_wrong_argument_ends_in_an_error_that_says_what_is_right(name):
+    call, words = BAD_CALLS[name]
+    with pytest.raises(AptosError) as e: call()
+    for text in words: assert text in str(e.value)
+
+
+def test_wrong_names_of_stages_folds_and_columns(run):
+    names = 'Choose from: pretrain_256, '
+    for call in (lambda: stage_learner(run, 'finetune_265'), lambda: run.oof('finetune_265')):
+        with pytest.raises(AptosError, match='finetune_265: no such .*did you mean finetune_256.*' + names): call()
+    for fold in (5, -1):
+        with pytest.raises(AptosError, match=f'fold {fold}: no such fold of finetune_256. Choose from: 0, 1, 2, 3, 4.'):
+            stage_learner(run, 'finetune_256', fold)
+    with pytest.raises(AptosError, match='fold 1: no such fold of finetune_256. Choose from: 0.'):
+        run.oof('finetune_256', 1)
+    frame, stage = run.frames['aptos_train'], run.recipe.stages['finetune_256']
+    with pytest.raises(AptosError, match='the frame has no column valid. It has: id_code'):
+        get_dls(frame, stage, run.prep, run.recipe.augment, ([.5] * 3, [.2] * 3))

@@ -2,8 +2,10 @@
 
 Each message is one line, the exit status is 1, and nothing is written.
 """
+import errno
 import os
 import shutil
+import tempfile
 
 import cv2
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from conftest import ROOT, TOY, expect_error, toy_args, write_table
 
 from aptos_fastai.cli import COMMANDS, uses_run
+from aptos_fastai.common.io import AptosError, check_output_file
 
 
 def write(path, content):
@@ -160,6 +163,8 @@ BAD_COMMANDS = {
     'label: graded table': (['label', 'finetune_256', 'aptos_train'], ['aptos_train: no such ungraded table']),
     'lr_find: no such stage': (['lr_find', 'nope'], ['nope: no such stage']),
     'inspect: no such table': (['inspect', 'nope'], ['nope: no such table', 'aptos_train']),
+    'inspect: no such file': (['inspect', 'grades.csv', '--recipe', 'nowhere.ini'], ['grades.csv: no such file']),
+    'export: run is a file': (['export', __file__], [f'{__file__}: no model here']),
     'inspect: not a number': (['inspect', 'aptos_train', 'many'], ['many']),
     'inspect: no images': (['inspect', 'aptos_train', '0'], ['0: choose at least 1 image']),
     'no recipe': (['all', '--recipe', 'nowhere.ini'], ['nowhere.ini: no such recipe']),
@@ -181,6 +186,7 @@ BAD_COMMANDS = {
     'kaggle: no run': (['kaggle', 'nowhere'], ['nowhere: no model here']),
     'kaggle: bad user name': (['kaggle', 'nowhere', '--user', 'a b'], ['--user a b']),
     'compare: no runs': (['compare', 'nowhere', 'elsewhere'], ['nowhere: not a finished run']),
+    'init: folder is a file': (['init', __file__], ['cannot write this file (File exists). Choose another folder']),
     'demo: folder in use': (['demo', str(ROOT / 'tests')], ['is not empty and contains no demo']),
 }
 
@@ -206,6 +212,27 @@ def test_bad_commands(runs_with_demo, monkeypatch, capsys, name):
     expect_error(capsys, args, *words)
     assert not (runs_with_demo / 'settings-demo').exists()
     assert set(os.listdir(ROOT)) == before
+
+
+# Outputs
+
+def test_outputs_that_cannot_be_written_are_refused_before_anything_is_read(tmp_path, capsys):
+    file = tmp_path / 'file'
+    file.write_text('mine')
+    for args, output in ((['predict', 'nowhere', __file__], 'a/b.csv'), (['explain', 'nowhere', __file__], 'a'),
+                         (['configure', '--data', 'nowhere', '--hours', '1'], 'x.ini')):
+        expect_error(capsys, [*args, '-o', file / output], f'{file}: cannot write to this folder (this is a file)')
+    expect_error(capsys, ['predict', 'nowhere', __file__, '-o', tmp_path], f'{tmp_path}: is a folder. Name a file')
+    assert [o.name for o in tmp_path.iterdir()] == ['file'] and file.read_text() == 'mine'
+
+
+def test_a_folder_that_is_not_writable_is_refused_and_a_new_one_is_not_made_yet(tmp_path, monkeypatch):
+    check_output_file(tmp_path / 'new/folder/grades.csv')
+    assert not list(tmp_path.iterdir())
+    def refuse(dir): raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dir))
+    monkeypatch.setattr(tempfile, 'TemporaryFile', refuse)
+    with pytest.raises(AptosError, match=f'^{tmp_path}: cannot write to this folder .Permission denied'):
+        check_output_file(tmp_path / 'new/folder/grades.csv')
 
 
 # A finished run

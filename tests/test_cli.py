@@ -31,7 +31,8 @@ def test_help_imports_no_heavy_library():
 def test_help_of_a_command(name, capsys):
     main([name, '--help'])
     out = capsys.readouterr().out
-    assert f'python run.py {name}' in out     # an example
+    examples = out[out.index('Example'):].partition('\n\n')[0].splitlines()[1:]
+    assert examples and all(line.startswith(f'    python run.py {name}') for line in examples)
     has_runs = uses_run(COMMANDS[name]) or 'runs' in signature(COMMANDS[name]).parameters
     assert ('--runs FOLDER' in out) == has_runs
     assert '{' not in out and '<str>' not in out

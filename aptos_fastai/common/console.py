@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -36,13 +37,45 @@ def plural(n: float, noun: str) -> str:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Collection[str] = (),
           wrap: Collection[str] = ()) -> None:
-    "Print `rows` as a table; columns named in `right` are right-aligned, those in `wrap` may wrap"
+    """Print `rows` as a table; columns named in `right` are right-aligned, those in `wrap` may wrap between words.
+
+    Where the terminal is too narrow for that, each row is a list under its first cell: no name and no number is cut.
+    """
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = _column_widths(columns, cells, wrap, console.width)
+    if not widths:
+        _print_lists(title, columns, cells)
+        return
     t = Table(title=title, title_justify='left', title_style='bold', box=box.SIMPLE_HEAD, show_edge=False,
               pad_edge=False, padding=(0, 1, 0, 0))
-    for c in columns:
-        t.add_column(c, justify='right' if c in right else 'left', overflow='fold', no_wrap=c not in wrap)
-    for row in rows: t.add_row(*map(str, row))
+    for c, width in zip(columns, widths, strict=True):
+        t.add_column(c, justify='right' if c in right else 'left', overflow='fold', width=width)
+    for row in cells: t.add_row(*row)
     console.print(t, soft_wrap=False)
+
+
+def _column_widths(columns: Sequence[str], rows: Sequence[Sequence[str]], wrap: Collection[str],
+                   room: int) -> list[int]:
+    "Return the widths of columns in a table of at most `room` characters, where those in `wrap` may wrap; [] for none"
+    texts = [[c, *(row[i] for row in rows)] for i, c in enumerate(columns)]
+    full = [max(cell_len(line) for text in column for line in text.split('\n')) for column in texts]
+    widths = [max((cell_len(word) for text in column for word in text.split()), default=0) if c in wrap else width
+              for c, column, width in zip(columns, texts, full, strict=True)]
+    spare = room - sum(widths) - 2 * (len(columns) - 1)            # two spaces between columns
+    if spare < 0: return []
+    for _ in range(spare):
+        narrow = [i for i, width in enumerate(widths) if width < full[i]]
+        if narrow: widths[min(narrow, key=widths.__getitem__)] += 1
+    return widths
+
+
+def _print_lists(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    "Print each row as its first cell and a line for each other one"
+    say(title, 'bold')
+    for first, *others in rows:
+        say(first)
+        for c, text in zip(columns[1:], others, strict=True):
+            if text: say(f'  {c}: {" ".join(text.split())}')
 
 
 class ProgressBar:

@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import stat
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -71,11 +72,32 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as e:     # PyTorch raises RuntimeError when the disk is full
         reason = getattr(e, 'strerror', None) or str(e).splitlines()[0]
-        raise AptosError(f'{path}: cannot write this file ({reason}). '
-                         'Free disk space or choose another folder (--runs, -o).') from e
+        wrong_place = isinstance(e, FileExistsError | NotADirectoryError | PermissionError)
+        advice = 'Choose' if wrong_place else 'Free disk space or choose'
+        raise AptosError(f'{path}: cannot write this file ({reason}). {advice} another folder (--runs, -o).') from e
     finally:
         try: temp.unlink(missing_ok=True)
         except OSError: pass                 # the disk may have become read-only
+
+
+def check_output_folder(folder: str | Path, option: str = '-o') -> None:
+    """Raise `AptosError` if no file can be written to `folder`, which need not exist; leaves nothing behind.
+
+    Call it before a long computation. `option` names the folder on the command line.
+    """
+    folder = Path(folder)
+    there = next(o for o in (folder, *folder.absolute().parents) if os.path.lexists(o))       # or the lowest above it
+    try:
+        with tempfile.TemporaryFile(dir=there): pass
+    except OSError as e:
+        reason = 'this is a file' if there.is_file() else e.strerror
+        raise AptosError(f'{there}: cannot write to this folder ({reason}). Choose another with {option}.') from None
+
+
+def check_output_file(file: str | Path, option: str = '-o') -> None:
+    "Raise `AptosError` if `file` cannot be written, as `check_output_folder` does"
+    if Path(file).is_dir(): raise AptosError(f'{file}: is a folder. Name a file in it with {option}.')
+    check_output_folder(Path(file).parent, option)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -188,7 +210,7 @@ def read_record(path: str | Path) -> dict | None:
     Raises `AptosError` if the file is unreadable, damaged, changed or written by an older version.
     """
     try: o = json.loads(Path(path).read_text(encoding='utf-8'))
-    except FileNotFoundError: return None
+    except (FileNotFoundError, NotADirectoryError): return None
     except OSError as e:
         raise AptosError(f'{path}: cannot read this file ({e.strerror}). Check its permissions.') from None
     except ValueError as e: raise AptosError(f'{path}: damaged JSON ({e}). Delete it and run again.') from None

@@ -191,8 +191,10 @@ def find_retina(im: np.ndarray, side: int = 256) -> Circle:
     """Find the circle of the retina in a uint8 HxWx3 image, on a copy of about `side` pixels.
 
     In an image that was resized to another aspect the circle is an ellipse (`stretch` is not 1). Returns the bounding
-    box if neither fits, and the whole image if nothing is bright enough.
+    box if neither fits, and the whole image if nothing is bright enough. Raises `ImageError` for another array.
     """
+    if getattr(im, 'dtype', None) != np.uint8 or im.ndim != 3 or im.shape[2] != 3:
+        raise ImageError("find_retina: give a uint8 array (height, width, 3): np.asarray(image.convert('RGB')).")
     h, w = im.shape[:2]
     whole = Circle(w / 2, h / 2, max(h, w) / 2, 'whole')
     mask, n = _lit_mask(im, side)

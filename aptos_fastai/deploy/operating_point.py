@@ -9,7 +9,7 @@ import pandas as pd
 
 from aptos_fastai.common.console import say, table
 from aptos_fastai.common.disclaimer import DISCLAIMER
-from aptos_fastai.common.io import AptosError, read_record
+from aptos_fastai.common.io import AptosError, check_output_folder, read_record
 from aptos_fastai.decisions import LEVELS, OperatingPoint
 from aptos_fastai.deploy.bundle import build_bundle, rewrite_bundle
 from aptos_fastai.deploy.parity import parity_images, show_parity
@@ -48,7 +48,7 @@ def write_operating_point(model: str, refer: Refer, output: str = '', graded: st
                          'Set them in [refer] of the recipe and run `all`, which trains nothing.')
     folder = Path(output) if output else default_folder(Path(model), refer)
     if folder.exists(): raise AptosError(f'{folder}: already exists. Choose another folder with -o.')
-    if not folder.parent.is_dir(): raise AptosError(f'{folder.parent}: no such folder. Make it, or choose another.')
+    check_output_folder(folder.parent)
     scores = table_scores(model, graded, **where) if graded else own_scores(model)
     points, warnings = fit_points(refer, scores.df, scores.parts, scores.origin)
     if not points: raise AptosError(f'{model}: {"; ".join(warnings)}. Choose on a table that has both.')

@@ -22,6 +22,7 @@ from aptos_fastai.deploy.web import (
     get_application,
     is_unicode,
     json_reply,
+    own_url,
     read_json,
     require_packages,
     run_server,
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
 PACKAGES = 'starlette', 'uvicorn', 'python_multipart'
-UPLOAD_SECONDS = 120                         # for one request to arrive
 LOG_FAILED = 'the request log cannot be written ({}); the grades are withheld'
 
 
@@ -88,13 +88,13 @@ class Pages:
         self.logged = f'Its log keeps {log.contents}.' if log else ''
 
     def about(self, request: 'Request') -> dict:
-        "Describe the model; addresses are those that the request used"
-        return about.describe_model(self.grader, str(request.base_url))
+        "Describe the model; addresses begin as the one that the client entered"
+        return about.describe_model(self.grader, own_url(request))
 
     def openapi(self, request: 'Request') -> dict:
         "Return the OpenAPI document"
         kept = f'Images are not kept on the server. {self.logged}' if self.log else NOTHING_KEPT
-        return openapi_document(self.about(request), str(request.base_url), kept)
+        return openapi_document(self.about(request), own_url(request), kept)
 
     async def page(self, request: 'Request') -> 'Response':
         "`/`: the page"
@@ -143,10 +143,7 @@ class Pages:
     async def graded_rows(self, request: 'Request') -> list[dict]:
         "Return the rows of the images of a request. Raises `RequestError`"
         with self.queue.admit(uploads_length(request)) as admission:
-            counted = with_counted_body(request, admission.add_bytes)
-            try:
-                async with asyncio.timeout(UPLOAD_SECONDS): uploads, heatmap = await read_uploads(counted)
-            except TimeoutError: raise RequestError(408, f'the upload took more than {UPLOAD_SECONDS} s') from None
+            uploads, heatmap = await read_uploads(with_counted_body(request, admission.add_bytes))
             admission.count_images(len(uploads))
             return await asyncio.gather(*(self.queue.grade(name, data, heatmap) for name, data in uploads))
 

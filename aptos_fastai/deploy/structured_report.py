@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import aptos_fastai
 from aptos_fastai.common.console import say
 from aptos_fastai.common.disclaimer import DISCLAIMER
-from aptos_fastai.common.io import AptosError, atomic_write
+from aptos_fastai.common.io import AptosError, atomic_write, check_output_file
 from aptos_fastai.common.privacy import patient_data
 from aptos_fastai.data.dicom import is_dicom, tags_of
 from aptos_fastai.inference.explain import grade_text
@@ -51,6 +51,7 @@ def write_dicom_report(model: str, image: str, output: str) -> None:
     file, out = Path(image), Path(output)
     if find_spec('highdicom') is None:
         raise AptosError('dicom_report needs the extra dicom-report. Run pip install highdicom.')
+    check_output_file(out)
     if out.exists(): raise AptosError(f'{out}: already exists. Choose another file with -o.')
     source = read_source(file)
     grader = load_grader(model)

@@ -1,5 +1,6 @@
 "What every local page needs: headers, JSON, errors, checks of where a request comes from, a server."
 import asyncio
+import errno
 import json
 import logging
 import re
@@ -28,10 +29,12 @@ HEADERS = {'Content-Security-Policy': CSP, 'X-Content-Type-Options': 'nosniff', 
            'Cache-Control': 'no-store'}
 PUBLIC = '0.0.0.0', '::'                     # addresses that listen to every network
 HOST = re.compile(r'(\[[0-9a-f:.]+\]|[\w.-]+)(?::(\d{1,5}))?', re.ASCII | re.IGNORECASE)      # name[:port]
+PREFIX = re.compile(r'[\w~-][\w./~-]*', re.ASCII)       # of a path: it is shown as part of a command
 PORTS = dict(http='80', https='443')         # which an address leaves out
 OWN_SITES = '', 'same-origin', 'none'        # Sec-Fetch-Site: of no browser, of this page, entered by a person
 ADDRESSES = '*'                              # among host names: every IP address
 IDLE_SECONDS = 30                            # without a byte of a request; then it ends
+UPLOAD_SECONDS = 120                         # for a request to arrive, however steadily its bytes come
 STOP_SECONDS = 5                             # for requests at work after Ctrl-C; `docker stop` kills after 10
 CLIENT_GONE = 499                            # status in the log: nobody receives it
 MORE_HEADERS = {408: {'Connection': 'close'}, 503: {'Retry-After': '5'}}
@@ -149,20 +152,31 @@ def is_own_origin(origin: str, host: str) -> bool:
 def in_time(receive: 'Receive') -> 'Receive':
     """Return the `receive` of ASGI whose body arrives or ends with a `RequestError`.
 
-    Its status is 408 if no byte comes for `IDLE_SECONDS`, and 499 if the client has gone.
+    Its status is 408 if no byte comes for `IDLE_SECONDS` or the last one not within `UPLOAD_SECONDS`, and 499 if the
+    client has gone.
     """
-    is_complete = False
+    is_complete, deadline = False, time.monotonic() + UPLOAD_SECONDS
 
     async def receive_in_time() -> 'Message':
         nonlocal is_complete
         if is_complete: return await receive()
+        left = deadline - time.monotonic()
         try:
-            async with asyncio.timeout(IDLE_SECONDS): message = await receive()
-        except TimeoutError: raise RequestError(408, f'no byte of the request came for {IDLE_SECONDS} s') from None
+            async with asyncio.timeout(min(IDLE_SECONDS, left)): message = await receive()
+        except TimeoutError:
+            slow = left < IDLE_SECONDS
+            raise RequestError(408, f'the upload took more than {UPLOAD_SECONDS} s' if slow else
+                               f'no byte of the request came for {IDLE_SECONDS} s') from None
         if message['type'] == 'http.disconnect': raise RequestError(CLIENT_GONE, 'the client has closed the connection')
         is_complete = not message.get('more_body', False)
         return message
     return receive_in_time
+
+
+def own_url(request: 'Request') -> str:
+    "Return the address of the server as the client enters it, with a slash at the end and the prefix of a proxy"
+    prefix = request.headers.get('x-forwarded-prefix', '').strip('/')
+    return f'{request.base_url}{prefix}/' if PREFIX.fullmatch(prefix) else str(request.base_url)
 
 
 def with_counted_body(request: 'Request', count: Callable[[int], None]) -> 'Request':
@@ -244,7 +258,9 @@ def run_server(app: 'ASGIApp', host: str, port: int, *notes: str) -> None:
     family = socket.AF_INET6 if ':' in host else socket.AF_INET
     try: sock = socket.create_server((host, port), family=family, backlog=256)
     except OSError as e:
-        raise AptosError(f'{host}:{port}: cannot listen ({e.strerror}). Choose another port with --port.') from None
+        other = 'port with --port' if e.errno in (errno.EADDRINUSE, errno.EACCES) else 'address with --host'
+        reason = (e.strerror or str(e)).partition(' (while')[0]
+        raise AptosError(f'{host}:{port}: cannot listen ({reason}). Choose another {other}.') from None
     server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level='warning', server_header=False,
                                            timeout_graceful_shutdown=STOP_SECONDS))
     logging.getLogger('uvicorn.error').addFilter(is_no_cancellation)

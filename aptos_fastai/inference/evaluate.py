@@ -10,7 +10,7 @@ import pandas as pd
 
 import aptos_fastai
 from aptos_fastai.common.console import Bars, say
-from aptos_fastai.common.io import AptosError, digest, read_record
+from aptos_fastai.common.io import AptosError, check_output_folder, digest, read_record
 from aptos_fastai.data.duplicates import group_duplicates
 from aptos_fastai.data.spreadsheet import first_few
 from aptos_fastai.data.tables import PATIENT_OF_EYE, TableContents, describe, find_folder
@@ -36,7 +36,7 @@ from aptos_fastai.inference.measures import (
 )
 from aptos_fastai.inference.model_spec import ModelSpec
 from aptos_fastai.inference.subgroups import subgroup_results
-from aptos_fastai.inference.training_images import HASHES, IDENTICAL, NEAR_COPY, seen_images, training_images
+from aptos_fastai.inference.training_images import HASHES, IDENTICAL, NEAR_COPY, SeenImages, training_images
 from aptos_fastai.metrics import REFERABLE, apply_thresholds
 from aptos_fastai.recipe import Table
 
@@ -94,7 +94,8 @@ def evaluate_table(model: str, table: str, images: str = '', recipe: str = '', d
     folder = Path(choices.output) if choices.output else Path(model) / EVALUATIONS / name
     identity = dict(model=model_record(grader.model), table=_table_record(understood))
     check_folder(folder, identity, own=not choices.output)
-    rows, unknown = _with_seen(grader, _predict(grader, _all_images(contents)))
+    known, unknown = training_images(grader.model, grader.root)
+    rows = _predict(grader, _all_images(contents), SeenImages(known), choices.include_seen)
     place = find_folder(understood.table, understood.data)
     folders = [Path(images or '.'), grader.root, understood.data, place, place / understood.table.images]
     unknown = _without_folders([unknown], folders)[0]
@@ -104,14 +105,6 @@ def evaluate_table(model: str, table: str, images: str = '', recipe: str = '', d
         **_results(rows, understood.table, grader.model, choices))
     if unknown: record['warnings'].insert(0, unknown)
     return Evaluation(folder, record, _in_order(rows, understood.table), _without_folders(reasons, folders))
-
-
-def _with_seen(grader: Grader, rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    "Return `rows` with the column `seen`, and what is not known of the images that the model has seen"
-    known, unknown = training_images(grader.model, grader.root)
-    readable = rows.error == ''
-    return rows.assign(seen=pd.Series(seen_images(rows[readable], known), rows.index[readable]).reindex(
-        rows.index, fill_value='')), unknown
 
 
 # The table
@@ -157,9 +150,9 @@ def check_folder(folder: Path, identity: dict, own: bool) -> None:
 
     With `own` it lies in the model's folder, so that an evaluation of its older weights is replaced, too.
     """
+    check_output_folder(folder)
     if not folder.exists(): return
     where = 'Choose another folder with -o.'
-    if not folder.is_dir(): raise AptosError(f'{folder}: is a file. {where}')
     others = sorted(f.name for f in folder.iterdir() if f.name not in (EVALUATION, PREDICTIONS, HTML)
                     and not f.name.endswith('.tmp'))
     if others: raise AptosError(f'{folder}: holds files that evaluate did not write ({first_few(others)}). {where}')
@@ -185,26 +178,33 @@ def _without_folders(texts: Iterable[str], folders: Iterable[Path]) -> list[str]
 
 # Scores
 
-def _predict(grader: Grader, frame: pd.DataFrame) -> pd.DataFrame:
-    """Return `frame` with score, grade, prediction set, gate, hashes and error of each image in its column `path`.
+def _predict(grader: Grader, frame: pd.DataFrame, seen: SeenImages, include_seen: bool) -> pd.DataFrame:
+    """Return `frame` with score, grade, prediction set, gate, hashes, `seen` and error of each image in its `path`.
 
-    Grade and probabilities are those of the score, also where the gate rejects the image. Raises `AptosError` if none
-    is readable.
+    Graded images that the model has `seen` are counted only with `include_seen`: without it they are not graded. Grade
+    and probabilities are those of the score, also where the gate rejects the image. Raises `AptosError` if none is
+    readable.
     """
     parts, done = [], 0
+    left_out = frame.diagnosis.notna().to_numpy() & (not include_seen)           # if the model has seen them
     with Bars() as bars, bars(f'grading with {grader.model.name}', len(frame), 'images') as bar:
         for names, images in grader.read_batches(frame.path):
-            found = grader.grade(names, images)
-            parts.append(found.assign(**{key: [info.get(key, '') for _, info in images] for key in HASHES}))
+            hashes = pd.DataFrame([[info.get(key, '') for key in HASHES] for _, info in images], columns=HASHES)
+            hashes['seen'] = ''
+            readable = [squares is not None for squares, _ in images]
+            hashes.loc[readable, 'seen'] = seen.find(hashes[readable])
+            skipped = left_out[done:done + len(names)] & (hashes.seen != '')
+            found = grader.grade(names, [(None if skip else squares, info)
+                                         for skip, (squares, info) in zip(skipped, images, strict=True)])
+            parts.append(found.join(hashes))
             done += len(names)
             bar.to(done)
     found = pd.concat(parts, ignore_index=True)
-    columns = ['score', *DECIDED, 'grade_low', 'grade_high', 'ungradable', 'image_sha256', 'error', *HASHES]
+    columns = ['score', *DECIDED, 'grade_low', 'grade_high', 'ungradable', 'image_sha256', 'error', *HASHES, 'seen']
     rows = frame.reset_index(drop=True).assign(**{name: found[name] for name in columns})
-    readable = rows.error == ''
-    if not readable.any():
+    if (rows.error != '').all():
         raise AptosError(f'all {len(rows)} images cannot be read: {first_few(_errors(rows))}. Check the files.')
-    score = rows.score[readable].astype(float)
+    score = rows.score.dropna().astype(float)
     grade = apply_thresholds(score, grader.model.thresholds)
     rows['grade'] = pd.Series(grade, index=score.index).reindex(rows.index).astype('Int64')
     decided = pd.DataFrame(grader.model.decision.decide(score, grade, grade), index=score.index)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from aptos_fastai.common.console import Bars, plural, say
 from aptos_fastai.common.disclaimer import DISCLAIMER
-from aptos_fastai.common.io import AptosError, write_bytes, write_csv
+from aptos_fastai.common.io import AptosError, check_output_folder, write_bytes, write_csv
 from aptos_fastai.common.privacy import patient_data
 from aptos_fastai.data.decode import decode
 from aptos_fastai.data.retina import Circle, Prep, crop_box
@@ -186,11 +186,12 @@ def grade_text(row: dict) -> str:
 
 def side_by_side(im: np.ndarray, overlay: np.ndarray, row: dict, notice: str = DISCLAIMER) -> np.ndarray:
     "Return an image and its overlay side by side; the grade and `notice` are the caption"
-    pair = np.hstack([im, overlay])
-    out = cv2.copyMakeBorder(pair, 0, 2 * CAPTION_HEIGHT, 0, 0, cv2.BORDER_CONSTANT)
-    for i, text in enumerate((grade_text(row), notice)):
-        origin, scale, colour = (6, len(pair) + (i + 1) * CAPTION_HEIGHT - 9), .55, (235, 235, 235)
-        out = cv2.putText(out, text, origin, cv2.FONT_HERSHEY_SIMPLEX, scale, colour, 1, cv2.LINE_AA)
+    pair, lines, font, scale = np.hstack([im, overlay]), (grade_text(row), notice), cv2.FONT_HERSHEY_SIMPLEX, .55
+    width = 12 + max(cv2.getTextSize(text, font, scale, 1)[0][0] for text in lines)
+    out = cv2.copyMakeBorder(pair, 0, 2 * CAPTION_HEIGHT, 0, max(0, width - pair.shape[1]), cv2.BORDER_CONSTANT)
+    for i, text in enumerate(lines):
+        origin = 6, len(pair) + (i + 1) * CAPTION_HEIGHT - 9
+        out = cv2.putText(out, text, origin, font, scale, (235, 235, 235), 1, cv2.LINE_AA)
     return out
 
 
@@ -200,8 +201,9 @@ def explain_files(model: str, paths: Iterable[str], output: str, *, root: str | 
     An earlier index in the folder is kept: its other images keep their outputs. Raises `AptosError` at the end if some
     could not be read.
     """
-    entries, grader, folder = find_images(list(paths), root), load_grader(model), Path(output)
-    if folder.exists() and not folder.is_dir(): raise AptosError(f'{folder}: this is a file. Give a folder with -o.')
+    folder = Path(output)
+    check_output_folder(folder)
+    entries, grader = find_images(list(paths), root), load_grader(model)
     old = _read_index(folder / INDEX)
     files = [safe_cell(str(entry)) for entry in entries]
     kept = [row for row in old if row['file'] not in files]

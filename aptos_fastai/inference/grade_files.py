@@ -11,7 +11,7 @@ import pandas as pd
 
 from aptos_fastai.common.console import Bars, plural, say
 from aptos_fastai.common.disclaimer import DISCLAIMER
-from aptos_fastai.common.io import AptosError, digest, file_lock, make_private, write_bytes
+from aptos_fastai.common.io import AptosError, check_output_file, digest, file_lock, make_private, write_bytes
 from aptos_fastai.data.spreadsheet import SPREADSHEETS, has_columns, safe_cell
 from aptos_fastai.inference.audit import (
     audit_file,
@@ -50,7 +50,7 @@ def grade_files(model: str, paths: Iterable[str], output: str, backend: str = 't
     """
     choices.check()
     out = Path(output)
-    if not out.parent.is_dir(): raise AptosError(f'{out.parent}: no such folder. Make it, or choose another with -o.')
+    check_output_file(out)
     if out.suffix.lower() in SPREADSHEETS:
         raise AptosError(f'{out}: predict writes CSV. Choose a name that ends in .csv.')
     _check_free(out, overwrite)

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from aptos_fastai.common.io import AptosError, file_hash, read_record, verify_file, write_bytes
-from aptos_fastai.data.duplicates import near_known
+from aptos_fastai.data.duplicates import known_bits, near_known
 from aptos_fastai.run_folder import FINISHED, WEIGHTS
 
 if TYPE_CHECKING:
@@ -99,12 +99,17 @@ def _is_foreign(record: dict) -> bool:
 def _read(file: Path) -> pd.DataFrame: return pd.read_csv(file, dtype=str, keep_default_na=False)
 
 
-def seen_images(images: pd.DataFrame, known: pd.DataFrame | None) -> np.ndarray:
-    """Return for each of `images` (columns `HASHES`) whether it is among the `known`: identical, near copy, or ''.
+class SeenImages:
+    "Tell which images are among those that a model was trained or tuned on (columns `HASHES`; None: unknown)"
+    def __init__(self, known: pd.DataFrame | None):
+        self.pixels = set() if known is None else set(known.pixel_sha256)
+        self.bits = known_bits(known.perceptual_hash) if known is not None and len(known) else None
 
-    A near copy has a similar perceptual hash, as duplicates have.
-    """
-    if known is None or not len(known): return np.full(len(images), '', object)
-    near = near_known(images.perceptual_hash, known.perceptual_hash)
-    identical = images.pixel_sha256.isin(known.pixel_sha256)
-    return np.where(identical, IDENTICAL, np.where(near, NEAR_COPY, '')).astype(object)
+    def find(self, images: pd.DataFrame) -> np.ndarray:
+        """Return for each of `images` (columns `HASHES`) identical, near copy, or ''.
+
+        A near copy has a similar perceptual hash, as duplicates have.
+        """
+        if self.bits is None or not len(images): return np.full(len(images), '', object)
+        near, identical = near_known(images.perceptual_hash, self.bits), images.pixel_sha256.isin(self.pixels)
+        return np.where(identical, IDENTICAL, np.where(near, NEAR_COPY, '')).astype(object)

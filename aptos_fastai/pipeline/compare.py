@@ -18,6 +18,7 @@ from aptos_fastai.pipeline.summary import (
     by_value,
     difference_text,
     validated,
+    warning_lines,
 )
 
 MIN_COMMON = 50                              # images that what is compared must have in common
@@ -80,8 +81,8 @@ def compare_runs(first: str, second: str) -> None:
         say(f'left out, fewer than {MIN_COMMON} images in common: {left_out}', 'yellow')
     say_conditions(resampled)
     if len({row[0] for row in rows} - {'submission'}) > 1: say(NOT_CORRECTED, 'yellow')
-    for folder, summary in ((first, summary_a), (second, summary_b)):
-        for text in all_warnings(summary['stages']): say(f'{folder}: {text}', 'yellow')
+    found = [(folder, all_warnings(o['stages'])) for folder, o in ((first, summary_a), (second, summary_b))]
+    for line in warning_lines(found, 'both runs'): say(line, 'yellow')
     if summary_a['synthetic'] or summary_b['synthetic']: say(SYNTHETIC, 'yellow')
 
 
@@ -140,7 +141,7 @@ def read_model(path: str) -> Model:
 
 def compare_models(paths: Sequence[str]) -> None:
     "Print kappa of runs and stages on the images that all of them validated, and differences from the first one"
-    models = [read_model(path) for path in paths]
+    models, names = [read_model(path) for path in paths], short_names(paths)
     common = common_images(models)
     valid = [common.merge(m.valid, on=list(common)).reset_index(drop=True) for m in models]
     for m, rows in zip(models, valid, strict=True):
@@ -148,21 +149,23 @@ def compare_models(paths: Sequence[str]) -> None:
         if changed:
             raise AptosError(f'{m.path}: other grades than in {paths[0]} for {plural(changed, "image")}. Compare runs '
                              'on the same tables.')
-    resampled, rows = {}, [model_row(models[0], valid[0])]
-    for m, own in zip(models[1:], valid[1:], strict=True):
+    resampled, rows = {}, [model_row(names[0], models[0], valid[0])]
+    for name, m, own in zip(names[1:], models[1:], valid[1:], strict=True):
         both = valid[0].join(own.add_suffix('_b'))
-        resampled[m.path], both['group'] = compared_groups(both, models[0].result, m.result)
+        resampled[name], both['group'] = compared_groups(both, models[0].result, m.result)
         difference = difference_text(*paired_interval(both.grade, both.grade_b, both.diagnosis, both.group))
-        rows.append(model_row(m, own, difference, f'{(both.fold == both.fold_b).mean():.0%}'))
+        rows.append(model_row(name, m, own, difference, f'{(both.fold == both.fold_b).mean():.0%}'))
     table(f'kappa on the {len(common)} images that all validated',
           ['model', 'stage', 'validated', 'kappa', 'difference (95 % CI)', 'time', 'folds'], rows,
           right=('validated', 'kappa', 'folds'), wrap=('model', 'time'))
+    for name, path in zip(names, paths, strict=True):
+        if name != path: say(f'{name}: {path}', 'dim')
     counts = ', '.join(f'{len(common)} of {len(m.valid)}' for m in models)
     say(f'first row: the reference. Compared images of those that each validated: {counts}.')
     say_conditions(resampled)
     if len(rows) > 2: say(NOT_CORRECTED, 'yellow')
-    for m in models:
-        for text in m.result['warnings']: say(f'{m.path}: {text}', 'yellow')
+    found = [(name, m.result['warnings']) for name, m in zip(names, models, strict=True)]
+    for line in warning_lines(found, 'all of them'): say(line, 'yellow')
     if any(m.synthetic for m in models): say(SYNTHETIC, 'yellow')
 
 
@@ -176,10 +179,16 @@ def common_images(models: Sequence[Model]) -> pd.DataFrame:
                      f'{counts}. Leave out the one that validated others, or compare runs on the same tables.')
 
 
-def model_row(model: Model, valid: pd.DataFrame, difference: str = 'reference', same_fold: str = '') -> list:
+def short_names(paths: Sequence[str]) -> Sequence[str]:
+    "Return paths without their folders, where that leaves different names"
+    names = [Path(path).name for path in paths]
+    return names if all(names) and len(set(names)) == len(names) else paths
+
+
+def model_row(name: str, model: Model, valid: pd.DataFrame, difference: str = 'reference', same_fold: str = '') -> list:
     "Return a row of `compare_models`; `valid` has the model's grades of the images that all validated"
     kappa = f'{quadratic_kappa(valid.grade, valid.diagnosis):.3f}'
-    return [model.path, model.stage, len(model.valid), kappa, difference, format_duration(model.seconds), same_fold]
+    return [name, model.stage, len(model.valid), kappa, difference, format_duration(model.seconds), same_fold]
 
 
 # The results of a run
@@ -227,8 +236,8 @@ def compare_evaluations(first: Path, second: Path) -> None:
     say(DISCLAIMER, 'dim')
     say(f'Paired bootstrap over {over}: a difference whose interval contains 0 may be chance. Thresholds as deployed, '
         'without the gate. Images that either model was trained or tuned on are left out.', 'dim')
-    for path, record in ((first, a), (second, b)):
-        for text in record['warnings']: say(f'{path}: {text}', 'yellow')
+    found = [(str(path), record['warnings']) for path, record in ((first, a), (second, b))]
+    for line in warning_lines(found, 'both evaluations'): say(line, 'yellow')
     if a['synthetic'] or b['synthetic']: say(SYNTHETIC, 'yellow')
 
 

@@ -16,6 +16,7 @@ import pandas as pd
 from aptos_fastai.common.console import Bars, format_duration, plural, say
 from aptos_fastai.common.distributed import cores
 from aptos_fastai.common.io import AptosError, run_lock
+from aptos_fastai.common.program import COMMAND
 from aptos_fastai.data.decode import ImageError
 from aptos_fastai.data.id_order import compare_id_orders, id_order_text
 from aptos_fastai.data.retina import Prep, get_prep, prepare
@@ -23,7 +24,7 @@ from aptos_fastai.data.spreadsheet import TableError, first_few
 from aptos_fastai.data.store import resized_warning
 from aptos_fastai.data.tables import describe, table_contents, with_present_tables
 from aptos_fastai.pipeline.other_runs import read_run_recipe
-from aptos_fastai.recipe import Recipe, Stage, read_recipe
+from aptos_fastai.recipe import Recipe, Stage, read_recipe, shipped_folder
 
 if TYPE_CHECKING:
     from aptos_fastai.training.weight_files import Loaded
@@ -48,6 +49,7 @@ DOWNLOADS = {                                # folder that a recipe names -> com
     ],
 }
 
+SMALL = 'recipes/cpu.ini'                    # the recipe that needs least
 SAMPLED_IMAGES = 50                          # of each table that `doctor` reads, unless it reads all
 WARNING = 'warning'                          # `all` can run, but something should be changed
 Finding = tuple[str, str, bool | str]        # what was checked, what was found, whether it is in order (or `WARNING`)
@@ -231,6 +233,8 @@ def doctor(recipe: str, data: str, runs: str, sets: Iterable[str], every_image: 
         say(f'{status} {what}: {found}', style)
         problems += not ok
         warnings |= ok == WARNING
+    small = smaller_recipe(recipe, keys, data)
+    if small and (problems or not has_gpu()): say(small)
     if not problems:
         say('No problem would stop `all`. Read the lines above that begin with WARN.' if warnings else
             'No problem found: `all` can run.')
@@ -238,6 +242,23 @@ def doctor(recipe: str, data: str, runs: str, sets: Iterable[str], every_image: 
     if data != 'demo': show_downloads(recipe, keys, Path(data))
     noun = 'problem' if problems == 1 else 'problems'
     raise AptosError(f'{problems} {noun} would stop `all`. The lines above that begin with FAIL say what to do.')
+
+
+def has_gpu() -> bool:
+    "Return whether PyTorch finds a GPU"
+    import torch
+    return torch.cuda.is_available()
+
+
+def smaller_recipe(recipe: str, sets: list[str], data: str) -> str:
+    "Return which command needs less than a recipe for Kaggle's tables, if those of recipes/cpu.ini are there, else ''"
+    try: tables, small = read_recipe(recipe, sets=sets).tables, read_recipe(shipped_folder() / SMALL)
+    except AptosError: return ''             # the recipe is wrong, which is a finding already
+    of_kaggle = any(folder in DOWNLOADS for t in tables.values() for folder in t.folders)
+    present = all(any((Path(data) / folder / t.csv).is_file() for folder in t.folders) for t in small.used_tables)
+    if not of_kaggle or not present or set(tables) <= set(small.tables): return ''
+    return (f'{SMALL} needs less: the folder of APTOS 2019 alone, two CPU cores, no download, under 4 hours. Check it: '
+            f'{COMMAND} doctor --recipe {SMALL} --data {shlex.quote(data)}')
 
 
 def show_downloads(recipe: str, sets: list[str], data: Path) -> None:

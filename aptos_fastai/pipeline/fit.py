@@ -5,7 +5,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 from aptos_fastai.common.console import say
-from aptos_fastai.common.io import AptosError, write_bytes
+from aptos_fastai.common.io import AptosError, check_output_file, write_bytes
 from aptos_fastai.common.program import COMMAND
 from aptos_fastai.data.tables import with_present_tables
 from aptos_fastai.data.understand import Ask, Understood, relative, understand_table
@@ -104,6 +104,7 @@ def write_configured_recipe(data: Path, file: Path, runs: Path, sets: Sequence[s
 
     Raises `AptosError`, before anything is written.
     """
+    check_output_file(file)
     if file.exists(): raise AptosError(f'{file}: already exists. Choose another file with -o, or delete it.')
     present, left_out = with_present_tables(read_recipe(shipped_folder() / BASE), data)
     if left_out: say(left_out, 'yellow')

@@ -51,7 +51,7 @@ from aptos_fastai.pipeline.run_recipe import (
 )
 from aptos_fastai.pipeline.share import take_shared, with_shared
 from aptos_fastai.pipeline.summary import SUMMARY_FORMAT, SYNTHETIC, graded_alone, node_decision, tables_text
-from aptos_fastai.recipe import MLFLOW_SERVER, ConfigError, Recipe, Stage, did_you_mean, read_ini
+from aptos_fastai.recipe import MLFLOW_SERVER, ConfigError, Recipe, Stage, read_ini, require_name
 from aptos_fastai.run_folder import Run
 
 if TYPE_CHECKING:
@@ -97,15 +97,6 @@ def load_run(recipe: str | Path = 'settings.ini', data: str | Path = 'demo', run
 def count_ungradable(tables: dict[str, TableContents]) -> dict[str, int]:
     "Return how many images of each table readers called ungradable: they are in no frame"
     return {name: len(contents.ungradable) for name, contents in tables.items()}
-
-
-def require_name(recipe: Recipe, name: str, names: Iterable[str]) -> str:
-    "Return `name`, a stage or ensemble. Raises `AptosError` if it is not one of `names`"
-    known = list(names)
-    if name in known: return name
-    hint = did_you_mean(name, known)
-    kind = 'stage or ensemble' if recipe.ensembles.keys() & known else 'stage'
-    raise AptosError(f'{name}: no such {kind} in {recipe.path}{hint} Choose from: {", ".join(known)}.')
 
 
 def demo_tables(recipe: Recipe, runs: Path) -> Path:
@@ -324,19 +315,30 @@ def warn_missing_grades(run: Run) -> None:
 def check_run(run: Run, stages: Collection[str]) -> None:
     "Raise `ConfigError` now for what would stop a stage later: a batch size too large, weights or packages missing"
     if not stages: return
+    check_settings(run, stages)
+    for problem in weight_problems(run, stages): raise ConfigError(problem)
+    check_training(run, stages)
+
+
+def check_settings(run: Run, stages: Collection[str]) -> None:
+    "Raise `ConfigError` for what of `check_run` needs no network: members, batches, packages"
     for name in run.recipe.ensembles: check_members(run, name)
     for name in stages: check_pseudo_labelled(run, run.recipe.stages[name])
     for name in stages:
         check_batch(run, run.recipe.stages[name])
         check_balance(run, run.recipe.stages[name])
+        with stage_errors(run, name): check_installed(run.recipe.stages[name])
+
+
+def weight_problems(run: Run, stages: Iterable[str]) -> Iterator[str]:
+    "Yield why a stage cannot start from its weights, and what to do; print warnings of the others"
     from aptos_fastai.training.weights import check_weights
     for name in stages:
-        with stage_errors(run, name):
-            check_weights_folder(run, run.recipe.stages[name])
-            check_weights(run.recipe.stages[name])
-    check_training(run, stages)
-    for name in stages:
-        with stage_errors(run, name): check_installed(run.recipe.stages[name])
+        try:
+            with stage_errors(run, name):
+                check_weights_folder(run, run.recipe.stages[name])
+                check_weights(run.recipe.stages[name])
+        except ConfigError as e: yield str(e)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from pathlib import Path
 from aptos_fastai.common.console import say
 from aptos_fastai.common.io import AptosError
 from aptos_fastai.data.spreadsheet import first_few
-from aptos_fastai.inference.training_images import images_of_weights, seen_images
+from aptos_fastai.inference.training_images import SeenImages, images_of_weights
 from aptos_fastai.recipe import Stage
 from aptos_fastai.run_folder import Run
 
@@ -57,7 +57,8 @@ def seen_by_weights(run: Run, stage: Stage) -> dict:
     found = images_of_weights(Path(stage.weights_file))
     if not found or found[0] is None: return dict(known=False, note=found[1] if found else '', seen={})
     graded = {name: frame for name, frame in run.frames.items() if run.recipe.tables[name].graded}
-    counts = {name: int((seen_images(frame, found[0]) != '').sum()) for name, frame in graded.items()}
+    seen = SeenImages(found[0])
+    counts = {name: int((seen.find(frame) != '').sum()) for name, frame in graded.items()}
     return dict(known=True, note=found[1], seen={name: n for name, n in counts.items() if n})
 
 

@@ -9,13 +9,20 @@ import numpy as np
 import pandas as pd
 
 from aptos_fastai.common import clock
-from aptos_fastai.common.console import format_duration, say, table
+from aptos_fastai.common.console import Bars, format_duration, say, table
 from aptos_fastai.common.distributed import cores, world_size
 from aptos_fastai.common.io import AptosError
 from aptos_fastai.data.decode import ImageError
 from aptos_fastai.data.retina import Prep, prepare_sizes, square_of
 from aptos_fastai.data.store import missing_images
-from aptos_fastai.pipeline.graph import check_run, check_training, is_prepared, outputs_up_to_date, submitted_nodes
+from aptos_fastai.pipeline.graph import (
+    check_settings,
+    check_training,
+    is_prepared,
+    outputs_up_to_date,
+    submitted_nodes,
+    weight_problems,
+)
 from aptos_fastai.pipeline.other_runs import check_other_runs
 from aptos_fastai.pipeline.reasons import training_reasons
 from aptos_fastai.pipeline.share import shared_lines, with_shared
@@ -98,6 +105,17 @@ def measured_speed(stage: Stage, measured: dict) -> Speed:
     train, forward, parameters = measured[key]
     fastest = min(train, key=train.__getitem__)
     return Speed(train[fastest], forward[fastest], forward['f32'], parameters)
+
+
+def measured_networks(run: Run) -> dict:
+    "Try and time the networks of all stages, with a progress bar; return what `plan_cost` takes as `measured`"
+    measured: dict = {}
+    with Bars() as bars, bars('timing networks', len(run.recipe.stages), 'stages') as bar:
+        for i, (name, stage) in enumerate(run.recipe.stages.items(), 1):
+            check_training(run, [name])
+            measured_speed(stage, measured)
+            bar.to(i, name)
+    return measured
 
 
 def tables_scored_by(recipe: Recipe, stage: str) -> set[str]:
@@ -254,8 +272,8 @@ def hypothetical_run(recipe: Recipe, images: str) -> Run:
 def plan_images(recipe: str, sets: list[str], images: str) -> None:
     "Print time and disk space for tables of given sizes, which need not exist"
     run = hypothetical_run(read_recipe(recipe, sets=sets), images)
-    check_training(run, run.recipe.stages)
-    plan = plan_cost(run, {name: list(range(s.folds)) for name, s in run.recipe.stages.items()})
+    measured = measured_networks(run)
+    plan = plan_cost(run, {name: list(range(s.folds)) for name, s in run.recipe.stages.items()}, measured=measured)
     show_table(run, plan)
     say(f'estimate: {format_duration(plan.seconds)} (of which {format_duration(plan.prepare_seconds)} to prepare '
         f'12-megapixel originals) and {plan.disk / 1e9:.1f} GB on disk,\n'
@@ -263,13 +281,16 @@ def plan_images(recipe: str, sets: list[str], images: str) -> None:
 
 
 def show_plan(run: Run) -> None:
-    "Print what is finished and what `all` would train, and time and disk space. Raises `AptosError` if it would fail"
+    """Print what is finished and what `all` would train, and time and disk space. Raises `AptosError` if it would fail.
+
+    Initial weights that are missing are a note: they change no estimate.
+    """
     run = with_shared(run, run.recipe.stages)
     if is_prepared(run): check_other_runs(run, run.recipe.stages)
     todo = run.todo()
-    check_run(run, todo)
+    check_settings(run, todo)
     outdated = run.to_refresh(todo)
-    plan = plan_cost(run, todo, outdated)
+    plan = plan_cost(run, todo, outdated, measured_networks(run))
     show_table(run, plan)
     if outputs_up_to_date(run):
         say('Nothing to do: every stage is up to date.')
@@ -280,6 +301,7 @@ def show_plan(run: Run) -> None:
     else: say(f'no table to predict: the model is {submit.final} -> {run.root}')
     say(f'estimate: {format_duration(plan.seconds)} and {plan.disk / 1e9:.2f} GB on disk,\n'
         'from a few training steps of each network on this machine (longer if it is busy)')
+    for problem in weight_problems(run, todo): say(f'before `all`: {problem}', 'yellow')
 
 
 def show_reasons(run: Run, todo: dict[str, list[int]], outdated: dict[str, list[int]]) -> None:

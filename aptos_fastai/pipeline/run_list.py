@@ -163,7 +163,7 @@ def show_results(found: list[Result]) -> None:
     found = sorted(found, key=lambda o: list(groups).index(o.images))
     table('finished runs', ['run', 'model', 'kappa (95 % CI)', 'images', 'trained', 'date'],
           [result_row(o, groups[o.images] if len(groups) > 1 else '') for o in found],
-          right=('images',), wrap=('model', 'trained'))
+          right=('images',), wrap=('run', 'model', 'trained'))
     say('Keys changed against the shipped recipe of the same name, or the file of the recipe as it is now:')
     in_all = set.intersection(*(set(o.changed) for o in found)) if len(found) > 1 else set()
     for o in found: say(f'  {o.name}: {changed_text(o.changed, in_all)}')

@@ -29,7 +29,7 @@ from aptos_fastai.pipeline.features import FrozenFeatures, frozen_features, prob
 from aptos_fastai.pipeline.lineage import seen_by_weights, training_images
 from aptos_fastai.pipeline.pseudo_labels import read_labels
 from aptos_fastai.pipeline.scores import PREDS_COLUMNS, predict_features, predict_views, read_exported
-from aptos_fastai.recipe import MLFLOW_SERVER, Stage
+from aptos_fastai.recipe import MLFLOW_SERVER, Stage, check_fold, require_name
 from aptos_fastai.run_folder import EXPORT, FEATURES, FINISHED, FOLD_FILES, HISTORY, PREDS, WEIGHTS, Run
 from aptos_fastai.training.callbacks import (
     AccumulateGradients,
@@ -105,9 +105,10 @@ def _pseudo_labelled_part(images: pd.DataFrame, fold: int, teacher: str, table: 
 def stage_learner(run: Run, name: str, fold: int = 0) -> Learner:
     """Return the Learner of a stage as its training starts: with its data and its parent's weights.
 
-    Raises `AptosError` if the parent is not trained.
+    Raises `AptosError` if the parent is not trained, or the recipe has no such stage or fold.
     """
-    stage = run.recipe.stages[name]
+    stage = run.recipe.stages[require_name(run.recipe, name, run.recipe.stages)]
+    check_fold(fold, run.recipe.splits, name)
     set_seed(stage.seed)
     labels = {(teacher, table): read_labels(run, teacher, table, stage.labels)
               for teacher, table in stage.sources if teacher}

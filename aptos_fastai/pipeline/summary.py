@@ -366,12 +366,17 @@ def by_value(values: dict[str, str]) -> str:
 
 def all_warnings(results: Sequence[dict]) -> list[str]:
     "Return each warning of stages and ensembles once, with the names of those that it is about"
+    every = 'all stages and ensembles' if len(results) > 3 else ''
+    return warning_lines([(result['stage'], result['warnings']) for result in results], every)
+
+
+def warning_lines(warnings: Sequence[tuple[str, Sequence[str]]], every: str) -> list[str]:
+    "Return each of the `warnings` (name, texts) once, with the names that it is about: `every`, if given, for all"
     names: dict[str, list[str]] = {}
-    for result in results:
-        for text in result['warnings']: names.setdefault(text, []).append(result['stage'])
-    every = 'all stages and ensembles'
-    return [f'{every if len(results) == len(stages) > 3 else ", ".join(stages)}: {text}'
-            for text, stages in names.items()]
+    for name, texts in warnings:
+        for text in dict.fromkeys(texts): names.setdefault(text, []).append(name)
+    return [f'{every if every and len(of_text) == len(warnings) else ", ".join(of_text)}: {text}'
+            for text, of_text in names.items()]
 
 
 def clusters_text(clusters: Sequence[dict]) -> str:

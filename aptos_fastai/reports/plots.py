@@ -26,6 +26,7 @@ GRADE_INKS = tuple(f'#01020{4 + grade}' for grade in range(GRADES))            #
 PIXELS_PER_INCH = 125
 WIDE = 900                                   # pixels: on a phone, a figure wider than this scrolls
 MIN_WIDTH = 680                              # and does not shrink further
+BOX_CHARACTERS = 36                          # of a line in a box of the graph of stages; a longer one is smaller
 CURVE_POINTS = 600                           # at most this many points of a ROC curve are drawn
 
 styled = matplotlib.rc_context({
@@ -317,10 +318,12 @@ def stage_graph(depth: dict[str, int], edges: Sequence[tuple[str, str, bool]], t
     for parent, child, dashed in edges: _arrow(ax, position[parent], position[child], dashed)
     for name, (x, y) in position.items():
         alpha = .32 if name == final else .13
-        ax.add_patch(FancyBboxPatch((x - .38, y - .3), .76, .6, boxstyle='round,pad=.02', facecolor=BLUE,
-                                    alpha=alpha, edgecolor=INK, lw=.8))
+        page = dict(facecolor=PAGE_INK, edgecolor='none')          # hides the arrows that pass behind the box
+        for style in (page, dict(facecolor=BLUE, alpha=alpha, edgecolor=INK, lw=.8)):
+            ax.add_patch(FancyBboxPatch((x - .38, y - .3), .76, .6, boxstyle='round,pad=.02', **style))
         ax.text(x, y - .14, name, ha='center', va='center', fontweight='bold', fontsize=9)
-        ax.text(x, y + .1, texts[name], ha='center', va='center', fontsize=7.8, linespacing=1.35)
+        fits = min(1, BOX_CHARACTERS / max(map(len, texts[name].split('\n'))))
+        ax.text(x, y + .1, texts[name], ha='center', va='center', fontsize=7.8 * fits, linespacing=1.35)
     ax.set(xlim=(-.5, len(columns) - .5), ylim=(rows - .5, -.5))
     ax.axis('off')
     return fig
@@ -332,4 +335,4 @@ def _arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float], dashe
     bend = -.2 if x1 - x0 > 1 else 0
     style = dict(arrowstyle='-|>', color=INK, lw=1.1, ls='--' if dashed else '-', alpha=.6,
                  connectionstyle=f'arc3,rad={bend}')
-    ax.annotate('', (x1 - .4, y1), (x0 + .4, y0), arrowprops=style)
+    ax.annotate('', (x1 - .4, y1), (x0 + .4, y0), arrowprops=style, zorder=0)

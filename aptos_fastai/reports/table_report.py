@@ -210,7 +210,9 @@ def _strip(images: list[np.ndarray], caption: str) -> np.ndarray:
     if missing < 0: original = cv2.resize(original, (ORIGINAL_WIDTH, TILE), interpolation=cv2.INTER_AREA)
     else: original = cv2.copyMakeBorder(original, 0, 0, 0, missing, cv2.BORDER_CONSTANT)
     strip = cv2.copyMakeBorder(np.hstack([original, *others]), 0, 18, 0, 6, cv2.BORDER_CONSTANT)
-    return cv2.putText(strip, caption, (2, TILE + 13), cv2.FONT_HERSHEY_SIMPLEX, .42, (230, 230, 230), 1, cv2.LINE_AA)
+    font, width = cv2.FONT_HERSHEY_SIMPLEX, strip.shape[1] - 8
+    scale = .42 * min(1, width / cv2.getTextSize(caption, font, .42, 1)[0][0])   # a long id or many flags: smaller
+    return cv2.putText(strip, caption, (2, TILE + 13), font, scale, (230, 230, 230), 1, cv2.LINE_AA)
 
 
 def contact_sheet(strips: list[np.ndarray], columns: int = 2) -> np.ndarray:

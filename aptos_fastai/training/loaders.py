@@ -391,8 +391,11 @@ def get_dls(frame: pd.DataFrame, stage: Stage, prep: Prep, aug: Augment, stats: 
 
     A column `stored_SIZE` for the size of `prep` is read in the place of `stored`.
     `stats` are the mean and std to normalise with: those of the body's pretraining. Training images are augmented
-    one by one by the workers, or in batches on the device: [augment] mode.
+    one by one by the workers, or in batches on the device: [augment] mode. Raises `AptosError` if a column is missing.
     """
+    needed = [column_of(frame.columns, prep.size), 'diagnosis', 'valid', *['weight'] * stage.draws_by_weight]
+    missing = [column for column in needed if column not in frame]
+    if missing: raise AptosError(f'get_dls: the frame has no column {", ".join(missing)}. It has: {", ".join(frame)}.')
     cuda = torch.cuda.is_available()
     on_batch = dict(auto=cuda, image=False, batch=True)[aug.mode]
     item_augment = [] if on_batch else [FundusAugment(aug, seed)]

@@ -11,7 +11,7 @@ from fastai.vision.all import AccumMetric, DataLoaders, Learner, imagenet_stats
 from torch import Tensor, nn
 
 from aptos_fastai.metrics import MIDPOINTS, ScoreKappa
-from aptos_fastai.recipe import Stage, parse_thresholds
+from aptos_fastai.recipe import Stage, check_choice, parse_thresholds
 from aptos_fastai.training.networks import create_model
 from aptos_fastai.training.optimizer import check_optimizer, create_optimizer, model_layers
 from aptos_fastai.training.outputs import GradeLoss, outputs
@@ -48,6 +48,9 @@ class QuadraticKappa(AccumMetric):
     `loss` says what the network puts out (see `training.outputs`): by default one unit, the score.
     """
     def __init__(self, thresholds: Sequence[float] | str = MIDPOINTS, loss: str = 'smooth_l1'):
+        if isinstance(thresholds, str):
+            check_choice(thresholds, ['optimal', 'regularised'], f'thresholds = {thresholds}: no such method')
+        check_choice(loss, outputs, f'loss = {loss}: no such loss')
         super().__init__(ScoreKappa(thresholds), name='kappa')
         self.loss = loss
 

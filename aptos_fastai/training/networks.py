@@ -8,6 +8,7 @@ import torch
 from fastai.vision.all import Module
 from torch import Tensor, nn
 
+from aptos_fastai.recipe import check_choice
 from aptos_fastai.training.outputs import outputs
 from aptos_fastai.training.weights import WeightsError, check_arch
 
@@ -168,6 +169,8 @@ def create_model(arch: str, head: str = 'gem', size: int = 256, dropout: float =
     `arch` is a timm network. `head` is one of `heads`, or auto: gem, or avg where the maps are signed. Raises
     `WeightsError`.
     """
+    check_choice(head, [*heads, 'auto'], f'head = {head}: no such head')
+    check_choice(loss, outputs, f'loss = {loss}: no such loss')
     body = TimmBody(arch, size, drop_path, head == 'cls')
     try:
         if head == 'auto': head = 'avg' if has_signed_maps(body, size) else 'gem'

@@ -15,6 +15,7 @@ from aptos_fastai.data.duplicates import (
     duplicates_table,
     group_duplicates,
     is_same_image,
+    known_bits,
     near_known,
     near_pairs,
     resolve_conflicts,
@@ -249,8 +250,8 @@ def test_hashes_near_a_known_one_are_found_and_black_images_are_like_no_other():
     rows = [with_changed_bits(0), with_changed_bits(NEAR), with_changed_bits(NEAR + 1), np.zeros(72, np.uint8)]
     hashes, others = (pd.Series([base64.b64encode(o.tobytes()).decode() for o in part])
                       for part in ([*rows, rows[0]], [*known, np.zeros(72, np.uint8)]))
-    assert near_known(hashes, others).tolist() == [True, True, False, False, True]
-    assert not near_known(hashes, others[-1:]).any()
+    assert near_known(hashes, known_bits(others)).tolist() == [True, True, False, False, True]
+    assert not near_known(hashes, known_bits(others[-1:])).any()
 
 
 def test_idrid_has_known_duplicates(idrid):

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -184,6 +185,7 @@ def test_a_port_in_use_is_an_error(toy, capsys):
         s.listen()
         command = ['serve', toy, '--port', s.getsockname()[1]]
         expect_error(capsys, command, 'cannot listen (', 'Choose another port with --port')
+    expect_error(capsys, ['serve', toy, '--host', '192.0.2.1'], 'cannot listen (', 'Choose another address with --host')
 
 
 def test_a_bad_port_is_an_error(toy, capsys):
@@ -341,6 +343,11 @@ def test_the_example_names_the_address_that_was_asked(toy):
             assert client.get('/api').json()['example'].endswith(f' {url}/api/predict')
             assert f'{url}/api/predict' in client.get('/').text and f'{url}/api/predict' in client.get('/docs').text
             assert client.get('/openapi.json').json()['servers'] == [dict(url=url)]
+        behind = {'X-Forwarded-Prefix': '/dr/'}
+        assert client.get('/openapi.json', headers=behind).json()['servers'] == [dict(url=f'{url}/dr')]
+        assert client.get('/api', headers=behind).json()['docs'] == f'{url}/dr/docs'
+        assert f'{url}/dr/api/predict' in client.get('/', headers=behind).text
+        assert client.get('/api', headers={'X-Forwarded-Prefix': 'x; rm'}).json()['docs'] == f'{url}/docs'
     assert web.server_url('::1', 8000) == 'http://[::1]:8000'
     assert web.server_url('0.0.0.0', 8000) == f'http://{socket.gethostname()}:8000'
 
@@ -1023,11 +1030,12 @@ def test_images_and_bytes_at_work_are_bounded_before_they_are_graded(toy, monkey
 
 # Uploads that stop
 
-def start_upload(server_url, length):
+def start_upload(server_url, length, path=b'/api/predict'):
     "A connection that declares a body of `length` bytes and sends the first of them"
+    content_type = b'application/json' if path == b'/api/patients' else b'multipart/form-data; boundary=x'
     s = socket.create_connection(('127.0.0.1', httpx.URL(server_url).port), timeout=30)
-    s.sendall(b'POST /api/predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=x\r\n'
-              b'Content-Length: %d\r\n\r\n--x\r\n' % length)
+    s.sendall(b'POST %b HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: %b\r\nContent-Length: %d\r\n\r\n--x\r\n'
+              % (path, content_type, length))
     return s
 
 
@@ -1049,6 +1057,21 @@ def test_uploads_that_stop_take_no_room_and_end(server_url, image_paths, monkeyp
             reply = b''.join(iter(lambda s=s: s.recv(4096), b''))      # until the server closes the connection
             assert reply.startswith(b'HTTP/1.1 408') and b'no byte of the request came for 4 s' in reply
     assert httpx.get(server_url + '/health').json()['pending'] == 0
+
+
+def test_an_upload_that_drips_ends(server_url, monkeypatch):
+    "Each byte comes in time, the last one never does"
+    monkeypatch.setattr(web, 'UPLOAD_SECONDS', 2)
+    for path in (b'/api/predict', b'/api/patients'):
+        with start_upload(server_url, 1000, path) as s:
+            with contextlib.suppress(OSError):         # the server closes the connection
+                for _ in range(100):
+                    s.sendall(b'-')
+                    time.sleep(.1)
+                    if select.select([s], [], [], 0)[0]: break
+                else: pytest.fail('the upload goes on')
+            assert b'the upload took more than 2 s' in s.recv(4096)
+    wait_for_pending(server_url, 0)
 
 
 def test_a_client_that_goes_is_a_line_and_no_traceback(toy, tmp_path, capfd):

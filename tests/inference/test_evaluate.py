@@ -14,7 +14,7 @@ from aptos_fastai.cli import main
 from aptos_fastai.common.io import read_record, write_record
 from aptos_fastai.data.demo import CAMERAS, generate_fundus
 from aptos_fastai.inference.evaluate import Choices, _without_folders, evaluate_table
-from aptos_fastai.inference.grader import load_grader
+from aptos_fastai.inference.grader import Grader, load_grader
 from aptos_fastai.inference.measures import (
     calibration_results,
     confusion_results,
@@ -270,6 +270,7 @@ def test_the_record_counts_every_image(evaluation, toy):
 def test_predictions_are_those_of_predict(evaluation, toy, clinic):
     df = pd.read_csv(evaluation / 'predictions.csv', index_col='id_code', keep_default_na=False)
     assert df.seen[df.seen != ''].to_dict() == dict(copy='identical', smaller='near copy')
+    assert (df.score[df.seen != ''] == '').all()            # they are left out before they are graded
     assert df.error['bad'] and not df.score['bad'] and df.diagnosis['black'] == '' and df.ungradable['black']
     files = [clinic / 'grades_images' / f'{name}.png' for name in df.index[:40]]
     expected = load_grader(toy).predict(files)
@@ -303,19 +304,23 @@ def test_files_that_are_passed_on_name_no_folders(evaluation, clinic):
     assert 'of its values name an image in grades_images' in (evaluation / 'evaluation.html').read_text()
 
 
-def test_seen_images_count_only_if_asked_for_and_loudly(toy, clinic, tmp_path, capsys):
+def test_seen_images_count_only_if_asked_for_and_loudly(toy, clinic, tmp_path, capsys, monkeypatch):
     evaluate(toy, clinic, '-o', tmp_path / 'out', '--include-seen')
     out = ' '.join(capsys.readouterr().out.split())
     assert '2 of 42 images were used to train or tune the model (1 identical, 1 near copies)' in out
     assert 'optimistic' in out and 'PPV and NPV at a prevalence of' in out and "this table's own" in out
     record = read_strict(tmp_path / 'out/evaluation.json')
     assert record['counts']['evaluated'] == 42 and record['include_seen']
+    predictions = pd.read_csv(tmp_path / 'out/predictions.csv')
+    assert predictions.score.notna().sum() == 43 and (predictions.seen.notna() & predictions.score.notna()).sum() == 2
     assert 'these figures are optimistic' in (tmp_path / 'out/evaluation.html').read_text()
     shutil.copytree(clinic, tmp_path / 'seen')
     csv = pd.read_csv(tmp_path / 'seen/grades.csv').iloc[40:42]
     csv.to_csv(tmp_path / 'seen/grades.csv', index=False)
     args = ['evaluate', toy, tmp_path / 'seen/grades.csv', tmp_path / 'seen/grades_images', '-o', tmp_path / 'none']
+    monkeypatch.setattr(Grader, 'scores_and_distances', lambda grader, squares: pytest.fail('a network ran'))
     expect_error(capsys, args, 'all 2 images were used to train or tune the model', '--include-seen')
+    expect_error(capsys, [*args[:-1], tmp_path / 'seen/grades.csv/x'], 'cannot write to this folder (this is a file)')
     assert not (tmp_path / 'none').exists()
 
 

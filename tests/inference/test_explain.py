@@ -20,6 +20,7 @@ from aptos_fastai.inference.explain import (
     layer_maps,
     layer_outputs,
     overlay_heatmap,
+    side_by_side,
 )
 from aptos_fastai.inference.grader import load_grader
 from aptos_fastai.inference.views import undo_view, views
@@ -174,3 +175,11 @@ def test_files_of_the_same_name_are_drawn_under_different_names(toy, image_paths
     out = tmp_path / 'out'
     main(['explain', str(toy), str(tmp_path / 'a'), str(tmp_path / 'b'), '-o', str(out)])
     assert sorted(f.name for f in out.glob('*.png')) == ['eye-2.png', 'eye.png']
+
+
+def test_the_caption_of_a_small_image_is_not_cut():
+    im = np.zeros((60, 80, 3), np.uint8)
+    row = dict(ungradable='', grade=2, grade_low=1, grade_high=3, score=2., flags='dark')
+    drawn, wide = side_by_side(im, im, row), side_by_side(np.zeros((60, 800, 3), np.uint8), im, row)
+    assert drawn.shape[1] > 160 and wide.shape[1] == 880
+    assert np.array_equal(drawn[60:] > 0, wide[60:, :drawn.shape[1]] > 0) and not wide[60:, drawn.shape[1]:].any()

@@ -164,10 +164,11 @@ def test_bf16_scores_are_near_f32(toy, image_paths):
     assert 0 < abs(f32 - bf16).max() < .1
 
 
-def test_predict_without_a_model_images_or_folder_is_an_error(toy, image_paths, tmp_path, capsys):
+def test_predict_without_a_model_or_images_is_an_error_and_a_folder_is_made(toy, image_paths, tmp_path, capsys):
     expect_error(capsys, ['predict', tmp_path, image_paths[0]], f'{tmp_path}: no model here', 'bundle.json')
     expect_error(capsys, ['predict', toy], 'IMAGES')
-    expect_error(capsys, ['predict', toy, image_paths[0], '-o', tmp_path / 'no/out.csv'], 'no: no such folder')
+    main(['predict', str(toy), str(image_paths[0]), '-o', str(tmp_path / 'new/folder/out.csv')])
+    assert (tmp_path / 'new/folder/out.csv').is_file()
 
 
 def test_changed_or_missing_weights_are_not_loaded(toy_copy, image_paths, capsys):

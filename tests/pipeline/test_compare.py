@@ -8,7 +8,7 @@ from aptos_fastai.cli import main
 from aptos_fastai.common.io import file_hash, read_record, write_csv, write_record
 from aptos_fastai.metrics import MIDPOINTS, apply_thresholds, paired_auc, paired_interval, quadratic_kappa
 from aptos_fastai.pipeline.compare import matched
-from aptos_fastai.pipeline.summary import difference_text
+from aptos_fastai.pipeline.summary import difference_text, warning_lines
 
 
 def rows_of_evaluation(n=80, noise=.5, seed=0, **columns):
@@ -50,6 +50,12 @@ def test_two_evaluations_are_compared_in_pairs(tmp_path, capsys):
     assert difference_text(*paired_auc(a.score, b.score, a.diagnosis >= 2, a.group)) in out
     for words in ('a/final on clinic', 'warning of b/final', 'bootstrap over patients', 'Not a medical device'):
         assert words in ' '.join(out.split()), words
+
+
+def test_a_warning_of_several_results_is_printed_once():
+    found = warning_lines([('a', ['few', 'both']), ('b', ['both', 'both'])], 'both runs')
+    assert found == ['a: few', 'both runs: both']
+    assert warning_lines([('a', ['few']), ('b', ['few'])], '') == ['a, b: few']
 
 
 def test_images_match_by_pixels_and_then_by_id():

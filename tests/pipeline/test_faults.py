@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from aptos_fastai.cli import main
 from aptos_fastai.common.io import AptosError, read_record, remove_stale_temp_files, run_lock, write_bytes, write_record
 from aptos_fastai.pipeline import stage
-from aptos_fastai.pipeline.doctor import WARNING, check_devices
+from aptos_fastai.pipeline.doctor import WARNING, check_devices, smaller_recipe
 from aptos_fastai.training import callbacks, checkpoint, loaders
 
 RECIPE = str(ROOT / 'settings.ini')
@@ -404,6 +404,16 @@ def test_doctor_reads_all_images_if_asked(tables, small_recipe, tmp_path, capsys
     out = ' '.join(capsys.readouterr().out.split())
     assert 'ok images of train: 40 of 40 images read' in out
     assert 'WARN images of train: 30 of 40 images look resized' in out
+
+
+def test_doctor_names_the_recipe_for_aptos_alone(tmp_path):
+    data = tmp_path / 'aptos2019-blindness-detection'
+    data.mkdir()
+    for name in ('train.csv', 'test.csv'): (data / name).write_text('id_code\n')
+    assert f'doctor --recipe recipes/cpu.ini --data {tmp_path}' in smaller_recipe(RECIPE, [], str(tmp_path))
+    for recipe, folder in ((ROOT / 'recipes/cpu.ini', tmp_path), (ROOT / 'recipes/one_table.ini', tmp_path),
+                           (RECIPE, tmp_path / 'none')):
+        assert not smaller_recipe(str(recipe), [], str(folder)), (recipe, folder)
 
 
 def test_doctor_prints_how_to_download_kaggles_tables(tmp_path, capsys):

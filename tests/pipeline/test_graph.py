@@ -398,6 +398,15 @@ def test_plan_trains_nothing(toy, capsys):
     assert 'GB on disk' in out and 'finetune_512' in out and 'finished' in out and modified_times(toy) == before
 
 
+def test_plan_notes_missing_weights_which_stop_all(tables, small_recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr('aptos_fastai.training.weights._hub_problem', lambda arch: 'no connection')
+    args = [*small_args(small_recipe, tables, tmp_path / 'runs'), '--set', 'stage.weights=imagenet']
+    main(['plan', *args])
+    out = capsys.readouterr().out
+    assert 'estimate:' in out and out.count('[stage.teacher] weights = imagenet: not available for test_resnet') == 1
+    expect_error(capsys, ['all', *args], '[stage.teacher] weights = imagenet: not available', 'weights = none')
+
+
 def test_plan_of_a_finished_run(toy, capsys):
     main(['plan', *toy_args(toy)])
     assert UP_TO_DATE in capsys.readouterr().out
@@ -422,8 +431,10 @@ def test_plan_for_hypothetical_tables(small_recipe, tmp_path, monkeypatch, capsy
     forward = .1 * (200 + 2 * (200 + 100))
     teacher, retrain = 1.1 * 800 + forward + FOLD_SECONDS, 1.1 * 900 + forward + FOLD_SECONDS
     assert plans[1].seconds == pytest.approx(2 * (teacher + retrain) + 1100 * .03 / cores())
+    monkeypatch.setattr('aptos_fastai.common.console.LOG_SECONDS', -1)
     main(['plan', '--recipe', str(small_recipe), '--images', 'train=1000000 test=5'])
-    assert 'To prepare: 1000005 images' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert 'To prepare: 1000005 images' in out and 'timing networks: 1/2 stages teacher' in out
     assert {p.name for p in tmp_path.iterdir()} == {'small.ini'}
 
 

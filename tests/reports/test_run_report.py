@@ -185,3 +185,15 @@ def test_scores_csv_holds_prediction_sets_and_score_sd(toy):
     assert (df.grade <= df.grade_high).all()
     assert (df.score_sd >= 0).all()
     assert df.score_sd.nunique() > 5
+
+
+def test_arrows_of_the_graph_of_stages_pass_behind_its_boxes_and_long_names_fit():
+    name = 'convnextv2_tiny.fcmae_ft_in22k_in1k_384'
+    edges = [('a', 'c', False), ('b', 'c', True)]
+    graph = plots.stage_graph(dict(a=0, b=1, c=2), edges, dict(a=name, b='b', c='c'), 'c')
+    ax, = graph.axes
+    arrows = [o for o in ax.texts if getattr(o, 'arrow_patch', None)]
+    assert len(arrows) == 2 and max(o.zorder for o in arrows) < min(o.zorder for o in ax.patches)
+    assert len(ax.patches) == 6 and [o.get_facecolor()[3] for o in ax.patches[::2]] == [1, 1, 1]
+    sizes = {o.get_text(): o.get_fontsize() for o in ax.texts}
+    assert sizes[name] < 7.8 and len(name) * sizes[name] <= plots.BOX_CHARACTERS * 7.8 + 1e-9

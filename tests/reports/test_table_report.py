@@ -12,6 +12,7 @@ from aptos_fastai.cli import main
 from aptos_fastai.reports.html import Bar, Section, Table, embed_image, render
 from aptos_fastai.reports.table_report import CIRCLE_COLOURS, TILE, choose_images, contact_sheet, count_rows
 from aptos_fastai.reports.table_report import _original_with_circle as original_with_circle
+from aptos_fastai.reports.table_report import _strip as strip
 
 
 @pytest.fixture
@@ -112,6 +113,12 @@ def test_contact_sheet_fills_its_last_row_with_black():
     assert (sheet[4:, 6:] == 0).all()
     assert (sheet[4:, :6] == 9).all()
     assert len(strips) == 3
+
+
+def test_a_long_caption_is_not_cut():
+    tiles = [np.zeros((TILE, width, 3), np.uint8) for width in (300, TILE, TILE, TILE)]
+    short, long = strip(tiles, 'a1'), strip(tiles, 'an_id_of_a_clinic_with_everything_in_it ' * 4 + 'dark END')
+    assert short.shape == long.shape and not long[:, -4:].any() and long[TILE:, -60:].any()
 
 
 def test_embedded_image_decodes_to_the_same_colours():
