@@ -194,13 +194,13 @@ def side_by_side(im: np.ndarray, overlay: np.ndarray, row: dict, notice: str = D
     return out
 
 
-def explain_files(model: str, paths: Iterable[str], output: str, *, root: str | None = None) -> None:
+def explain_files(model: str, paths: Iterable[str], output: str, *, root: str | None = None, sheet: str = '') -> None:
     """`explain MODEL IMAGES`: write <output>/<name>.png for each image, and <output>/index.csv: file, output, error.
 
     An earlier index in the folder is kept: its other images keep their outputs. Raises `AptosError` at the end if some
     could not be read.
     """
-    entries, grader, folder = find_images(list(paths), root), load_grader(model), Path(output)
+    entries, grader, folder = find_images(list(paths), root, sheet), load_grader(model), Path(output)
     if folder.exists() and not folder.is_dir(): raise AptosError(f'{folder}: this is a file. Give a folder with -o.')
     old = _read_index(folder / INDEX)
     files = [safe_cell(str(entry)) for entry in entries]
