@@ -76,6 +76,8 @@ Replace = Annotated[bool, typer.Option(
 TableRecipe = Annotated[str, typer.Option(metavar='FILE', help='The recipe that has the table TABLE.')]
 TableData = Annotated[str, typer.Option(
     metavar='FOLDER', help='The folder of the table, for a preset or a table of the recipe.')]
+SheetName = Annotated[str, typer.Option(
+    '--sheet', metavar='NAME', help='The sheet of an .xlsx file. Default: the only one with data.')]
 Images = Annotated[list[str], argument('IMAGES', 'Files, folders, a glob in quotes, or a CSV that names files.')]
 
 
@@ -286,8 +288,6 @@ def all(options: RunOptions, hours: Hours = None, deidentify: DeidentifyReport =
 Column = Annotated[str, typer.Option(metavar='COLUMN', help='Default: found by names and contents.')]
 Ungradable = Annotated[str, typer.Option(
     metavar='VALUES', help='Values of the grade that mean ungradable, separated by |. Default: found.')]
-SheetName = Annotated[str, typer.Option(
-    '--sheet', metavar='NAME', help='The sheet of an .xlsx file. Default: the only one with data.')]
 
 
 @command
@@ -320,7 +320,7 @@ def fit(csv: Annotated[str, argument('CSV', 'A CSV or .xlsx with a grade for eac
 @command
 def configure(data: Annotated[str, typer.Option(
                   metavar='FOLDER', help='The folder with train.csv and train_images/, and perhaps test.csv and '
-                  'test_images/.')],
+                  'test_images/, or one above it.')],
               hours: Annotated[float, typer.Option(
                   metavar='H', parser=hours_above_0, help='How long `all` may take on this machine, hours.')],
               output: Annotated[str, typer.Option(
@@ -456,7 +456,7 @@ def predict(model: Model, images: Images,
                 metavar='NAME', help='torch; for a bundle also onnx or openvino.')] = 'torch',
             precision: Annotated[str, typer.Option(
                 metavar='NAME', help='f32; bf16, faster where it is supported; fp16 on a GPU.')] = 'f32',
-            root: Root = None, overwrite: Annotated[bool, typer.Option(
+            root: Root = None, sheet: SheetName = '', overwrite: Annotated[bool, typer.Option(
                 '--overwrite', help='Replace the output if an earlier predict wrote it.')] = False,
             patient: Annotated[str, typer.Option(
                 metavar='COLUMN|PATTERN|dicom', help='Write patients.csv, too: a column of the CSV, a regular '
@@ -480,7 +480,7 @@ def predict(model: Model, images: Images,
     from aptos_fastai.inference.patients import Choices
     choices = Choices(patient, eye, missing_eye, deidentify)
     grade_files(model, images, output, backend, precision, root=root, overwrite=overwrite, choices=choices,
-                prevalence=prevalence)
+                prevalence=prevalence, sheet=sheet)
 
 
 @command
@@ -491,7 +491,7 @@ def verify(model: Model, grades: Annotated[str, argument('GRADES', 'A CSV that `
            images: Annotated[list[str] | None, typer.Option(
                metavar='IMAGES', help='The images as they were given to `predict`: a folder, a CSV, a file. May be '
                'repeated. Default: the files that the column file names.')] = None,
-           root: Root = None) -> None:
+           root: Root = None, sheet: SheetName = '') -> None:
     """Check that predictions came from a model. Compares the model with the CSV's audit file, the rows with the model's
     thresholds, and predicts a sample of the images again. Exit status 0 only if everything agrees.
 
@@ -499,7 +499,7 @@ def verify(model: Model, grades: Annotated[str, argument('GRADES', 'A CSV that `
     python run.py verify runs/one_table/bundle grades.csv --images ~/clinic/images --all
     """
     from aptos_fastai.inference.verify import verify_grades
-    verify_grades(model, grades, None if every else sample, images or [], root)
+    verify_grades(model, grades, None if every else sample, images or [], root, sheet)
 
 
 @command
@@ -577,6 +577,9 @@ def evaluate(model: Model,
                  'that the table carries.')] = None,
              include_seen: Annotated[bool, typer.Option(
                  '--include-seen', help='Count images that the model was trained on, too: optimistic.')] = False,
+             skip_missing: Annotated[bool, typer.Option(
+                 '--skip-missing', help='Leave out rows without an image; they are counted and listed in '
+                 'missing_images.csv.')] = False,
              output: Annotated[str, typer.Option(
                  '-o', '--output', metavar='FOLDER', help='The folder to write to. Default: '
                  'MODEL/evaluations/TABLE.')] = '', deidentify: Deidentify = False) -> None:
@@ -589,7 +592,7 @@ def evaluate(model: Model,
     from aptos_fastai import commands
     from aptos_fastai.inference.evaluate import Choices
     keys = given(id=id, grade=grade, patient=patient, eye=eye, ungradable=ungradable, sheet=sheet)
-    choices = Choices(prevalence, by or (), include_seen, output)
+    choices = Choices(prevalence, by or (), include_seen, output, skip_missing)
     commands.evaluate_model(model, table, choices, deidentify, images=images, recipe=recipe, data=data, ask=ask_user(),
                             **keys)
 
@@ -645,13 +648,13 @@ def operating_point(model: Model,
 def explain(model: Model, images: Images,
             output: Annotated[str, typer.Option(
                 '-o', '--output', metavar='FOLDER', help='The folder to write to.')] = 'explained',
-            root: Root = None) -> None:
+            root: Root = None, sheet: SheetName = '') -> None:
     """Write images beside their heat maps. A heat map shows which regions raised the score.
 
     python run.py explain runs/one_table ~/clinic/eye.jpg -o explained
     """
     from aptos_fastai.inference.explain import explain_files
-    explain_files(model, images, output, root=root)
+    explain_files(model, images, output, root=root, sheet=sheet)
 
 
 @command

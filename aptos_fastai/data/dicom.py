@@ -16,7 +16,8 @@ LATERALITY = {'L': 'left', 'R': 'right'}     # of an eye; B (both) and U (unpair
 GROUPS = 'SharedFunctionalGroupsSequence', 'PerFrameFunctionalGroupsSequence'
 TAGS = ['PatientID', 'IssuerOfPatientID', 'ImageLaterality', 'Laterality', 'Manufacturer', 'ManufacturerModelName',
         *GROUPS]
-PATIENT, EYE, DEVICE = 'dicom:patient', 'dicom:eye', 'dicom:device'         # columns that a recipe may name
+PATIENT, EYE, DEVICE = 'dicom:patient', 'dicom:eye', 'dicom:device'
+TAGGED = {PATIENT, EYE, DEVICE}              # columns that a recipe may name
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def patient_keys(tags: Sequence[DicomTags | None]) -> list[str]:
 
 def with_tags(df: pd.DataFrame, paths: Sequence[str], names: Sequence[str]) -> pd.DataFrame:
     "Return the rows of a table with those of the columns `PATIENT`, `EYE` and `DEVICE` that `names` has"
-    if not {PATIENT, EYE, DEVICE} & set(names): return df
+    if not TAGGED & set(names): return df
     tags = [read_tags(Path(path)) for path in paths]
     columns = {PATIENT: patient_keys(tags), EYE: [o.eye if o else '' for o in tags],
                DEVICE: [o.device if o else '' for o in tags]}

@@ -1,6 +1,6 @@
 "Find which images share a fold: those of a patient (a column, or a pattern in ids) or of a block of ids; and the eye."
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,39 +8,47 @@ import pandas as pd
 
 from aptos_fastai.common.console import plural
 from aptos_fastai.data.locate import without_image_suffix
-from aptos_fastai.data.spreadsheet import TableError, first_few, read_spreadsheet
+from aptos_fastai.data.spreadsheet import TableError, count, first_few, read_spreadsheet
 from aptos_fastai.recipe import Table
 
-ROW = '(row)'                                # column: which row of the CSV held an image, beside others of its patient
+ROW = '(row)'                                # column: which row of the CSV held an image
+WHOLE_NUMBER = r'^(\d+)[.,]0+$'              # 17.0, as spreadsheets write 17
 UNKNOWN = '', 'na', 'n/a', 'nan', 'none', 'null', 'unknown', '?', '-'      # in a column of patients
-EYES = {side: eye for eye, sides in dict(
-    left='l left os og oi oe la links linkes gauche izquierdo izquierda esquerdo sinistro',
-    right='r right od ra rechts rechtes droit droite derecho derecha direito destro').items() for side in sides.split()}
-EYES_OF_NAMES = EYES.keys() - {'la', 'ra', 'oe', 'oi'}           # words that say an eye in the name of a file
+EYE_PAIRS = [tuple(pair.split('/')) for pair in (                # words for left and right
+    'l/r left/right os/od og/od oi/od oe/od la/ra links/rechts linkes/rechtes gauche/droit gauche/droite '
+    'izquierdo/derecho izquierda/derecha esquerdo/direito sinistro/destro s/d g/d i/d e/d').split()]
+EYES = {word: eye for pair in EYE_PAIRS for word, eye in zip(pair, ('left', 'right'), strict=True)}
+AMBIGUOUS = {'la', 'ra', 'oe', 'oi', 's', 'd', 'g', 'i', 'e'}    # alone in the name of a file they say nothing
+EYES_OF_NAMES = EYES.keys() - AMBIGUOUS
 EYE_NOUNS = 'eye', 'auge', 'oeil', 'œil', 'ojo', 'olho', 'occhio'
 EYE_EXAMPLES = 'L, R, left, right, OS, OD, OG, LA, RA, links, rechts, gauche, droit, izquierdo, derecho'
 
 
-def find_groups(csv: Path, df: pd.DataFrame, ids: pd.Series, table: Table) -> tuple[pd.Series, str]:
-    """Return TABLE:PATIENT or TABLE:block K of each row, and a note of rows without a patient (each its own group).
+def find_groups(csv: Path, df: pd.DataFrame, ids: pd.Series, table: Table) -> tuple[pd.Series, list[str]]:
+    """Return TABLE:PATIENT or TABLE:block K of each row, and notes of what a person should check.
 
-    Raises `TableError` if no row has a patient although the table says where they are.
+    A row without a patient is a group of its own. Patients that differ in case, blanks or leading zeros are one: it is
+    worse if a patient is in two folds than if two patients share one. Raises `TableError` if no row has a patient
+    although the table says where they are.
     """
-    if table.block: return _blocks(ids, table), ''
-    if not (table.patient or table.pairs or table.group):
-        return f'{table.name}:' + (df[ROW] if ROW in df else ids), ''
+    if table.block: return _blocks(ids, table), []
+    nobody = df[ROW] if len(table.id_columns) > 1 else ids
+    if not (table.patient or table.pairs or table.group): return f'{table.name}:' + nobody, []
     patients = _patients(csv, df, ids, table)
     missing = ids[patients.isna()]
     name = next(name for name in ('patient', 'pairs', 'group') if getattr(table, name))
     key = f'[table.{table.name}] {name} = {getattr(table, name)}'
     if len(missing) == len(ids): raise TableError(f'{csv}: {key}: {_no_patient(ids, table)}')
-    groups = f'{table.name}:' + patients.fillna(df[ROW] if ROW in df else ids)
-    if not len(missing): return groups, ''
+    groups = f'{table.name}:' + patients.fillna(nobody)
+    notes = [f'{key}: {text}; each is one patient here. Correct that if they are different people'
+             for text in patient_variants(_patient_texts(df, ids, table))]
+    if not len(missing): return groups, notes
     each = 'it is' if len(missing) == 1 else 'each is'
     verb = dict(patient='is empty in', pairs='does not list', group='does not match')[name]
     noun = 'rows' if table.patient else 'ids'
-    return groups, (f'{key}: {verb} {len(missing)} of {len(ids)} {noun} ({first_few(missing)}); {each} a patient of '
-                    'its own. Correct that if it is wrong.')
+    note = (f'{key}: {verb} {len(missing)} of {len(ids)} {noun} ({first_few(missing)}); {each} a patient of its own. '
+            'Correct that if it is wrong.')
+    return groups, [note, *notes]
 
 
 def _no_patient(ids: pd.Series, table: Table) -> str:
@@ -53,9 +61,32 @@ def _no_patient(ids: pd.Series, table: Table) -> str:
 def _patients(csv: Path, df: pd.DataFrame, ids: pd.Series, table: Table) -> pd.Series:
     "Return the patient of each row; NaN where there is none"
     if table.pairs: return ids.map(_bare).map(_read_pairs(csv.parent / table.pairs))
-    texts = df[table.patient] if table.patient else ids.str.extract(table.group).iloc[:, 0]
-    texts = texts.str.casefold().str.replace(r'^(\d+)[.,]0+$', r'\1', regex=True)       # 17.0, as spreadsheets write 17
-    return texts.where(~texts.isin(UNKNOWN), np.nan) if table.patient else texts.replace('', np.nan)
+    texts = _patient_texts(df, ids, table).str.casefold().str.replace(WHOLE_NUMBER, r'\1', regex=True)
+    texts = texts.where(~texts.isin(UNKNOWN if table.patient else ['']), np.nan)
+    return texts.groupby(texts.map(patient_key, na_action='ignore')).transform('first')
+
+
+def _patient_texts(df: pd.DataFrame, ids: pd.Series, table: Table) -> pd.Series:
+    "Return the patient of each row as it is written, in the column or in the id; NaN where a pattern does not match"
+    if table.pairs: return pd.Series(np.nan, ids.index, object)
+    return df[table.patient] if table.patient else ids.str.extract(table.group).iloc[:, 0]
+
+
+def patient_key(text: str) -> str:
+    "Return what is equal for one patient written in several ways: 7, 007 and 7.0; P1, p1, P01 and 'p 1'"
+    text = re.sub(WHOLE_NUMBER, r'\1', text.strip().casefold())
+    text = re.sub(r'(?<!\d)\s+|\s+(?!\d)', '', text)
+    return re.sub(r'(?<!\d)0+(?=\d)', '', text)
+
+
+def patient_variants(texts: Iterable[str]) -> list[str]:
+    "Return ['2 patients are written in several ways (7 = 007, P1 = p1)'], or nothing if none is"
+    written: dict[str, dict[str, None]] = {}
+    for text in texts:
+        if isinstance(text, str): written.setdefault(patient_key(text), {})[text] = None
+    several = [' = '.join(found) for key, found in written.items() if len(found) > 1 and key not in UNKNOWN]
+    verb = 'is' if len(several) == 1 else 'are'
+    return [f'{count(several, "patient")} {verb} written in several ways ({first_few(several)})'] if several else []
 
 
 def _read_pairs(file: Path) -> dict[str, str]:
@@ -75,6 +106,23 @@ def _read_pairs(file: Path) -> dict[str, str]:
 def _bare(name: str) -> str:
     "Return an image's name without its folder and suffix, in lower case"
     return without_image_suffix(name.replace('\\', '/').rpartition('/')[2]).casefold()
+
+
+def shared_patients(tables: Iterable[Table], frames: dict[str, pd.DataFrame]) -> Iterator[tuple[str, str]]:
+    "Yield the name of a table and a note where its patients are called as those of an earlier table"
+    known: dict[str, dict[str, str]] = {}
+    for table in tables:
+        if table.name not in frames or not (table.patient or table.group): continue
+        df, prefix = frames[table.name], f'{table.name}:'
+        patients = df.group[df.group != prefix + df.id_code].str.removeprefix(prefix)
+        own = {patient_key(text): text for text in patients.unique() if not text.startswith('row ')}
+        for other, theirs in known.items():
+            both = [' = '.join(dict.fromkeys([theirs[key], own[key]])) for key in own if key in theirs]
+            if both: yield table.name, (
+                f'{count(both, "patient")} with the name or number of one of [table.{other}] ({first_few(both)}): they '
+                'count as different people and may lie in different folds. If they are the same, put both tables into '
+                'one CSV')
+        known[table.name] = own
 
 
 def natural_order(ids: pd.Series) -> np.ndarray:
@@ -112,6 +160,14 @@ def eye_of_name(name: str) -> str:
     return found.pop() if len(found) == 1 else ''
 
 
+def not_eyes(texts: Iterable[str]) -> str:
+    "Return what is said of texts that name no eye: which words do, and that numbers do not"
+    found = list(texts)
+    has_numbers = any(re.match(r'\d+([.,]0+)?(\s|$)', text) for text in found)
+    numbers = ' Which eye a number means is not known: write L and R.' if has_numbers else ''
+    return f'{first_few(found) or "nothing"}. Expected are {EYE_EXAMPLES}.{numbers}'
+
+
 def eye_note(names: Sequence[str], eyes: Sequence[str], patients: Sequence[str] | None = None) -> str:
     """Return a warning if ids or file names that say which eye they show contradict `eyes`; else ''.
 
@@ -140,7 +196,5 @@ def eyes(csv: Path, df: pd.DataFrame, ids: pd.Series, table: Table) -> pd.Series
     found = texts.map({text: read_eye(text) for text in texts.unique()})
     bad = texts[found.eq('') & ~texts.str.casefold().isin(UNKNOWN)]
     if len(bad) or not found.any():
-        shown = first_few(sorted(set(bad))) or 'nothing'
-        raise TableError(f'{csv}: [table.{table.name}] eye = {table.eye}: found {shown}. Expected are '
-                         f'{EYE_EXAMPLES}.')
+        raise TableError(f'{csv}: [table.{table.name}] eye = {table.eye}: found {not_eyes(sorted(set(bad)))}')
     return found

@@ -67,7 +67,7 @@ def read_decisions(file: Path) -> pd.DataFrame:
     df = df.reindex(columns=COLUMNS, fill_value='')
     df['original'] = _canonical(file, df, 'original', ())
     df['grade'] = _canonical(file, df, 'grade', ('', UNGRADABLE))
-    unnamed = df.index[(df.table == '') | (df.id_code == '')] + 2
+    unnamed = df.index[(df.table == '') | (df.id_code == '')]
     if len(unnamed): raise TableError(f'{file}: row {first_few(unnamed)} names no table or no image. Remove it.')
     return df.sort_values('time', key=lambda times: _times(file, times), kind='stable').reset_index(drop=True)
 

@@ -3,8 +3,10 @@ import codecs
 import csv
 import io
 import re
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, time
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +31,24 @@ FORMULA_STARTS = '=+-@\t\r'               # a spreadsheet runs a cell that begin
 
 class TableError(AptosError):
     "Raised for a table that cannot be used; the message names the file, the ids and what to do."
+    parts: Sequence['TableError'] = ()       # the errors that `raise_all` made one of
+
+
+@contextmanager
+def collected(faults: list[TableError]) -> Iterator[None]:
+    "Append a `TableError` of the block to `faults`, so that one message can name all that is wrong with a table"
+    try: yield
+    except TableError as e: faults += e.parts or [e]
+
+
+def raise_all(file: Path, faults: Sequence[TableError]) -> None:
+    "Raise the only one of `faults`, or one error with all of their messages"
+    if not faults: return
+    if len(faults) == 1: raise faults[0]
+    texts = [f'({i}) {str(e).removeprefix(f"{file}: ")}' for i, e in enumerate(faults, 1)]
+    error = TableError(f'{file}: {len(faults)} problems: {" ".join(texts)}')
+    error.parts = list(faults)
+    raise error
 
 
 def first_few(items) -> str:
@@ -75,9 +95,10 @@ def read_spreadsheet(file: Path, *, header: bool = True, keep_blank: bool = Fals
     """Return a table as text, without spaces around headers and cells, without empty rows and columns.
 
     Encodings: UTF-8, UTF-16, Windows-1252. Separators: comma, semicolon, tab, spaces; a first line `sep=;` counts.
-    `header` = False: the columns are called 1, 2, 3 … `keep_blank` keeps rows of empty cells before the last
-    filled row, but not blank lines, as pandas does. `sheet` is that of a workbook, '' its only one with data; None: the
-    user cannot name one. What a person should know is appended to `notes`, or printed if there is no such list.
+    `header` = False: the columns are called 1, 2, 3 … The index is the number of each row in the file. `keep_blank`
+    keeps rows of empty cells before the last filled row, but not blank lines, as pandas does. `sheet` is that of a
+    workbook, '' its only one with data; None: the user cannot name one. What a person should know is appended to
+    `notes`, or printed if there is no such list.
     Raises `TableError` if there is no such table in the file.
     """
     found: list[str] = []
@@ -127,7 +148,8 @@ def _frame(file: Path, rows: list[list[str]], numbers: list[int], header: bool, 
                          'file, quote cells that contain the separator.')
     kept = [i for i in range(width) if filled[i]]
     names = _unique([names[i] for i in kept])
-    return pd.DataFrame([[row[i] for i in kept] for row in rows], columns=names, dtype=str)
+    index = numbers[1:] if header else numbers
+    return pd.DataFrame([[row[i] for i in kept] for row in rows], index, names, dtype=str)
 
 
 def _numbers_rows(cells: list[str]) -> bool:
@@ -245,8 +267,9 @@ def _the_sheet(file: Path, sheets: list[Sheet], name: str | None) -> Sheet:
 
 
 def _cell_text(value: object, number_format: str) -> str:
-    "Return a cell as the workbook shows it: a number with the format 000000 keeps its zeros"
+    "Return a cell as the workbook shows it: a number with the format 000000 keeps its zeros, a day has no time"
     if value is None: return ''
+    if isinstance(value, datetime) and value.time() == time(): value = value.date()
     if isinstance(value, float) and value.is_integer(): value = int(value)
     zeros = len(number_format) if number_format and not number_format.strip('0') else 0
     return str(value).zfill(zeros) if isinstance(value, int) else str(value)

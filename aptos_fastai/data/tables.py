@@ -8,16 +8,27 @@ import numpy as np
 import pandas as pd
 
 from aptos_fastai.common.console import plural, say
-from aptos_fastai.data.dicom import DEVICE, EYE, PATIENT, with_tags
+from aptos_fastai.data.dicom import TAGGED, with_tags
 from aptos_fastai.data.grades import grade_texts, is_ungradable, read_grade, read_grades
-from aptos_fastai.data.groups import ROW, eye_note, eyes, find_groups, patients_text
+from aptos_fastai.data.groups import ROW, eye_note, eyes, find_groups, patients_text, shared_patients
 from aptos_fastai.data.locate import NO_IMAGE, ImageLocator, files_below, is_image, without_suffix
 from aptos_fastai.data.relabels import apply_relabels
-from aptos_fastai.data.spreadsheet import TableError, count, first_few, read_spreadsheet, require_column
+from aptos_fastai.data.spreadsheet import (
+    SPREADSHEETS,
+    TableError,
+    collected,
+    count,
+    first_few,
+    raise_all,
+    read_spreadsheet,
+    require_column,
+)
 from aptos_fastai.metrics import GRADES
 from aptos_fastai.recipe import Recipe, Table
 
 PATIENT_OF_EYE = 'patient_of_eye'            # column: the group as read; that of duplicates becomes one for all of them
+MISSING_IMAGES = 'missing_images.csv'        # ids without an image that were left out, where results are written
+SHOWN_PROBLEMS = 3                           # of ids that cannot be matched with one image
 RENAME = 'Rename one, or set the column name in the recipe; header = no if the first row is no header.'
 
 
@@ -36,8 +47,34 @@ def find_folder(table: Table, data: Path) -> Path:
     for folder in tried:
         if (folder / wanted).is_file() if table.csv else (folder / wanted).is_dir(): return folder
     content = ' or '.join(folder for folder in table.folders if folder != '.') or wanted
-    raise TableError(f'[table.{table.name}]: {wanted} not found in {" or ".join(map(str, tried))}. '
-                     f'Set --data to the folder that contains {content}, or use --data demo for synthetic images.')
+    below = [f'--data {folder}' for folder in folders_below(table, data)]
+    advice = (f'Use {" or ".join(below)}.' if below else
+              f'Set --data to the folder that contains {content}, or use --data demo for synthetic images.')
+    raise TableError(f'[table.{table.name}]: {wanted} not found in {" or ".join(map(str, tried))}. {advice}')
+
+
+def folders_below(table: Table, data: Path) -> list[Path]:
+    "Return the folders up to two levels below `data` in which a table has its CSV and its images"
+    below = [folder for pattern in ('*', '*/*') for folder in sorted(data.glob(pattern)) if folder.is_dir()]
+    return [folder for folder in below if (folder / table.csv).is_file() and table.csv
+            and (folder / table.images).is_dir()]
+
+
+def only_folder(table: Table, data: Path) -> Path:
+    """Return `data`, or the only folder up to two levels below it that has the CSV and the images of a table.
+
+    Raises `TableError` where there are several, and names the tables that are there where there is none.
+    """
+    if not data.is_dir() or any((data / folder / table.csv).is_file() for folder in table.folders): return data
+    found = folders_below(table, data)
+    if len(found) == 1: return found[0]
+    if found:
+        raise TableError(f'{data}: {table.csv} and {table.images} are in {count(found, "folder")}: {first_few(found)}. '
+                         f'Choose one: --data {found[0]}.')
+    files = [file for pattern in ('*', '*/*', '*/*/*') for file in sorted(data.glob(pattern))]
+    tables = [file.relative_to(data) for file in files if file.suffix.lower() in ('.csv', '.txt', *SPREADSHEETS)]
+    raise TableError(f'{data}: no {table.csv} with {table.images} in this folder or two levels below. Tables there: '
+                     f'{first_few(tables) or "none"}. For one of another name: fit CSV IMAGES --hours H.')
 
 
 def with_present_tables(recipe: Recipe, data: Path) -> tuple[Recipe, str]:
@@ -74,7 +111,8 @@ def read_table(table: Table, data: Path) -> pd.DataFrame:
 def table_contents(table: Table, data: Path, skip_missing: bool = False) -> TableContents:
     """Read `table` as `read_table` does; return its frame and what a person should check.
 
-    With `skip_missing` rows without an image are left out, if not all are.
+    With `skip_missing` rows without an image are left out, if not all are. One `TableError` names all that is wrong
+    with ids, images, grades, patients and eyes.
     """
     if not data.is_dir():
         raise TableError(f'{data}: data folder not found. Check --data, or use --data demo for synthetic images.')
@@ -90,26 +128,16 @@ def table_contents(table: Table, data: Path, skip_missing: bool = False) -> Tabl
         ungradable = is_ungradable(texts, table)
         not_graded = _ungradable_images(df[table.id][ungradable], len(df), table, locator, notes)
         df, texts = (o[~ungradable].reset_index(drop=True) for o in (df, texts))
-    ids = df[table.id].rename(table.id)
-    paths, absent = _match_images(csv, ids, locator, skip_missing)
+    ids, faults = df[table.id].rename(table.id), list[TableError]()
+    paths, absent = _match_images(csv, df, ids, locator, skip_missing, faults)
     lost = ids[absent].tolist()
     if lost:
-        notes.append(f'{len(lost)} of {len(ids)} ids have no image and are left out (skip_unreadable = yes): '
-                     f'{first_few(lost)}')
+        notes.append(f'{len(lost)} of {len(ids)} ids have no image and are left out: {first_few(lost)}')
         df, ids = (o[~absent].reset_index(drop=True) for o in (df, ids))
         if table.graded: texts = texts[~absent].reset_index(drop=True)
         paths = [path for path, is_absent in zip(paths, absent, strict=True) if not is_absent]
-    df = with_tags(df, paths, [table.patient, table.eye, *table.carry_columns])
-    groups, note = find_groups(csv, df, ids, table)
-    if note: notes.append(note)
-    notes += _image_notes(locator, len(ids), table)
-    grades = read_grades(csv, texts, ids, table) if table.graded else np.full(len(df), np.nan, np.float32)
-    frame = pd.DataFrame(dict(id_code=ids, diagnosis=grades, path=paths, group=groups, source=table.name))
-    for column in table.carry_columns: frame[column] = df[column]
-    if table.eye:
-        frame['eye'] = eyes(csv, df, ids, table)
-        notes += filter(None, [eye_note(ids, frame.eye, groups)])
-    if table.names_eyes: frame[PATIENT_OF_EYE] = groups
+    frame, notes_of_patients = _frame(csv, df, texts if table.graded else None, paths, table, faults)
+    notes += [*notes_of_patients, *_image_notes(locator, len(ids), table)]
     if not table.graded: return TableContents(frame, notes, missing=lost)
     if table.relabels:
         frame, ungradable_now, note = apply_relabels(frame, table, folder)
@@ -119,6 +147,31 @@ def table_contents(table: Table, data: Path, skip_missing: bool = False) -> Tabl
     if missing:
         notes.append(f'no image has grade {", ".join(map(str, missing))}: these images can neither teach nor test it')
     return TableContents(frame, notes, not_graded, lost)
+
+
+def _frame(csv: Path, df: pd.DataFrame, texts: pd.Series | None, paths: list[str], table: Table,
+           faults: list[TableError]) -> tuple[pd.DataFrame, list[str]]:
+    """Return the frame of a table's rows with the `texts` of their grades, and notes of patients and eyes.
+
+    Raises `TableError` for `faults` and for what is wrong with grades, patients and eyes.
+    """
+    ids = df[table.id].rename(table.id)
+    frame = pd.DataFrame(dict(id_code=ids, diagnosis=np.full(len(df), np.nan, np.float32), path=paths))
+    if texts is not None:
+        with collected(faults): frame['diagnosis'] = read_grades(csv, texts, _names(df, ids), table)
+    if not (faults and TAGGED & {table.patient, table.eye}):                # tags of images that are not there
+        df = with_tags(df, paths, [table.patient, table.eye, *table.carry_columns])
+        with collected(faults): frame['group'], notes = find_groups(csv, df, ids, table)
+        if table.eye:
+            with collected(faults): sides = eyes(csv, df, ids, table)
+    raise_all(csv, faults)
+    frame['source'] = table.name
+    for column in table.carry_columns: frame[column] = df[column]
+    if table.eye:
+        frame['eye'] = sides
+        notes += filter(None, [eye_note(ids, sides, frame.group)])
+    if table.names_eyes: frame[PATIENT_OF_EYE] = frame.group
+    return frame, notes
 
 
 def describe(table: Table, contents: TableContents) -> str:
@@ -141,7 +194,10 @@ def read_tables(recipe: Recipe, data: Path) -> dict[str, pd.DataFrame]:
 def read_contents(recipe: Recipe, data: Path) -> dict[str, TableContents]:
     "Read every table that the recipe uses, with the notes of each"
     skip = recipe.images.skip_unreadable == 'yes'
-    return {t.name: table_contents(t, Path(data), skip) for t in recipe.used_tables}
+    found = {t.name: table_contents(t, Path(data), skip) for t in recipe.used_tables}
+    for name, note in shared_patients(recipe.used_tables, {o: contents.frame for o, contents in found.items()}):
+        found[name].notes.append(note)
+    return found
 
 
 # Rows
@@ -157,16 +213,19 @@ def _read_rows(csv: Path, table: Table, notes: list[str]) -> pd.DataFrame:
     "Return the rows of a table's CSV that `where` chooses. Raises `TableError` if it lacks a column of the recipe"
     df = read_spreadsheet(csv, header=table.header == 'yes', sheet=table.sheet, notes=notes)
     needed = [*table.id_columns, *table.grade_columns, *table.carry_columns, *filter(None, [table.patient])]
+    faults: list[TableError] = []
     for column in needed:
-        if column not in (PATIENT, EYE, DEVICE): require_column(csv, df, column, RENAME)
+        with collected(faults):
+            if column not in TAGGED: require_column(csv, df, column, RENAME)
+    raise_all(csv, faults)
     if not len(df): raise TableError(f'{csv}: no rows. Write one row per image.')
-    if len(table.id_columns) > 1: df[ROW] = 'row ' + (df.index + 2).astype(str)
+    df[ROW] = 'row ' + df.index.astype(str)
     if table.where:
         column, value = table.where_column_and_value
         require_column(csv, df, column, 'Change the key `where`.')
-        values, df = sorted(set(df[column])), df[df[column] == value].reset_index(drop=True)
+        values, df = sorted(set(df[column])), df[df[column] == value]
         if not len(df): raise TableError(f'{csv}: no row has {column} = {value}. Its values are {first_few(values)}.')
-    return df if len(table.id_columns) == 1 else _a_row_per_image(df, table)
+    return df.reset_index(drop=True) if len(table.id_columns) == 1 else _a_row_per_image(df, table)
 
 
 def _a_row_per_image(df: pd.DataFrame, table: Table) -> pd.DataFrame:
@@ -220,26 +279,44 @@ def _ungradable_images(ids: pd.Series, n: int, table: Table, locator: ImageLocat
 
 # Images
 
-def _match_images(csv: Path, ids: pd.Series, locator: ImageLocator,
-                  skip_missing: bool) -> tuple[list[str], np.ndarray]:
-    """Return the image path of each id, and which have none; an id is a file name or path, with or without its suffix.
+def _match_images(csv: Path, df: pd.DataFrame, ids: pd.Series, locator: ImageLocator, skip_missing: bool,
+                  faults: list[TableError]) -> tuple[list[str], np.ndarray]:
+    """Return the image path of each id, and which are left out because they have none.
 
-    Raises `TableError` for duplicate ids, for ids that fit several images, and for ids without an image, unless
-    `skip_missing` and another id has one.
+    An id is a file name or path, with or without its suffix. Appends to `faults` rows without an id, duplicate ids, ids
+    that fit several images, and ids without an image, unless `skip_missing` and another id has one.
     """
-    paths, problems = [], []
+    paths, problems = [], {}
     for name in ids:
         try: paths.append(str(locator(name)))
         except LookupError as e:
             paths.append(name)
-            problems.append((name, str(e)))
-    _refuse_repeated(csv, ids[ids.duplicated()], 'duplicate value', f'in column {ids.name}')
+            if name: problems[name] = str(e)
+    filled, twice = ids != '', ids.duplicated()
     same_file = pd.Series(paths, index=ids.index).duplicated()
-    _refuse_repeated(csv, ids[same_file], 'id', f'in column {ids.name} of an image that another row names')
-    missing = [name for name, problem in problems if problem.startswith(NO_IMAGE)]
-    if problems and not (skip_missing and len(missing) == len(problems) < len(ids)):
-        raise TableError(_image_problems(csv, len(ids), problems, locator.root))
-    return paths, ids.isin(missing).to_numpy()
+    missing = [name for name, problem in problems.items() if problem.startswith(NO_IMAGE)]
+    unclear = [f'{name}: {problem}' for name, problem in problems.items() if name not in missing]
+    skips = skip_missing and len(set(ids[filled])) > len(missing)
+    if not filled.all(): faults.append(TableError(_empty_ids(csv, ids.name, _names(df, ids)[~filled])))
+    with collected(faults):
+        _refuse_repeated(csv, ids[twice & filled], 'duplicate value', f'in column {ids.name}')
+    with collected(faults):
+        of_another = f'in column {ids.name} of an image that another row names'
+        _refuse_repeated(csv, ids[same_file & filled & ~twice], 'id', of_another)
+    if unclear: faults.append(TableError(_unclear_images(csv, len(ids), unclear)))
+    if missing and not skips: faults.append(TableError(_missing_images(csv, len(ids), missing, locator.root)))
+    return paths, ids.isin(missing if skips and not faults else []).to_numpy()
+
+
+def _names(df: pd.DataFrame, ids: pd.Series) -> pd.Series:
+    "Return how messages name each row: by its id, or 'row 3' of the CSV"
+    return ids.where(ids != '', df[ROW]) if ROW in df else ids
+
+
+def _empty_ids(csv: Path, column: str, rows: pd.Series) -> str:
+    "Return the message for rows without an id"
+    return (f'{csv}: {count(rows, "row")} without an id in column {column}: {first_few(rows)}. Write the names of '
+            'their images, or remove these rows.')
 
 
 def _refuse_repeated(csv: Path, repeated: pd.Series, noun: str, where: str) -> None:
@@ -260,15 +337,18 @@ def _image_notes(locator: ImageLocator, n: int, table: Table) -> list[str]:
     return notes
 
 
-def _image_problems(csv: Path, n: int, problems: list[tuple[str, str]], root: Path) -> str:
-    "Return the message for ids that name no image, or no single one"
-    missing = [name for name, problem in problems if problem.startswith(NO_IMAGE)]
-    if missing:
-        return (f'{csv}: {len(missing)} of {n} ids have no image in {root}: {first_few(missing)}. '
-                'Add the images or remove these rows; to train without them, set [images] skip_unreadable = yes (--set '
-                'images.skip_unreadable=yes).')
-    name, problem = problems[0]
-    return f'{csv}: {len(problems)} of {n} ids cannot be matched with one image: {name}: {problem}.'
+def _missing_images(csv: Path, n: int, missing: list[str], root: Path) -> str:
+    "Return the message for ids that name no image"
+    return (f'{csv}: {len(missing)} of {n} ids have no image in {root}: {first_few(missing)}. '
+            'Add the images or remove these rows. To leave them out: [images] skip_unreadable = yes (--set '
+            'images.skip_unreadable=yes); for evaluate --skip-missing.')
+
+
+def _unclear_images(csv: Path, n: int, problems: list[str]) -> str:
+    "Return the message for ids that name several images, or one that may not be used"
+    more = '; …' if len(problems) > SHOWN_PROBLEMS else ''
+    shown = '; '.join(problems[:SHOWN_PROBLEMS])
+    return f'{csv}: {len(problems)} of {n} ids cannot be matched with one image: {shown}{more}.'
 
 
 # The order of a submission

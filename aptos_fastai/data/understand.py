@@ -12,10 +12,17 @@ import pandas as pd
 
 from aptos_fastai.common.console import plural
 from aptos_fastai.data.grades import BLANK, FEWEST_ROWS, read_grade
-from aptos_fastai.data.groups import EYE_EXAMPLES, EYES, UNKNOWN, read_eye
+from aptos_fastai.data.groups import AMBIGUOUS, EYE_PAIRS, EYES, UNKNOWN, not_eyes, patient_key, read_eye
 from aptos_fastai.data.id_order import compare_id_orders
 from aptos_fastai.data.locate import ImageLocator, files_below, has_image_suffix, is_image
-from aptos_fastai.data.spreadsheet import TableError, first_few, read_spreadsheet, require_column
+from aptos_fastai.data.spreadsheet import (
+    TableError,
+    collected,
+    first_few,
+    raise_all,
+    read_spreadsheet,
+    require_column,
+)
 from aptos_fastai.data.tables import TableContents, is_class_folder, table_contents
 from aptos_fastai.recipe import (
     COLUMNS_OF_SCORES,
@@ -54,9 +61,8 @@ NUMBER_NAME = re.compile(r'(^|[^a-z])(id|no|nr|num|number|code|key|pid|mrn)([^a-
 EYE_NAME = re.compile(
     r'eye|auge|œil|oeil|lateral|(^|[^a-z])(side|seite|côté|lado|lato|oculus|ojo|olho|occhio)([^a-z]|$)')
 UNGRADABLE = re.compile(r'|ungrad.*|unread.*|poor.*|bad.*|not? grad.*|n/?a|nan|none|null|u|x|5|5\.0|6|9|99|-1')
-SIDE = 'left|right|od|os|og|links|rechts|gauche|droit|l|r'
-EYE_PATTERN = rf'(?i)[_\-. ]({SIDE})\d*(?:\.\w+)?$'
-PATIENT_PATTERN = rf'(?i)^(.+?)[_\-. ]+(?:{SIDE})\d*(?:\.\w+)?$'
+EYE_PATTERN = r'(?i)[_\-. ]({})\d*(?:\.\w+)?$'               # of words for the eyes: left|right
+PATIENT_PATTERN = r'(?i)^(.+?)[_\-. ]+(?:{})\d*(?:\.\w+)?$'
 
 
 @dataclass(frozen=True)
@@ -74,14 +80,14 @@ class Understood:
 
 
 def find_table(name: str, images: str = '', recipe: str = '', data: str = '', ask: Ask | None = None,
-               **keys: str) -> Understood:
+               skip_missing: bool = False, **keys: str) -> Understood:
     """Return the graded table that `name` names: a CSV or a folder, else a table of the recipe, else a preset.
 
     `images` is the folder of images of a CSV, `data` that of a recipe or a preset; `keys` (keys of [table.NAME]) change
-    how a CSV or a folder is understood. Raises `AptosError`.
+    how a CSV or a folder is understood. With `skip_missing` rows without an image are left out. Raises `AptosError`.
     """
     if Path(name).exists():
-        return understand_table(name, images, graded=True, ask=ask, skip_missing=False, **keys)
+        return understand_table(name, images, graded=True, ask=ask, skip_missing=skip_missing, **keys)
     known: dict[str, Table] = read_recipe(recipe).tables if recipe else {}
     if name not in known and name not in preset_files():
         tables = f', or a table of {recipe}: {", ".join(known)}' if recipe else ''
@@ -90,7 +96,7 @@ def find_table(name: str, images: str = '', recipe: str = '', data: str = '', as
     if not data: raise TableError(f'{name}: add --data FOLDER, the folder that has this table.')
     table = known[name] if name in known else preset_table(name)
     source = f'[table.{name}] of {recipe}' if name in known else f'the preset {name}'
-    return Understood(table, Path(data), [f'table: {source}'])
+    return Understood(table, Path(data), [f'table: {source}'], skip_missing)
 
 
 def understand_table(csv: str | Path, images: str | Path = '', *, name: str = 'train', graded: bool = True,
@@ -108,7 +114,7 @@ def understand_table(csv: str | Path, images: str | Path = '', *, name: str = 't
     if folder.is_file(): raise TableError(f'{folder}: is a file. Unpack it if it is an archive, and give the folder.')
     if not folder.is_dir(): raise TableError(f'{folder}: no such folder of images.')
     keys = dict(csv=file.name, images=relative(folder, file.parent), **keys)
-    table = replace(_Columns(file, folder, keys, ask).table(name, graded), skip_missing=skip_missing)
+    table = _Columns(file, folder, keys, ask).table(name, graded, skip_missing)
     return table if not graded else _with_blocks(table)
 
 
@@ -135,10 +141,24 @@ def _understand_folder(folder: Path, name: str, graded: bool, keys: dict[str, st
         raise TableError(f'{folder}: no folder is grade 0 (it has {", ".join(found)}). If the scale begins at 1, '
                          'rename the folders to 0 to 4 of the international scale.')
     if not found:
-        raise TableError(f'{folder}: has no folders named by grade (0 to 4, or names of grades). Give a CSV with '
-                         'grades, or sort the images into such folders.')
+        below = [name for name in names if any(o.is_dir() and is_class_folder(o.name, table)
+                                               for o in (folder / name).iterdir())]
+        advice = 'Give a CSV with grades, or sort the images into such folders.'
+        if below: advice = f'Its sub-folders {", ".join(below)} have: name one of them, as {folder / below[0]}.'
+        raise TableError(f'{folder}: has no folders named by grade (0 to 4, or names of grades). {advice}')
     left_out = [f'ungradable: {table.ungradable} (folders)'] if table.ungradable else []
-    return Understood(table, folder, [f'grade: the sub-folders {", ".join(found)}', *left_out])
+    understood = Understood(table, folder, [f'grade: the sub-folders {", ".join(found)}', *left_out])
+    return understood if {'group', 'block', 'eye'} & keys.keys() else _with_eyes_of_names(understood)
+
+
+def _with_eyes_of_names(understood: Understood) -> Understood:
+    "Return a table of class folders with patients and eyes if the names of all images end in the eye"
+    names = understood.contents.frame.id_code.str.partition('/')[2]
+    pattern = _patients_by_eye(names)
+    if not pattern: return understood
+    eye, patient = EYE_PATTERN.format(_last_words(names)), pattern.replace('^', '^[^/]*/', 1)
+    reasons = [f'group, eye: every name ends in the eye ({first_few(names[:2])})']
+    return Understood(replace(understood.table, group=patient, eye=eye), understood.data, understood.reasons + reasons)
 
 
 def _with_blocks(understood: Understood) -> Understood:
@@ -196,7 +216,7 @@ class _Columns:
         self.keys[key] = value
         self.reasons.append(f'{key}: {value} ({why})')
 
-    def table(self, name: str, graded: bool) -> Understood:
+    def table(self, name: str, graded: bool, skip_missing: bool) -> Understood:
         "Return the table with every column decided"
         for key in ('id', 'patient', *(['grade'] if graded else [])):
             for column in self._columns(key):
@@ -207,13 +227,23 @@ class _Columns:
             raise TableError(f'{self.file}: column {self.keys["grade"]} says whether an image is referable, which is '
                              'no grade of 0 to 4. Name the column of grades.')
         if graded and 'grade' not in self.keys:
-            self._find_grade()
-            self._refuse_without_0()
+            faults: list[TableError] = []
+            with collected(faults):
+                self._find_grade()
+                self._refuse_without_0()
+            if faults: self._raise_with_ids(faults, name, skip_missing)
         if graded and 'ungradable' not in self.keys: self._find_ungradable()
         if not {'patient', 'group', 'pairs', 'block'} & self.keys.keys(): self._find_patient()
         if 'eye' not in self.keys: self._find_eye()
         if graded and 'carry' not in self.keys: self._find_carried()
-        return Understood(parse_table(name, self.keys), self.file.parent, self.reasons)
+        return Understood(parse_table(name, self.keys), self.file.parent, self.reasons, skip_missing)
+
+    def _raise_with_ids(self, faults: list[TableError], name: str, skip_missing: bool) -> None:
+        "Raise what is wrong with the grades, and with it what is wrong with ids and images"
+        kept = 'csv', 'images', 'id', 'header', 'sheet', 'where'
+        ungraded = parse_table(name, {key: value for key, value in self.keys.items() if key in kept})
+        with collected(faults): table_contents(ungraded, self.file.parent, skip_missing)
+        raise_all(self.file, faults)
 
     def _choose(self, key: str, columns: list[str], what: str) -> str:
         "Return the only one of `columns`, or the one that the user chooses"
@@ -241,8 +271,10 @@ class _Columns:
         best = max(share.values(), default=0)
         if not best:
             files = first_few(self.locator.files[:3]) or 'nothing'
+            named = [f' {c} has {first_few(self.df[c][:3])}.' for c in self.df if c.casefold() in ID_NAMES]
             raise TableError(f'{self.file}: no column names images in {self.locator.root}, which has {files}. Its '
-                             f'columns are {", ".join(self.df)}. Give the folder of the images, or --id COLUMN.')
+                             f'columns are {", ".join(self.df)}.{"".join(named[:1])} Give the folder of the images, or '
+                             '--id COLUMN.')
         columns = sorted((c for c, s in share.items() if s >= ID_SHARE or s == best), key=id_rank)
         if len(columns) == 2 and not self._same_images(*columns) and _are_sides(*columns):
             return self._decide('id', ' | '.join(columns), 'a row holds the two images of a patient')
@@ -293,7 +325,8 @@ class _Columns:
 
         Its share of grades is `least`, if its name is that of grades; another column has mostly grades.
         """
-        columns = [c for c in self._others('id', 'patient') if not OTHER_GRADE.search(c.casefold())]
+        columns = [c for c in self._others('id', 'patient') if not OTHER_GRADE.search(c.casefold())
+                   and not _looks_like_grades(self.df[c])]
         shares = {c: float(np.isfinite(self.df[c].map(read_grade)).mean()) for c in columns}
         shares = {c: share for c, share in shares.items() if share < 1 and (
             share >= least and _is_named_as_grades(c) or share >= MOSTLY and self._grades(c) > 2)}
@@ -349,17 +382,17 @@ class _Columns:
         named = [c for c in self._others('id', 'grade') if PATIENT_NAME.search(c.casefold())]
         columns = [c for c in named if self.df[c].nunique() > 1 and not NO_PATIENT.search(c.casefold())]
         columns = [c for c in columns if NUMBER_NAME.search(c.casefold())] or columns
-        by_eye = not self.has_row_per_patient and _patients_by_eye(self.df[self.keys['id']])
+        by_eye = '' if self.has_row_per_patient else _patients_by_eye(self.df[self.keys['id']])
         if by_eye: columns = [c for c in columns if self.df[c].nunique() < len(self.df)]
         if columns:
             column = self._choose('patient', columns, 'the patient')
-            n = self.df[column][~self.df[column].str.casefold().isin(UNKNOWN)].nunique()
+            n = self.df[column][~self.df[column].str.casefold().isin(UNKNOWN)].map(patient_key).nunique()
             self._decide('patient', column, f'by its name; {plural(n, "patient")} of {plural(len(self.df), "image")}')
             return
         if self.has_row_per_patient: return self.reasons.append('patient: a row of the CSV')
         if by_eye:
             ids = self.df[self.keys['id']]
-            self._decide('group', PATIENT_PATTERN, f'every id ends in the eye: {first_few(ids[:2])}')
+            self._decide('group', by_eye, f'every id ends in the eye: {first_few(ids[:2])}')
         else: self.reasons.append('patient: unknown (no column, no eye at the end of the ids)')
 
     def _find_eye(self) -> None:
@@ -369,8 +402,9 @@ class _Columns:
         good = [c for c in columns if not odd[c] and self.df[c].map(read_eye).any()]
         if good: return self._decide('eye', good[0], 'by its name and values')
         named = [c for c in columns if 0 < len(odd[c]) and self.df[c].nunique() <= MOST_VALUES]
-        for c in named: self.reasons.append(f'eye: not {c}, which has {first_few(odd[c])}. Eyes are {EYE_EXAMPLES}')
-        if _all_end_in_eye(self.df[self.keys['id']]): self._decide('eye', EYE_PATTERN, 'every id ends in the eye')
+        for c in named: self.reasons.append(f'eye: not {c}, which has {not_eyes(odd[c])}')
+        words = _last_words(self.df[self.keys['id']])
+        if words: self._decide('eye', EYE_PATTERN.format(words), 'every id ends in the eye')
 
     def _find_carried(self) -> None:
         "Carry further columns of few values: subgroups of the report. Others may name people, and stay where they are"
@@ -401,8 +435,9 @@ def _is_named_as_grades(column: str) -> bool:
 
 def side_of(column: str) -> str:
     "Return left or right if a column's name says so, else an empty text"
-    words = re.split(r'[^a-z]+', re.sub(r'(?<=[a-z])(?=[A-Z])', '_', column).casefold())
-    return next((EYES[word] for word in words if word in EYES), '')
+    words = re.split(r'[^a-z]+', re.sub(r"(?<=[a-z])(?=[A-Z])|\b[dlDL]['’]", '_', column).casefold())
+    found = sorted((word for word in words if word in EYES), key=AMBIGUOUS.__contains__)       # de la derecha
+    return EYES[found[0]] if found else ''
 
 
 def _are_sides(a: str, b: str) -> bool: return {side_of(a), side_of(b)} == {'left', 'right'}
@@ -416,15 +451,22 @@ def _looks_like_grades(values: pd.Series) -> bool:
     return bool(grades) and all(UNGRADABLE.fullmatch(o.casefold()) for o in others)
 
 
-def _all_end_in_eye(ids: pd.Series) -> bool:
-    "Return whether every id ends in an eye, and both eyes occur"
-    found = [re.search(EYE_PATTERN, text) for text in ids]
-    return all(found) and len({EYES[match[1].casefold()] for match in found if match}) == 2
+def _last_words(ids: pd.Series) -> str:
+    """Return the words for eyes in which every id ends, 'left|right'; empty if one ends in none.
+
+    Each must have its fellow; ambiguous ones, as s and d, must be the only two.
+    """
+    found = set(ids.str.extract(EYE_PATTERN.format('|'.join(EYES)))[0].str.casefold())
+    pairs = [pair for pair in EYE_PAIRS if found == {*pair} or {*pair} <= found and not AMBIGUOUS & {*pair}]
+    words = dict.fromkeys(word for pair in pairs for word in pair)
+    return '|'.join(words) if words.keys() == found else ''
 
 
-def _patients_by_eye(ids: pd.Series) -> bool:
-    "Return whether ids that end in an eye show which images are of one patient"
-    return _all_end_in_eye(ids) and ids.str.extract(PATIENT_PATTERN)[0].nunique() < len(ids)
+def _patients_by_eye(ids: pd.Series) -> str:
+    "Return the pattern of patients if ids end in an eye and show which images are of one patient, else an empty text"
+    words = _last_words(ids)
+    pattern = PATIENT_PATTERN.format(words)
+    return pattern if words and ids.str.extract(pattern)[0].nunique() < len(ids) else ''
 
 
 def _of_both_eyes(df: pd.DataFrame, columns: Iterable[str]) -> list[str]:

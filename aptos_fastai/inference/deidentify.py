@@ -50,7 +50,7 @@ def without_people(evaluation: 'Evaluation') -> 'Evaluation':
              for a, b in zip(old['values'], new['values'], strict=True)}
     warnings = [texts.get(text, text) for text in evaluation.record['warnings']]
     record = dict(evaluation.record, unreadable=[], notes=[NOTE], subgroups=after, warnings=warnings)
-    return replace(evaluation, record=record, predictions=rows, reasons=[])
+    return replace(evaluation, record=record, predictions=rows, reasons=[], missing=[])
 
 
 def without_ids(summary: dict) -> dict:

@@ -3,17 +3,17 @@ import os
 import re
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
 
 import aptos_fastai
-from aptos_fastai.common.console import Bars, say
+from aptos_fastai.common.console import Bars, plural, say
 from aptos_fastai.common.io import AptosError, check_output_folder, digest, read_record
 from aptos_fastai.data.duplicates import group_duplicates
 from aptos_fastai.data.spreadsheet import first_few
-from aptos_fastai.data.tables import PATIENT_OF_EYE, TableContents, describe, find_folder
+from aptos_fastai.data.tables import MISSING_IMAGES, PATIENT_OF_EYE, TableContents, describe, find_folder
 from aptos_fastai.data.understand import Ask, Understood, find_table
 from aptos_fastai.decisions import DECISION_COLUMNS, LEVELS, P_COLUMNS, UNGRADABLE, DecisionSpec
 from aptos_fastai.inference.eyes import evaluate_eyes
@@ -60,6 +60,7 @@ class Evaluation:
     record: dict
     predictions: pd.DataFrame
     reasons: list[str]                       # how the table was understood
+    missing: list[str] = field(default_factory=list)         # ids without an image, which are left out
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Choices:
     by: Sequence[str] = ()                   # columns of subgroups; none: those that the table carries
     include_seen: bool = False
     output: str = ''
+    skip_missing: bool = False               # leave out rows without an image
 
 
 DEFAULTS = Choices()
@@ -83,7 +85,7 @@ def evaluate_table(model: str, table: str, images: str = '', recipe: str = '', d
     """
     if choices.prevalence is not None and not 0 < choices.prevalence < 1:
         raise AptosError(f'--prevalence {choices.prevalence:g}: enter a number between 0 and 1, for example 0.1.')
-    understood = _named(find_table(table, images, recipe, data, ask, **keys), table)
+    understood = _named(find_table(table, images, recipe, data, ask, choices.skip_missing, **keys), table)
     understood = replace(understood, table=_with_columns(understood.table, choices.by))
     contents = understood.contents
     reasons = [*understood.reasons, describe(understood.table, contents)]
@@ -102,9 +104,10 @@ def evaluate_table(model: str, table: str, images: str = '', recipe: str = '', d
     record = dict(
         format=FORMAT, **identity, date=time.strftime('%Y-%m-%d'), aptos_fastai=aptos_fastai.__version__,
         synthetic=grader.model.synthetic, notes=_without_folders(contents.notes, folders), seen_unknown=unknown,
-        **_results(rows, understood.table, grader.model, choices))
+        **_results(rows, understood.table, grader.model, choices, len(contents.missing)))
     if unknown: record['warnings'].insert(0, unknown)
-    return Evaluation(folder, record, _in_order(rows, understood.table), _without_folders(reasons, folders))
+    return Evaluation(folder, record, _in_order(rows, understood.table), _without_folders(reasons, folders),
+                      contents.missing)
 
 
 # The table
@@ -153,7 +156,7 @@ def check_folder(folder: Path, identity: dict, own: bool) -> None:
     check_output_folder(folder)
     if not folder.exists(): return
     where = 'Choose another folder with -o.'
-    others = sorted(f.name for f in folder.iterdir() if f.name not in (EVALUATION, PREDICTIONS, HTML)
+    others = sorted(f.name for f in folder.iterdir() if f.name not in (EVALUATION, PREDICTIONS, HTML, MISSING_IMAGES)
                     and not f.name.endswith('.tmp'))
     if others: raise AptosError(f'{folder}: holds files that evaluate did not write ({first_few(others)}). {where}')
     record = read_record(folder / EVALUATION)
@@ -224,8 +227,11 @@ def _in_order(rows: pd.DataFrame, table: Table) -> pd.DataFrame:
 
 # Metrics
 
-def _results(rows: pd.DataFrame, table: Table, model: ModelSpec, choices: Choices) -> dict:
-    "Return counts, metrics, subgroups and warnings of the images that can be read, are graded, and were not seen"
+def _results(rows: pd.DataFrame, table: Table, model: ModelSpec, choices: Choices, missing: int) -> dict:
+    """Return counts, metrics, subgroups and warnings of the images that can be read, are graded, and were not seen.
+
+    `missing` rows of the table have no image.
+    """
     readable = rows[rows.error == '']
     graded = readable[readable.diagnosis.notna()]
     df = graded if choices.include_seen else graded[graded.seen == '']
@@ -234,7 +240,7 @@ def _results(rows: pd.DataFrame, table: Table, model: ModelSpec, choices: Choice
     by_graders = readable.ungradable[readable.diagnosis.isna()]
     own = float((df.diagnosis >= REFERABLE).mean())
     prevalence = own if choices.prevalence is None else choices.prevalence
-    counts = _counts(rows, graded, df)
+    counts = dict(_counts(rows, graded, df), missing=missing)
     subgroups = subgroup_results(df, choices.by or table.carried)
     return dict(
         counts=counts, prevalence=dict(value=prevalence, of_table=choices.prevalence is None),
@@ -304,6 +310,7 @@ def _warnings(counts: dict, table: Table, choices: Choices, subgroups: list[dict
         found.append(f'only {counts["evaluated"]} images: too few for a conclusion (at least {FEW_IMAGES})')
     if counts['unreadable']:
         found.append(f'{counts["unreadable"]} of {counts["images"]} images cannot be read and are left out')
+    if counts['missing']: found.append(f'{plural(counts["missing"], "row")} of the table without an image left out')
     if table.grouped_by != 'patients': found.append(PATIENTS)
     if fuses: found.append(ALONE)
     for subgroup in subgroups:

@@ -195,7 +195,7 @@ def side_by_side(im: np.ndarray, overlay: np.ndarray, row: dict, notice: str = D
     return out
 
 
-def explain_files(model: str, paths: Iterable[str], output: str, *, root: str | None = None) -> None:
+def explain_files(model: str, paths: Iterable[str], output: str, *, root: str | None = None, sheet: str = '') -> None:
     """`explain MODEL IMAGES`: write <output>/<name>.png for each image, and <output>/index.csv: file, output, error.
 
     An earlier index in the folder is kept: its other images keep their outputs. Raises `AptosError` at the end if some
@@ -203,7 +203,7 @@ def explain_files(model: str, paths: Iterable[str], output: str, *, root: str | 
     """
     folder = Path(output)
     check_output_folder(folder)
-    entries, grader = find_images(list(paths), root), load_grader(model)
+    entries, grader = find_images(list(paths), root, sheet), load_grader(model)
     old = _read_index(folder / INDEX)
     files = [safe_cell(str(entry)) for entry in entries]
     kept = [row for row in old if row['file'] not in files]

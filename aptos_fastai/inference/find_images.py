@@ -34,18 +34,19 @@ class ImageEntry:
         return str(self.path) if self.path else self.name
 
 
-def find_images(paths: Iterable[str], root: str | Path | None = None) -> list[ImageEntry]:
+def find_images(paths: Iterable[str], root: str | Path | None = None, sheet: str = '') -> list[ImageEntry]:
     """Return the images that `paths` names: files, folders with their sub-folders, globs and CSVs.
 
     Files, folders and globs give each file once; a folder is searched by content, and a file with the suffix of an
     image counts, too. A CSV gives an entry for each row, in order; relative names begin at `root` or else at the CSV's
     folder. A name with a folder or a suffix matches exactly; a bare name matches the one file with that name without
-    suffix. A row without its image is an entry with an `error`. Raises `AptosError` for a path that names no image.
+    suffix. A row without its image is an entry with an `error`. `sheet` is that of a workbook. Raises `AptosError` for
+    a path that names no image.
     """
     entries: list[ImageEntry] = []
     seen: set[Path] = set()
     for path in paths:
-        found = list(_entries_of(path, root))
+        found = list(_entries_of(path, root, sheet))
         if not found: raise AptosError(f'{path}: no images found. Give files, folders, a glob in quotes or a CSV.')
         for entry in found:
             if not entry.id_column and entry.path in seen: continue
@@ -58,11 +59,11 @@ def find_images(paths: Iterable[str], root: str | Path | None = None) -> list[Im
     return entries
 
 
-def _entries_of(path: str, root: str | Path | None) -> Iterator[ImageEntry]:
+def _entries_of(path: str, root: str | Path | None, sheet: str) -> Iterator[ImageEntry]:
     "Yield the entries of one file, folder, glob or CSV"
     p = Path(path)
     if p.is_dir(): yield from map(ImageEntry, _images_below(p))
-    elif p.suffix.lower() in LISTS: yield from _entries_of_csv(p, Path(root) if root else p.parent)
+    elif p.suffix.lower() in LISTS: yield from _entries_of_csv(p, Path(root) if root else p.parent, sheet)
     elif p.is_file(): yield ImageEntry(p)
     else: yield from (ImageEntry(Path(f)) for f in sorted(glob.glob(path, recursive=True)) if os.path.isfile(f))
 
@@ -81,10 +82,10 @@ def _images_below(folder: Path) -> list[Path]:
     return images
 
 
-def _entries_of_csv(table: Path, root: Path) -> Iterator[ImageEntry]:
+def _entries_of_csv(table: Path, root: Path, sheet: str) -> Iterator[ImageEntry]:
     "Yield an entry for each row of a CSV"
     if not table.is_file(): raise AptosError(f'{table}: no such file')
-    df = read_spreadsheet(table, keep_blank=True)
+    df = read_spreadsheet(table, keep_blank=True, sheet=sheet)
     if not root.is_dir(): raise AptosError(f'--root {root}: no such folder')
     locate = ImageLocator(root)
     column = next((c for c in FILE_COLUMNS if c in df), '') or _column_of_images(table, df, locate)

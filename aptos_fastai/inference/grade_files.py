@@ -39,7 +39,7 @@ STARTS = '.starts'                           # suffix of the hidden file of the 
 
 def grade_files(model: str, paths: Iterable[str], output: str, backend: str = 'torch', precision: str = 'f32', *,
                 root: str | None = None, overwrite: bool = False, choices: Choices = DEFAULTS,
-                prevalence: float | None = None) -> pd.DataFrame:
+                prevalence: float | None = None, sheet: str = '') -> pd.DataFrame:
     """`predict MODEL IMAGES`: write a CSV with a row (`COLUMNS`) for each image, and return it.
 
     A CSV of images gives a row for each of its rows, in order, with its own id column first. Rows are added to a hidden
@@ -55,7 +55,7 @@ def grade_files(model: str, paths: Iterable[str], output: str, backend: str = 't
         raise AptosError(f'{out}: predict writes CSV. Choose a name that ends in .csv.')
     _check_free(out, overwrite)
     paths = list(paths)
-    entries, grader = find_images(paths, root), load_grader(model, backend, precision, prevalence)
+    entries, grader = find_images(paths, root, sheet), load_grader(model, backend, precision, prevalence)
     audit = audit_record(grader)
     id_column = next((e.id_column for e in entries if e.id_column), '')
     columns = COLUMNS if id_column in ('', *COLUMNS) else [id_column, *COLUMNS]

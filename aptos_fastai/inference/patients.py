@@ -15,7 +15,7 @@ from aptos_fastai.common.console import say
 from aptos_fastai.common.io import AptosError, write_csv
 from aptos_fastai.common.privacy import LEAVE_OUT, patient_data
 from aptos_fastai.data.dicom import EYE, PATIENT, DicomTags, is_dicom, patient_keys, read_tags
-from aptos_fastai.data.groups import EYE_EXAMPLES, UNKNOWN, eye_note, eye_of_name, read_eye
+from aptos_fastai.data.groups import UNKNOWN, eye_note, eye_of_name, not_eyes, patient_variants, read_eye
 from aptos_fastai.data.spreadsheet import first_few, has_columns, safe_cell
 from aptos_fastai.decisions import DO_NOT_REFER, NOT_GRADABLE, REFER, UNCERTAIN_REFER, UNGRADABLE
 from aptos_fastai.inference.deidentify import pseudonyms, without_names
@@ -105,7 +105,7 @@ def _eyes(entries: Sequence[ImageEntry], source: str, tags: Sequence[DicomTags |
     bad = [f'{text} ({entry.id or entry})' for text, eye, entry in zip(texts, found, entries, strict=True)
            if not eye and text.casefold() not in UNKNOWN]
     if bad or not any(found):
-        raise AptosError(f'--eye {source}: found {first_few(bad) or "nothing"}. Expected are {EYE_EXAMPLES}.')
+        raise AptosError(f'--eye {source}: found {not_eyes(bad)}')
     return found
 
 
@@ -135,6 +135,8 @@ def _notes(df: pd.DataFrame, entries: Sequence[ImageEntry], patient: str, eye: s
     if len(nobody):
         notes.append(f'--patient {patient}: {len(nobody)} of {len(df)} images have no patient ({first_few(nobody)}); '
                      f'each is a row of its own in {PATIENTS}')
+    notes += [f'--patient {patient}: {text}; each way of writing is a patient of its own here. Write one way for one '
+              'patient' for text in patient_variants(df.patient)]
     unknown = names[df.eye == '']
     if not eye: notes.append("eyes unknown: a patient's worst image counts and no eye is missing (--eye names them)")
     elif len(unknown):

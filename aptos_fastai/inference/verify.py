@@ -70,7 +70,7 @@ class Findings:
 
 
 def verify_grades(model: str, grades: str, sample: int | None = 20, images: Sequence[str] = (),
-                  root: str | None = None) -> None:
+                  root: str | None = None, sheet: str = '') -> None:
     """`verify MODEL GRADES`: say that the predictions in a CSV came from a model. Raises `AptosError` if they did not.
 
     Predicts `sample` of the images again, or all of them (None). `images` are what `predict` was given; without them
@@ -84,7 +84,7 @@ def verify_grades(model: str, grades: str, sample: int | None = 20, images: Sequ
     except AptosError as e: found.reasons.append(str(e).removesuffix('.'))
     if audit: check_audit(found, file, audit, spec)
     elif not found.reasons: found.notes.append(NOT_KNOWN.format(audit_file(file)))
-    entries = find_images(images, root) if images else []
+    entries = find_images(images, root, sheet) if images else []
     if not audit: check_unproven(found, file, rows, entries)
     found.check_rows(rows, contradictions(rows, spec, audit),
                      f'of {len(rows)} rows do not follow from their scores by the thresholds and operating point',

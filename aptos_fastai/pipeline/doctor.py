@@ -18,6 +18,7 @@ from aptos_fastai.common.distributed import cores
 from aptos_fastai.common.io import AptosError, run_lock
 from aptos_fastai.common.program import COMMAND
 from aptos_fastai.data.decode import ImageError
+from aptos_fastai.data.groups import shared_patients
 from aptos_fastai.data.id_order import compare_id_orders, id_order_text
 from aptos_fastai.data.retina import Prep, get_prep, prepare
 from aptos_fastai.data.spreadsheet import TableError, first_few
@@ -96,6 +97,7 @@ def busy_text() -> str:
 
 def check_tables(recipe: Recipe, data: Path, every_image: bool) -> Iterator[Finding]:
     "Check each table on its own, so that one missing table does not hide another"
+    frames = {}
     for table in recipe.used_tables:
         name = f'table {table.name}'
         try: contents = table_contents(table, data, recipe.images.skip_unreadable == 'yes')
@@ -107,6 +109,8 @@ def check_tables(recipe: Recipe, data: Path, every_image: bool) -> Iterator[Find
         for warning in (*contents.notes, id_order_text(tests, table)):
             if warning: yield name, warning, WARNING
         yield from check_images(recipe, contents.frame, every_image)
+        frames[table.name] = contents.frame
+    for table_name, note in shared_patients(recipe.used_tables, frames): yield f'table {table_name}', note, WARNING
 
 
 def check_images(recipe: Recipe, frame: pd.DataFrame, every_image: bool) -> Iterator[Finding]:

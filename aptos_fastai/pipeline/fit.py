@@ -7,7 +7,7 @@ from pathlib import Path
 from aptos_fastai.common.console import say
 from aptos_fastai.common.io import AptosError, check_output_file, write_bytes
 from aptos_fastai.common.program import COMMAND
-from aptos_fastai.data.tables import with_present_tables
+from aptos_fastai.data.tables import only_folder, with_present_tables
 from aptos_fastai.data.understand import Ask, Understood, relative, understand_table
 from aptos_fastai.pipeline.configure import configure, configured_hours, unused_sets
 from aptos_fastai.pipeline.deadline import Deadline
@@ -106,7 +106,10 @@ def write_configured_recipe(data: Path, file: Path, runs: Path, sets: Sequence[s
     """
     check_output_file(file)
     if file.exists(): raise AptosError(f'{file}: already exists. Choose another file with -o, or delete it.')
-    present, left_out = with_present_tables(read_recipe(shipped_folder() / BASE), data)
+    base = read_recipe(shipped_folder() / BASE)
+    given, data = data, only_folder(base.tables[GRADED], data)
+    if data != given: say(f'tables found in {data}')
+    present, left_out = with_present_tables(base, data)
     if left_out: say(left_out, 'yellow')
     ini = base_sections([name for name in (GRADED, UNGRADED) if name not in present.tables])
     chosen = configure(ini, sets, data, file, runs / file.stem, 3600 * hours, hours)

@@ -31,7 +31,7 @@ from aptos_fastai.data.folds import add_folds, write_folds
 from aptos_fastai.data.retina import Prep
 from aptos_fastai.data.spreadsheet import first_few
 from aptos_fastai.data.store import prepare_table, prepared_already, store_folder, stored_column
-from aptos_fastai.data.tables import TableContents, read_contents, read_order, with_present_tables
+from aptos_fastai.data.tables import MISSING_IMAGES, TableContents, read_contents, read_order, with_present_tables
 from aptos_fastai.decisions import without_ungradable
 from aptos_fastai.inference.eyes import fused_text
 from aptos_fastai.inference.training_images import write_run_images
@@ -58,7 +58,6 @@ if TYPE_CHECKING:
     from aptos_fastai.pipeline.deadline import Deadline
 
 UNREADABLE = 'cannot be read'                              # in the column ungradable of scores.csv
-MISSING = 'missing_images.csv'                               # ids without an image that were left out
 OUTPUTS = ('submission.csv', 'scores.csv', 'oof.csv')     # their SHA-256 are in summary.json
 
 
@@ -254,7 +253,7 @@ def prepare_images(run: Run, bars: Bars) -> Run:
     tables = read_contents(run.recipe, run.data)
     for name, contents in tables.items():
         for note in contents.notes: say(f'{name}: {note}', 'yellow')
-    write_missing(run.root / MISSING, tables)
+    write_missing(run.root / MISSING_IMAGES, tables)
     sizes = run.recipe.prepared_sizes
     frames = {name: prepare_table(contents.frame, run.store, run.prep, bars, sizes=sizes, skip_unreadable=skip)
               for name, contents in tables.items()}

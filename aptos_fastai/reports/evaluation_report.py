@@ -6,6 +6,7 @@ from aptos_fastai.common.console import plural, say, table
 from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.io import file_hash, write_csv, write_record
 from aptos_fastai.data.spreadsheet import safe_cell
+from aptos_fastai.data.tables import MISSING_IMAGES
 from aptos_fastai.decisions import LEVELS, DecisionSpec, OperatingPoint
 from aptos_fastai.inference.evaluate import Evaluation, differences_text
 from aptos_fastai.inference.measures import EVALUATION, HTML, PREDICTIONS
@@ -31,11 +32,14 @@ LARGEST_ERRORS = 12
 
 
 def write_evaluation(evaluation: Evaluation) -> None:
-    "Write predictions.csv, evaluation.html and, last, evaluation.json"
+    "Write predictions.csv, evaluation.html, the list of rows without an image and, last, evaluation.json"
     folder, rows = evaluation.folder, evaluation.predictions
     text = rows.select_dtypes(exclude='number').columns
     write_csv(folder / PREDICTIONS, rows.assign(**{name: rows[name].map(safe_cell) for name in text}))
     write_report(evaluation)
+    missing = pd.DataFrame(dict(source=evaluation.record['table']['name'], id_code=evaluation.missing))
+    if len(missing): write_csv(folder / MISSING_IMAGES, missing.map(safe_cell))
+    else: (folder / MISSING_IMAGES).unlink(missing_ok=True)
     write_record(folder / EVALUATION, dict(evaluation.record, predictions_sha256=file_hash(folder / PREDICTIONS)))
 
 
@@ -48,6 +52,7 @@ def images_text(record: dict) -> str:
     if not record['include_seen'] and seen_count(record):
         left_out.append(f'{seen_count(record)} that trained or tuned the model ({counts["identical"]} identical, '
                         f'{counts["near_copies"]} near copies)')
+    if counts.get('missing'): left_out.append(f'{plural(counts["missing"], "row")} without an image')
     if counts['unreadable']: left_out.append(f'{counts["unreadable"]} that cannot be read')
     if counts['ungradable_by_graders']:
         left_out.append(f'{counts["ungradable_by_graders"]} that their graders called ungradable')

@@ -10,7 +10,15 @@ import pandas as pd
 import pytest
 
 from aptos_fastai.data.grades import read_grade
-from aptos_fastai.data.groups import eye_note, eye_of_name, find_groups, patients_text
+from aptos_fastai.data.groups import (
+    eye_note,
+    eye_of_name,
+    find_groups,
+    patient_key,
+    patient_variants,
+    patients_text,
+    shared_patients,
+)
 from aptos_fastai.data.spreadsheet import (
     TableError,
     count,
@@ -21,7 +29,14 @@ from aptos_fastai.data.spreadsheet import (
     separator_of,
     unsafe_cell,
 )
-from aptos_fastai.data.tables import describe, read_order, read_table, table_contents, with_present_tables
+from aptos_fastai.data.tables import (
+    describe,
+    only_folder,
+    read_order,
+    read_table,
+    table_contents,
+    with_present_tables,
+)
 from aptos_fastai.recipe import Table, read_recipe
 
 IDS = ['NA', 'None', '000123', '1e5', 'true', 'a b', 'ü1']
@@ -508,22 +523,54 @@ def test_a_single_grade_in_ten_rows_is_refused(tmp_path, n):
         with pytest.raises(TableError, match='all 10 grades are 1'): read_table(table(), tmp_path)
 
 
-def groups_of(folder: Path, ids: str, **keys) -> tuple[list[str], str]:
+def groups_of(folder: Path, ids: str, **keys) -> tuple[list[str], list[str]]:
     series = pd.Series(ids.split(), name='id_code')
-    groups, note = find_groups(folder / 't.csv', pd.DataFrame(dict(id_code=series)), series, table(**keys))
-    return groups.tolist(), note
+    groups, notes = find_groups(folder / 't.csv', pd.DataFrame(dict(id_code=series)), series, table(**keys))
+    return groups.tolist(), notes
 
 
 def test_groups_by_hand(tmp_path):
-    assert groups_of(tmp_path, 'b a') == (['t:b', 't:a'], '')
-    assert groups_of(tmp_path, 'a10 a2 a1 b', block=2) == (['t:block 1', 't:block 0', 't:block 0', 't:block 1'], '')
-    assert groups_of(tmp_path, '1_l 1_R na_l', group='^(.+)_[lR]') == (['t:1', 't:1', 't:na'], '')
+    assert groups_of(tmp_path, 'b a') == (['t:b', 't:a'], [])
+    assert groups_of(tmp_path, 'a10 a2 a1 b', block=2) == (['t:block 1', 't:block 0', 't:block 0', 't:block 1'], [])
+    assert groups_of(tmp_path, '1_l 1_R na_l', group='^(.+)_[lR]') == (['t:1', 't:1', 't:na'], [])
+    groups, (note,) = groups_of(tmp_path, '1_l 001_r 10_l', group='^(.+)_')
+    assert groups == ['t:1', 't:1', 't:10'] and '1 patient is written in several ways (1 = 001); each is one' in note
+
+
+@pytest.mark.parametrize('texts, key', [
+    (['7', '007', '7.0', '07,0', ' 7'], '7'), (['P1', 'p1', 'P01', 'p 1', 'P 001'], 'p1'), (['P-01', 'p-1'], 'p-1'),
+    (['0', '000'], '0'), (['1 11'], '1 11'), (['11 1'], '11 1'), (['70'], '70'), (['7.5'], '7.5'), (['a0f'], 'a0f'),
+    (['2019-03-07'], '2019-3-7'), (['P10'], 'p10'), (['100'], '100')])
+def test_patients_written_in_several_ways(texts, key):
+    assert {patient_key(text) for text in texts} == {key}
+    assert bool(patient_variants(texts)) == (len(texts) > 1)
+
+
+def test_a_patient_written_in_several_ways_is_one_group(tmp_path):
+    write_rows(tmp_path, 'id_code,diagnosis,who', 'a,0,1', 'b,1,0001', 'c,2,P8', 'd,1,p 8', 'e,1,0002', 'f,2,10')
+    contents = table_contents(table(patient='who'), tmp_path)
+    assert contents.frame.group.tolist() == ['t:1', 't:1', 't:p8', 't:p8', 't:0002', 't:10']
+    assert '2 patients are written in several ways (1 = 0001, P8 = p 8)' in contents.notes[0]
+
+
+def test_patients_of_two_tables_with_one_number_are_named(tmp_path):
+    "They stay different people: the running numbers of two data sets would join people who have nothing in common"
+    for name, patients in dict(a='17 P1 3', b='0017 p1 4', c='5 6 ?').items():
+        images = [f'{name}{i}' for i in range(3)]
+        write_images(tmp_path / name, [f'{image}.png' for image in images])
+        rows = [f'{image},{i},{who}' for i, (image, who) in enumerate(zip(images, patients.split(), strict=True))]
+        (tmp_path / f'{name}.csv').write_text('\n'.join(['id_code,diagnosis,who', *rows]) + '\n')
+    tables = [Table(o, csv=f'{o}.csv', images=o, grade='diagnosis', patient='who') for o in 'abc']
+    frames = {o.name: read_table(o, tmp_path) for o in tables}
+    (name, note), = shared_patients(tables, frames)
+    assert name == 'b' and '2 patients with the name or number of one of [table.a] (17 = 0017, p1): they count' in note
+    assert not set(frames['a'].group) & set(frames['b'].group)
 
 
 def test_pairs_by_hand(tmp_path):
     "No header; rows that share an image are one patient; names with folders, suffixes and another case"
     (tmp_path / 'pairs.csv').write_text('A.jpg,b\nsub\\c,sub/d.png\ne,\nb,f\n')
-    groups, note = groups_of(tmp_path, 'a b c.png d x/e f g', pairs='pairs.csv')
+    groups, (note,) = groups_of(tmp_path, 'a b c.png d x/e f g', pairs='pairs.csv')
     assert groups == ['t:row 4', 't:row 4', 't:row 2', 't:row 2', 't:row 3', 't:row 4', 't:g']
     assert note == ('[table.t] pairs = pairs.csv: does not list 1 of 7 ids (g); it is a patient of its own. '
                     'Correct that if it is wrong.')
@@ -612,6 +659,24 @@ def test_folders_that_are_searched_are_named(tmp_path):
         with pytest.raises(TableError, match=f'Set --data to the folder {words}'): read_table(table(**keys), tmp_path)
     write_rows(tmp_path, 'id_code,diagnosis', 'a,0', 'b,1')
     assert len(read_table(table(folder='gone | .'), tmp_path)) == 2
+
+
+def test_the_only_folder_that_has_a_table_is_found(tmp_path):
+    "In the folder, or up to two levels below; several and none are named"
+    zipped, own = tmp_path / 'kaggle/aptos2019', table(csv='t.csv', images='images')
+    write_images(zipped / 'images', ['a.png'])
+    for part in ('b', 'kaggle'):                                         # no images beside it: another table
+        (tmp_path / part).mkdir(exist_ok=True)
+        (tmp_path / part / 't.csv').write_text('id_code,diagnosis\na,1\n')
+    shutil.copy(tmp_path / 'b/t.csv', zipped)
+    assert only_folder(own, tmp_path) == zipped and only_folder(own, zipped) == zipped
+    with pytest.raises(TableError, match=rf't.csv not found in {tmp_path}. Use --data {zipped}\.$'):
+        read_table(own, tmp_path)
+    write_images(tmp_path / 'b/images', ['a.png'])
+    with pytest.raises(TableError, match=f'are in 2 folders: {tmp_path / "b"}, {zipped}. Choose one: --data'):
+        only_folder(own, tmp_path)
+    with pytest.raises(TableError, match='Tables there: b/t.csv, kaggle/t.csv, kaggle/aptos2019/t.csv. For one of'):
+        only_folder(table(csv='labels.csv'), tmp_path)
 
 
 @pytest.mark.parametrize('there, found', [

@@ -1,10 +1,13 @@
 "Tables without a recipe: which column is what, and what happens where two would do."
+import datetime
+
 import pytest
 from layouts import LAYOUTS, grade_of, write_image, write_lines
 
 from aptos_fastai.common.io import AptosError
 from aptos_fastai.data.tables import table_contents
-from aptos_fastai.data.understand import find_table, understand_table
+from aptos_fastai.data.understand import find_table, side_of, understand_table
+from aptos_fastai.recipe import Table
 
 
 def keys(understood, *names): return tuple(getattr(understood.table, name) for name in names)
@@ -301,13 +304,96 @@ def test_why_a_column_is_not_the_eye(tmp_path):
     understood = understand_table(write_rows(tmp_path, 'image,patient,Auge,eye pressure,grade', rows))
     assert keys(understood, 'eye') == ('',)
     reason, = [o for o in understood.reasons if o.startswith('eye')]
-    assert reason.startswith('eye: not Auge, which has beide. Eyes are L, R, left, right')
+    assert reason.startswith('eye: not Auge, which has beide. Expected are L, R, left, right')
 
 
 def test_ids_that_end_in_words_for_eyes(tmp_path):
     rows = [f'{i // 2}_{("OG", "OD")[i % 2]},{grade_of(i)}' for i in range(40)]
     frame = understand_table(write_rows(tmp_path, 'image,level', rows)).contents.frame
     assert frame.group.nunique() == 20 and frame.eye.tolist() == ['left', 'right'] * 20
+
+
+@pytest.mark.parametrize('ends, known', [
+    ('OD OS', True), ('left right', True), ('RA LA', True), ('OG OD', True), ('links rechts', True), ('D S', True),
+    ('R L', True), ('l1 r2', True), ('OD OS L R', True), ('gauche droite', True), ('oi od', True), ('D G', True),
+    ('l d', False), ('s r', False), ('M D', False), ('a b', False), ('l', False), ('OD OS macula', False),
+    ('S D E', False), ('1 2', False)])
+def test_which_ends_of_ids_are_eyes(tmp_path, ends, known):
+    words = ends.split()
+    rows = [f'P{i // len(words)}_{words[i % len(words)]},{grade_of(i)}' for i in range(40)]
+    table = understand_table(write_rows(tmp_path, 'image,level', rows)).table
+    assert bool(table.eye) == bool(table.group) == known
+
+
+@pytest.mark.parametrize('column, side', [
+    ('left_image', 'left'), ('ImageOD', 'right'), ("image de l'œil droit", 'right'), ('foto de la derecha', 'right'),
+    ('immagine_s', 'left'), ('image', ''), ("photo d'oeil gauche", 'left')])
+def test_the_side_of_a_column(column, side): assert side_of(column) == side
+
+
+def test_class_folders_whose_names_end_in_the_eye(tmp_path):
+    "The eyes of a patient lie in two folders of grades, and share a fold"
+    for i in range(40): write_image(tmp_path / f'a/{i % 5}/{i // 2}_{("left", "right")[i % 2]}.png', i)
+    understood = understand_table(tmp_path / 'a')
+    frame = understood.contents.frame
+    assert frame.group.nunique() == 20 and (frame.groupby('group').eye.nunique() == 2).all()
+    assert (frame.groupby('group').diagnosis.nunique() == 2).all()
+    assert any('every name ends in the eye (0_left.png' in reason for reason in understood.reasons)
+    with pytest.raises(AptosError, match=f'Its sub-folders a have: name one of them, as {tmp_path / "a"}'):
+        understand_table(tmp_path)
+
+
+def test_an_ungradable_value_in_a_column_without_a_name(tmp_path):
+    rows = [f'a{i}.png {5 if i == 3 else i % 5}' for i in range(40)]
+    for i in range(40): write_image(tmp_path / f'a{i}.png', i)
+    write_lines(tmp_path / 't.txt', rows)
+    assert keys(understand_table(tmp_path / 't.txt'), 'grade', 'ungradable') == ('2', '5')
+
+
+def test_ids_that_a_spreadsheet_changed(tmp_path):
+    "Days have no time; numbers without their zeros are shown beside the files"
+    openpyxl = pytest.importorskip('openpyxl')
+    book = openpyxl.Workbook()
+    book.active.append(['Image', 'Grade'])
+    for i in range(20):
+        write_image(tmp_path / f'2020-01-{i + 1:02}.png', i)
+        book.active.append([datetime.datetime(2020, 1, i + 1), i % 5])
+    book.save(tmp_path / 't.xlsx')
+    assert understand_table(tmp_path / 't.xlsx').contents.frame.id_code[0] == '2020-01-01'
+    csv = write_rows(tmp_path / 'b', 'image,grade', [f'{i:03},{i % 5}' for i in range(20)])
+    write_lines(csv, ['image,grade', *(f'{i},{i % 5}' for i in range(20))])
+    with pytest.raises(AptosError, match='which has 000.png, 001.png, .* image has 0, 1, 2. Give the folder'):
+        understand_table(csv)
+
+
+@pytest.mark.parametrize('codes', ['12', '01', ['1.0', '2.0']])
+def test_numbers_are_no_eyes(tmp_path, codes):
+    "Nobody knows whether 1 is left: the column is not used, and refused if it is named"
+    csv = write_rows(tmp_path, 'image,patient,eye,grade', [f'a{i},P{i // 2},{codes[i % 2]},{i % 5}' for i in range(20)])
+    words = 'Which eye a number means is not known: write L and R.'
+    understood = understand_table(csv)
+    assert not understood.table.eye and any(o.startswith('eye: not eye') and words in o for o in understood.reasons)
+    with pytest.raises(AptosError, match=f'found {codes[0]}, {codes[1]}. Expected are .* {words}'):
+        assert understand_table(csv, eye='eye').contents
+
+
+def test_one_error_names_all_that_is_wrong(tmp_path):
+    rows = [f'a{i},{i % 5},{"LR"[i % 2]}' for i in range(20)]
+    csv = write_rows(tmp_path, 'image,grade,eye', rows)
+    rows[2], rows[3], rows[4], rows[5], rows[6] = 'a1,2,L', ',3,L', 'gone,7,up', 'A9.PNG,bad,', 'a6,II+,L'
+    write_lines(csv, ['image,grade,eye', '', *rows])
+    ids = ['1 row without an id in column image: row 6.', '1 duplicate value in column image: a1.',
+           '1 id in column image of an image that another row names: a9.', '1 of 20 ids have no image in',
+           'gone. Add the images']
+    with pytest.raises(AptosError) as e:
+        assert understand_table(csv, grade='grade', eye='eye', ungradable='x').contents
+    for words in ('t.csv: 6 problems: (1) ', *ids, '3 invalid values in column grade: gone = 7, A9.PNG = bad, a6 = II',
+                  '(6) [table.train] eye = eye: found up. Expected'): assert words in str(e.value), words
+    with pytest.raises(AptosError) as e: understand_table(csv)
+    for words in ('5 problems: (1) column grade has values that are no grades: 7, bad, II+', *ids):
+        assert words in str(e.value), words
+    with pytest.raises(AptosError, match='2 problems: .1. no column grad, did you mean grade.* .2. no column ag'):
+        table_contents(Table('t', 't.csv', '.', id='image', grade='grad', carry='ag'), tmp_path)
 
 
 @pytest.mark.parametrize('column', ['Grad', 'Befund', 'Stade', 'Stadium', 'Grado', 'DR-Grad', 'gt'])
@@ -340,4 +426,4 @@ def test_rows_without_an_image_are_left_out_if_asked_for(tmp_path):
     assert contents.missing == ['a3', 'a8'] and len(contents.frame) == 18
     expected = [(f'a{i}', i % 5, str(tmp_path / f'a{i}.png')) for i in range(20) if i not in (3, 8)]
     assert list(contents.frame[['id_code', 'diagnosis', 'path']].itertuples(index=False, name=None)) == expected
-    assert '2 of 20 ids have no image and are left out (skip_unreadable = yes): a3, a8' in contents.notes
+    assert '2 of 20 ids have no image and are left out: a3, a8' in contents.notes

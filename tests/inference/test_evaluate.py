@@ -254,7 +254,7 @@ def test_the_record_counts_every_image(evaluation, toy):
     record = read_strict(evaluation / 'evaluation.json')
     assert read_record(evaluation / 'evaluation.json')
     assert record['counts'] == dict(images=44, evaluated=40, groups=20, unreadable=1, ungradable_by_graders=1,
-                                    identical=1, near_copies=1, copies=0)
+                                    identical=1, near_copies=1, copies=0, missing=0)
     assert record['seen_unknown'] == ''
     model, _ = read_model(toy)
     assert record['model']['key'] == model.key and record['model']['thresholds'] == list(model.thresholds)
@@ -423,6 +423,24 @@ def test_a_table_of_a_recipe_is_found_by_its_name(toy, tables, small_recipe, tmp
                            choices=Choices(output=str(tmp_path / 'out')))
     assert found.record['table']['name'] == 'train' and found.record['counts']['evaluated'] == 40
     assert found.reasons[0] == f'table: [table.train] of {small_recipe.name}'
+
+
+def test_rows_without_an_image_are_left_out_if_asked_for(toy, clinic, tmp_path, capsys):
+    "They are announced, counted and listed; de-identified they are not listed"
+    csv, out = tmp_path / 'grades.csv', tmp_path / 'out'
+    shutil.copy(clinic / 'grades.csv', csv)
+    with open(csv, 'a') as f: f.write('gone,1,p1,A\n=lost,2,p1,A\n')
+    args = ['evaluate', toy, csv, clinic / 'grades_images', '-o', out]
+    expect_error(capsys, args, '2 of 45 ids have no image', 'gone, =lost', 'for evaluate --skip-missing')
+    with quick_reports(): main([*map(str, args), '--skip-missing'])
+    assert '2 of 45 ids have no image and are left out: gone, =lost' in capsys.readouterr().out.replace('\n', ' ')
+    record = read_record(out / 'evaluation.json')
+    assert record['counts']['missing'] == 2 and record['counts']['evaluated'] == 40
+    assert '2 rows of the table without an image left out' in record['warnings']
+    assert (out / 'missing_images.csv').read_text() == "source,id_code\ngrades,gone\ngrades,'=lost\n"
+    with quick_reports(): main([*map(str, args), '--skip-missing', '--deidentify'])
+    assert not (out / 'missing_images.csv').exists()
+    assert 'gone' not in ''.join(file.read_text() for file in out.iterdir())
 
 
 def test_columns_can_be_named(toy, clinic, tmp_path, capsys):

@@ -127,6 +127,21 @@ def test_a_csv_without_images_is_an_error(tmp_path, text, words):
     with pytest.raises(AptosError, match=words): find_images([str(tmp_path / 't.csv')])
 
 
+def test_the_sheet_of_a_workbook(tmp_path):
+    openpyxl = pytest.importorskip('openpyxl')
+    book = openpyxl.Workbook()
+    for name, cells in (('Patients', ['who', 'x']), ('Images', ['file', 'a.png', 'b.png'])):
+        sheet = book.create_sheet(name)
+        for cell in cells: sheet.append([cell])
+    book.save(tmp_path / 'list.xlsx')
+    with pytest.raises(AptosError, match='2 sheets have data: Patients .1 row., Images .* Name one: --sheet'):
+        find_images([str(tmp_path / 'list.xlsx')])
+    assert [o.name for o in find_images([str(tmp_path / 'list.xlsx')], sheet='Images')] == ['a.png', 'b.png']
+    (tmp_path / 'list.csv').write_text('file\na.png\n')
+    with pytest.raises(AptosError, match='sheet = Images, but only a workbook has sheets'):
+        find_images([str(tmp_path / 'list.csv')], sheet='Images')
+
+
 def test_two_csvs_with_other_id_columns_are_refused(tmp_path):
     write(tmp_path, 'a.png')
     for column in ('image', 'id_code'): pd.DataFrame({column: ['a']}).to_csv(tmp_path / f'{column}.csv', index=False)

@@ -141,6 +141,14 @@ def test_columns_of_the_csv_name_patient_and_eye(tmp_path):
     assert '1 of 3 images have no patient' in notes[0] and '1 of 3 images show an unknown eye' in notes[1]
 
 
+def test_patients_written_in_several_ways_stay_apart_and_are_named(tmp_path):
+    "One row for two people would hide one of them; two rows for one are only incomplete"
+    entries = csv_of_images(tmp_path, file=['a.png', 'b.png', 'c.png', 'd.png'], who=['1', '0001', 'P1', '2'])
+    df, notes = identify(entries, 'who', '')
+    assert df.patient.tolist() == ['1', '0001', 'P1', '2']
+    assert '--patient who: 1 patient is written in several ways (1 = 0001); each way of writing is a' in notes[0]
+
+
 def test_eyes_that_contradict_the_file_names(tmp_path):
     entries = csv_of_images(tmp_path, file=['1_L.png', '1_R.png', '2_L.png', '2_R.png'], who=list('aabb'),
                             side=['links', 'RA', 'R', 'R'])
@@ -172,6 +180,7 @@ def test_a_pattern_is_applied_to_the_id_of_a_csv(tmp_path):
     ('(', '', 'is no regular expression'),
     (r'(\d{9})', '', 'gives no patient for any of the 2 images'),
     ('id', 'id', '--eye id: found 1 (a.png), 2 (b.png). Expected are L, R, left'),
+    ('id', 'id', 'Which eye a number means is not known: write L and R.'),
     ('', 'id', 'patients are unknown. Add --patient'),
     ('dicom', '', 'none of the images is a DICOM file'),
 ])

@@ -86,6 +86,19 @@ def test_a_step_that_does_not_fit_is_skipped_and_later_ones_of_its_keys_are_not_
 
 # Recipes
 
+def test_tables_in_a_sub_folder_are_found(machine, tables, tmp_path, capsys):
+    "As a zip is unpacked; the recipe's command names the folder"
+    folder = tmp_path / 'zips/aptos2019'
+    folder.parent.mkdir()
+    tables.rename(folder)
+    main(['configure', '--data', str(folder.parent), '--hours', '1', '-o', str(tmp_path / 'a.ini')])
+    assert f'tables found in {folder}' in capsys.readouterr().out.replace('\n', '')
+    assert f'--data {folder} --hours 1' in (tmp_path / 'a.ini').read_text()
+    (folder / 'train.csv').rename(folder / 'labels.csv')
+    expect_error(capsys, ['configure', '--data', folder.parent, '--hours', '1', '-o', tmp_path / 'b.ini'],
+                 'no train.csv with train_images', 'Tables there: aptos2019/labels.csv, aptos2019/test.csv')
+
+
 def test_more_hours_choose_more_and_are_used(configured, tables, tmp_path):
     "From a probe to several trainings with pseudo-labels; never more than the hours, and mostly 85 % of them"
     recipes = {hours: configured(hours)[0] for hours in (.1, .3, 1., 2., 5.)}

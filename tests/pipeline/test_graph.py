@@ -536,7 +536,7 @@ def test_missing_images_are_left_out_if_asked_for(tables, small_recipe, no_repor
     args += ['--set', 'images.skip_unreadable=yes']
     main(args)
     out = ' '.join(capsys.readouterr().out.split())
-    assert 'train: 1 of 40 ids have no image and are left out (skip_unreadable = yes): train007' in out
+    assert 'train: 1 of 40 ids have no image and are left out: train007' in out
     assert 'test: 1 image without a score' in out and '2 ids without an image -> ' in out
     root = tmp_path / 'runs/small'
     assert pd.read_csv(root / 'missing_images.csv').to_numpy().tolist() == [['train', 'train007'], ['test', 'test004']]
