@@ -235,11 +235,16 @@ def _out_of_memory_or_peer_lost(e: Exception, name: str) -> NoReturn:
     fail(f'{name}: out of memory. Lower bs or size, or close other programs.')
 
 
+@functools.cache
+def program_parser() -> Any:
+    "Return the parser of the program, which holds those of its commands"
+    return typer.main.get_command(app)
+
+
 def main(argv: list[str] | None = None) -> None:
     "Run the command in `argv` (default: the program's arguments). Raises `SystemExit` if it fails"
     if isinstance(sys.stdout, io.TextIOWrapper): sys.stdout.reconfigure(errors='replace')      # cp1252 in a pipe
-    parser: Any = typer.main.get_command(app)            # a group of commands
-    program = PROGRAM
+    parser, program = program_parser(), PROGRAM
     arguments = sys.argv[1:] if argv is None else argv
     name = arguments[0].replace('-', '_') if arguments else ''          # operating-point is operating_point
     if name in COMMANDS:                     # parse its arguments alone: those of the program import pydantic

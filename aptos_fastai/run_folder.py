@@ -1,7 +1,8 @@
 "The run folder: its paths, which stages are finished, and the files they wrote. Imports no torch."
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,12 @@ def hash_once(file: str) -> str:
     "Return the SHA-256 of a file, which is read once in a process unless its size or modification time changes"
     stat = Path(file).stat()
     return _hash_of_state(str(Path(file).resolve()), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _parse_preds(content: bytes) -> pd.DataFrame:
+    "Return the rows of a preds.csv, parsed once in a process: an `all` needs them dozens of times. Do not change them"
+    return pd.read_csv(BytesIO(content), dtype=dict(id_code=str))
 
 
 def _fingerprint_of(file: Path) -> str:
@@ -489,7 +496,7 @@ class Run:
     def _validation_scores(self, stage: str, folds: Iterable[int]) -> pd.DataFrame:
         "Return the rows of preds.csv of some folds of a stage"
         files = [self.verified_file(stage, k, PREDS) for k in folds]
-        df = pd.concat([pd.read_csv(f, dtype=dict(id_code=str)) for f in files], ignore_index=True)
+        df = pd.concat([_parse_preds(f.read_bytes()) for f in files], ignore_index=True)
         bad = (~np.isfinite(df.score)).sum()
         if bad:
             raise RecordError(f'{self.root / stage}: {bad} of {len(df)} validation scores are not finite numbers. '

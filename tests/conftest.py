@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -15,12 +16,16 @@ import pandas as pd
 import pytest
 import torch
 from filelock import FileLock
+from hypothesis import settings
 
 from aptos_fastai.cli import main
 from aptos_fastai.common.io import file_hash, write_csv, write_record
 from aptos_fastai.deploy import parity
 from aptos_fastai.metrics import quadratic_kappa
 from aptos_fastai.pipeline.graph import load_run
+
+settings.register_profile('untimed', deadline=None)     # a busy machine is no failure
+settings.load_profile('untimed')
 
 ROOT = Path(__file__).parents[1]
 IDRID = Path(os.environ.get('IDRID', ROOT.parent / 'shared/data/idrid'))
@@ -44,8 +49,25 @@ csv = test.csv
 images = test_images
 '''                                          # what `write_table` writes: train and test
 
+# With pytest-xdist, a process that is free takes the next file: the files that take long come first, so that all
+# processes end at about the same time. The first two start with different runs, which they make
+LONG = [f'{name}.py' for name in (
+    'test_offline', 'test_kill', 'test_parallel', 'test_serve', 'test_retraining', 'test_graph', 'test_faults',
+    'test_tune', 'test_weights', 'test_optimizer', 'test_probe', 'test_fit', 'test_deadline', 'test_fused_eyes',
+    'test_other_runs', 'test_explain', 'test_transformers', 'test_kaggle', 'test_bundle', 'test_networks',
+    'test_precision', 'test_loaders')]
+
 torch.set_num_threads(1)
 parity.PARITY_IMAGES = 24                    # each export compares four backends on so many images
+
+
+def pytest_configure(config): config.option.loadscopereorder = False   # pytest-xdist: files of most tests first
+
+
+def pytest_collection_modifyitems(items):
+    "Put the tests of `LONG` files first"
+    order = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
 
 
 # Images and tables
@@ -64,13 +86,19 @@ def fundus(rng, side=96, grade=0):
     return im
 
 
+@cache
+def png_files(n, seed):
+    "Return `n` images of the grades 0, 1, 2, 3, 4, 0, … as PNG files"
+    rng = np.random.default_rng(seed)
+    return [cv2.imencode('.png', fundus(rng, grade=i % 5))[1].tobytes() for i in range(n)]
+
+
 def write_table(folder: Path, n=40, graded=True, seed=0, name='train'):
     "Write `name`.csv and `name`_images/ with `n` images of grades 0, 1, 2, 3, 4, 0, …; return the graded table"
-    rng = np.random.default_rng(seed)
     images = folder / f'{name}_images'
     images.mkdir(parents=True, exist_ok=True)
     df = pd.DataFrame(dict(id_code=[f'{name}{i:03}' for i in range(n)], diagnosis=np.arange(n) % 5))
-    for row in df.itertuples(): cv2.imwrite(str(images / f'{row.id_code}.png'), fundus(rng, grade=int(row.diagnosis)))
+    for i, png in zip(df.id_code, png_files(n, seed), strict=True): (images / f'{i}.png').write_bytes(png)
     columns = ['id_code', 'diagnosis'] if graded else ['id_code']
     df[columns].to_csv(folder / f'{name}.csv', index=False)
     return df

@@ -90,7 +90,7 @@ def test_equal_scores_are_called_alike():
     assert (np.ones(40) >= threshold).sum() == 0             # no score tells them apart: none is called positive
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 10_000), st.sampled_from(['sensitivity', 'specificity']), st.sampled_from([.6, .8, .9]))
 def test_nested_figures_are_those_of_a_plain_loop(seed, target, value):
     df = scored(120, seed, images_a_patient=2)
@@ -135,7 +135,7 @@ def test_what_threatens_sight_is_referred():
     assert points[0].sensitivity['value'] == pytest.approx(called[df.diagnosis >= 2].mean())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 10_000), st.sampled_from([.5, .8, .9, .99]), st.sampled_from([.5, .9, .95, .99]))
 def test_a_second_point_never_contradicts_the_decision(seed, sensitivity, specificity):
     df = scored(150, seed)

@@ -16,7 +16,7 @@ from aptos_fastai.data.decode import ImageError, decode
 from aptos_fastai.data.retina import Prep, prepare
 
 EXAMPLES = int(os.environ.get('FUZZ', 60))   # per test; FUZZ=5000 is the long run
-fuzz = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+fuzz = settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
 fuzz_server = settings(fuzz, max_examples=max(8, EXAMPLES // 4))
 
 FORM = 'multipart/form-data; boundary=x'

@@ -237,7 +237,7 @@ def best_kappa_by_brute_force(s, y):
     return max(quadratic_kappa(apply_thresholds(s, thresholds), y) for thresholds in placings)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(-3, 12), GRADE), min_size=3, max_size=10))
 def test_thresholds_are_the_global_optimum(pairs):
     s, y = np.array(pairs, float).T

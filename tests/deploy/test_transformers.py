@@ -40,6 +40,8 @@ folds = 1
 bs = 8
 tta = hflip
 precision = f32
+mean = .4 .3 .2
+std = .3 .2 .1
 
 [stage.ordinal]
 head = auto

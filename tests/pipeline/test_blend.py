@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import TABLES, write_table
+from expensive import quick_exports, quick_reports
 
 from aptos_fastai.cli import main
 from aptos_fastai.common.io import file_state, read_record, write_bytes, write_csv, write_record
@@ -230,7 +231,7 @@ def finished(tmp_path_factory):
     write_table(folder / 'data', 30)
     write_table(folder / 'data', 8, graded=False, seed=1, name='test')
     recipe_of(folder, 'stage.folds=2')
-    main(['all', *options(folder)])
+    with quick_reports(): main(['all', *options(folder)])
     return folder
 
 
@@ -285,7 +286,7 @@ def test_report_and_card_say_the_weights(finished):
     root = finished / 'runs/blend'
     weights = open_run(finished).member_weights('blend')
     assert f'mean of first ({weights.get("first", 0):.2f}), second' in (root / 'report.html').read_text()
-    main(['export', str(root)])
+    with quick_exports(): main(['export', str(root)])
     card = ' '.join((root / 'bundle/MODEL_CARD.md').read_text().split())
     assert 'The weights are fitted to the out-of-fold scores' in card
     assert all(f'| {w / 2:.3f} |' in card for w in weights.values())

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, expect_error, modified_times, small_options, without_report
+from expensive import quick_reports
 
 from aptos_fastai.cli import main
 from aptos_fastai.common import clock
@@ -60,7 +61,7 @@ def summary_of(tmp_path): return json.loads((tmp_path / 'r/small/summary.json').
 
 def test_what_does_not_fit_is_left_out_and_a_later_run_completes_it(args, fake, tmp_path, capsys):
     root, hours = tmp_path / 'r/small', hours_for(args, 'teacher')
-    main(['all', *args, '--hours', str(hours)])
+    with quick_reports(): main(['all', *args, '--hours', str(hours)])
     out = ' '.join(capsys.readouterr().out.split())
     assert out.count(f'{LEFT_OUT} (--hours') == 2              # when it is decided, and with the results
     assert 'retrain (retrain: about' in out and 'The model is teacher. A later `all` trains the rest.' in out

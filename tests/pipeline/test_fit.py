@@ -5,6 +5,7 @@ import shutil
 import pandas as pd
 import pytest
 from conftest import ROOT, expect_error, stage_options, without_report, write_table
+from expensive import quick_exports, quick_reports
 from layouts import LAYOUTS
 
 from aptos_fastai import fit
@@ -121,7 +122,7 @@ def test_one_graded_table_is_enough(tables, small_recipe, tmp_path, capsys):
     args = ['--recipe', str(small_recipe), '--data', str(tables), '--runs', str(tmp_path / 'r')]
     main(['doctor', *args])
     assert 'WARN tables: test: test.csv and test_images not found' in capsys.readouterr().out
-    main(['all', *args])
+    with quick_reports(): main(['all', *args])
     out = ' '.join(capsys.readouterr().out.split())
     assert 'the recipe runs without this table, without' in out and 'The model is teacher.' in out
     root = tmp_path / 'r/small'
@@ -135,7 +136,7 @@ def test_one_graded_table_is_enough(tables, small_recipe, tmp_path, capsys):
     with without_report(): main(['report', *args])
     image = tables / 'train_images/train000.png'
     main(['predict', str(root), str(image), '-o', str(tmp_path / 'g.csv')])
-    main(['export', str(root)])
+    with quick_exports(): main(['export', str(root)])
     expect_error(capsys, ['submit', *args], 'test.csv and test_images not found')
     expect_error(capsys, ['train', 'retrain', *args], 'retrain: no such stage', 'Choose from: teacher')
     write_table(tables, 10, graded=False, seed=1, name='test')            # it arrives later: the teacher stays
@@ -228,7 +229,7 @@ def test_tables_that_only_train(two_tables, tmp_path, capsys):
         assert (frame.source == 'b').sum() == 30 - copy_validates
     summary = json.loads((tmp_path / 'r/two/summary.json').read_text())
     assert 'table' not in [o['kind'] for o in summary['clusters']]
-    main(['all', *two_tables, '--set', 'submit.final=both'])
+    with quick_reports(): main(['all', *two_tables, '--set', 'submit.final=both'])
     summary = json.loads((tmp_path / 'r/two/summary.json').read_text())
     kinds = {o['kind']: o for o in summary['clusters']}
     assert [o['name'] for o in kinds['table']['clusters']] == ['a', 'b']

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import expect_error, fundus
+from expensive import quick_exports, quick_reports
 
 from aptos_fastai.cli import main
 from aptos_fastai.common.io import read_record
@@ -76,7 +77,7 @@ def fused(tmp_path_factory):
     folder = tmp_path_factory.mktemp('eyes')
     write_eyes(folder / 'data')
     (folder / 'eyes.ini').write_text(RECIPE)
-    main(['all', *arguments(folder)])
+    with quick_reports(): main(['all', *arguments(folder)])
     return folder
 
 
@@ -229,7 +230,7 @@ def test_predict_leaves_out_a_fellow_that_is_not_gradable(fused, predicted, tmp_
 
 
 def test_a_bundle_fuses_as_the_run_does(copy, predicted, tmp_path):
-    main(['export', str(copy / 'runs/eyes')])
+    with quick_exports(): main(['export', str(copy / 'runs/eyes')])
     bundle = copy / 'runs/eyes/bundle'
     assert read_model(bundle)[0].digests == read_model(copy / 'runs/eyes')[0].digests
     main(['predict', str(bundle), str(predicted / 'new'), '-o', str(tmp_path / 'grades.csv'), *PEOPLE])
