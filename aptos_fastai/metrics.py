@@ -325,16 +325,17 @@ def cross_fitted_grades(scores: ArrayLike, targs: ArrayLike, parts: ArrayLike, h
 
 
 def fit_weights(scores: ArrayLike, targs: ArrayLike) -> np.ndarray:
-    """Return the weights (m,) of the columns of `scores` (n, m) whose weighted mean correlates most with the grades.
+    """Return the weights (m,) of the columns of `scores` (n, m) whose weighted mean has the least squared error.
 
-    None is negative and they add up to 1. Thresholds are fitted to the mean afterwards, so its offset and scale do not
-    count: a member that is right up to these keeps its weight. Non-negative least squares on centred scores (Breiman
-    1996, "Stacked regressions") leaves both free. If no member correlates positively, the weights are equal.
+    None is negative and they add up to 1 (Breiman 1996, "Stacked regressions"). For weights of any sum t > 0 the errors
+    of the members add up to t times those of a mean, so non-negative least squares with the further equation "the sum
+    is 1" finds the weights of the best mean, times a t that is divided out.
     """
     from scipy.optimize import nnls  # imported here because it takes a second
     s, y = np.asarray(scores, float), np.asarray(targs, float)
-    weights, _ = nnls(s - s.mean(0), y - y.mean())
-    return weights / weights.sum() if weights.any() else np.full(s.shape[1], 1 / s.shape[1])
+    errors = (s - y[:, None]) / np.sqrt(len(y))
+    weights, _ = nnls(np.vstack([errors, np.ones(s.shape[1])]), np.append(np.zeros(len(y)), 1.))
+    return weights / weights.sum()
 
 
 def cross_fitted_weights(scores: ArrayLike, targs: ArrayLike, parts: ArrayLike) -> np.ndarray:

@@ -353,7 +353,7 @@ class Ensemble:
     members: tuple[str, ...] = _key(help='stages; ../RUN/STAGE, a path from the run folder, is a finished one of '
                                     'another run of the same images, folds, [images] and [augment]')
     weights: str = _key('', 'weight of each member, a number from 0 to 1000000; empty: equal weights; fitted: those '
-                        'whose mean correlates most with the grades, out of fold', check=_check_member_weights)
+                        'whose mean has the least squared error on the out-of-fold scores', check=_check_member_weights)
 
     @property
     def parents(self) -> list[str]:

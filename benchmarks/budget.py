@@ -4,8 +4,8 @@ For each number of minutes, on the same folds and images:
 
 - 'fit': `run.py fit --hours`, which chooses its settings for the time; the time counted is that of the whole command,
   with choosing, preparing and the report;
-- 'published': the published 2020 recipe on the network of `fit`, with as many epochs as train on these folds in the
-  same time (more than its 30 where there is time), and its own thresholds; then by thresholds fitted on other folds.
+- 'published': the published 2020 recipe on the network, size and folds of `fit`, with as many epochs as train in the same
+  time (more than its 30 where there is time), and its own thresholds; then by thresholds fitted on other folds.
 
 The time of the published recipe is that of training and validation alone. What is there already is not trained again.
 """
@@ -31,7 +31,7 @@ from aptos_fastai.metrics import (
 )
 from aptos_fastai.pipeline.summary import difference_text, interval_text
 from aptos_fastai.recipe import Recipe, read_recipe
-from recipes import RECIPE, ROOT, VARIANTS, out_of_fold, training_seconds_of
+from recipes import ROOT, VARIANTS, out_of_fold, training_seconds_of
 
 STAGE = 'teacher'
 
@@ -55,13 +55,17 @@ def fit(minutes: float, args: argparse.Namespace) -> tuple[Path, float]:
 
 
 def published(name: str, epochs: int, folds: int, recipe: Recipe, args: argparse.Namespace) -> Path:
-    "Train the published recipe on the first folds of a recipe's splits; return the folder of its stage"
-    keys = [*VARIANTS['published recipe'].sets, f'recipe.seed={recipe.seed}', f'recipe.splits={recipe.splits}',
-            f'stage.folds={folds}', f'stage.epochs={epochs}']
+    "Train the published recipe on the tables, network and first folds of a recipe; return the folder of its stage"
+    keys = [*VARIANTS['published recipe'].sets, 'stage.loss=smooth_l1', 'stage.head=gem', f'stage.folds={folds}',
+            f'stage.epochs={epochs}']
     sets = [text for key in keys for text in ('--set', key)]
-    runs = args.runs / name
-    run_command('train', STAGE, '--recipe', RECIPE, '--data', args.data, '--runs', runs, *sets)
-    return runs / RECIPE.stem / STAGE
+    run_command('train', STAGE, '--recipe', recipe.path, '--data', args.data, '--runs', args.runs, '--name', name, *sets)
+    return args.runs / name / STAGE
+
+
+def seconds_of_an_epoch(folder: Path) -> float:
+    "Return the seconds that an epoch and its validation take, without those of the start: of the last of two epochs"
+    return float(pd.read_csv(folder / 'fold0/history.csv').seconds.iloc[-1])
 
 
 def results(minutes: float, args: argparse.Namespace) -> list[list[str]]:
@@ -71,8 +75,8 @@ def results(minutes: float, args: argparse.Namespace) -> list[list[str]]:
     answer = recipe.submit.final
     ours = pd.read_csv(root / 'oof.csv', dtype=dict(id_code=str)).dropna(subset=answer)
     folds = recipe.folds_of(answer)
-    epoch = training_seconds_of(published('one_epoch', 1, 1, recipe, args))
-    epochs = max(1, round(seconds / folds / epoch))
+    timed = published(f'two_epochs_{minutes:g}', 2, 1, recipe, args)
+    epochs = max(1, round(seconds / folds / seconds_of_an_epoch(timed)))
     folder = published(f'published_{minutes:g}', epochs, folds, recipe, args)
     theirs = out_of_fold(folder).set_index('id_code').loc[ours.id_code].reset_index()
     if not np.array_equal(theirs.fold, ours.fold): raise SystemExit('The folds of the two recipes differ.')

@@ -245,7 +245,7 @@ def configure(ini: Ini, sets: Sequence[str], data: Path, file: Path, root: Path,
     with parsed(sets_applied(ini, sets), file) as recipe: facts = find_facts(recipe, data)
 
     def with_keys(keys: dict[str, Value]) -> Ini:
-        whole = keys['stage.epochs'] != PROBE.start['stage.epochs']          # else the other stages are probes
+        whole = keys['stage.epochs'][0] != PROBE.start['stage.epochs'][0]    # else the other stages are probes
         chosen = {section: dict(texts) for section, texts in inis[PSEUDO in keys, whole].items()}
         for key, (value, _) in facts.complete(keys).items():
             section, _, name = key.rpartition('.')

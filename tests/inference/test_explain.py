@@ -155,7 +155,8 @@ def test_explain_writes_an_image_each_and_names_unreadable_ones(toy, image_paths
     im, overlay, row = explain_image(grader, Path(image_paths[0]).read_bytes())
     height, width, _ = im.shape
     assert im.shape == overlay.shape
-    assert cv2.imread(str(written[0])).shape == (height + 2 * CAPTION_HEIGHT, 2 * width, 3)
+    shape = cv2.imread(str(written[0])).shape
+    assert shape[0] == height + 2 * CAPTION_HEIGHT and shape[1] >= 2 * width          # wider for a long caption
     assert row['score'] == pytest.approx(grader.predict(image_paths[0]).score[0], abs=1e-5)
     squares, _ = grader.read(image_paths[0])
     hot = heatmap(grader, {side: square[None] for side, square in squares.items()})

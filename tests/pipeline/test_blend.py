@@ -118,7 +118,8 @@ def test_fitted_weights_prefer_the_better_member(run):
 
 
 def test_a_member_of_weight_0_is_left_out_of_the_model(run):
-    write_scores(run, 'second', np.random.default_rng(2).normal(0, 2, N) - 2 * run.frames['train'].diagnosis.to_numpy())
+    write_scores(run, 'second', run.oof('first').set_index('id_code').score[run.frames['train'].id_code].to_numpy()
+                 - run.frames['train'].diagnosis.to_numpy() + np.random.default_rng(2).normal(0, 2, N))
     assert run.member_weights('blend') == {'first': 1.}
     assert run.oof('blend').score.to_numpy() == pytest.approx(run.oof('first').score.to_numpy())
 

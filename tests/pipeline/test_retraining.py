@@ -502,7 +502,9 @@ def test_a_file_of_initial_weights_is_compared_by_content(tmp_path, capsys):
     assert 'first' not in open_run(tmp_path, f'stage.weights={file}').todo()           # no longer there
     absent, record = tmp_path / 'absent.pth', tmp_path / 'runs/recipe/first/fold0/stage.json'
     assert f'first: weights: {absent}: no such file' in reasons(open_run(tmp_path, f'stage.weights={absent}'))
-    for command in (['train', 'first'], ['plan'], ['all']):
+    main(['plan', *options(tmp_path, f'stage.weights={absent}')])
+    assert f'[stage.first] weights = {absent}: no such file' in capsys.readouterr().out
+    for command in (['train', 'first'], ['all']):
         with pytest.raises(SystemExit): main([*command, *options(tmp_path, f'stage.weights={absent}')])
         assert '[stage.first] weights = ' in (err := capsys.readouterr().err) and 'no such file' in err
     assert read_record(record)['settings']['weights'] == str(file) and weights_of(tmp_path) == before
