@@ -59,7 +59,8 @@ def published(name: str, epochs: int, folds: int, recipe: Recipe, args: argparse
     keys = [*VARIANTS['published recipe'].sets, 'stage.loss=smooth_l1', 'stage.head=gem', f'stage.folds={folds}',
             f'stage.epochs={epochs}']
     sets = [text for key in keys for text in ('--set', key)]
-    run_command('train', STAGE, '--recipe', recipe.path, '--data', args.data, '--runs', args.runs, '--name', name, *sets)
+    places = ['--recipe', recipe.path, '--data', args.data, '--runs', args.runs, '--name', name]
+    run_command('train', STAGE, *places, *sets)
     return args.runs / name / STAGE
 
 
