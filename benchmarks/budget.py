@@ -4,8 +4,8 @@ For each number of minutes, on the same folds and images:
 
 - 'fit': `run.py fit --hours`, which chooses its settings for the time; the time counted is that of the whole command,
   with choosing, preparing and the report;
-- 'published': the published 2020 recipe on the network, size and folds of `fit`, with as many epochs as train in the same
-  time (more than its 30 where there is time), and its own thresholds; then by thresholds fitted on other folds.
+- 'published': the published 2020 recipe on the network, size and folds of `fit`, with as many epochs as train in the
+  same time (more than its 30 where there is time), and its own thresholds; then by thresholds fitted on other folds.
 
 The time of the published recipe is that of training and validation alone. What is there already is not trained again.
 """
