@@ -117,11 +117,11 @@ BAD_RECIPES = [                              # --set values and words of the mes
     (['table.a b.csv=x'], '[table.a b]: no such section'),
     (['recipe.x.seed=1'], '[recipe.x]: no such section'),
     (['demo.images.size=64'], '[demo.images]: no such section'),
-    (['demo.stage.tutor.epochs=3'], '[demo.stage.tutor]: no such stage. Stages: teacher, retrain, probe.'),
-    (['submit.final=retrian'], 'no such stage or ensemble. Accepted: teacher, retrain, probe, blend.'),
+    (['demo.stage.tutor.epochs=3'], '[demo.stage.tutor]: no such stage. Stages: teacher, retrain.'),
+    (['submit.final=retrian'], 'no such stage or ensemble. Accepted: teacher, retrain, both.'),
     (['submit.table=train'], 'table = train: this table is graded. Name an ungraded table.'),
     (['submit.table=nope'], 'no such table. Tables: train, test.'),
-    (['stage.retrain.init=teach'], 'init = teach: no such stage. Stages: teacher, retrain, probe.'),
+    (['stage.retrain.init=teach'], 'init = teach: no such stage. Stages: teacher, retrain.'),
     (['stage.retrain.init=teacher', 'stage.retrain.arch=resnet18'], 'that stage is tf_efficientnet_lite0 + auto'),
     (['stage.teacher.init=retrain'], 'the stages form a cycle:'),
     (['stage.teacher.train=test'], 'train = test: this table is ungraded. Write STAGE:test'),
@@ -158,7 +158,7 @@ def test_hard_labels_need_thresholds_of_other_images(sets):
 
 
 def test_hard_labels_of_an_ensemble_use_the_thresholds_of_submit():
-    sets = ['stage.folds=1', 'stage.last.train=train blend:test', 'stage.last.labels=hard', 'ensemble.blend.weights=']
+    sets = ['stage.folds=1', 'stage.last.train=train both:test', 'stage.last.labels=hard']
     with pytest.raises(ConfigError, match=r'or \[submit\] thresholds = 0.5'): read_recipe(ONE_TABLE, sets=sets)
     read_recipe(ONE_TABLE, sets=[*sets, 'submit.thresholds=.5 1.5 2.5 3.5'])
 

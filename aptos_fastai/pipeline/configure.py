@@ -240,13 +240,11 @@ def configure(ini: Ini, sets: Sequence[str], data: Path, file: Path, root: Path,
     `sets` (SECTION.KEY=VALUE) are not changed; `root` is the run folder that `all` will use. Raises `AptosError` if the
     cheapest setting takes longer.
     """
-    inis = {(students, probes): with_stages(ini, file, students, probes)
-            for students in (True, False) for probes in (True, False)}
+    inis = {True: ini, False: without_students(ini, file)}
     with parsed(sets_applied(ini, sets), file) as recipe: facts = find_facts(recipe, data)
 
     def with_keys(keys: dict[str, Value]) -> Ini:
-        whole = keys['stage.epochs'][0] != PROBE.start['stage.epochs'][0]    # else the other stages are probes
-        chosen = {section: dict(texts) for section, texts in inis[PSEUDO in keys, whole].items()}
+        chosen = {section: dict(texts) for section, texts in inis[PSEUDO in keys].items()}
         for key, (value, _) in facts.complete(keys).items():
             section, _, name = key.rpartition('.')
             if section: chosen.setdefault(section, {})[name] = value
@@ -334,12 +332,11 @@ def climb_measured(ladder: Ladder, prices: Prices, limit: float) -> Climb:
     return found
 
 
-def with_stages(ini: Ini, file: Path, students: bool, probes: bool) -> Ini:
-    "Return the sections with or without the stages that learn pseudo-labels, and those that are linear probes"
+def without_students(ini: Ini, file: Path) -> Ini:
+    "Return the sections without the stages that learn pseudo-labels"
     with parsed(ini, file) as recipe:
-        lost = [name for name, s in recipe.stages.items()
-                if not students and any(teacher for teacher, _ in s.sources) or not probes and not s.epochs]
-        return keep_sections(ini, recipe.without_stages(lost))
+        students = [name for name, s in recipe.stages.items() if any(teacher for teacher, _ in s.sources)]
+        return keep_sections(ini, recipe.without_stages(students))
 
 
 def unused_sets(sets: Iterable[str], ini: Ini, chosen: Ini) -> list[str]:

@@ -1,7 +1,6 @@
 "What a run was made with: recipe.ini and run.json in its folder, by which commands open the run again."
 import configparser
 import io
-import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -92,19 +91,10 @@ def keep_sections(sections: Ini, recipe: Recipe) -> Ini:
     kept = {*(f'table.{n}' for n in recipe.tables), *(f'stage.{n}' for n in recipe.stages),
             *(f'ensemble.{n}' for n in recipe.ensembles)}
     found = {name: dict(keys) for name, keys in sections.items() if '.' not in name or name in kept}
-    for name in recipe.ensembles: found[f'ensemble.{name}'] |= _members_left(found[f'ensemble.{name}'], recipe)
     submit = recipe.submit
     keys = found.get('submit', {}) | dict(table=submit.table, final=submit.final, also=' '.join(submit.also))
     found['submit'] = {key: value for key, value in keys.items() if value}       # an empty key reads as no key
     return found
-
-
-def _members_left(keys: dict[str, str], recipe: Recipe) -> dict[str, str]:
-    "Return the members of an ensemble that `recipe` has, and their weights if these are numbers"
-    members, weights = keys['members'].split(), keys.get('weights', '').split()
-    left = [member in recipe.nodes or '/' in member for member in members]
-    found = dict(members=' '.join(itertools.compress(members, left)))
-    return found | dict(weights=' '.join(itertools.compress(weights, left))) if len(weights) == len(members) else found
 
 
 def store_recipe(run: Run, replace: bool) -> dict:

@@ -28,9 +28,9 @@ This page is generated from `aptos_fastai/recipe.py`; `python run.py keys` print
 - `recipes/gold.ini`: the same tables; a GPU with 16 GB, a night. ConvNeXt V2 and EfficientNetV2, retrained twice with
   soft labels of all networks, two seeds.
 - `recipes/cpu.ini`: APTOS 2019 alone, or the demo; two CPU cores, 4 hours. A teacher at 160 px, a student that starts
-  from it at 192 px, the mean of both by fitted weights, five folds each.
+  from it at 192 px, the mean of both, five folds each.
 - `recipes/one_table.ini`: a graded table of your own, and an ungraded one if there is one; two CPU cores. A teacher, a
-  student retrained on its labels, a linear probe, and their mean by fitted weights, five folds each.
+  student retrained on its labels, the mean of both, five folds each.
 
 `python run.py init FOLDER` copies them to a folder when you installed the package without a clone.
 """

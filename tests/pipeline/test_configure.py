@@ -109,7 +109,7 @@ def test_more_hours_choose_more_and_are_used(configured, tables, tmp_path):
     assert probe.stages['teacher'].loss == 'cross_entropy' and probe.submit.final == 'teacher'
     assert small.stages['teacher'].size <= teacher.stages['teacher'].size <= large.images.size
     assert teacher.stages['teacher'].tta == 'd4' and teacher.stages['teacher'].folds == 5
-    assert large.submit.final == 'blend' and any(s.sources[-1] == ('teacher', 'test') for s in large.stages.values())
+    assert large.submit.final == 'both' and any(s.sources[-1] == ('teacher', 'test') for s in large.stages.values())
     assert all(o.submit.table == 'test' for o in recipes.values())
 
 
@@ -150,8 +150,7 @@ def test_what_the_user_sets_for_a_stage_that_there_is_no_time_for_is_named(confi
 def test_without_an_ungraded_table_or_with_few_images_there_are_no_pseudo_labels(configured, tables):
     (tables / 'test.csv').write_text('id_code\ntest000\ntest001\ntest002\n')
     recipe, text, _ = configured(5)
-    assert set(recipe.submit.also) == {'teacher', 'probe'}
-    assert '3 ungraded images beside 40 graded ones are too few' in text
+    assert set(recipe.submit.also) == set() and '3 ungraded images beside 40 graded ones are too few' in text
     assert recipe.submit.table == 'test'
     (tables / 'test.csv').unlink()
     (tables / 'test_images').rename(tables / 'elsewhere')
@@ -169,8 +168,7 @@ def test_squares_are_no_larger_than_the_retinas_and_folds_no_more_than_the_rares
     recipe, text, _ = configured(20)
     assert recipe.stages and {s.size for s in recipe.stages.values()} == {256} and recipe.images.size == 260
     assert recipe.splits == 3 and 'the rarest grade has 3 patients or images' in text
-    assert {s.folds for s in recipe.stages.values()} == {3}
-    assert len(recipe.stages) == 11                        # 5 seeds of teacher and retrain, and a probe
+    assert {s.folds for s in recipe.stages.values()} == {3} and len(recipe.stages) == 10        # 5 seeds of both
 
 
 def test_pseudo_labels_are_a_step_of_their_own_and_their_reason_says_that_the_gain_was_not_repeated():
@@ -220,10 +218,10 @@ def test_fit_keeps_the_recipe_that_it_configured(write, monkeypatch, tmp_path):
 
 
 def test_fit_goes_on_with_a_recipe_that_has_empty_keys(write, tmp_path):
-    "Earlier builds wrote `table = ` for a graded table alone"
+    "Earlier builds wrote `also = ` and `table = ` for a graded table alone"
     text, _ = write()
-    assert '[submit]' in text and 'table = ' not in text
-    (tmp_path / 'r/a/a.ini').write_text(text.replace('[submit]', '[submit]\ntable = '))
+    assert '[submit]' in text and 'also' not in text
+    (tmp_path / 'r/a/a.ini').write_text(text.replace('[submit]', '[submit]\nalso = \ntable = '))
     again, out = write()
     assert again == text and 'goes on with' in out and not list((tmp_path / 'r/a').glob('*.old'))
 

@@ -47,9 +47,8 @@ def test_the_recipe_of_fit_can_be_run_again(fitted, capsys):
     recipe = run.folder / 'labels.ini'
     assert '# train: grade: DR grade (by its name and values)' in recipe.read_text()
     submit = read_recipe(recipe).submit
-    assert set(read_recipe(recipe).stages) == {'teacher', 'probe'}
-    assert read_recipe(recipe).ensembles['blend'].members == ('teacher', 'probe')
-    assert (submit.final, submit.table, submit.also) == ('blend', '', ('probe', 'teacher'))
+    assert set(read_recipe(recipe).stages) == {'teacher'}
+    assert (submit.final, submit.table, submit.also) == ('teacher', '', ())
     assert not [line for line in recipe.read_text().splitlines() if line.rstrip().endswith('=')]     # no empty keys
     main(['all', '--recipe', str(recipe), '--data', str(root), '--runs', str(root / 'runs')])
     assert 'Nothing to do: every stage is up to date' in capsys.readouterr().out
@@ -63,7 +62,7 @@ def test_fit_trains_on_unlabelled_images_too(no_report, tmp_path, capsys):
     assert 'train: grade: Grad der Retinopathie (by its name and values)' in out
     assert 'test: images: all below' in out and '20 images' in out
     summary = json.loads((tmp_path / 'r/a/summary.json').read_text())
-    assert [o['stage'] for o in summary['stages']] == ['teacher', 'probe', 'retrain', 'blend']
+    assert [o['stage'] for o in summary['stages']] == ['teacher', 'retrain', 'both']
     assert len(pd.read_csv(tmp_path / 'r/a/submission.csv')) == 20
 
 
@@ -162,11 +161,8 @@ def test_a_test_table_of_another_case_is_an_error(tables, small_recipe, tmp_path
 def test_a_recipe_without_tables_that_are_missing():
     recipe = read_recipe(ROOT / 'recipes/one_table.ini')
     smaller = recipe.without(['test'])
-    assert (list(smaller.stages), smaller.ensembles['blend'].members) == (['teacher', 'probe'], ('teacher', 'probe'))
-    assert (smaller.submit.final, smaller.submit.also, smaller.submit.table) == ('blend', ('probe', 'teacher'), '')
-    alone = smaller.without_stages(['probe'])
-    assert (list(alone.stages), list(alone.ensembles), alone.order) == (['teacher'], [], ('teacher',))
-    assert (alone.submit.final, alone.submit.also) == ('teacher', ())
+    assert (list(smaller.stages), list(smaller.ensembles), smaller.order) == (['teacher'], [], ('teacher',))
+    assert (smaller.submit.final, smaller.submit.also, smaller.submit.table) == ('teacher', (), '')
     with pytest.raises(ConfigError, match='final = retrain: needs test, which --data lacks'):
         read_recipe(ROOT / 'recipes/one_table.ini', sets=['submit.final=retrain']).without(['test'])
     settings = read_recipe(ROOT / 'settings.ini', sets=['submit.final=ensemble']).without(['aptos_test'])

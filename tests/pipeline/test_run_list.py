@@ -126,7 +126,7 @@ def test_an_unfinished_run_is_listed_with_what_is_left(tmp_path, capsys):
     (tmp_path / 'b/.lock').touch()
     (tmp_path / 'prepared').mkdir()
     assert listed(tmp_path, capsys) == [
-        f'a: not finished; 6 of 15 folds trained (not yet retrain, probe). Run `all {root}`.',
+        f'a: not finished; 6 of 10 folds trained (not yet retrain). Run `all {root}`.',
         'b: not finished; its images are not prepared yet. Run the same command again.']
 
 
