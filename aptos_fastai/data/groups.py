@@ -20,6 +20,7 @@ EYE_PAIRS = [tuple(pair.split('/')) for pair in (                # words for lef
 EYES = {word: eye for pair in EYE_PAIRS for word, eye in zip(pair, ('left', 'right'), strict=True)}
 AMBIGUOUS = {'la', 'ra', 'oe', 'oi', 's', 'd', 'g', 'i', 'e'}    # alone in the name of a file they say nothing
 EYES_OF_NAMES = EYES.keys() - AMBIGUOUS
+LETTERS = {'s', 'd', 'g', 'i', 'e'}          # in a column they are eyes only where two of a pair are all that occurs
 EYE_NOUNS = 'eye', 'auge', 'oeil', 'œil', 'ojo', 'olho', 'occhio'
 EYE_EXAMPLES = 'L, R, left, right, OS, OD, OG, LA, RA, links, rechts, gauche, droit, izquierdo, derecho'
 
@@ -39,6 +40,8 @@ def find_groups(csv: Path, df: pd.DataFrame, ids: pd.Series, table: Table) -> tu
     name = next(name for name in ('patient', 'pairs', 'group') if getattr(table, name))
     key = f'[table.{table.name}] {name} = {getattr(table, name)}'
     if len(missing) == len(ids): raise TableError(f'{csv}: {key}: {_no_patient(ids, table)}')
+    taken = patients.isin(set(nobody[patients.isna()]))      # called as the id of a row that has no patient
+    patients = patients.where(~taken, 'Patient ' + patients)
     groups = f'{table.name}:' + patients.fillna(nobody)
     notes = [f'{key}: {text}; each is one patient here. Correct that if they are different people'
              for text in patient_variants(_patient_texts(df, ids, table))]
@@ -149,8 +152,22 @@ def patients_text(frame: pd.DataFrame, table: Table) -> str:
 
 def read_eye(text: str) -> str:
     "Return left or right for a cell such as L, OS, 'right eye', 'linkes Auge' or 'œil droit'; '' for another text"
+    word = _word_of_eye(text)
+    return EYES.get(word, '') if word not in LETTERS else ''
+
+
+def read_eyes(texts: Iterable[str]) -> dict[str, str]:
+    "Return what `read_eye` does for each text of a column; S and D, G, I or E count if the column has no other word"
+    words = {text: _word_of_eye(text) for text in texts}
+    found = {word for text, word in words.items() if text.casefold() not in UNKNOWN}
+    is_pair = any(found == {*pair} for pair in EYE_PAIRS)
+    return {text: EYES.get(word, '') if is_pair else read_eye(text) for text, word in words.items()}
+
+
+def _word_of_eye(text: str) -> str:
+    "Return the only word of a text beside that for eye, in lower case; '' if there are more"
     words = [word for word in text.casefold().replace('.', '').split() if word not in EYE_NOUNS]
-    return EYES.get(words[0], '') if len(words) == 1 else ''
+    return words[0] if len(words) == 1 else ''
 
 
 def eye_of_name(name: str) -> str:
@@ -164,8 +181,10 @@ def not_eyes(texts: Iterable[str]) -> str:
     "Return what is said of texts that name no eye: which words do, and that numbers do not"
     found = list(texts)
     has_numbers = any(re.match(r'\d+([.,]0+)?(\s|$)', text) for text in found)
+    has_letters = any(_word_of_eye(text.partition(' (')[0]) in LETTERS for text in found)       # D (a.png)
     numbers = ' Which eye a number means is not known: write L and R.' if has_numbers else ''
-    return f'{first_few(found) or "nothing"}. Expected are {EYE_EXAMPLES}.{numbers}'
+    letters = ' D is right only beside S, G, I or E alone, and these are left only beside D: write L and R.'
+    return f'{first_few(found) or "nothing"}. Expected are {EYE_EXAMPLES}.{numbers}{letters if has_letters else ""}'
 
 
 def eye_note(names: Sequence[str], eyes: Sequence[str], patients: Sequence[str] | None = None) -> str:
@@ -193,7 +212,7 @@ def _twice(df: pd.DataFrame) -> int:
 def eyes(csv: Path, df: pd.DataFrame, ids: pd.Series, table: Table) -> pd.Series:
     "Return left or right for each row, from the column or the pattern `eye`. Raises `TableError` for another value"
     texts = df[table.eye] if table.eye in df else ids.str.extract(table.eye).iloc[:, 0].fillna('')
-    found = texts.map({text: read_eye(text) for text in texts.unique()})
+    found = texts.map(read_eyes(texts.unique()))
     bad = texts[found.eq('') & ~texts.str.casefold().isin(UNKNOWN)]
     if len(bad) or not found.any():
         raise TableError(f'{csv}: [table.{table.name}] eye = {table.eye}: found {not_eyes(sorted(set(bad)))}')

@@ -1,6 +1,5 @@
 "Read a CSV, or folders named by grade, and the images into one checked frame per table."
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -123,21 +122,22 @@ def table_contents(table: Table, data: Path, skip_missing: bool = False) -> Tabl
         raise TableError(f'{images}: image folder not found. Put the images there, or change the key `images`.')
     locator = ImageLocator(images, loose=True, within=images.resolve().parent)
     csv, df = _rows(folder, table, notes)
+    n, lost = len(df), list[str]()
     if table.graded:
         texts = grade_texts(csv, df, table)
         ungradable = is_ungradable(texts, table)
-        not_graded = _ungradable_images(df[table.id][ungradable], len(df), table, locator, notes)
+        not_graded, lost = _ungradable_images(df[table.id][ungradable], n, table, locator, notes)
         df, texts = (o[~ungradable].reset_index(drop=True) for o in (df, texts))
     ids, faults = df[table.id].rename(table.id), list[TableError]()
-    paths, absent = _match_images(csv, df, ids, locator, skip_missing, faults)
-    lost = ids[absent].tolist()
+    paths, absent = _match_images(csv, df, ids, n, locator, skip_missing, faults)
+    lost += ids[absent].tolist()
     if lost:
-        notes.append(f'{len(lost)} of {len(ids)} ids have no image and are left out: {first_few(lost)}')
+        notes.append(f'{len(lost)} of {n} ids have no image and are left out: {first_few(lost)}')
         df, ids = (o[~absent].reset_index(drop=True) for o in (df, ids))
         if table.graded: texts = texts[~absent].reset_index(drop=True)
         paths = [path for path, is_absent in zip(paths, absent, strict=True) if not is_absent]
     frame, notes_of_patients = _frame(csv, df, texts if table.graded else None, paths, table, faults)
-    notes += [*notes_of_patients, *_image_notes(locator, len(ids), table)]
+    notes += [*notes_of_patients, *_image_notes(locator, n, table)]
     if not table.graded: return TableContents(frame, notes, missing=lost)
     if table.relabels:
         frame, ungradable_now, note = apply_relabels(frame, table, folder)
@@ -219,12 +219,12 @@ def _read_rows(csv: Path, table: Table, notes: list[str]) -> pd.DataFrame:
             if column not in TAGGED: require_column(csv, df, column, RENAME)
     raise_all(csv, faults)
     if not len(df): raise TableError(f'{csv}: no rows. Write one row per image.')
-    df[ROW] = 'row ' + df.index.astype(str)
     if table.where:
         column, value = table.where_column_and_value
         require_column(csv, df, column, 'Change the key `where`.')
         values, df = sorted(set(df[column])), df[df[column] == value]
         if not len(df): raise TableError(f'{csv}: no row has {column} = {value}. Its values are {first_few(values)}.')
+    df = df.assign(**{ROW: 'row ' + df.index.astype(str)})
     return df.reset_index(drop=True) if len(table.id_columns) == 1 else _a_row_per_image(df, table)
 
 
@@ -265,23 +265,29 @@ def is_class_folder(name: str, table: Table) -> bool:
     return bool(np.isfinite(read_grade(name)) or is_ungradable(pd.Series([name]), table)[0])
 
 
-def _ungradable_images(ids: pd.Series, n: int, table: Table, locator: ImageLocator, notes: list[str]) -> pd.DataFrame:
-    "Return id_code and path of the images that are ungradable by their graders, of `n`; note their number"
+def _ungradable_images(ids: pd.Series, n: int, table: Table, locator: ImageLocator,
+                       notes: list[str]) -> tuple[pd.DataFrame, list[str]]:
+    """Return id_code and path of the images, of `n`, that are ungradable by their graders; note their number.
+
+    Beside them the ids of those that have no image.
+    """
     if len(ids):
         notes.append(f'{len(ids)} of {plural(n, "image")} left out: ungradable by their graders (ungradable = '
                      f'{table.ungradable})')
     if len(ids) == n: raise TableError(f'[table.{table.name}]: all {n} images are ungradable.')
-    rows = []
+    rows, missing = [], []
     for name in ids:
-        with suppress(LookupError): rows.append([name, str(locator(name))])
-    return pd.DataFrame(rows, columns=['id_code', 'path'])
+        try: rows.append([name, str(locator(name))])
+        except LookupError as e:
+            if name and str(e).startswith(NO_IMAGE): missing.append(name)
+    return pd.DataFrame(rows, columns=['id_code', 'path']), missing
 
 
 # Images
 
-def _match_images(csv: Path, df: pd.DataFrame, ids: pd.Series, locator: ImageLocator, skip_missing: bool,
+def _match_images(csv: Path, df: pd.DataFrame, ids: pd.Series, n: int, locator: ImageLocator, skip_missing: bool,
                   faults: list[TableError]) -> tuple[list[str], np.ndarray]:
-    """Return the image path of each id, and which are left out because they have none.
+    """Return the image path of each id, of a table of `n`, and which are left out because they have none.
 
     An id is a file name or path, with or without its suffix. Appends to `faults` rows without an id, duplicate ids, ids
     that fit several images, and ids without an image, unless `skip_missing` and another id has one.
@@ -303,8 +309,8 @@ def _match_images(csv: Path, df: pd.DataFrame, ids: pd.Series, locator: ImageLoc
     with collected(faults):
         of_another = f'in column {ids.name} of an image that another row names'
         _refuse_repeated(csv, ids[same_file & filled & ~twice], 'id', of_another)
-    if unclear: faults.append(TableError(_unclear_images(csv, len(ids), unclear)))
-    if missing and not skips: faults.append(TableError(_missing_images(csv, len(ids), missing, locator.root)))
+    if unclear: faults.append(TableError(_unclear_images(csv, n, unclear)))
+    if missing and not skips: faults.append(TableError(_missing_images(csv, n, missing, locator.root)))
     return paths, ids.isin(missing if skips and not faults else []).to_numpy()
 
 

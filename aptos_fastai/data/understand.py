@@ -12,9 +12,9 @@ import pandas as pd
 
 from aptos_fastai.common.console import plural
 from aptos_fastai.data.grades import BLANK, FEWEST_ROWS, read_grade
-from aptos_fastai.data.groups import AMBIGUOUS, EYE_PAIRS, EYES, UNKNOWN, not_eyes, patient_key, read_eye
+from aptos_fastai.data.groups import EYE_PAIRS, EYES, EYES_OF_NAMES, UNKNOWN, not_eyes, patient_key, read_eyes
 from aptos_fastai.data.id_order import compare_id_orders
-from aptos_fastai.data.locate import ImageLocator, files_below, has_image_suffix, is_image
+from aptos_fastai.data.locate import ImageLocator, files_below, has_image_suffix, is_image, without_image_suffix
 from aptos_fastai.data.spreadsheet import (
     TableError,
     collected,
@@ -152,10 +152,19 @@ def _understand_folder(folder: Path, name: str, graded: bool, keys: dict[str, st
 
 
 def _with_eyes_of_names(understood: Understood) -> Understood:
-    "Return a table of class folders with patients and eyes if the names of all images end in the eye"
+    """Return a table of class folders with patients and eyes if the names of all images end in the eye.
+
+    Not if a name is in two folders, because the patients of each folder may be numbered from 1.
+    """
     names = understood.contents.frame.id_code.str.partition('/')[2]
     pattern = _patients_by_eye(names)
     if not pattern: return understood
+    bare = names.map(without_image_suffix).str.casefold()
+    twice = bare[bare.duplicated()].unique()
+    if len(twice):
+        why = (f'patient: unknown (the names end in the eye, but several folders have the same: {first_few(twice)}; '
+               'each folder may number its own patients)')
+        return replace(understood, reasons=[*understood.reasons, why])
     eye, patient = EYE_PATTERN.format(_last_words(names)), pattern.replace('^', '^[^/]*/', 1)
     reasons = [f'group, eye: every name ends in the eye ({first_few(names[:2])})']
     return Understood(replace(understood.table, group=patient, eye=eye), understood.data, understood.reasons + reasons)
@@ -167,9 +176,9 @@ def _with_blocks(understood: Understood) -> Understood:
     if table.grouped_by != 'images': return understood
     tests = compare_id_orders(understood.contents.frame, seed=0)
     if not any(test.is_related for test in tests): return understood
-    why = (f'patient: unknown, but neighbouring ids have equal grades: {NEIGHBOUR_BLOCK} neighbours are one group '
+    why = (f'; neighbouring ids have equal grades: {NEIGHBOUR_BLOCK} neighbours are one group '
            f'(block = {NEIGHBOUR_BLOCK})')
-    reasons = [why if reason.startswith('patient: unknown') else reason for reason in understood.reasons]
+    reasons = [reason + why * reason.startswith('patient: unknown') for reason in understood.reasons]
     return replace(understood, table=replace(table, block=NEIGHBOUR_BLOCK), reasons=reasons)
 
 
@@ -352,8 +361,9 @@ class _Columns:
     def _find_grade_of_sides(self, candidates: list[str]) -> None:
         "Find the grade of each image where a row holds two"
         found = []
+        sides, grades = sides_of(self._columns('id')), sides_of(candidates)
         for image in self._columns('id'):
-            mine = [c for c in candidates if side_of(c) == side_of(image) and not OTHER_GRADE.search(c.casefold())]
+            mine = [c for c in candidates if grades[c] == sides[image] and not OTHER_GRADE.search(c.casefold())]
             if not mine:
                 raise TableError(f'{self.file}: no column has the grade of {image}. Name both columns: --grade '
                                  '"LEFT | RIGHT".')
@@ -393,13 +403,14 @@ class _Columns:
         if by_eye:
             ids = self.df[self.keys['id']]
             self._decide('group', by_eye, f'every id ends in the eye: {first_few(ids[:2])}')
-        else: self.reasons.append('patient: unknown (no column, no eye at the end of the ids)')
+        else: self.reasons.append(f'patient: unknown (no column; {_why_no_patients(self.df[self.keys["id"]])})')
 
     def _find_eye(self) -> None:
         if self.has_row_per_patient: return
         columns = [c for c in self._others('id', 'grade', 'patient') if EYE_NAME.search(c.casefold())]
-        odd = {c: [o for o in self.df[c].unique() if not read_eye(o) and o.casefold() not in UNKNOWN] for c in columns}
-        good = [c for c in columns if not odd[c] and self.df[c].map(read_eye).any()]
+        found = {c: read_eyes(self.df[c].unique()) for c in columns}
+        odd = {c: [o for o, eye in found[c].items() if not eye and o.casefold() not in UNKNOWN] for c in columns}
+        good = [c for c in columns if not odd[c] and any(found[c].values())]
         if good: return self._decide('eye', good[0], 'by its name and values')
         named = [c for c in columns if 0 < len(odd[c]) and self.df[c].nunique() <= MOST_VALUES]
         for c in named: self.reasons.append(f'eye: not {c}, which has {not_eyes(odd[c])}')
@@ -433,14 +444,21 @@ def _is_named_as_grades(column: str) -> bool:
     return bool(GRADE_NAME.search(column.casefold()) or WEAK_GRADE_NAME.search(column.casefold()))
 
 
-def side_of(column: str) -> str:
-    "Return left or right if a column's name says so, else an empty text"
-    words = re.split(r'[^a-z]+', re.sub(r"(?<=[a-z])(?=[A-Z])|\b[dlDL]['’]", '_', column).casefold())
-    found = sorted((word for word in words if word in EYES), key=AMBIGUOUS.__contains__)       # de la derecha
-    return EYES[found[0]] if found else ''
+def sides_of(columns: Iterable[str]) -> dict[str, str]:
+    """Return left or right for each column whose name says so, else an empty text.
+
+    Ambiguous words, as s and d, count only at the end of a name, and beside a column that ends in the fellow.
+    """
+    words = {column: re.findall(r'[a-z]+', re.sub(r"(?<=[a-z])(?=[A-Z])|\b[dlDL]['’]", '_', column).casefold())
+             for column in columns}
+    ends = {found[-1] for found in words.values() if found}
+    paired = {word for pair in EYE_PAIRS if {*pair} <= ends for word in pair}
+    said = {column: [word for word in found if word in EYES_OF_NAMES] or [word for word in found[-1:] if word in paired]
+            for column, found in words.items()}
+    return {column: EYES[found[0]] if found else '' for column, found in said.items()}
 
 
-def _are_sides(a: str, b: str) -> bool: return {side_of(a), side_of(b)} == {'left', 'right'}
+def _are_sides(a: str, b: str) -> bool: return {*sides_of([a, b]).values()} == {'left', 'right'}
 
 
 def _looks_like_grades(values: pd.Series) -> bool:
@@ -454,12 +472,28 @@ def _looks_like_grades(values: pd.Series) -> bool:
 def _last_words(ids: pd.Series) -> str:
     """Return the words for eyes in which every id ends, 'left|right'; empty if one ends in none.
 
-    Each must have its fellow; ambiguous ones, as s and d, must be the only two.
+    Both eyes must occur; ambiguous words, as s and d, must be a pair and the only two.
     """
-    found = set(ids.str.extract(EYE_PATTERN.format('|'.join(EYES)))[0].str.casefold())
-    pairs = [pair for pair in EYE_PAIRS if found == {*pair} or {*pair} <= found and not AMBIGUOUS & {*pair}]
-    words = dict.fromkeys(word for pair in pairs for word in pair)
-    return '|'.join(words) if words.keys() == found else ''
+    found = set(_ends(ids))
+    is_pair = any(found == {*pair} for pair in EYE_PAIRS)
+    are_words = found <= EYES_OF_NAMES and {EYES[word] for word in found} == {'left', 'right'}
+    return '|'.join(word for word in EYES if word in found) if is_pair or are_words else ''
+
+
+def _ends(ids: pd.Series) -> pd.Series:
+    "Return the word for an eye in which each id ends, in lower case; NaN if it ends in none"
+    return ids.str.extract(EYE_PATTERN.format('|'.join(EYES)))[0].str.casefold()
+
+
+def _why_no_patients(ids: pd.Series) -> str:
+    "Return why `_patients_by_eye` finds none: which ids, or which words, are odd"
+    if _last_words(ids): return 'the ids end in the eye, but no two are of one patient'
+    ends = _ends(ids)
+    odd = ids[ends.isna()]
+    if len(odd) > (1 - MOSTLY) * len(ids): return 'no eye at the end of the ids'
+    if len(odd): return f'{len(odd)} of {len(ids)} ids {"does" if len(odd) == 1 else "do"} not end in the eye: ' \
+                        f'{first_few(odd)}'
+    return f'the ids end in {first_few(sorted(set(ends)))}, which are not known to be the two eyes'
 
 
 def _patients_by_eye(ids: pd.Series) -> str:

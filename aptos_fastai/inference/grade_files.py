@@ -65,7 +65,7 @@ def grade_files(model: str, paths: Iterable[str], output: str, backend: str = 't
     people = find_people(entries, choices)
     check_patients_free(out, people, overwrite)
     part = out.with_name(f'.{out.name}.{_digest_of(entries, audit)}.part')
-    options = _options(model, paths, root, overwrite, choices)
+    options = _options(model, paths, root, sheet, overwrite, choices)
     with file_lock(out, 'Wait for it, or choose another file with -o.'):
         _grade_into(part, grader, entries, columns)
         _check_free(out, overwrite)
@@ -98,13 +98,14 @@ def _check_free(out: Path, overwrite: bool) -> None:
     raise AptosError(f'{out}: is not a CSV that predict wrote, so it is not replaced. Choose another file with -o.')
 
 
-def _options(model: str, paths: list[str], root: str | None, overwrite: bool, choices: Choices) -> dict:
+def _options(model: str, paths: list[str], root: str | None, sheet: str, overwrite: bool, choices: Choices) -> dict:
     """Return the options of a call for its audit file.
 
-    De-identified, they name no files and no folders, and `patient` and `eye` are 'given' or empty: a pattern can name
-    people.
+    De-identified, they name no files, folders and sheets, and `patient` and `eye` are 'given' or empty: a pattern can
+    name people.
     """
-    if not choices.deidentify: return dict(model=model, images=paths, root=root, overwrite=overwrite, **asdict(choices))
+    if not choices.deidentify:
+        return dict(model=model, images=paths, root=root, sheet=sheet, overwrite=overwrite, **asdict(choices))
     given = {name: 'given' if getattr(choices, name) else '' for name in ('patient', 'eye')}
     return dict(model=Path(model).name, overwrite=overwrite, **asdict(choices) | given)
 

@@ -15,7 +15,7 @@ from aptos_fastai.common.console import say
 from aptos_fastai.common.io import AptosError, write_csv
 from aptos_fastai.common.privacy import LEAVE_OUT, patient_data
 from aptos_fastai.data.dicom import EYE, PATIENT, DicomTags, is_dicom, patient_keys, read_tags
-from aptos_fastai.data.groups import UNKNOWN, eye_note, eye_of_name, not_eyes, patient_variants, read_eye
+from aptos_fastai.data.groups import UNKNOWN, eye_note, eye_of_name, not_eyes, patient_variants, read_eyes
 from aptos_fastai.data.spreadsheet import first_few, has_columns, safe_cell
 from aptos_fastai.decisions import DO_NOT_REFER, NOT_GRADABLE, REFER, UNCERTAIN_REFER, UNGRADABLE
 from aptos_fastai.inference.deidentify import pseudonyms, without_names
@@ -101,7 +101,8 @@ def _eyes(entries: Sequence[ImageEntry], source: str, tags: Sequence[DicomTags |
     "Return left, right, or '' where the eye is unknown, of each image. Raises `AptosError` for another value"
     if source == DICOM: return [o.eye if o else '' for o in tags]
     texts = _texts(entries, source, '--eye')
-    found = [read_eye(text) for text in texts]
+    eyes = read_eyes(texts)
+    found = [eyes[text] for text in texts]
     bad = [f'{text} ({entry.id or entry})' for text, eye, entry in zip(texts, found, entries, strict=True)
            if not eye and text.casefold() not in UNKNOWN]
     if bad or not any(found):

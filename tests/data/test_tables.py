@@ -1,5 +1,6 @@
 import contextlib
 import shutil
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -55,6 +56,19 @@ def test_the_first_group_of_a_pattern_is_the_patient(tables, pattern):
     assert df.group[[0, 9, 10, 20]].tolist() == ['train:train00', 'train:train00', 'train:train01', 'train:train020']
     note, = table_contents(grouped_table(pattern), tables).notes
     assert 'does not match 20 of 40 ids (train020, train021' in note
+
+
+def test_an_id_is_not_the_patient_of_another_row(tables):
+    df = pd.read_csv(tables / 'train.csv', dtype=str)
+    df['who'] = [None, 'TRAIN000', 'train000', *(f'p{i}' for i in range(3, 40))]
+    df.to_csv(tables / 'train.csv', index=False)
+    group = table_contents(replace(TRAIN, patient='who'), tables).frame.group
+    assert group[0] == 'train:train000' != group[1] == group[2]
+
+
+def test_a_key_where_of_no_column_names_those_of_the_csv(tables):
+    with pytest.raises(TableError, match=r'no column site\b.* Its columns are id_code, diagnosis[^,(]*$'):
+        table_contents(replace(TRAIN, where='site = x'), tables)
 
 
 def test_an_empty_patient_is_no_patient(tables):

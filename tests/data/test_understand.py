@@ -6,7 +6,7 @@ from layouts import LAYOUTS, grade_of, write_image, write_lines
 
 from aptos_fastai.common.io import AptosError
 from aptos_fastai.data.tables import table_contents
-from aptos_fastai.data.understand import find_table, side_of, understand_table
+from aptos_fastai.data.understand import find_table, sides_of, understand_table
 from aptos_fastai.recipe import Table
 
 
@@ -316,8 +316,8 @@ def test_ids_that_end_in_words_for_eyes(tmp_path):
 @pytest.mark.parametrize('ends, known', [
     ('OD OS', True), ('left right', True), ('RA LA', True), ('OG OD', True), ('links rechts', True), ('D S', True),
     ('R L', True), ('l1 r2', True), ('OD OS L R', True), ('gauche droite', True), ('oi od', True), ('D G', True),
-    ('l d', False), ('s r', False), ('M D', False), ('a b', False), ('l', False), ('OD OS macula', False),
-    ('S D E', False), ('1 2', False)])
+    ('left r', True), ('L R right', True), ('l d', False), ('s r', False), ('M D', False), ('a b', False),
+    ('l', False), ('l left', False), ('OD OS macula', False), ('S D E', False), ('1 2', False)])
 def test_which_ends_of_ids_are_eyes(tmp_path, ends, known):
     words = ends.split()
     rows = [f'P{i // len(words)}_{words[i % len(words)]},{grade_of(i)}' for i in range(40)]
@@ -325,10 +325,50 @@ def test_which_ends_of_ids_are_eyes(tmp_path, ends, known):
     assert bool(table.eye) == bool(table.group) == known
 
 
-@pytest.mark.parametrize('column, side', [
-    ('left_image', 'left'), ('ImageOD', 'right'), ("image de l'œil droit", 'right'), ('foto de la derecha', 'right'),
-    ('immagine_s', 'left'), ('image', ''), ("photo d'oeil gauche", 'left')])
-def test_the_side_of_a_column(column, side): assert side_of(column) == side
+@pytest.mark.parametrize('ends, grade, words', [
+    ('L R', lambda i: i % 5, '1 of 40 ids does not end in the eye: x)'),
+    ('d l', lambda i: i // 8, 'the ids end in d, l, which are not known to be the two eyes); neighbouring ids have'),
+    ('a b', lambda i: i % 5, 'no eye at the end of the ids)')])
+def test_why_ids_name_no_patients(tmp_path, ends, grade, words):
+    rows = [f'P{i // 2}_{ends.split()[i % 2]},{grade(i)}' for i in range(39)]
+    rows.append(f'{"P19_l" if ends == "d l" else "x"},{grade(39)}')
+    reasons = understand_table(write_rows(tmp_path, 'image,level', rows)).reasons
+    assert any(f'patient: unknown (no column; {words}' in reason for reason in reasons), reasons
+
+
+def test_one_odd_word_loses_no_patient(tmp_path):
+    rows = [f'{i // 2}_{"right" if i == 7 else "LR"[i % 2]},{i % 5}' for i in range(40)]
+    frame = understand_table(write_rows(tmp_path, 'image,level', rows)).contents.frame
+    assert frame.group.nunique() == 20 and frame.eye.tolist() == ['left', 'right'] * 20
+
+
+@pytest.mark.parametrize('columns, sides', [
+    (['left_image', 'ImageOD'], ['left', 'right']), (["image de l'œil droit", 'image'], ['right', '']),
+    (['foto de la derecha', "photo d'oeil gauche"], ['right', 'left']),
+    (['immagine_s', 'ImmagineD'], ['left', 'right']),
+    (["patient's grade", 'grade (i.e. ICDR)', 'E-grade', 'Vitamin D', 'right grade'], ['', '', '', '', 'right'])])
+def test_the_sides_of_columns(columns, sides): assert list(sides_of(columns).values()) == sides
+
+
+def test_a_grade_of_the_patient_is_no_grade_of_the_left_eye(tmp_path):
+    for i in range(40): write_image(tmp_path / f'{i // 2}{"ab"[i % 2]}.png', i)
+    write_lines(tmp_path / 't.csv', ["left image,right image,patient's grade,right grade",
+                                     *(f'{i}a,{i}b,{i % 5},{i % 4}' for i in range(20))])
+    with pytest.raises(AptosError, match='no column has the grade of left image'): understand_table(tmp_path / 't.csv')
+
+
+@pytest.mark.parametrize('letters, eyes', [
+    ('DS', 'right left'), ('GD', 'left right'), ('LRD', ''), ('DSE', ''), ('DL', ''), ('D', '')])
+def test_single_letters_are_eyes_only_as_a_pair(tmp_path, letters, eyes):
+    "D is also double, and E an image of the fovea"
+    rows = [f'a{i},P{i // 2},{letters[i % len(letters)]},{i % 5}' for i in range(20)]
+    csv = write_rows(tmp_path, 'image,patient,eye,grade', rows)
+    understood = understand_table(csv)
+    if eyes: assert understood.contents.frame.eye.tolist() == eyes.split() * 10
+    else:
+        assert not understood.table.eye and any(o.startswith('eye: not eye, which has D') for o in understood.reasons)
+        with pytest.raises(AptosError, match='found D.* write L and R'):
+            assert understand_table(csv, eye='eye').contents
 
 
 def test_class_folders_whose_names_end_in_the_eye(tmp_path):
@@ -341,6 +381,15 @@ def test_class_folders_whose_names_end_in_the_eye(tmp_path):
     assert any('every name ends in the eye (0_left.png' in reason for reason in understood.reasons)
     with pytest.raises(AptosError, match=f'Its sub-folders a have: name one of them, as {tmp_path / "a"}'):
         understand_table(tmp_path)
+
+
+def test_class_folders_that_number_their_patients_anew(tmp_path):
+    "1_left of grade 0 and 1_left of grade 4 are of two people"
+    for i in range(30): write_image(tmp_path / f'{i % 5}/{i // 10}_{("left", "right")[i // 5 % 2]}.png', i)
+    understood = understand_table(tmp_path)
+    assert keys(understood, 'group', 'eye') == ('', '') and understood.contents.frame.group.nunique() == 30
+    assert any('patient: unknown (the names end in the eye, but several folders have the same: 0_left, ' in reason
+               for reason in understood.reasons)
 
 
 def test_an_ungradable_value_in_a_column_without_a_name(tmp_path):
@@ -427,3 +476,12 @@ def test_rows_without_an_image_are_left_out_if_asked_for(tmp_path):
     expected = [(f'a{i}', i % 5, str(tmp_path / f'a{i}.png')) for i in range(20) if i not in (3, 8)]
     assert list(contents.frame[['id_code', 'diagnosis', 'path']].itertuples(index=False, name=None)) == expected
     assert '2 of 20 ids have no image and are left out: a3, a8' in contents.notes
+
+
+def test_an_ungradable_row_without_an_image_is_counted(tmp_path):
+    csv = write_rows(tmp_path, 'image,grade', [f'a{i},{"x" if i in (2, 3) else i % 5}' for i in range(20)])
+    for i in (3, 8): (tmp_path / f'a{i}.png').unlink()
+    contents = understand_table(csv, skip_missing=True).contents
+    assert (contents.missing, contents.ungradable.id_code.tolist(), len(contents.frame)) == (['a3', 'a8'], ['a2'], 17)
+    assert '2 of 20 ids have no image and are left out: a3, a8' in contents.notes
+    with pytest.raises(AptosError, match='1 of 20 ids have no image'): assert understand_table(csv).contents

@@ -163,6 +163,19 @@ def test_a_stopped_prediction_keeps_names_from_other_users(toy, image_paths, tmp
     assert plain.stat().st_mode == (tmp_path / 'new').stat().st_mode  # a finished CSV is an ordinary file
 
 
+def test_the_sheet_is_recorded_as_the_images_are(toy, image_paths, tmp_path):
+    openpyxl = pytest.importorskip('openpyxl')
+    book = openpyxl.Workbook()
+    for name in ('first', 'second'):
+        for cell in ('file', image_paths[0]): (book[name] if name in book else book.create_sheet(name)).append([cell])
+    book.save(tmp_path / 'list.xlsx')
+    command = ['predict', str(toy), str(tmp_path / 'list.xlsx'), '--sheet', 'second', '-o']
+    main([*command, str(tmp_path / 'g.csv')])
+    assert read_record(tmp_path / 'g.csv.json')['options']['sheet'] == 'second'
+    main([*command, str(tmp_path / 'h.csv'), '--deidentify'])
+    assert not {'sheet', 'images'} & read_record(tmp_path / 'h.csv.json')['options'].keys()
+
+
 def test_patterns_that_can_name_people_are_not_recorded(toy, image_paths, tmp_path):
     command, pattern = ['predict', str(toy), *image_paths[:2], '--patient'], '(anna|bert|.+)[.]'
     options = {}

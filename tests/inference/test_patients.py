@@ -149,6 +149,14 @@ def test_patients_written_in_several_ways_stay_apart_and_are_named(tmp_path):
     assert '--patient who: 1 patient is written in several ways (1 = 0001); each way of writing is a' in notes[0]
 
 
+@pytest.mark.parametrize('letters, eyes', [('SDDS', 'left right right left'), ('LRDL', ''), ('DSES', '')])
+def test_single_letters_are_eyes_only_as_a_pair(tmp_path, letters, eyes):
+    entries = csv_of_images(tmp_path, file=['a.png', 'b.png', 'c.png', 'd.png'], who=list('aabb'), side=list(letters))
+    if eyes: assert identify(entries, 'who', 'side')[0].eye.tolist() == eyes.split()
+    else:
+        with pytest.raises(AptosError, match='--eye side: found .*D .*write L and R'): identify(entries, 'who', 'side')
+
+
 def test_eyes_that_contradict_the_file_names(tmp_path):
     entries = csv_of_images(tmp_path, file=['1_L.png', '1_R.png', '2_L.png', '2_R.png'], who=list('aabb'),
                             side=['links', 'RA', 'R', 'R'])
