@@ -858,7 +858,9 @@ def read_ini(path: Path) -> Ini:
     parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=None, default_section='\0')
     parser.optionxform = str                 # type: ignore  # keys are case-sensitive
     try: parser.read_string(path.read_text(encoding='utf-8-sig'), source=str(path))
-    except (configparser.Error, UnicodeDecodeError) as e:
+    except UnicodeDecodeError:
+        raise ConfigError(f'{path}: is no recipe, but another kind of file, or a text that is not UTF-8.') from None
+    except configparser.Error as e:
         raise ConfigError(f'{path}: invalid recipe ({" ".join(str(e).split())}). Correct this line.') from None
     return {section: dict(parser[section]) for section in parser.sections()}
 

@@ -175,7 +175,7 @@ def test_bad_demo_archs():
 
 @pytest.mark.parametrize('content, words', [
     (b'epochs = 3\n', 'invalid recipe'),
-    (b'[stage]\nlr = \xff\xfe', 'invalid recipe'),
+    (b'[stage]\nlr = \xff\xfe', 'is no recipe'),
     (b'[stage]\nlr = 1\nlr = 2\n', 'already exists')])
 def test_an_invalid_file(tmp_path, content, words):
     (tmp_path / 'x.ini').write_bytes(content)

@@ -21,20 +21,20 @@ def make_folds(frame: pd.DataFrame, splits: int, seed: int, grouped_by: str = 'i
     table, groups = f'[table.{frame.source.iloc[0]}]', frame.group.nunique()
     if groups < splits:
         raise TableError(f'{table}: {groups} {grouped_by} are too few for [recipe] splits = {splits}. '
-                         'Lower splits or add images.')
+                         'Lower splits, and folds of the stages with it, or add images.')
     cv = StratifiedGroupKFold(splits, shuffle=True, random_state=seed)
     with warnings.catch_warnings():       # real tables contain grades rarer than `splits`; some folds then lack them
         warnings.filterwarnings('ignore', message='The least populated class', category=UserWarning)
         try: parts = list(cv.split(frame, frame.diagnosis.astype(int), frame.group))
         except ValueError:
             raise TableError(f'{table}: every grade has fewer than {splits} images. '
-                             'Lower [recipe] splits or add images.') from None
+                             'Lower [recipe] splits, and folds with it, or add images.') from None
     fold = np.zeros(len(frame), int)
     for k, (_, rows) in enumerate(parts):
         fold[rows] = k
         if frame.diagnosis.iloc[rows].nunique() < 2:
             raise TableError(f'{table}: fold {k} contains a single grade, so its kappa is undefined. '
-                             'Lower [recipe] splits or add images.')
+                             'Lower [recipe] splits, and folds with it, or add images.')
     return fold
 
 

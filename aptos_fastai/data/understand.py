@@ -108,6 +108,8 @@ def understand_table(csv: str | Path, images: str | Path = '', *, name: str = 't
     `skip_missing` rows without an image are left out.
     """
     file = Path(csv)
+    if file.is_dir() and Path(images).is_file():
+        raise TableError(f'{file}: is a folder, and {images} a file. The table comes first, then the folder of images.')
     if file.is_dir(): return _understand_folder(file, name, graded, keys)
     if not file.is_file(): raise TableError(f'{file}: no such file or folder.')
     folder = Path(images) if str(images) else file.parent

@@ -47,7 +47,9 @@ def find_images(paths: Iterable[str], root: str | Path | None = None, sheet: str
     seen: set[Path] = set()
     for path in paths:
         found = list(_entries_of(path, root, sheet))
-        if not found: raise AptosError(f'{path}: no images found. Give files, folders, a glob in quotes or a CSV.')
+        if not found:
+            problem = 'no images found' if Path(path).exists() or glob.has_magic(path) else 'no such file or folder'
+            raise AptosError(f'{path}: {problem}. Give files, folders, a glob in quotes or a CSV.')
         for entry in found:
             if not entry.id_column and entry.path in seen: continue
             if entry.path: seen.add(entry.path)

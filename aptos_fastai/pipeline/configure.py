@@ -5,7 +5,7 @@ step makes the training longer. It is taken if the recipe with it still ends in 
 """
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from aptos_fastai.run_folder import Run
 
 Value = tuple[str, str]                      # the value of a key, and why
 PSEUDO = 'pseudo-labels'                     # the step to the stages that learn them: a section, not a key
+OWN = 'set by the user'
 NETWORK = 'stage.arch'                       # the step to a network whose weights are downloaded
 
 FILL = .95                                   # part of the time that the estimate may take
@@ -123,6 +124,12 @@ class Climb:
     too_dear: tuple[Step, float] | None = None
 
 
+def with_own(ladder: Ladder, own: dict[str, str]) -> Ladder:
+    "Return a ladder with the user's `own` values of keys, and without the steps that would change them"
+    start = {key: (own[key], OWN) if key in own else value for key, value in ladder.start.items()}
+    return Ladder(start, tuple(step for step in ladder.steps if not step.keys.keys() & own.keys()))
+
+
 Price = Callable[[dict[str, str]], float]    # of keys and their values: seconds, inf for what is impossible
 
 
@@ -160,6 +167,7 @@ class Facts:
     bs: Value
     retina: int                              # median diameter, pixels of the images
     no_network: str                          # why no weights are downloaded for a larger network; empty: they can be
+    own: Collection[str] = ()                # keys that the user has set, SECTION.KEY
 
     @property
     def no_pseudo_labels(self) -> str:
@@ -170,9 +178,9 @@ class Facts:
 
     def impossible(self, keys: dict[str, str]) -> bool:
         "Return whether a setting is out of question, whatever it costs"
-        return bool(keys.get(PSEUDO) and self.no_pseudo_labels
-                    or keys['stage.arch'] != BUNDLED_ARCH and self.no_network
-                    or int(keys['stage.size']) > max(self.retina, SMALLEST))
+        if keys.get(PSEUDO) and self.no_pseudo_labels: return True
+        if self.no_network and keys['stage.arch'] != BUNDLED_ARCH and 'stage.arch' not in self.own: return True
+        return int(keys['stage.size']) > max(self.retina, SMALLEST) and 'stage.size' not in self.own
 
     def complete(self, keys: dict[str, Value]) -> dict[str, Value]:
         "Return chosen keys with those that follow from them and from the tables"
@@ -241,7 +249,8 @@ def configure(ini: Ini, sets: Sequence[str], data: Path, file: Path, root: Path,
     cheapest setting takes longer.
     """
     inis = {True: ini, False: without_students(ini, file)}
-    with parsed(sets_applied(ini, sets), file) as recipe: facts = find_facts(recipe, data)
+    own = {'.'.join(section_and_key(text)): text.partition('=')[2].strip() for text in sets}
+    with parsed(sets_applied(ini, sets), file) as recipe: facts = replace(find_facts(recipe, data), own=own.keys())
 
     def with_keys(keys: dict[str, Value]) -> Ini:
         chosen = {section: dict(texts) for section, texts in inis[PSEUDO in keys].items()}
@@ -251,20 +260,20 @@ def configure(ini: Ini, sets: Sequence[str], data: Path, file: Path, root: Path,
         unused = unused_sets(sets, ini, chosen)
         return sets_applied(chosen, [text for text in sets if text not in unused])
 
-    with parsed(with_keys(PROBE.start), file) as recipe:
+    whole, probe = (with_own(ladder, own) for ladder in (WHOLE, PROBE))
+    with parsed(with_keys(probe.start), file) as recipe:
         run = load_run(recipe.path, data, root.parent, name=root.name)
     prices = Prices(run, with_keys, facts, file)
     say(f'timing networks on this machine, to choose settings for {format_duration(limit)}')
-    found = climb_measured(WHOLE, prices, FILL * limit)
+    found = climb_measured(whole, prices, FILL * limit)
     if found.seconds > FILL * limit:
-        found = replace(climb_measured(PROBE, prices, FILL * limit), too_dear=(WHOLE_NETWORK, found.seconds))
+        found = replace(climb_measured(probe, prices, FILL * limit), too_dear=(WHOLE_NETWORK, found.seconds))
     if found.seconds > FILL * limit:
         raise AptosError(f'--hours {hours:g}: too little for {facts.graded} graded images on this machine. The '
                          f'smallest recipe, a linear probe, takes about {format_duration(found.seconds)} with its '
                          f'report. Set --hours {enough_hours(found.seconds / FILL)} or more.')
     chosen = facts.complete(found.keys)
-    own = {'.'.join(section_and_key(text)) for text in sets}
-    reasons = {key: 'set by the user' if key in own else why for key, (_, why) in chosen.items()}
+    reasons = {key: OWN if key in own else why for key, (_, why) in chosen.items()}
     sections = with_keys(found.keys)
     lines = lines_of(found, facts, hours)
     why = f'there are no pseudo-labels: {facts.no_pseudo_labels or "they would take too long"}'
@@ -359,7 +368,7 @@ def lines_of(found: Climb, facts: Facts, hours: float) -> list[str]:
                      f'{format_duration(seconds)}')
     if PSEUDO in found.keys: lines.append(found.keys[PSEUDO][1])
     if facts.no_pseudo_labels: lines.append(f'No pseudo-labels: {facts.no_pseudo_labels}')
-    if facts.no_network: lines.append(f'No larger network: {facts.no_network}')
+    if facts.no_network and 'stage.arch' not in facts.own: lines.append(f'No larger network: {facts.no_network}')
     return lines
 
 

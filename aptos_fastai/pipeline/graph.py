@@ -305,7 +305,7 @@ def warn_missing_grades(run: Run) -> None:
         grades = set(frame.diagnosis.astype(int))
         missing = {k: sorted(grades - set(frame.diagnosis[frame.fold == k].astype(int))) for k in folds}
         gaps = [f'fold {k} has no image of grade {", ".join(map(str, lost))}' for k, lost in missing.items() if lost]
-        advice = f'Lower [recipe] splits = {run.recipe.splits} or add images of these grades.'
+        advice = f'Lower [recipe] splits = {run.recipe.splits}, and folds with it, or add images of these grades.'
         if gaps: say(f'{name}: {"; ".join(gaps)}. {advice}', 'yellow')
 
 

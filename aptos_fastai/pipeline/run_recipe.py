@@ -150,6 +150,7 @@ def options_of(folder: str, data: str = '') -> dict[str, str]:
     """
     root = Path(folder) if Path(folder).name not in ('', '..') else Path(folder).resolve()
     record, file = read_record(root / 'run.json'), root / RECIPE
+    if root.is_file(): raise AptosError(f'{folder}: is a file, no run folder. To look at a table: inspect {folder}')
     if not record: raise AptosError(f'{folder}: not a run folder (no run.json). `runs` lists the runs of a folder.')
     if not file.is_file() or 'sets' not in record:
         raise AptosError(f'{root}: has no {RECIPE}, as an older version made it. Run `all` once more with --recipe, '

@@ -71,7 +71,7 @@ def inspect_table(run: Run, name: str, count: int) -> None:
 def understood(run: Run, name: str, df: pd.DataFrame) -> list[str]:
     "Return what the table holds, how its ids were matched, sizes and duplicates: lines to check before a training."
     table = run.recipe.tables[name]
-    contents = table_contents(table, run.data)
+    contents = table_contents(table, run.data, run.recipe.images.skip_unreadable == 'yes')
     of_image = df.width.astype(str) + ' x ' + df.height.astype(str)
     sizes = [f'{size} ({n})' for size, n in of_image.value_counts().items()]
     duplicates = duplicates_table(run.frames)

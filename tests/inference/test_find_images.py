@@ -36,7 +36,8 @@ def test_files_folders_and_globs_give_each_file_once(tmp_path):
     assert [e.path for e in find_images([str(tmp_path)])] == [a, b]
     assert [e.path for e in find_images([str(a), str(b), str(a)])] == [a, b]
     assert [e.path for e in find_images([str(tmp_path / '*.png')])] == [a]
-    with pytest.raises(AptosError, match='no images found'): find_images([str(tmp_path / 'nowhere.png')])
+    with pytest.raises(AptosError, match='no such file or folder'): find_images([str(tmp_path / 'nowhere.png')])
+    with pytest.raises(AptosError, match='no images found'): find_images([str(tmp_path / '*.webp')])
 
 
 @pytest.mark.parametrize('column', ['Datei', 'Fichier', 'Bild', 'filename', 'Aufnahme'])

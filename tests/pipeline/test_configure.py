@@ -132,8 +132,11 @@ def test_all_reads_the_recipe(configured, tables, tmp_path, capsys):
 
 
 def test_what_the_user_sets_stays(configured):
-    recipe, text, _ = configured(1, '--set', 'stage.size=96', '--set', 'stage.retrain.epochs=1')
+    recipe, text, out = configured(1, '--set', 'stage.size=96', '--set', 'stage.retrain.epochs=1')
     assert {s.size for s in recipe.stages.values()} == {96} and '# set by the user\nsize = 96' in text
+    assert 'size = 96, folds = ' in out and recipe.images.size == 160       # what is printed and what follows from it
+    recipe, _, out = configured(1, '--set', 'stage.arch=test_resnet', '--set', 'stage.size=544')     # as the user likes
+    assert {(s.arch, s.size) for s in recipe.stages.values()} == {('test_resnet', 544)} and 'larger network' not in out
 
 
 def test_what_the_user_sets_for_a_stage_that_there_is_no_time_for_is_named(configured):

@@ -36,6 +36,12 @@ def test_inspect_writes_a_page_and_a_contact_sheet(tables, options, tmp_path):
     assert not re.findall(r'(?:src|href)="(?!data:)', html)
 
 
+def test_inspect_leaves_out_rows_without_an_image_where_the_recipe_does(tables, options, tmp_path, capsys):
+    (tables / 'train_images/train007.png').unlink()
+    main(['inspect', 'train', '6', *options, '--set', 'images.skip_unreadable=yes'])
+    assert '39 images' in capsys.readouterr().out and (tmp_path / 'runs/small/inspect/train.html').is_file()
+
+
 def test_inspect_shows_whether_ids_tell_the_grade(tables, options, tmp_path, capsys):
     file = tables / 'train.csv'
     pd.read_csv(file).assign(diagnosis=np.repeat(range(5), 8)).to_csv(file, index=False)
