@@ -129,7 +129,7 @@ def understand_and_write(csv: str | Path, images: str | Path, unlabelled: str | 
             say(f'{table_name}: {reason}')
     places = ' '.join(f'{key} {shlex.quote(str(value))}'
                       for key, value in (('--recipe', recipe), ('--data', data), ('--runs', runs)))
-    say(f'recipe -> {recipe}\nto run it again: {COMMAND} all {places}')
+    say(f'recipe -> {recipe}\nto run it: {COMMAND} all {places}')
     return recipe, data
 
 

@@ -387,8 +387,10 @@ class _Columns:
         values = sorted({t for t in texts.unique() if np.isnan(read_grade(t)) and UNGRADABLE.fullmatch(t.casefold())})
         if not values: return
         shown = ' | '.join(value or BLANK for value in values)
-        rows = plural(texts.isin(values).sum(), 'row')
-        self._decide('ungradable', shown, f'{rows} without a grade; to change: --ungradable')
+        counted = texts[texts.isin(values)].value_counts()
+        each = ': ' + ', '.join(f'{value or BLANK} {counted[value]}' for value in values) if len(values) > 1 else ''
+        rows = plural(counted.sum(), 'row')
+        self._decide('ungradable', shown, f'{rows} without a grade{each}; to change: --ungradable')
 
     def _find_patient(self) -> None:
         named = [c for c in self._others('id', 'grade') if PATIENT_NAME.search(c.casefold())]
