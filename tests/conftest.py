@@ -57,6 +57,7 @@ LONG = [f'{name}.py' for name in (
     'test_precision', 'test_loaders')]
 
 torch.set_num_threads(1)
+os.environ.setdefault('OMP_NUM_THREADS', '1')            # of the programs that tests start, beside other tests
 parity.PARITY_IMAGES = 24                    # each export compares four backends on so many images
 
 
