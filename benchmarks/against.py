@@ -13,8 +13,6 @@ are paired on the same images; the table takes the mean of kappa over the seeds,
 keeps the seeds together.
 """
 import argparse
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -34,7 +32,7 @@ from aptos_fastai.metrics import (
     quadratic_kappa,
 )
 from aptos_fastai.pipeline.summary import difference_text
-from recipes import RECIPE, ROOT, VARIANTS, out_of_fold, training_seconds_of
+from recipes import RECIPE, VARIANTS, out_of_fold, run_command, training_seconds_of
 
 BOOTSTRAPS = 2000
 Scores = tuple[pd.DataFrame, float]          # out of fold, and the seconds that they took
@@ -45,9 +43,7 @@ def train(stage: str, name: str, seed: int, args: argparse.Namespace, sets: Iter
     runs = args.runs / f'seed{seed}' / name
     keys = [*sets, f'recipe.seed={seed}', f'recipe.splits={args.splits}', f'stage.folds={args.splits}',
             f'stage.size={args.size}']
-    command = [sys.executable, ROOT / 'run.py', 'train', stage, '--recipe', RECIPE, '--data', args.data, '--runs', runs]
-    for key in keys: command += ['--set', key]
-    if subprocess.run(command, check=False).returncode: sys.exit(1)
+    run_command('train', stage, '--recipe', RECIPE, '--data', args.data, '--runs', runs, sets=keys)
     folder = runs / RECIPE.stem / stage
     return out_of_fold(folder), training_seconds_of(folder)
 

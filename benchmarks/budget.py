@@ -10,57 +10,42 @@ For each number of minutes, on the same folds and images:
 The time of the published recipe is that of training and validation alone. What is there already is not trained again.
 """
 import argparse
-import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from against import grades_of
 
 from aptos_fastai.common.console import format_duration, say, table
-from aptos_fastai.common.io import write_bytes
-from aptos_fastai.metrics import (
-    PUBLISHED_THRESHOLDS,
-    apply_thresholds,
-    cross_fitted_grades,
-    kappa_interval,
-    paired_interval,
-    quadratic_kappa,
-)
+from aptos_fastai.common.io import read_record, write_record
+from aptos_fastai.metrics import PUBLISHED_THRESHOLDS, kappa_interval, paired_interval, quadratic_kappa
 from aptos_fastai.pipeline.summary import difference_text, interval_text
 from aptos_fastai.recipe import Recipe, read_recipe
-from recipes import ROOT, VARIANTS, out_of_fold, training_seconds_of
+from recipes import VARIANTS, out_of_fold, run_command, training_seconds_of
 
 STAGE = 'teacher'
-
-
-def run_command(*args: object) -> None:
-    "Run a command of the program; exit if it fails"
-    if subprocess.run([sys.executable, ROOT / 'run.py', *args], check=False).returncode: sys.exit(1)
 
 
 def fit(minutes: float, args: argparse.Namespace) -> tuple[Path, float]:
     "Fit for some minutes; return the run folder and the seconds that the command took"
     root = args.runs / f'fit_{minutes:g}'
-    record = root / 'benchmark.json'
-    if not record.exists():
+    file = root / 'benchmark.json'
+    if not file.exists():
         start = time.monotonic()
         images = [args.data / 'train_images', args.data / 'test_images']
         run_command('fit', args.data / 'train.csv', *images, '--name', root.name, '--runs', args.runs,
-                    '--hours', f'{minutes / 60:.3f}', '--set', f'recipe.seed={args.seed}')
-        write_bytes(record, json.dumps(dict(seconds=time.monotonic() - start)).encode())
-    return root, json.loads(record.read_text())['seconds']
+                    '--hours', f'{minutes / 60:.3f}', sets=[f'recipe.seed={args.seed}'])
+        write_record(file, dict(seconds=time.monotonic() - start))
+    return root, read_record(file)['seconds']
 
 
 def published(name: str, epochs: int, folds: int, recipe: Recipe, args: argparse.Namespace) -> Path:
     "Train the published recipe on the tables, network and first folds of a recipe; return the folder of its stage"
     keys = [*VARIANTS['published recipe'].sets, 'stage.loss=smooth_l1', 'stage.head=gem', f'stage.folds={folds}',
             f'stage.epochs={epochs}']
-    sets = [text for key in keys for text in ('--set', key)]
-    places = ['--recipe', recipe.path, '--data', args.data, '--runs', args.runs, '--name', name]
-    run_command('train', STAGE, *places, *sets)
+    run_command('train', STAGE, '--recipe', recipe.path, '--data', args.data, '--runs', args.runs, '--name', name,
+                sets=keys)
     return args.runs / name / STAGE
 
 
@@ -84,8 +69,7 @@ def results(minutes: float, args: argparse.Namespace) -> list[list[str]]:
     stage = recipe.stages[STAGE]
     what = f'{stage.size} px, {folds} folds, {stage.freeze_epochs + stage.epochs} epochs, answer: {answer}'
     own = ours[f'{answer}_grade'].to_numpy().astype(int)
-    fixed = apply_thresholds(theirs.score, PUBLISHED_THRESHOLDS)
-    fitted = cross_fitted_grades(theirs.score, theirs.diagnosis, theirs.fold, how='regularised')
+    fixed, fitted = (grades_of(theirs, thresholds) for thresholds in (PUBLISHED_THRESHOLDS, None))
     spent = format_duration(training_seconds_of(folder))
     return [row(f'{minutes:g} min', 'fit', what, own, ours, own, format_duration(seconds)),
             row('', 'published', f'{epochs} epochs', fixed, ours, own, spent),

@@ -8,6 +8,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,10 +81,14 @@ def runs_folder(name: str, runs: Path) -> Path:
 def train(name: str, data: str, runs: Path) -> None:
     "Train the stage of a variant; exit if that fails"
     variant = VARIANTS[name]
-    command = [sys.executable, ROOT / 'run.py', 'train', variant.stage, '--recipe', RECIPE, '--data', data,
-               '--runs', runs_folder(name, runs)]
-    for key in variant.sets: command += ['--set', key]
-    if subprocess.run(command, check=False).returncode: sys.exit(1)
+    run_command('train', variant.stage, '--recipe', RECIPE, '--data', data, '--runs', runs_folder(name, runs),
+                sets=variant.sets)
+
+
+def run_command(*args: str | Path, sets: Iterable[str] = ()) -> None:
+    "Run a command of the program with keys of --set; exit if it fails"
+    options = [option for text in sets for option in ('--set', text)]
+    if subprocess.run([sys.executable, ROOT / 'run.py', *args, *options], check=False).returncode: sys.exit(1)
 
 
 def out_of_fold(folder: Path) -> pd.DataFrame:

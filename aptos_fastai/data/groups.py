@@ -18,9 +18,9 @@ EYE_PAIRS = [tuple(pair.split('/')) for pair in (                # words for lef
     'l/r left/right os/od og/od oi/od oe/od la/ra links/rechts linkes/rechtes gauche/droit gauche/droite '
     'izquierdo/derecho izquierda/derecha esquerdo/direito sinistro/destro s/d g/d i/d e/d').split()]
 EYES = {word: eye for pair in EYE_PAIRS for word, eye in zip(pair, ('left', 'right'), strict=True)}
-AMBIGUOUS = {'la', 'ra', 'oe', 'oi', 's', 'd', 'g', 'i', 'e'}    # alone in the name of a file they say nothing
-EYES_OF_NAMES = EYES.keys() - AMBIGUOUS
 LETTERS = {'s', 'd', 'g', 'i', 'e'}          # in a column they are eyes only where two of a pair are all that occurs
+AMBIGUOUS = LETTERS | {'la', 'ra', 'oe', 'oi'}                   # alone in the name of a file they say nothing
+EYES_OF_NAMES = EYES.keys() - AMBIGUOUS
 EYE_NOUNS = 'eye', 'auge', 'oeil', 'œil', 'ojo', 'olho', 'occhio'
 EYE_EXAMPLES = 'L, R, left, right, OS, OD, OG, LA, RA, links, rechts, gauche, droit, izquierdo, derecho'
 
@@ -178,7 +178,7 @@ def eye_of_name(name: str) -> str:
 
 
 def not_eyes(texts: Iterable[str]) -> str:
-    "Return what is said of texts that name no eye: which words do, and that numbers do not"
+    "Return the end of an error about texts that name no eye: which words do, and that numbers do not"
     found = list(texts)
     has_numbers = any(re.match(r'\d+([.,]0+)?(\s|$)', text) for text in found)
     has_letters = any(_word_of_eye(text.partition(' (')[0]) in LETTERS for text in found)       # D (a.png)
