@@ -540,14 +540,17 @@ def report(options: RunOptions, deidentify: DeidentifyReport = False) -> None:
 
 
 @command
-def runs(folder: Annotated[str, argument('FOLDER', 'The folder of the runs, that of --runs.')] = 'runs') -> None:
+def runs(folder: Annotated[str, argument('FOLDER', 'The folder of the runs. Default: runs.')] = '',
+         runs: Annotated[str, typer.Option(metavar='FOLDER', help='The same.')] = '') -> None:
     """List the runs of a folder, the best first. Shows kappa with its interval, changed keys, training time and date,
     and what unfinished runs lack.
 
     python run.py runs
     """
+    from aptos_fastai.common.io import AptosError
     from aptos_fastai.pipeline.run_list import list_runs
-    list_runs(folder)
+    if folder and runs: raise AptosError(f'--runs {runs}: {folder} was named, too. Name one folder.')
+    list_runs(folder or runs or 'runs')
 
 
 @command
@@ -633,6 +636,8 @@ def operating_point(model: Model,
                     recipe: TableRecipe = '', data: TableData = '',
                     id: Column = '', grade: Column = '', patient: Column = '', eye: Column = '',
                     ungradable: Ungradable = '', sheet: SheetName = '',
+                    skip_missing: Annotated[bool, typer.Option(
+                        '--skip-missing', help='Leave out rows of TABLE without an image.')] = False,
                     output: Annotated[str, typer.Option(
                         '-o', '--output', metavar='FOLDER', help='The bundle to write. Default: a new folder in the '
                         'run, or beside the bundle.')] = '') -> None:
@@ -646,7 +651,8 @@ def operating_point(model: Model,
     from aptos_fastai.recipe import parse_refer
     refer = parse_refer(given(sensitivity=sensitivity, specificity=specificity, threshold=threshold))
     keys = given(id=id, grade=grade, patient=patient, eye=eye, ungradable=ungradable, sheet=sheet)
-    write_operating_point(model, refer, output, table, images=images, recipe=recipe, data=data, ask=ask_user(), **keys)
+    write_operating_point(model, refer, output, table, skip_missing, images=images, recipe=recipe, data=data,
+                          ask=ask_user(), **keys)
 
 
 @command

@@ -122,13 +122,13 @@ def table_contents(table: Table, data: Path, skip_missing: bool = False) -> Tabl
         raise TableError(f'{images}: image folder not found. Put the images there, or change the key `images`.')
     locator = ImageLocator(images, loose=True, within=images.resolve().parent)
     csv, df = _rows(folder, table, notes)
-    n, lost = len(df), list[str]()
+    n, lost, faults = len(df), list[str](), list[TableError]()
     if table.graded:
         texts = grade_texts(csv, df, table)
         ungradable = is_ungradable(texts, table)
-        not_graded, lost = _ungradable_images(df[table.id][ungradable], n, table, locator, notes)
+        not_graded, lost = _ungradable_images(csv, df[table.id][ungradable], n, table, locator, notes, faults)
         df, texts = (o[~ungradable].reset_index(drop=True) for o in (df, texts))
-    ids, faults = df[table.id].rename(table.id), list[TableError]()
+    ids = df[table.id].rename(table.id)
     paths, absent = _match_images(csv, df, ids, n, locator, skip_missing, faults)
     lost += ids[absent].tolist()
     if lost:
@@ -265,21 +265,23 @@ def is_class_folder(name: str, table: Table) -> bool:
     return bool(np.isfinite(read_grade(name)) or is_ungradable(pd.Series([name]), table)[0])
 
 
-def _ungradable_images(ids: pd.Series, n: int, table: Table, locator: ImageLocator,
-                       notes: list[str]) -> tuple[pd.DataFrame, list[str]]:
+def _ungradable_images(csv: Path, ids: pd.Series, n: int, table: Table, locator: ImageLocator, notes: list[str],
+                       faults: list[TableError]) -> tuple[pd.DataFrame, list[str]]:
     """Return id_code and path of the images, of `n`, that are ungradable by their graders; note their number.
 
-    Beside them the ids of those that have no image.
+    Beside them the ids of those that have no image. Appends ids that fit several images to `faults`.
     """
     if len(ids):
         notes.append(f'{len(ids)} of {plural(n, "image")} left out: ungradable by their graders (ungradable = '
                      f'{table.ungradable})')
     if len(ids) == n: raise TableError(f'[table.{table.name}]: all {n} images are ungradable.')
-    rows, missing = [], []
+    rows, missing, unclear = [], [], []
     for name in ids:
         try: rows.append([name, str(locator(name))])
         except LookupError as e:
             if name and str(e).startswith(NO_IMAGE): missing.append(name)
+            elif name: unclear.append(f'{name}: {e}')
+    if unclear: faults.append(TableError(_unclear_images(csv, n, unclear)))
     return pd.DataFrame(rows, columns=['id_code', 'path']), missing
 
 
@@ -347,7 +349,7 @@ def _missing_images(csv: Path, n: int, missing: list[str], root: Path) -> str:
     "Return the message for ids that name no image"
     return (f'{csv}: {len(missing)} of {n} ids have no image in {root}: {first_few(missing)}. '
             'Add the images or remove these rows. To leave them out: [images] skip_unreadable = yes (--set '
-            'images.skip_unreadable=yes); for evaluate --skip-missing.')
+            'images.skip_unreadable=yes); for evaluate and operating_point --skip-missing.')
 
 
 def _unclear_images(csv: Path, n: int, problems: list[str]) -> str:

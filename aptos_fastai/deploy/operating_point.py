@@ -35,12 +35,13 @@ class Scores:
     over: str                                # what a group is
 
 
-def write_operating_point(model: str, refer: Refer, output: str = '', graded: str = '', **where) -> Path:
+def write_operating_point(model: str, refer: Refer, output: str = '', graded: str = '', skip_missing: bool = False,
+                          **where) -> Path:
     """`operating-point MODEL`: write a bundle with the operating points of `refer`; return its folder.
 
     They are chosen on the model's out-of-fold scores or on the table `graded`, whose arguments for `evaluate_table` are
-    `where`; images that the model was trained on are left out. Weights, grades and probabilities stay as they are.
-    Raises `AptosError` if the folder exists or no point can be chosen.
+    `where`; images that the model was trained on are left out, and with `skip_missing` rows without an image. Weights,
+    grades and probabilities stay as they are. Raises `AptosError` if the folder exists or no point can be chosen.
     """
     spec, root = read_model(model)
     if spec.eyes:
@@ -49,7 +50,7 @@ def write_operating_point(model: str, refer: Refer, output: str = '', graded: st
     folder = Path(output) if output else default_folder(Path(model), refer)
     if folder.exists(): raise AptosError(f'{folder}: already exists. Choose another folder with -o.')
     check_output_folder(folder.parent)
-    scores = table_scores(model, graded, **where) if graded else own_scores(model)
+    scores = table_scores(model, graded, skip_missing, **where) if graded else own_scores(model)
     points, warnings = fit_points(refer, scores.df, scores.parts, scores.origin)
     if not points: raise AptosError(f'{model}: {"; ".join(warnings)}. Choose on a table that has both.')
     changed = with_points(spec, points, [*warnings, *useless(points)])
@@ -81,9 +82,9 @@ def own_scores(model: str) -> Scores:
     return Scores(df, df.part.to_numpy(), origin, 'patients where known')
 
 
-def table_scores(model: str, graded: str, **where) -> Scores:
+def table_scores(model: str, graded: str, skip_missing: bool = False, **where) -> Scores:
     "Return a model's scores of the images of a graded table that it was not trained on"
-    evaluation = evaluate_table(model, graded, choices=Choices(), **where)
+    evaluation = evaluate_table(model, graded, choices=Choices(skip_missing=skip_missing), **where)
     df = evaluated(evaluation).reset_index(drop=True)
     table_record = evaluation.record['table']
     ungradable = int((df.ungradable != '').sum())

@@ -71,7 +71,7 @@ def compare_runs(first: str, second: str) -> None:
     if not rows:
         common_images = f'only {max(few.values())} validation images' if few else 'no validation image'
         raise AptosError(f'{first} and {second}: {common_images} in common; at least {MIN_COMMON} are needed. Compare '
-                         'runs on the same tables.')
+                         'runs on the same tables that validate the same images: with folds = splits all of them.')
     table('kappa on the images that both runs validated',
           ['stage', 'n', 'first', 'second', 'difference (95 % CI)', 'time', 'folds'], rows,
           right=('n', 'first', 'second', 'folds'), wrap=('time',))

@@ -1,5 +1,6 @@
 "Walk the graph of a recipe: tables, images, stages, pseudo-labels, submission. Skip what is finished."
 import os
+import shlex
 import shutil
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,6 +26,7 @@ from aptos_fastai.common.io import (
     write_csv,
     write_record,
 )
+from aptos_fastai.common.program import COMMAND
 from aptos_fastai.data.decode import ImageError
 from aptos_fastai.data.duplicates import duplicates_table, group_duplicates, resolve_conflicts
 from aptos_fastai.data.folds import add_folds, write_folds
@@ -50,7 +52,14 @@ from aptos_fastai.pipeline.run_recipe import (
     store_recipe,
 )
 from aptos_fastai.pipeline.share import take_shared, with_shared
-from aptos_fastai.pipeline.summary import SUMMARY_FORMAT, SYNTHETIC, graded_alone, node_decision, tables_text
+from aptos_fastai.pipeline.summary import (
+    SUMMARY_FORMAT,
+    SYNTHETIC,
+    epochs_text,
+    graded_alone,
+    node_decision,
+    tables_text,
+)
 from aptos_fastai.recipe import MLFLOW_SERVER, ConfigError, Recipe, Stage, read_ini, require_name
 from aptos_fastai.run_folder import Run
 
@@ -135,8 +144,9 @@ def check_same_data(root: Path, data: Path, demo: bool, may_have_moved: bool = F
     moved = may_have_moved and not of_demo(record) and not first.exists()
     if not demo and (moved or record['data'] == relative_to_root(root, data)): return
     now = 'the demo' if demo else data
-    raise AptosError(f'{root}: belongs to the data folder {first}, not to {now}. Choose another --name or --runs, or '
-                     f'delete {root / "run.json"} if the data was only moved.')
+    once = f' If the data was moved: {COMMAND} all {shlex.quote(str(root))} --data {shlex.quote(str(data))}, once.'
+    raise AptosError(f'{root}: belongs to the data folder {first}, not to {now}. Choose another --name or --runs.'
+                     f'{"" if demo or first.exists() else once}')
 
 
 def check_replaced(run: Run, stages: Collection[str]) -> None:
@@ -479,7 +489,7 @@ def train_nodes(run: Run, nodes: Iterable[str], bars: Bars, deadline: 'Deadline 
         for i, (name, folds) in enumerate(todo.items(), 1):
             if deadline and not deadline.allows(run, name): continue
             stage = run.recipe.stages[name]
-            details = f'{stage.arch}, {stage.size} px, {tables_text(stage)}'
+            details = f'{stage.arch}, {stage.size} px, {epochs_text(stage)}, {tables_text(stage)}'
             say(f'stage {i} of {len(todo)}: {name}  ({details}) -> {run.root / name}', 'bold')
             report_weights(run, stage)
             for teacher, table in stage.sources:

@@ -338,6 +338,13 @@ def tables_text(stage: Stage) -> str:
     return ', '.join(f'{name} by {teacher}' if teacher else name for teacher, name in stage.sources)
 
 
+def epochs_text(stage: Stage) -> str:
+    "Return the epochs of a stage: '7 epochs', '1 + 7 epochs (1 of the head alone)'"
+    if not stage.freeze_epochs: return plural(stage.epochs, 'epoch')
+    both = f'{stage.freeze_epochs} + {stage.epochs}' if stage.epochs else f'{stage.freeze_epochs}'
+    return f'{both} epochs ({stage.freeze_epochs} of the head alone)'
+
+
 def mean_text(result: dict) -> str:
     "Return what an ensemble averages, from its entry of `stages`: 'mean of a (0.62), b (0.38), weights fitted'"
     members = ', '.join(f'{m} ({weight:.2f})' for m, weight in result['members'].items())

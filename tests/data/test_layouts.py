@@ -283,6 +283,13 @@ def test_values_that_mean_ungradable(tmp_path):
         read_table(table(ungradable='u'), tmp_path)
 
 
+def test_an_ungradable_id_of_several_images_is_named_with_the_other_faults(tmp_path):
+    write_rows(tmp_path, 'id_code,diagnosis', 'a,0', 'b,5', 'c,1', 'c,2')
+    shutil.copy(tmp_path / 'images/b.png', tmp_path / 'images/b.tif')
+    with pytest.raises(TableError, match='1 of 4 ids cannot be matched with one image: b: .*duplicate value'):
+        table_contents(table(ungradable='5'), tmp_path)
+
+
 def test_further_columns_are_carried(tmp_path):
     write_rows(tmp_path, 'id_code,diagnosis,site,Patient sex', 'a,0,X,f', 'b,1,Y,m')
     df = read_table(table(carry='site | Patient sex'), tmp_path)

@@ -70,12 +70,13 @@ def test_a_bundle_gets_another_point_without_its_run(changed, tmp_path):
 
 def test_a_table_of_ones_own_chooses(changed, toy, image_paths, tmp_path, capsys):
     write_table(tmp_path, n=24, seed=9, name='own')
+    with open(tmp_path / 'own.csv', 'a') as f: f.write('lost,2\n')
     main(['operating-point', str(changed), '--sensitivity', '0.7', '--table', str(tmp_path / 'own.csv'),
-          '-o', str(tmp_path / 'own_point')])
+          '--skip-missing', '-o', str(tmp_path / 'own_point')])
     found = load_grader(changed)
     point = read_model(tmp_path / 'own_point')[0].decision.point(2)
     assert '24 images of own' in point.chosen_on
-    own = pd.read_csv(tmp_path / 'own.csv')
+    own = pd.read_csv(tmp_path / 'own.csv').query('id_code != "lost"')
     files = [next(tmp_path.rglob(f'{name}.*')) for name in own.iloc[:, 0]]
     scores = found.predict(files).score.to_numpy(float)
     expected = choose_threshold(scores, own.iloc[:, 1].to_numpy() >= 2, 'sensitivity', .7)[0]

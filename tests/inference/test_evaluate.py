@@ -431,7 +431,7 @@ def test_rows_without_an_image_are_left_out_if_asked_for(toy, clinic, tmp_path, 
     shutil.copy(clinic / 'grades.csv', csv)
     with open(csv, 'a') as f: f.write('gone,1,p1,A\n=lost,2,p1,A\n')
     args = ['evaluate', toy, csv, clinic / 'grades_images', '-o', out]
-    expect_error(capsys, args, '2 of 46 ids have no image', 'gone, =lost', 'for evaluate --skip-missing')
+    expect_error(capsys, args, '2 of 46 ids have no image', 'gone, =lost', 'operating_point --skip-missing')
     with quick_reports(): main([*map(str, args), '--skip-missing'])
     assert '2 of 46 ids have no image and are left out: gone, =lost' in capsys.readouterr().out.replace('\n', ' ')
     record = read_record(out / 'evaluation.json')

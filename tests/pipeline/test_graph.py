@@ -551,6 +551,8 @@ def test_results_of_another_data_folder_are_not_overwritten(small_copy, tmp_path
     shutil.copytree(small_copy / 'data', tmp_path / 'other')
     args = ['all', *small_args(small_copy / 'small.ini', tmp_path / 'other', small_copy / 'runs')]
     expect_error(capsys, args, 'belongs to the data folder', '--runs')
+    shutil.rmtree(small_copy / 'data')
+    expect_error(capsys, args, f'all {small_copy / "runs/small"} --data {tmp_path / "other"}, once')
 
 
 def test_batch_size_above_the_table(tables, small_recipe, tmp_path, capsys):

@@ -138,7 +138,8 @@ def test_a_run_of_an_older_version_is_listed_without_its_keys(tmp_path, capsys):
 
 def test_folders_without_runs(tmp_path, capsys):
     expect_error(capsys, ['runs', tmp_path], 'has no run')
-    expect_error(capsys, ['runs', tmp_path / 'none'], 'no such folder')
+    expect_error(capsys, ['runs', '--runs', tmp_path / 'none'], f'{tmp_path / "none"}: no such folder')
+    expect_error(capsys, ['runs', 'a', '--runs', 'b'], '--runs b: a was named, too')
     expect_error(capsys, ['runs', write_run(tmp_path / 'a')], 'is a run folder')
 
 
