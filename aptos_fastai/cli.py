@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from inspect import Parameter, Signature, cleandoc, signature
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -45,7 +46,9 @@ def argument(name: str, text: str, **settings: Any) -> Any:
 def whole_number(text: str) -> int:
     "Return the number in `text`. Raises `BadParameter`"
     try: return int(text)
-    except ValueError: raise typer.BadParameter(f'{text} is not a whole number') from None
+    except ValueError:
+        name = ', but a folder. Write --images before its name' if Path(text).is_dir() else ''
+        raise typer.BadParameter(f'{text} is not a whole number{name}') from None
 
 
 def hours_above_0(text: str) -> float:
@@ -339,7 +342,6 @@ def configure(data: Annotated[str, typer.Option(
     python run.py configure --data ~/idrid --hours 4
     python run.py configure --data ~/idrid --hours 0.5 -o half_an_hour.ini
     """
-    from pathlib import Path
 
     from aptos_fastai.pipeline.fit import write_configured_recipe
     write_configured_recipe(Path(data), Path(output), Path(runs), sets or [], hours)
@@ -780,7 +782,6 @@ def init(folder: Annotated[str, argument('FOLDER', 'The folder to write to.')] =
 
     python run.py init ~/dr
     """
-    from pathlib import Path
 
     from aptos_fastai.common.console import say
     from aptos_fastai.recipe import write_recipes

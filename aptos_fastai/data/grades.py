@@ -63,12 +63,12 @@ def _canonical(text: str) -> str:
     except ValueError: return text.casefold()
 
 
-def _refuse_english_scale(csv: Path, texts: pd.Series) -> None:
-    "Raise `TableError` for the grades R0 to R3 of the English screening programme, whose R3 is proliferative"
-    words = set(texts.str.casefold().str.replace(' ', ''))
-    letters = {word for word in words if re.fullmatch(r'r\d[a-z]?', word)}
+def refuse_english_scale(csv: Path, texts: pd.Series) -> None:
+    "Raise `TableError` for the grades of English screening, as R0, R3A or R2M1: its R3 is proliferative"
+    words = set(texts.str.casefold().str.replace(' ', '')) - {''}
+    letters = {word for word in words if re.fullmatch(r'r\d[a-z]?(m\d[a-z]?)?(p\d)?', word)}
     if letters and letters == words and 'r4' not in letters:
-        shown = ', '.join(sorted(letters)).upper()
+        shown = first_few([word.upper() for word in sorted(letters)])
         raise TableError(f'{csv}: the grades {shown} look like those of the English screening programme, whose R3 is '
                          'proliferative and which has no R4. Write 0 to 4 of the international scale.')
 
@@ -80,7 +80,7 @@ def _stray(texts: pd.Series) -> str:
 
 def read_grades(csv: Path, texts: pd.Series, ids: pd.Series, table: Table) -> np.ndarray:
     "Return the grades as float32 (n,). Raises `TableError` for anything but the grades 0 to 4, and for one grade alone"
-    _refuse_english_scale(csv, texts)
+    refuse_english_scale(csv, texts)
     grades = texts.map({text: read_grade(text) for text in texts.unique()})
     bad = grades.isna()
     if bad.any():

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from aptos_fastai.common.console import plural
-from aptos_fastai.data.grades import BLANK, FEWEST_ROWS, read_grade
+from aptos_fastai.data.grades import BLANK, FEWEST_ROWS, read_grade, refuse_english_scale
 from aptos_fastai.data.groups import EYE_PAIRS, EYES, EYES_OF_NAMES, UNKNOWN, not_eyes, patient_key, read_eyes
 from aptos_fastai.data.id_order import compare_id_orders
 from aptos_fastai.data.locate import ImageLocator, files_below, has_image_suffix, is_image, without_image_suffix
@@ -57,6 +57,7 @@ PATIENT_NAME = re.compile(r'patient|subject|person|(^|[^a-z])(pid|mrn|examinatio
 NO_PATIENT = re.compile(
     r'(^|[^a-z])age([^a-z]|$)|sex|gender|site|clinic|date|name|race|ethnic|birth|dob|visit|status|eye|type|grade|level')
 PERSONAL = re.compile(r'name|initial|birth|dob|address|phone|email|mrn|ssn|comment|note')         # is never carried
+SCALE_NAME = re.compile(r'icdr')             # the international scale, which has the grades 0 to 4
 NUMBER_NAME = re.compile(r'(^|[^a-z])(id|no|nr|num|number|code|key|pid|mrn)([^a-z]|$)|id$')
 EYE_NAME = re.compile(
     r'eye|auge|œil|oeil|lateral|(^|[^a-z])(side|seite|côté|lado|lato|oculus|ojo|olho|occhio)([^a-z]|$)')
@@ -322,14 +323,25 @@ class _Columns:
             if sides: return self._decide('grade', ' | '.join(sides), 'one of them is filled in each row')
             if candidates is unnamed: self._refuse_nearly_grades(MOSTLY)
             if not candidates: continue
-            rest = [c for c in others if c not in candidates]
+            chosen = self._choose_grade(candidates)
+            rest = [c for c in others if c != chosen]
             text = f'; not {", ".join(rest)}' if rest else ''
-            chosen = self._choose('grade', candidates, 'the grade')
-            self._refuse_yes_or_no(chosen)
             return self._decide('grade', chosen, why + text)
         self._refuse_nearly_grades(0)
         raise TableError(f'{self.file}: no column has grades (0 to 4, I to IV, or words such as moderate). Its columns '
                          f'are {", ".join(self.df)}. Name the column: --grade COLUMN.')
+
+    def _choose_grade(self, columns: list[str]) -> str:
+        """Return the column of grades: that of more than yes or no, of the international scale, or the user's choice.
+
+        Raises `TableError` if there is none.
+        """
+        self._refuse_one_hot(columns)
+        columns = [c for c in columns if not self._is_yes_or_no(c)] or columns
+        of_scale = [c for c in columns if SCALE_NAME.search(c.casefold())]
+        chosen = self._choose('grade', of_scale if len(of_scale) == 1 else columns, 'the grade')
+        self._refuse_yes_or_no([chosen])
+        return chosen
 
     def _refuse_nearly_grades(self, least: float) -> None:
         """Raise `TableError` for the column of most grades beside other values.
@@ -343,22 +355,36 @@ class _Columns:
             share >= least and _is_named_as_grades(c) or share >= MOSTLY and self._grades(c) > 2)}
         if not shares: return
         column = max(shares, key=shares.__getitem__)
-        odd = [text for text in self.df[column].unique() if np.isnan(read_grade(text))]
+        odd = sorted(text for text in self.df[column].unique() if np.isnan(read_grade(text)))
         rows, shown = int(self.df[column].isin(odd).sum()), [text or BLANK for text in odd]
         named = ' | '.join(shown) if len(odd) <= MOST_ODD else 'VALUE | VALUE'
+        refuse_english_scale(self.file, self.df[column])
+        advice = f'Correct them, or name those that mean ungradable: --grade "{column}" --ungradable "{named}".'
+        if rows > len(self.df) / 2: advice = 'Write them as 0 to 4 in another column, and name it: --grade COLUMN.'
         raise TableError(f'{self.file}: column {column} has values that are no grades: {first_few(shown)} ({rows} of '
-                         f'{plural(len(self.df), "row")}). Grades are 0 to 4, I to IV or English words. Correct them, '
-                         f'or name those that mean ungradable: --grade "{column}" --ungradable "{named}".')
+                         f'{plural(len(self.df), "row")}). Grades are 0 to 4, I to IV or English words. {advice}')
 
     def _grades(self, column: str) -> int:
         "Return how many different grades a column has"
         return self.df[column].map(read_grade).nunique()
 
-    def _refuse_yes_or_no(self, column: str) -> None:
-        "Raise `TableError` for a column of 0 and 1 alone, which is hardly a column of grades"
-        if set(self.df[column].map(read_grade).dropna()) != {0, 1} or len(self.df) < FEWEST_ROWS: return
-        raise TableError(f'{self.file}: column {column} has only the grades 0 and 1, so it looks like a yes or no '
-                         f'(referable, any retinopathy). If they are grades, add --grade "{column}".')
+    def _is_yes_or_no(self, *columns: str) -> bool:
+        "Return whether columns have 0 and 1 alone, in enough rows to be hardly grades"
+        return {*self.df[[*columns]].map(read_grade).stack()} == {0, 1} and len(self.df) >= FEWEST_ROWS
+
+    def _refuse_yes_or_no(self, columns: list[str]) -> None:
+        "Raise `TableError` for columns of 0 and 1 alone"
+        if not self._is_yes_or_no(*columns): return
+        raise TableError(f'{self.file}: column {", ".join(columns)} has only the grades 0 and 1, so it looks like a '
+                         'yes or no (referable, any retinopathy). If they are grades, add --grade '
+                         f'"{" | ".join(columns)}".')
+
+    def _refuse_one_hot(self, columns: list[str]) -> None:
+        "Raise `TableError` for columns of 0 and 1 of which each row has the 1 in one: its place is the grade"
+        grades = self.df[columns].map(read_grade)
+        if len(columns) < 3 or not (grades.isin([0, 1]).all(axis=None) and (grades.sum(axis=1) == 1).all()): return
+        raise TableError(f'{self.file}: the columns {", ".join(columns)} have a 1 in one of them in each row. Write '
+                         'one column with the grade, 0 to 4, and name it: --grade COLUMN.')
 
     def _find_grade_of_sides(self, candidates: list[str]) -> None:
         "Find the grade of each image where a row holds two"
@@ -369,7 +395,9 @@ class _Columns:
             if not mine:
                 raise TableError(f'{self.file}: no column has the grade of {image}. Name both columns: --grade '
                                  '"LEFT | RIGHT".')
+            mine = [c for c in mine if not self._is_yes_or_no(c)] or mine
             found.append(self._choose('grade', mine, f'the grade of {image}'))
+        self._refuse_yes_or_no(found)
         self._decide('grade', ' | '.join(found), 'one for each image of a row')
 
     def _refuse_without_0(self) -> None:

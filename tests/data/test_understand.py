@@ -1,5 +1,6 @@
 "Tables without a recipe: which column is what, and what happens where two would do."
 import datetime
+import shutil
 
 import pytest
 from layouts import LAYOUTS, grade_of, write_image, write_lines
@@ -83,6 +84,35 @@ def test_scales_that_are_not_the_international_one(tmp_path):
     assert table_contents(understood.table, understood.data).frame.diagnosis.tolist() == [i % 5 for i in range(20)]
 
 
+def test_the_column_of_the_international_scale_wins_and_a_yes_or_no_never_does(tmp_path):
+    rows = [f'a{i},{i % 5},{(i + 1) % 5},{int(i % 5 > 0)}' for i in range(20)]
+    csv = write_rows(tmp_path, 'image,DR_SDRG,DR_ICDR,diabetic_retinopathy', rows)
+    assert keys(understand_table(csv), 'grade') == ('DR_ICDR',)
+    csv = write_rows(tmp_path, 'image,DR_SDRG,retinopathy_level,diabetic_retinopathy', rows)
+    with pytest.raises(AptosError, match='can be in 2 columns: DR_SDRG, retinopathy_level. Choose one'):
+        understand_table(csv)
+
+
+def test_one_column_for_each_grade_is_refused(tmp_path):
+    rows = [f'a{i},{",".join(str(int(i % 5 == k)) for k in range(5))}' for i in range(20)]
+    with pytest.raises(AptosError, match='the columns grade_0, .*, grade_4 have a 1 in one of them in each row'):
+        understand_table(write_rows(tmp_path, 'image,grade_0,grade_1,grade_2,grade_3,grade_4', rows))
+
+
+def test_letters_for_diseases_are_no_grades_of_the_two_eyes(tmp_path):
+    "D and G are eyes in French, and in a public table diabetes and glaucoma"
+    rows = [f'{i}_left,{i}_right,{int(i % 3 > 0)},{int(i % 4 > 2)}' for i in range(20)]
+    csv = write_rows(tmp_path, 'Left-Fundus,Right-Fundus,D,G', rows)
+    for row in rows: shutil.copy(csv.parent / f'{row.split(",")[0]}.png', csv.parent / f'{row.split(",")[1]}.png')
+    with pytest.raises(AptosError, match='column G, D has only the grades 0 and 1'): understand_table(csv)
+
+
+def test_mostly_other_values_are_not_called_ungradable(tmp_path):
+    rows = [f'a{i},{("1a", "2b", "3c", "4")[i % 4]}' for i in range(20)]
+    with pytest.raises(AptosError, match='15 of 20 rows.* Write them as 0 to 4 in another column'):
+        understand_table(write_rows(tmp_path, 'image,level', rows))
+
+
 @pytest.mark.parametrize('header, row, expected', [
     ('image,patient_id,patient_age,patient_sex,diagnosis', '{p},{a},{s},{g}', 'patient_id'),
     ('image,examination date,diagnosis', '{p}/1/2020,{g}', ''),
@@ -104,7 +134,7 @@ def test_a_number_of_each_image_is_no_patient_where_ids_show_the_eyes(tmp_path):
 
 
 @pytest.mark.parametrize('header, row, expected', [
-    ('image,binary_label,gt', '{b},{g}', 'asks'),
+    ('image,binary_label,gt', '{b},{g}', 'gt'),
     ('image,ckd_stage,gt', '{g},{h}', 'gt'),
     ('image,dr_id,gt', '{b},{g}', 'gt'),
     ('image,hypertensive_grade,icdr', '{h},{g}', 'icdr'),
@@ -439,7 +469,7 @@ def test_one_error_names_all_that_is_wrong(tmp_path):
     for words in ('t.csv: 6 problems: (1) ', *ids, '3 invalid values in column grade: gone = 7, A9.PNG = bad, a6 = II',
                   '(6) [table.train] eye = eye: found up. Expected'): assert words in str(e.value), words
     with pytest.raises(AptosError) as e: understand_table(csv)
-    for words in ('5 problems: (1) column grade has values that are no grades: 7, bad, II+', *ids):
+    for words in ('5 problems: (1) column grade has values that are no grades: 7, II+, bad', *ids):
         assert words in str(e.value), words
     with pytest.raises(AptosError, match='2 problems: .1. no column grad, did you mean grade.* .2. no column ag'):
         table_contents(Table('t', 't.csv', '.', id='image', grade='grad', carry='ag'), tmp_path)
