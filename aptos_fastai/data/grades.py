@@ -1,5 +1,6 @@
 "Understand the grades that graders wrote: numbers, Roman numerals, words, several columns, values for ungradable."
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -9,28 +10,44 @@ from aptos_fastai.data.spreadsheet import TableError, count, first_few
 from aptos_fastai.metrics import GRADES
 from aptos_fastai.recipe import Table
 
-GRADE_WORDS = {                              # beside the numbers 0 to 4, in lower case
-    'no dr': 0, 'nodr': 0, 'no': 0, 'none': 0, 'normal': 0, 'healthy': 0, 'r0': 0,
-    'mild': 1, 'mild npdr': 1, 'i': 1, 'r1': 1,
-    'moderate': 2, 'moderate npdr': 2, 'ii': 2, 'r2': 2,
-    'severe': 3, 'severe npdr': 3, 'iii': 3, 'r3': 3,
-    'proliferative': 4, 'proliferative dr': 4, 'proliferate dr': 4, 'pdr': 4, 'iv': 4, 'r4': 4,
-}
+_DISEASE = '(dr|(diabetic )?retinopathy)'
+_WITHOUT_VESSELS = f'( (npdr|nonproliferative( {_DISEASE})?|{_DISEASE}))?'
+GRADE_WORDS = (                              # patterns of the grades 0 to 4, beside numbers, in lower case
+    f'nodr|none|normal|healthy|no( (apparent )?{_DISEASE})?|r0',
+    f'(npdr )?mild{_WITHOUT_VESSELS}|i|r1',
+    f'(npdr )?moderate{_WITHOUT_VESSELS}|ii|r2',
+    f'(npdr )?severe{_WITHOUT_VESSELS}|iii|r3',
+    f'pdr|proliferat(iv)?e( {_DISEASE})?|iv|r4')
+_NAMES_GRADE = re.compile(
+    r'(?<!\d)[0-4](?!\d)|(^|[^a-z])(mild|moderate|severe|n?pdr|proliferat\w*|retinopath\w*|r\d\w?)([^a-z]|$)')
 BLANK = 'blank'                              # in the key `ungradable`: an empty cell
+MOST_ODD = 8                                 # values that are listed to be named as ungradable
 FEWEST_ROWS = 10                             # a table with so many rows has more than one grade
 
 
+@lru_cache(10_000)
 def read_grade(text: str) -> float:
-    "Return the grade that a cell means: 2, 2.0, 02, '2,0', II, 'moderate', 'grade 2', '2 - moderate'; NaN otherwise"
+    """Return the grade that a cell means: 2, 2.0, '2,0', II, 'moderate', 'grade 2', '2 - moderate'; NaN otherwise.
+
+    Names are those of the international scale, as 'No apparent retinopathy' (Wilkinson et al. 2003), and usual ones.
+    """
     if text.strip().startswith('-'): return np.nan
-    words = text.casefold().replace('_', ' ').replace('-', ' ').split()
-    word = ' '.join(words)
-    word = re.sub(r'^(grade|level|class|stage|dr)s? ?(?=\d|[iv]+$)', '', word)        # grade3, DR 2, level II
-    if word in GRADE_WORDS: return GRADE_WORDS[word]
-    number = _number(word)
-    if np.isfinite(number): return number
-    number, name = _number(words[0]) if words else np.nan, GRADE_WORDS.get(' '.join(words[1:]))
-    return number if number == name else np.nan
+    plain = ' '.join(re.sub(r'[_\-():;\[\]]|[.,](?!\d)', ' ', text.casefold()).split())
+    plain = plain.replace('non proliferative', 'nonproliferative')
+    plain = re.sub(r'^(grade|level|class|stage|dr)s? ?(?=\d|[iv]+$)', '', plain)     # grade3, DR 2, level II
+    if np.isfinite(grade := _named(plain)) or np.isfinite(grade := _number(plain)): return grade
+    first, rest = plain.partition(' ')[::2]                                          # 2 - moderate
+    if np.isnan(_number(first)): rest, first = plain.rpartition(' ')[::2]            # moderate (2)
+    return _number(first) if _number(first) == _named(rest) else np.nan
+
+
+def names_grade(text: str) -> bool:
+    "Return whether a cell names a grade or has a number, so that it hardly means ungradable"
+    return bool(_NAMES_GRADE.search(text.casefold()))
+
+
+def _named(text: str) -> float:
+    return next((float(grade) for grade, words in enumerate(GRADE_WORDS) if re.fullmatch(words, text)), np.nan)
 
 
 def _number(word: str) -> float:
@@ -73,9 +90,9 @@ def refuse_english_scale(csv: Path, texts: pd.Series) -> None:
                          'proliferative and which has no R4. Write 0 to 4 of the international scale.')
 
 
-def _stray(texts: pd.Series) -> str:
-    "Return values for the key `ungradable`"
-    return ' | '.join(text or BLANK for text in texts.unique()[:5])
+def ungradable_text(texts: pd.Series) -> str:
+    "Return values for the key `ungradable`: some of `texts` that name no grade, or VALUE"
+    return ' | '.join(text or BLANK for text in texts.unique()[:MOST_ODD] if not names_grade(text)) or 'VALUE'
 
 
 def read_grades(csv: Path, texts: pd.Series, ids: pd.Series, table: Table) -> np.ndarray:
@@ -87,8 +104,8 @@ def read_grades(csv: Path, texts: pd.Series, ids: pd.Series, table: Table) -> np
         shown = [f'{i} = {v or "(empty)"}' for i, v in zip(ids[bad], texts[bad], strict=True)]
         raise TableError(f'{csv}: {count(shown, "invalid value")} in column {", ".join(table.grade_columns)}: '
                          f'{first_few(shown)}. Grades are whole numbers from 0 to 4. If a value means that an image '
-                         f'cannot be graded, name it: --ungradable "{_stray(texts[bad])}", or the key `ungradable` of '
-                         'a recipe.')
+                         f'cannot be graded, name it: --ungradable "{ungradable_text(texts[bad])}", or the key '
+                         '`ungradable` of a recipe.')
     if len(grades) >= FEWEST_ROWS and grades.nunique() == 1:
         like = ' It looks like a sample submission.' if grades.iloc[0] == 0 else ''
         raise TableError(f'{csv}: all {len(grades)} grades are {grades.iloc[0]:.0f}.{like} Set csv and grade to the '

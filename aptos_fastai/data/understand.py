@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from aptos_fastai.common.console import plural
-from aptos_fastai.data.grades import BLANK, FEWEST_ROWS, read_grade, refuse_english_scale
+from aptos_fastai.data.grades import BLANK, FEWEST_ROWS, read_grade, refuse_english_scale, ungradable_text
 from aptos_fastai.data.groups import EYE_PAIRS, EYES, EYES_OF_NAMES, UNKNOWN, not_eyes, patient_key, read_eyes
 from aptos_fastai.data.id_order import compare_id_orders
 from aptos_fastai.data.locate import ImageLocator, files_below, has_image_suffix, is_image, without_image_suffix
@@ -40,7 +40,6 @@ SAMPLE = 200                                 # rows that are searched among the 
 NEIGHBOUR_BLOCK = 10                         # ids in a group if neighbours have equal grades and patients are unknown
 ID_SHARE = .5                                # of the values of a column that name images, at least, for a candidate
 MOSTLY = .8                                  # of the values of a column that nearly has grades
-MOST_ODD = 8                                 # values that are listed to be named as ungradable
 MOST_VALUES = 20                             # of a column that is carried
 ID_NAMES = (                                 # the first that a table has counts
     'id_code', 'image', 'image_id', 'file', 'filename', 'file name', 'image name', 'path', 'datei', 'dateiname', 'bild',
@@ -54,6 +53,8 @@ OTHER_GRADE = re.compile(
     r'kidney|rop([^a-z]|$)|confidence|education|camera|visit|(^|[^a-z])(id|no|nr|number|name)([^a-z]|$)')
 REFERABLE_NAME = re.compile(r'referable|referral|binary')
 PATIENT_NAME = re.compile(r'patient|subject|person|(^|[^a-z])(pid|mrn|examination|study|participant)([^a-z]|$)')
+PART_NAME = re.compile(r'(^|[^a-z])(split|subset|usage|partition|set|fold)([^a-z]|$)')    # training and test rows
+PREDICTION_NAME = re.compile(r'predict|(^|[^a-z])(pred|score|prob)')
 NO_PATIENT = re.compile(
     r'(^|[^a-z])age([^a-z]|$)|sex|gender|site|clinic|date|name|race|ethnic|birth|dob|visit|status|eye|type|grade|level')
 PERSONAL = re.compile(r'name|initial|birth|dob|address|phone|email|mrn|ssn|comment|note')         # is never carried
@@ -357,7 +358,7 @@ class _Columns:
         column = max(shares, key=shares.__getitem__)
         odd = sorted(text for text in self.df[column].unique() if np.isnan(read_grade(text)))
         rows, shown = int(self.df[column].isin(odd).sum()), [text or BLANK for text in odd]
-        named = ' | '.join(shown) if len(odd) <= MOST_ODD else 'VALUE | VALUE'
+        named = ungradable_text(pd.Series(odd))
         refuse_english_scale(self.file, self.df[column])
         advice = f'Correct them, or name those that mean ungradable: --grade "{column}" --ungradable "{named}".'
         if rows > len(self.df) / 2: advice = 'Write them as 0 to 4 in another column, and name it: --grade COLUMN.'
@@ -455,9 +456,14 @@ class _Columns:
         patients = self.df[self.keys['patient']].nunique() if self.keys.get('patient') else len(self.df)
         most = min(MOST_VALUES, max(patients, 4) // 2)       # with more, a column tells patients apart
         names = [c for c in others if 1 < self.df[c].nunique() <= most and c not in COLUMNS_OF_SCORES
-                 and not PERSONAL.search(c.casefold())]
+                 and not any(o.search(c.casefold()) for o in (PERSONAL, PREDICTION_NAME))]
         ages = [c for c in others if c.casefold() == 'age' and c not in names]
         if names or ages: self._decide('carry', ' | '.join(names + ages), 'few values each: subgroups')
+        for c in names:
+            if PART_NAME.search(c.casefold()):
+                values = first_few(sorted(self.df[c].unique()))
+                self.reasons.append(f'all rows are used, whatever their {c} ({values}); to use some alone, write them '
+                                    'to another CSV')
 
 
 def image_shares(df: pd.DataFrame, has_image: Callable[[str], bool]) -> dict[str, float]:

@@ -224,7 +224,11 @@ def test_a_folder_alone_is_an_ungraded_table(tmp_path, capsys):
     ('R2', 2), ('2 - moderate', 2), ('Grade2', 2), ('level II', 2), ('DR 2', 2),
     ('No DR', 0), ('no_dr', 0), ('0', 0), ('PDR', 4), ('IV', 4), ('4 Proliferative', 4),
     ('5', np.nan), ('-1', np.nan), ('1.5', np.nan), ('', np.nan), ('nan', np.nan), ('3 - moderate', np.nan),
-    ('V', np.nan)])
+    ('V', np.nan), ('No apparent retinopathy', 0), ('Mild non-proliferative diabetic retinopathy', 1), ('Mild DR', 1),
+    ('Severe Nonproliferative Retinopathy', 3), ('Proliferative diabetic retinopathy', 4), ('0 (none)', 0),
+    ('Mild (1)', 1), ('Grade 3: Severe NPDR', 3), ('NPDR, mild', 1), ('2. moderate', 2), ('NPDR', np.nan),
+    ('DR', np.nan),
+    ('no npdr', np.nan), ('mild PDR', np.nan), ('very severe NPDR', np.nan), ('1. No DR', np.nan), ('1-2', np.nan)])
 def test_read_grade(text, grade): assert np.array_equal(read_grade(text), grade, equal_nan=True)
 
 

@@ -93,6 +93,21 @@ def test_the_column_of_the_international_scale_wins_and_a_yes_or_no_never_does(t
         understand_table(csv)
 
 
+def test_a_column_that_divides_rows_is_named(tmp_path):
+    rows = [f'a{i},{i % 5},{("train", "test")[i % 2]},{i % 5}' for i in range(20)]
+    understood = understand_table(write_rows(tmp_path, 'image,level,split,prediction', rows), grade='level')
+    assert keys(understood, 'carry') == ('split',)
+    assert any('all rows are used, whatever their split (test, train)' in reason for reason in understood.reasons)
+
+
+def test_values_that_name_a_grade_are_not_suggested_as_ungradable(tmp_path):
+    cells = 'No DR', 'mild NPDR with DME', 'moderate', 'lost', '2.5'
+    csv = write_rows(tmp_path, 'image,level', [f'a{i},{cells[i % 5]}' for i in range(20)])
+    with pytest.raises(AptosError, match='12 of 20 rows'): understand_table(csv)
+    csv = write_rows(tmp_path, 'image,level', [f'a{i},{cells[i % 5] if i < 6 else i % 5}' for i in range(20)])
+    with pytest.raises(AptosError, match='--ungradable "lost"[.]'): understand_table(csv)
+
+
 def test_one_column_for_each_grade_is_refused(tmp_path):
     rows = [f'a{i},{",".join(str(int(i % 5 == k)) for k in range(5))}' for i in range(20)]
     with pytest.raises(AptosError, match='the columns grade_0, .*, grade_4 have a 1 in one of them in each row'):
@@ -169,9 +184,9 @@ def test_a_column_with_a_bar_and_a_header_of_two_lines(tmp_path):
 
 
 def test_class_folders_that_are_no_grades(tmp_path):
-    for i, name in enumerate(['No_DR', 'Mild', 'Moderate', 'Severe', 'Proliferative_retinopathy']):
+    for i, name in enumerate(['No_DR', 'Mild', 'Moderate', 'Severe', 'Laser_scars']):
         write_image(tmp_path / f'a/{name}/{i}.png', i)
-    with pytest.raises(AptosError, match='Proliferative_retinopathy hold images but are named by no grade'):
+    with pytest.raises(AptosError, match='Laser_scars hold images but are named by no grade'):
         understand_table(tmp_path / 'a')
     for i in range(1, 6): write_image(tmp_path / f'b/{i}/{i}.png', i)
     with pytest.raises(AptosError, match='no folder is grade 0'): understand_table(tmp_path / 'b')
