@@ -16,10 +16,10 @@ WHOLE_NUMBER = r'^(\d+)[.,]0+$'              # 17.0, as spreadsheets write 17
 UNKNOWN = '', 'na', 'n/a', 'nan', 'none', 'null', 'unknown', '?', '-'      # in a column of patients
 EYE_PAIRS = [tuple(pair.split('/')) for pair in (                # words for left and right
     'l/r left/right os/od og/od oi/od oe/od la/ra links/rechts linkes/rechtes gauche/droit gauche/droite '
-    'izquierdo/derecho izquierda/derecha esquerdo/direito sinistro/destro s/d g/d i/d e/d').split()]
+    'izquierdo/derecho izquierda/derecha esquerdo/direito sinistro/destro sx/dx le/re lt/rt s/d g/d i/d e/d').split()]
 EYES = {word: eye for pair in EYE_PAIRS for word, eye in zip(pair, ('left', 'right'), strict=True)}
 LETTERS = {'s', 'd', 'g', 'i', 'e'}          # in a column they are eyes only where two of a pair are all that occurs
-AMBIGUOUS = LETTERS | {'la', 'ra', 'oe', 'oi'}                   # alone in the name of a file they say nothing
+AMBIGUOUS = LETTERS | {'la', 'ra', 'oe', 'oi', 'le', 're', 'lt', 'rt'}       # alone in a file's name they say nothing
 EYES_OF_NAMES = EYES.keys() - AMBIGUOUS
 EYE_NOUNS = 'eye', 'auge', 'oeil', 'œil', 'ojo', 'olho', 'occhio'
 EYE_EXAMPLES = 'L, R, left, right, OS, OD, OG, LA, RA, links, rechts, gauche, droit, izquierdo, derecho'

@@ -98,7 +98,7 @@ class ImageLocator:
         "Return the file that `name` names"
         text = name.strip().replace('\\', '/')
         if not text: raise LookupError('the row names no image')
-        if text.startswith('/') or text[1:3] == ':/': return self._absolute(name.strip(), text)
+        if text.startswith('/') or text[1:3] == ':/' or '://' in text: return self._absolute(name.strip(), text)
         path = posixpath.normpath(text)
         if os.path.isfile(f'{self.root}/{path}'): return self._contained(path)
         candidates = self._candidates(path)
@@ -155,7 +155,7 @@ class ImageLocator:
         return [file for file in others if has_image_suffix(file) or is_image(self.root / file)]
 
     def _absolute(self, name: str, text: str) -> Path:
-        "Return the file of an absolute name; with `loose`, one of another computer may match by the end of its path"
+        "Return the file of an absolute name; with `loose`, one of another computer, or a URL, may match by its end"
         if os.path.isfile(name) and (self.anywhere or Path(name).resolve().is_relative_to(self.within)):
             return Path(name)
         parts = text.split('/')[1:] if self.loose else []
@@ -185,7 +185,8 @@ def without_suffix(path: str) -> str:
 
 
 def _folded_ends(path: str) -> Iterable[str]:
-    "Return 'left', 'left.jpg', 'a/left', 'a/left.jpg' … of a file, folded"
+    "Return 'left', 'left.jpg', 'a/left', 'a/left.jpg' … of a file, folded; of two suffixes of images either, or both"
     parts = _fold(path).split('/')
     ends = ['/'.join(parts[-n:]) for n in range(1, len(parts) + 1)]
-    return {*ends, *map(without_suffix, ends)}
+    bare = {without_suffix(end) for end in ends}
+    return {*ends, *bare, *map(without_image_suffix, bare)}                # left, of left.png.jpg

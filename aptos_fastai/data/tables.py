@@ -1,4 +1,5 @@
 "Read a CSV, or folders named by grade, and the images into one checked frame per table."
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from aptos_fastai.recipe import Recipe, Table
 
 PATIENT_OF_EYE = 'patient_of_eye'            # column: the group as read; that of duplicates becomes one for all of them
 MISSING_IMAGES = 'missing_images.csv'        # ids without an image that were left out, where results are written
+ARCHIVE = re.compile(r'\.(zip|7z|rar|tar|tgz|gz|bz2|xz|zst)(\.\d+)?$')
 SHOWN_PROBLEMS = 3                           # of ids that cannot be matched with one image
 RENAME = 'Rename one, or set the column name in the recipe; header = no if the first row is no header.'
 
@@ -49,7 +51,8 @@ def find_folder(table: Table, data: Path) -> Path:
     below = [f'--data {folder}' for folder in folders_below(table, data)]
     advice = (f'Use {" or ".join(below)}.' if below else
               f'Set --data to the folder that contains {content}, or use --data demo for synthetic images.')
-    raise TableError(f'[table.{table.name}]: {wanted} not found in {" or ".join(map(str, tried))}. {advice}')
+    raise TableError(f'[table.{table.name}]: {wanted} not found in {" or ".join(map(str, tried))}. {advice}'
+                     f'{archives_text(data)}')
 
 
 def folders_below(table: Table, data: Path) -> list[Path]:
@@ -73,7 +76,15 @@ def only_folder(table: Table, data: Path) -> Path:
     files = [file for pattern in ('*', '*/*', '*/*/*') for file in sorted(data.glob(pattern))]
     tables = [file.relative_to(data) for file in files if file.suffix.lower() in ('.csv', '.txt', *SPREADSHEETS)]
     raise TableError(f'{data}: no {table.csv} with {table.images} in this folder or two levels below. Tables there: '
-                     f'{first_few(tables) or "none"}. For one of another name: fit CSV IMAGES --hours H.')
+                     f'{first_few(tables) or "none"}. For one of another name: fit CSV IMAGES --hours H.'
+                     f'{archives_text(data)}')
+
+
+def archives_text(data: Path) -> str:
+    "Return ' Archives there, to unpack first: a.zip, b/train.zip.001.', or '' if a folder has none"
+    files = [file for pattern in ('*', '*/*') for file in sorted(data.glob(pattern)) if file.is_file()]
+    found = [file.relative_to(data) for file in files if ARCHIVE.search(file.name.lower())]
+    return f' Archives there, to unpack first: {first_few(found)}.' if found else ''
 
 
 def with_present_tables(recipe: Recipe, data: Path) -> tuple[Recipe, str]:

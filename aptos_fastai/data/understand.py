@@ -286,8 +286,8 @@ class _Columns:
             files = first_few(self.locator.files[:3]) or 'nothing'
             named = [f' {c} has {first_few(self.df[c][:3])}.' for c in self.df if c.casefold() in ID_NAMES]
             raise TableError(f'{self.file}: no column names images in {self.locator.root}, which has {files}. Its '
-                             f'columns are {", ".join(self.df)}.{"".join(named[:1])} Give the folder of the images, or '
-                             '--id COLUMN.')
+                             f'columns are {", ".join(self.df)}.{"".join(named[:1])} {self._as_numbers()}Give the '
+                             'folder of the images, or --id COLUMN.')
         columns = sorted((c for c, s in share.items() if s >= ID_SHARE or s == best), key=id_rank)
         if len(columns) == 2 and not self._same_images(*columns) and _are_sides(*columns):
             return self._decide('id', ' | '.join(columns), 'a row holds the two images of a patient')
@@ -297,6 +297,16 @@ class _Columns:
         rest = f'; not {", ".join(c for c in columns if c != column)}' if len(columns) > 1 else ''
         why = f'{100 * share[column]:.0f} % of its values name an image in {self.locator.root}'
         self._decide('id', column, why + rest)
+
+    def _as_numbers(self) -> str:
+        "Return a hint if a column has the names of images as numbers: 7 or 7.0 for 007.png"
+        stems = {re.sub(r'^0+(?=\d)', '', without_image_suffix(file.rpartition('/')[2])) for file in self.locator.files}
+        for column in self.df:
+            numbers = self.df[column].str.extract(r'^0*(\d+)(?:\.0)?$')[0]
+            if numbers.nunique() > len(self.df) / 2 and numbers.isin(stems).mean() >= ID_SHARE:
+                return (f'Column {column} has the names of images as numbers, without zeros in front or with .0, as a '
+                        'spreadsheet writes them: correct it. ')
+        return ''
 
     def _same_images(self, a: str, b: str) -> bool:
         "Return whether two columns name the same images"
@@ -338,6 +348,10 @@ class _Columns:
         Raises `TableError` if there is none.
         """
         self._refuse_one_hot(columns)
+        if len(columns) == 2 and _are_sides(*columns):
+            raise TableError(f'{self.file}: {columns[0]} and {columns[1]} are grades of both eyes, but a row names one '
+                             f'image ({self.keys["id"]}). Give each image a row with its own grade, or, if a row has '
+                             'two images, name both columns: --id "LEFT | RIGHT".')
         columns = [c for c in columns if not self._is_yes_or_no(c)] or columns
         of_scale = [c for c in columns if SCALE_NAME.search(c.casefold())]
         chosen = self._choose('grade', of_scale if len(of_scale) == 1 else columns, 'the grade')
@@ -458,12 +472,18 @@ class _Columns:
         names = [c for c in others if 1 < self.df[c].nunique() <= most and c not in COLUMNS_OF_SCORES
                  and not any(o.search(c.casefold()) for o in (PERSONAL, PREDICTION_NAME))]
         ages = [c for c in others if c.casefold() == 'age' and c not in names]
+        names = [c for c in names if not self._follows_from_grade(c)]
         if names or ages: self._decide('carry', ' | '.join(names + ages), 'few values each: subgroups')
         for c in names:
             if PART_NAME.search(c.casefold()):
                 values = first_few(sorted(self.df[c].unique()))
                 self.reasons.append(f'all rows are used, whatever their {c} ({values}); to use some alone, write them '
                                     'to another CSV')
+
+    def _follows_from_grade(self, column: str) -> bool:
+        "Return whether each grade has one value of a column, as a yes or no that was made of it: then it tells nothing"
+        grades = self.df[[*self._columns('grade')]].agg(' '.join, axis=1)
+        return len(self.df) >= 3 * grades.nunique() and self.df.groupby(grades)[column].nunique().max() == 1
 
 
 def image_shares(df: pd.DataFrame, has_image: Callable[[str], bool]) -> dict[str, float]:

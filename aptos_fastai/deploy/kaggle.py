@@ -10,7 +10,7 @@ import pandas as pd
 
 from aptos_fastai.common.console import format_duration, plural, say
 from aptos_fastai.common.disclaimer import DISCLAIMER
-from aptos_fastai.common.io import AptosError, write_bytes, write_csv, write_json, write_record
+from aptos_fastai.common.io import AptosError, file_hash, write_bytes, write_csv, write_json, write_record
 from aptos_fastai.data import decode
 from aptos_fastai.inference.grade_files import grade_files, safe_cell
 from aptos_fastai.inference.grader import Grader, load_grader
@@ -32,13 +32,20 @@ Weights and code come with the dataset; nothing is downloaded. Made by `run.py k
 An interrupted notebook resumes when it runs again.
 """),
     ('code', """\
+import hashlib
 import os
 import sys
 from pathlib import Path
 
 source = Path(os.environ.get('KAGGLE_INPUT', '/kaggle/input'))
 work = Path(os.environ.get('KAGGLE_WORKING', '/kaggle/working'))
-bundle = next(source.rglob('bundle.json')).parent
+bundles = sorted(source.rglob('bundle.json'))
+own = [f for f in bundles if hashlib.sha256(f.read_bytes()).hexdigest() == 'SHA256']
+others = ', '.join(str(f.parent) for f in bundles) or 'none'
+if not own:
+    raise FileNotFoundError(f'{source} lacks the dataset SLUG as it was when this notebook was made (there are: '
+                            f'{others}). Attach it, or push the notebook that was made with the attached one.')
+bundle = own[0].parent
 test = next(p for p in sorted(source.rglob('test.csv')) if (p.parent / 'test_images').is_dir())
 sys.path.insert(0, str(bundle))
 bundle, test
@@ -71,14 +78,15 @@ def write_kaggle(run: str, user: str) -> None:
         id=f'{user}/{slug}-submission', title=f'{slug}-submission', code_file=NOTEBOOK, language='python',
         kernel_type='notebook', is_private='true', enable_gpu='true', enable_internet='false',
         dataset_sources=[f'{user}/{slug}'], competition_sources=[COMPETITION], kernel_sources=[]))
-    write_bytes(kernel / NOTEBOOK, json.dumps(notebook(), indent=1).encode())
+    write_bytes(kernel / NOTEBOOK, json.dumps(notebook(slug, file_hash(dataset / BUNDLE)), indent=1).encode())
     megabytes = sum(f.stat().st_size for f in dataset.rglob('*')) / 1e6
     say(f'networks: {len(model.members)}, {megabytes:.0f} MB -> {out}')
     if model.synthetic: say(SYNTHETIC_MODEL, 'yellow')
     say(f'To upload the dataset:\n  kaggle datasets create -p {dataset} --dir-mode zip\n'
         f'When Kaggle has processed it, upload the notebook and submit it on the competition\'s page:\n'
         f'  kaggle kernels push -p {kernel}\n'
-        f'To update the dataset later:\n  kaggle datasets version -p {dataset} --dir-mode zip -m TEXT')
+        f'To update the dataset later, and push the notebook again:\n'
+        f'  kaggle datasets version -p {dataset} --dir-mode zip -m TEXT')
 
 
 def _slug(name: str) -> str:
@@ -87,12 +95,12 @@ def _slug(name: str) -> str:
     return slug[:50].ljust(6, '0')
 
 
-def notebook() -> dict:
-    "Return the notebook as its JSON"
+def notebook(slug: str, digest: str) -> dict:
+    "Return the notebook as its JSON, for the dataset of a name whose bundle.json has a SHA-256"
     extra: dict[str, dict] = dict(code=dict(outputs=[], execution_count=None), markdown={})
     cells: list[dict] = []
     for i, (kind, text) in enumerate(CELLS):
-        source = text.strip().splitlines(keepends=True)
+        source = text.replace('SLUG', slug).replace('SHA256', digest).strip().splitlines(keepends=True)
         cells.append(dict(cell_type=kind, id=f'cell{i}', metadata={}, source=source, **extra[kind]))
     kernel = dict(name='python3', display_name='Python 3', language='python')
     return dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)

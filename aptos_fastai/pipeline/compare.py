@@ -1,5 +1,5 @@
 "Compare runs and stages, or two evaluations on one table: paired differences on the same images."
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
@@ -81,6 +81,8 @@ def compare_runs(first: str, second: str) -> None:
         say(f'left out, fewer than {MIN_COMMON} images in common: {left_out}', 'yellow')
     say_conditions(resampled)
     if len({row[0] for row in rows} - {'submission'}) > 1: say(NOT_CORRECTED, 'yellow')
+    say_precisions({folder: trained_in(summary, [*common, final])
+                    for folder, summary, final in ((first, summary_a, final_a), (second, summary_b, final_b))})
     found = [(folder, all_warnings(o['stages'])) for folder, o in ((first, summary_a), (second, summary_b))]
     for line in warning_lines(found, 'both runs'): say(line, 'yellow')
     if summary_a['synthetic'] or summary_b['synthetic']: say(SYNTHETIC, 'yellow')
@@ -118,6 +120,7 @@ class Model:
     result: dict                             # its entry of `stages` in summary.json
     synthetic: bool
     seconds: float                           # its trainings, or those of its members
+    precision: str                           # of the same: `trained_in`
     valid: pd.DataFrame = field(repr=False)  # what it has validated: `validated`
 
 
@@ -136,7 +139,7 @@ def read_model(path: str) -> Model:
     if stage not in names:
         raise AptosError(f'{path}: {folder} has no results of {stage}. Choose from: {", ".join(names)}.')
     return Model(path, stage, _result(summary, stage), summary['synthetic'], _seconds(summary, stage),
-                 validated(oof, stage))
+                 trained_in(summary, [stage]), validated(oof, stage))
 
 
 def compare_models(paths: Sequence[str]) -> None:
@@ -164,6 +167,7 @@ def compare_models(paths: Sequence[str]) -> None:
     say(f'first row: the reference. Compared images of those that each validated: {counts}.')
     say_conditions(resampled)
     if len(rows) > 2: say(NOT_CORRECTED, 'yellow')
+    say_precisions({name: m.precision for name, m in zip(names, models, strict=True)})
     found = [(name, m.result['warnings']) for name, m in zip(names, models, strict=True)]
     for line in warning_lines(found, 'all of them'): say(line, 'yellow')
     if any(m.synthetic for m in models): say(SYNTHETIC, 'yellow')
@@ -212,6 +216,22 @@ def _seconds(summary: dict, node: str) -> float:
     "Return how long a stage, or the members of an ensemble, took to train"
     members = _result(summary, node).get('members') or [node]
     return sum(_result(summary, m)['seconds'] for m in members)
+
+
+def trained_in(summary: dict, nodes: Collection[str]) -> str:
+    "Return the precisions that stages, and the members of ensembles, were trained in: 'bf16', 'bf16 and f32'"
+    results = {result['stage']: result for result in summary['stages']}
+    stages = {name for node in nodes for name in results.get(node, {}).get('members') or [node]}
+    found = {word for name in stages for word in results.get(name, {}).get('precision', '').split(' and ')}
+    return ' and '.join(sorted(found - {''}))
+
+
+def say_precisions(precisions: dict[str, str]) -> None:
+    "Print what models were trained in, by their names, if they differ"
+    if len(set(precisions.values())) < 2: return
+    text = '; '.join(f'{name}: {precision or "unknown (older version)"}' for name, precision in precisions.items())
+    say(f'Trained in different precisions, which change results, too. {text}. `precision = auto` takes the faster one '
+        'of a timing: set [stage] precision for equal ones.', 'yellow')
 
 
 # Two evaluations

@@ -23,7 +23,7 @@ from aptos_fastai.data.id_order import compare_id_orders, id_order_text
 from aptos_fastai.data.retina import Prep, get_prep, prepare
 from aptos_fastai.data.spreadsheet import TableError, first_few
 from aptos_fastai.data.store import resized_warning
-from aptos_fastai.data.tables import describe, table_contents, with_present_tables
+from aptos_fastai.data.tables import archives_text, describe, table_contents, with_present_tables
 from aptos_fastai.pipeline.other_runs import read_run_recipe
 from aptos_fastai.recipe import Recipe, Stage, read_recipe, shipped_folder
 
@@ -270,6 +270,8 @@ def show_downloads(recipe: str, sets: list[str], data: Path) -> None:
     try: downloads = download_commands(read_recipe(recipe, sets=sets), data)
     except AptosError: return                # the recipe is wrong, which is a finding already
     if not downloads: return
+    archives = archives_text(data)
+    if archives: return say(f'{data}:{archives}', 'yellow')
     say('To download the tables from Kaggle:\n'
         '1. pip install kaggle, and save your API token as its documentation describes.\n'
         '2. Accept the rules on the page of each competition.\n'

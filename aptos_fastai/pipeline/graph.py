@@ -151,13 +151,13 @@ def check_same_data(root: Path, data: Path, demo: bool, may_have_moved: bool = F
 
 def check_replaced(run: Run, stages: Collection[str]) -> None:
     "Raise `AptosError` if a training of `stages` would replace finished folds of other settings or images"
-    if not (run.root / 'summary.json').is_file(): return             # `all` has not finished here yet
     todo = run.todo([name for name in stages if name not in run.recipe.other_runs])
     lost = {name: [k for k in folds if run.has_changed(name, k)] for name, folds in todo.items()}
     reasons = training_reasons(run, {name: folds for name, folds in lost.items() if folds})
     if not reasons: return
     raise AptosError(f'{run.root}: finished with other settings or images ({" | ".join(reasons)}). Add --name NAME to '
-                     'train another run, which takes what has not changed, or --replace to train again here.')
+                     'train another run, which takes what has not changed, or --replace to train again here. To go on '
+                     f'with its own settings: {COMMAND} all {shlex.quote(str(run.root))}')
 
 
 def with_prepared(run: Run) -> Run:
@@ -227,8 +227,8 @@ def start_run(run: Run, nodes: Iterable[str] = (), trial: bool = False,
               replaces: bool = False) -> Iterator[tuple[Run, Bars]]:
     """Lock the run folder, prepare every image, write the folds; yield the prepared run and the progress bars.
 
-    First checks whether the unfinished stages among `nodes` can train, and, unless it `replaces` them, that none of a
-    finished run would be trained again with other settings. With stages among them, the recipe becomes that
+    First checks whether the unfinished stages among `nodes` can train, and, unless it `replaces` them, that no
+    finished fold would be trained again with other settings. With stages among them, the recipe becomes that
     of the run folder (recipe.ini), folders of renamed stages are renamed, and folds of these stages that another run
     has finished are taken; not for a `trial` of other values. No other process can work in the run folder until the
     block ends. Raises `AptosError`.

@@ -2,6 +2,7 @@
 from itertools import groupby
 from typing import Any
 
+from aptos_fastai.common.console import plural
 from aptos_fastai.common.io import digest, read_record
 from aptos_fastai.recipe import Stage
 from aptos_fastai.run_folder import RESCORED, WEIGHTS, Run, training_settings
@@ -49,9 +50,7 @@ def fold_reasons(run: Run, name: str, fold: int, todo: dict[str, list[int]]) -> 
 def _unfinished(run: Run, name: str, fold: int) -> str:
     "Return why a fold without a record is to be trained"
     checkpoint = read_record(run.fold_dir(name, fold) / CHECKPOINT_RECORD)
-    stage = run.recipe.stages[name]
-    if not checkpoint: return NEVER
-    return f'unfinished after {checkpoint["epochs"]} of {stage.freeze_epochs + stage.epochs} epochs'
+    return f'unfinished after {plural(checkpoint["epochs"], "epoch")}' if checkpoint else NEVER
 
 
 def _changed_settings(run: Run, name: str, record: dict) -> list[str]:

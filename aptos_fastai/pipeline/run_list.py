@@ -8,7 +8,7 @@ from aptos_fastai.common.console import format_duration, plural, say, table
 from aptos_fastai.common.disclaimer import DISCLAIMER
 from aptos_fastai.common.io import AptosError, digest, file_hash, read_record, verify_file
 from aptos_fastai.data.spreadsheet import first_few
-from aptos_fastai.pipeline.compare import read_results
+from aptos_fastai.pipeline.compare import read_results, say_precisions, trained_in
 from aptos_fastai.pipeline.fit import BASE
 from aptos_fastai.pipeline.other_runs import read_run_recipe
 from aptos_fastai.pipeline.run_recipe import RECIPE, of_demo
@@ -36,6 +36,7 @@ class Result:
     seconds: float                           # training time of all stages
     date: str
     synthetic: bool
+    precision: str                           # of all stages: `trained_in`
 
 
 def list_runs(folder: str) -> None:
@@ -80,7 +81,8 @@ def _result(root: Path, summary: dict, valid: 'pd.DataFrame') -> Result:
     return Result(root.name, node, next(o for o in summary['stages'] if o['stage'] == node),
                   images=digest([images, summary['synthetic']]), changed=changed_of(root),
                   seconds=sum(o['seconds'] for o in summary['stages']), date=summary['date'],
-                  synthetic=summary['synthetic'])
+                  synthetic=summary['synthetic'],
+                  precision=trained_in(summary, [o['stage'] for o in summary['stages']]))
 
 
 def check_recipe(root: Path, summary: dict) -> None:
@@ -167,6 +169,7 @@ def show_results(found: list[Result]) -> None:
     say('Keys changed against the shipped recipe of the same name, or the file of the recipe as it is now:')
     in_all = set.intersection(*(set(o.changed) for o in found)) if len(found) > 1 else set()
     for o in found: say(f'  {o.name}: {changed_text(o.changed, in_all)}')
+    say_precisions({o.name: o.precision for o in found})
     resampled = by_value({o.name: o.result['resampled'] for o in found})
     say(f'Intervals: bootstrap over {resampled}. trained: all stages and folds. *: has warnings, see its report.html.',
         'dim')

@@ -20,8 +20,8 @@ class Checkpoint(Callback):
     """Save a checkpoint after every epoch and resume from it.
 
     It holds the weights, the optimizer's state and the states of `history` and `ema`. `key` identifies the settings,
-    data and parents of the training: a checkpoint with another key is ignored. `callbacks.Reproducible` seeds each
-    epoch by its number, so on the CPU a resumed training is bit for bit the same as an uninterrupted one.
+    data and parents of the training: a checkpoint with another key is ignored, which is said. `callbacks.Reproducible`
+    seeds each epoch by its number, so on the CPU a resumed training is bit for bit the same as an uninterrupted one.
     """
     order = 65                               # after History
     def __init__(self, folder: Path, key: str, history: History, ema: EMACallback | None = None):
@@ -48,7 +48,10 @@ class Checkpoint(Callback):
     def load(self, learn: Learner) -> dict | None:
         "Restore weights and callbacks from the checkpoint and return the optimizer's state; without a checkpoint, None"
         record = read_record(self.folder / CHECKPOINT_RECORD)
-        if not record or record['key'] != self.key: return None
+        if not record: return None
+        if record['key'] != self.key:
+            say(f'  {self.folder}: its checkpoint is of other settings or images, so training starts anew', 'yellow')
+            return None
         file = self.folder / Path(record['file']).name
         try: verify_file(file, record['hash'], 'The checkpoint is ignored and the stage restarts.')
         except AptosError as e:

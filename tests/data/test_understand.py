@@ -100,6 +100,45 @@ def test_a_column_that_divides_rows_is_named(tmp_path):
     assert any('all rows are used, whatever their split (test, train)' in reason for reason in understood.reasons)
 
 
+def test_a_column_that_follows_from_the_grade_is_no_subgroup(tmp_path):
+    rows = [f'a{i},{i % 5},{("no", "yes")[i % 5 > 0]},{"fm"[i % 2]}' for i in range(20)]
+    assert keys(understand_table(write_rows(tmp_path, 'image,level,binary,sex', rows)), 'carry') == ('sex',)
+
+
+def test_grades_of_both_eyes_beside_one_image_are_refused(tmp_path):
+    csv = write_rows(tmp_path, 'image,left_grade,right_grade', [f'a{i},{i % 5},{(i + 1) % 5}' for i in range(20)])
+    with pytest.raises(AptosError, match='left_grade and right_grade are grades of both eyes, but a row names one'):
+        understand_table(csv)
+
+
+@pytest.mark.parametrize('ids, hint', [(lambda i: i, True), (lambda i: f'{i}.0', True), (lambda i: f'x{i}', False)])
+def test_ids_that_a_spreadsheet_made_numbers_are_explained(tmp_path, ids, hint):
+    csv = write_rows(tmp_path, 'image,level', [f'{i:04},{i % 5}' for i in range(20)])
+    write_lines(csv, ['image,level', *(f'{ids(i)},{i % 5}' for i in range(20))])
+    with pytest.raises(AptosError) as e: understand_table(csv)
+    assert ('Column image has the names of images as numbers' in str(e.value)) == hint
+
+
+@pytest.mark.parametrize('name', ['{}.png.jpg', 'sub/{}.PNG.jpeg'])
+@pytest.mark.parametrize('row', ['{}', '{}.png', 'https://host/photos/{}.png'])
+def test_names_with_two_suffixes_and_addresses(tmp_path, name, row):
+    for i in range(20):
+        file = tmp_path / name.format(f'a{i}')
+        file.parent.mkdir(exist_ok=True)
+        write_image(tmp_path / 'x.png', i)
+        (tmp_path / 'x.png').rename(file)
+    write_lines(tmp_path / 't.csv', ['image,level', *(f'{row.format(f"a{i}")},{i % 5}' for i in range(20))])
+    paths = understand_table(tmp_path / 't.csv').contents.frame.path
+    assert paths.tolist() == [str(tmp_path / name.format(f'a{i}')) for i in range(20)]
+
+
+@pytest.mark.parametrize('words', [('LE', 'RE'), ('Lt', 'Rt'), ('sx', 'dx')])
+def test_short_words_for_eyes(tmp_path, words):
+    rows = [f'a{i},{i % 5},{i // 2},{words[i % 2]}' for i in range(20)]
+    contents = understand_table(write_rows(tmp_path, 'image,level,patient,eye', rows)).contents
+    assert contents.frame.eye.tolist() == ['left', 'right'] * 10
+
+
 def test_values_that_name_a_grade_are_not_suggested_as_ungradable(tmp_path):
     cells = 'No DR', 'mild NPDR with DME', 'moderate', 'lost', '2.5'
     csv = write_rows(tmp_path, 'image,level', [f'a{i},{cells[i % 5]}' for i in range(20)])
@@ -456,7 +495,7 @@ def test_ids_that_a_spreadsheet_changed(tmp_path):
     assert understand_table(tmp_path / 't.xlsx').contents.frame.id_code[0] == '2020-01-01'
     csv = write_rows(tmp_path / 'b', 'image,grade', [f'{i:03},{i % 5}' for i in range(20)])
     write_lines(csv, ['image,grade', *(f'{i},{i % 5}' for i in range(20))])
-    with pytest.raises(AptosError, match='which has 000.png, 001.png, .* image has 0, 1, 2. Give the folder'):
+    with pytest.raises(AptosError, match='has 000.png, 001.png, .* image has 0, 1, 2. Column image has the names of'):
         understand_table(csv)
 
 

@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import cv2
@@ -61,6 +62,8 @@ def test_the_notebook_writes_a_submission_offline(uploaded):
     ids = pd.read_csv(test / 'test.csv').id_code
     unreadable = ids[3]
     (test / 'test_images' / f'{unreadable}.png').write_bytes(b'broken')
+    (root / 'input/another').mkdir()         # a dataset of this package with another model
+    (root / 'input/another/bundle.json').write_text('{}')
     ungradable = ids[5]
     cv2.imwrite(str(test / 'test_images' / f'{ungradable}.png'), np.zeros((96, 128, 3), np.uint8))
     pd.DataFrame(dict(id_code=ids[::-1], diagnosis=0)).to_csv(test / 'sample_submission.csv', index=False)
@@ -97,6 +100,19 @@ def test_what_is_uploaded(uploaded):
     names = {p.name for p in (folder / 'dataset').rglob('*') if p.is_file()}
     assert not {n for n in names if n.endswith(('.pkl', '.pyc', '.png', '.csv'))}
     assert 'report.html' in names and 'bundle.json' in names
+
+
+def test_a_notebook_without_its_dataset_ends(uploaded, monkeypatch):
+    "A newer dataset, or that of another model: the cell that looks for it says so, before anything is graded"
+    folder, root = uploaded
+    code = nbformat.read(folder / 'kernel/submission.ipynb', 4).cells[1].source
+    monkeypatch.setenv('KAGGLE_INPUT', str(root / 'input'))
+    monkeypatch.setattr('sys.path', list(sys.path))
+    exec(code, {})
+    bundle = root / 'input/aptos-fastai/bundle.json'
+    bundle.write_text(bundle.read_text() + ' ')
+    with pytest.raises(FileNotFoundError, match=r'lacks the dataset aptos-fastai-\S+ as it was .*input/aptos-fastai\)'):
+        exec(code, {})
 
 
 def test_a_bad_user_name_is_an_error(toy, capsys):

@@ -348,7 +348,7 @@ def test_damaged_files_parents_trained_again_and_unfinished_trainings(copied):
     assert reasons(open_run(copied))[0] == 'second fold 0: first was trained again'
     (root / 'first/fold0/stage.json').unlink()
     write_record(root / 'first/fold0/checkpoint.json', dict(epochs=3))
-    assert reasons(open_run(copied))[:1] == ['first fold 0: unfinished after 3 of 1 epochs']
+    assert reasons(open_run(copied))[:1] == ['first fold 0: unfinished after 3 epochs']
 
 
 def test_a_record_of_an_older_version(copied):
