@@ -6,7 +6,8 @@ On the same network, weights and folds, for each seed of folds and training:
 - 'student': the script of a fastai course: vision_learner, Resize, aug_transforms, fine_tune, squared error, rounding.
   It trains on as many images as teacher and retrain do;
 - 'answer': the mean of teacher and retrain, by thresholds fitted on the other folds;
-- 'teacher': half the time; it learns from no soft labels.
+- 'teacher': half the time; it learns from no soft labels;
+- 'half the epochs': the answer of teacher and retrain with half the epochs each.
 
 Times are those of training and validation, all on one machine. What is there already is not trained again. Differences
 are paired on the same images; the table takes the mean of kappa over the seeds, with a bootstrap that draws images and
@@ -35,6 +36,7 @@ from aptos_fastai.pipeline.summary import difference_text
 from recipes import RECIPE, VARIANTS, out_of_fold, run_command, training_seconds_of
 
 BOOTSTRAPS = 2000
+EPOCHS = 12                                  # of a stage of one_table.ini, one of them of the head alone
 Scores = tuple[pd.DataFrame, float]          # out of fold, and the seconds that they took
 
 
@@ -103,15 +105,18 @@ def student(folds: pd.DataFrame, seed: int, epochs: int, args: argparse.Namespac
 def results_of(seed: int, args: argparse.Namespace) -> dict[str, tuple[np.ndarray, float]]:
     "Train what is missing of a seed; return the grades of each with the seconds that it took, and the true grades"
     (teacher, t), (retrain, r) = (train(stage, 'ours', seed, args) for stage in ('teacher', 'retrain'))
+    halves = [train(stage, 'half', seed, args, [f'stage.epochs={EPOCHS // 2 - 1}']) for stage in ('teacher', 'retrain')]
     published, published_time = train('teacher', 'published', seed, args, VARIANTS['published recipe'].sets)
     if not published.fold.equals(teacher.fold): raise SystemExit('The folds of the two recipes differ.')
     n, soft = len(teacher) * (args.splits - 1), args.ungraded * args.splits
-    epochs = round((24 * n + 12 * soft) / n) - 1                           # and one epoch of the frozen body
+    epochs = round((2 * EPOCHS * n + EPOCHS * soft) / n) - 1               # and one epoch of the frozen body
     by_student, student_time = student(teacher, seed, epochs, args)
     found = {
         'answer': (teacher.assign(score=(teacher.score + retrain.score) / 2), t + r, None),
         'teacher': (teacher, t, None),
         'retrain': (retrain, t + r, None),
+        'half the epochs': (teacher.assign(score=np.mean([o.score for o, _ in halves], axis=0)),
+                            sum(seconds for _, seconds in halves), None),
         'published': (published, published_time, PUBLISHED_THRESHOLDS),
         'published, fitted thresholds': (published, published_time, None),
         'student': (by_student, student_time, MIDPOINTS),

@@ -38,6 +38,22 @@ def write_evaluation(folder, df, name='a/final', grouped_by='patients'):
 def used(df): return df.iloc[3:].astype(dict(diagnosis=int, grade=int))
 
 
+@pytest.mark.parametrize('precisions, words', [(('f32', 'bf16'), 'a: f32; b: bf16'), (('f32', 'f32'), ''),
+                                               ((None, 'f32'), 'a: unknown (older version); b: f32')])
+def test_precisions_that_differ_are_named(tmp_path, capsys, precisions, words):
+    for name, precision in zip('ab', precisions, strict=True):
+        write_finished_run(tmp_path / name)
+        summary = read_record(tmp_path / name / 'summary.json')
+        if precision: summary['stages'][0]['precision'] = precision
+        write_record(tmp_path / name / 'summary.json', summary)
+    for command in (['runs', tmp_path], ['compare', *(tmp_path / o for o in 'ab')],
+                    ['compare', f'{tmp_path / "a"}:teacher', f'{tmp_path / "b"}:teacher']):
+        main(list(map(str, command)))
+        out = ' '.join(capsys.readouterr().out.split()).replace(f'{tmp_path}/', '')
+        assert ('Trained in different precisions' in out) == bool(words)
+        assert words.replace('a: ', 'a:teacher: ').replace('b: ', 'b:teacher: ') in out or words in out
+
+
 def test_two_evaluations_are_compared_in_pairs(tmp_path, capsys):
     a, b = rows_of_evaluation(), rows_of_evaluation(noise=1, seed=1)
     first = write_evaluation(tmp_path / 'a', a)

@@ -184,12 +184,16 @@ def test_views_of_a_teacher_change_the_labels_and_train_its_student(copied):
     assert (old.diagnosis - new.diagnosis).abs().max() > 0
 
 
-def test_a_finished_run_is_not_trained_again_unasked(copied, capsys):
+@pytest.mark.parametrize('finished_by_all', [True, False])
+def test_a_finished_fold_is_not_trained_again_unasked(copied, capsys, finished_by_all):
     "With other settings it asks for a name or --replace, and changes nothing"
-    root, before = copied / 'runs/recipe', modified_times(copied)
+    root = copied / 'runs/recipe'
+    if not finished_by_all: (root / 'summary.json').unlink()
+    before = modified_times(copied)
     for command in (['all'], ['train', 'second']):
         expect_error(capsys, [*command, *options(copied, 'stage.second.lr=.02')],
-                     f'{root}: finished with other settings', 'second: lr: ', '--name NAME', '--replace')
+                     f'{root}: finished with other settings', 'second: lr: ', '--name NAME', '--replace',
+                     f'To go on with its own settings: python run.py all {root}')
     assert modified_times(copied) == before
     main(['train', 'second', *options(copied, 'stage.second.lr=.02'), '--name', 'other'])
     out = ' '.join(capsys.readouterr().out.split())
