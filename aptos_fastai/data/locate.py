@@ -52,10 +52,11 @@ def has_image_suffix(name: str) -> bool:
 class ImageLocator:
     """Find the file under `root` that a table names; a name that fits no file, or several, raises `LookupError`.
 
-    A name with a folder or the suffix of an image matches exactly, a bare name the one file with that name without
-    suffix, in any sub-folder. With `loose`, a name without such a match may match the one file that differs from it in
-    suffix, case or composition of accents, or that lies in a sub-folder; `loosely` counts these. A relative name must
-    lead into `within` (default: `root`), an absolute one, too, if `within` is given; otherwise it may lead anywhere.
+    A name with a folder or the suffix of an image matches exactly, or else the one file that differs in case alone; a
+    bare name matches the one file with that name without suffix, in any sub-folder. With `loose`, a name without such
+    a match may match the one file that differs from it in suffix, case or composition of accents, or that lies in a
+    sub-folder; `loosely` counts these. A relative name must lead into `within` (default: `root`), an absolute one, too,
+    if `within` is given; otherwise it may lead anywhere.
     """
     def __init__(self, root: Path, loose: bool = False, within: Path | None = None):
         self.root, self.loose, self.loosely = root, loose, 0
@@ -90,6 +91,11 @@ class ImageLocator:
         return self._index(lambda o: [without_suffix(o)])
 
     @cached_property
+    def by_case(self) -> dict[str, list[str]]:
+        "A path without differences of case -> files"
+        return self._index(lambda o: [_fold(o)])
+
+    @cached_property
     def by_folded(self) -> dict[str, list[str]]:
         "Every end of a path, with its suffix or without, folded -> files"
         return self._index(_folded_ends)
@@ -101,7 +107,7 @@ class ImageLocator:
         if text.startswith('/') or text[1:3] == ':/' or '://' in text: return self._absolute(name.strip(), text)
         path = posixpath.normpath(text)
         if os.path.isfile(f'{self.root}/{path}'): return self._contained(path)
-        candidates = self._candidates(path)
+        candidates = self._candidates(path) or ([] if self.loose else self.by_case.get(_fold(path), []))
         if candidates: return self._contained(self._only(candidates))
         if self.loose: candidates = self._loose_candidates(path)
         if not candidates: raise LookupError(self._missing(path))
@@ -123,8 +129,9 @@ class ImageLocator:
     def _missing(self, path: str) -> str:
         "Return why a name has no file; names files of that name in sub-folders"
         found = [] if '/' in path else self.by_name.get(unicodedata.normalize('NFC', path), [])
+        like = [] if found else self._loose_candidates(path)
         where = f'; {", ".join(found[:5])} has this name: give it with its folder' if found else ''
-        return f'{NO_IMAGE} in {self.root}{where}'
+        return f'{NO_IMAGE} in {self.root}{where}{f"; like it is {like[0]}" if len(like) == 1 else ""}'
 
     def _loose_candidates(self, path: str) -> list[str]:
         "Return the files whose folded path ends as the folded name does, with its suffix or without"

@@ -239,6 +239,10 @@ class _Columns:
         if graded and REFERABLE_NAME.search(self.keys.get('grade', '').casefold()):
             raise TableError(f'{self.file}: column {self.keys["grade"]} says whether an image is referable, which is '
                              'no grade of 0 to 4. Name the column of grades.')
+        for column in self._columns('grade') if graded else ():
+            if OTHER_GRADE.search(column.casefold()) and self._is_yes_or_no(column):
+                raise TableError(f'{self.file}: column {column} has only 0 and 1, which by its name are no grades of '
+                                 'retinopathy. Name the column of grades.')
         if graded and 'grade' not in self.keys:
             faults: list[TableError] = []
             with collected(faults):

@@ -12,7 +12,7 @@ import aptos_fastai
 from aptos_fastai.common.console import Bars, plural, say
 from aptos_fastai.common.io import AptosError, check_output_folder, digest, read_record
 from aptos_fastai.data.duplicates import group_duplicates
-from aptos_fastai.data.spreadsheet import first_few
+from aptos_fastai.data.spreadsheet import first_few, read_spreadsheet, require_column
 from aptos_fastai.data.tables import MISSING_IMAGES, PATIENT_OF_EYE, TableContents, describe, find_folder
 from aptos_fastai.data.understand import Ask, Understood, find_table
 from aptos_fastai.decisions import DECISION_COLUMNS, LEVELS, P_COLUMNS, UNGRADABLE, DecisionSpec
@@ -86,7 +86,7 @@ def evaluate_table(model: str, table: str, images: str = '', recipe: str = '', d
     if choices.prevalence is not None and not 0 < choices.prevalence < 1:
         raise AptosError(f'--prevalence {choices.prevalence:g}: enter a number between 0 and 1, for example 0.1.')
     understood = _named(find_table(table, images, recipe, data, ask, choices.skip_missing, **keys), table)
-    understood = replace(understood, table=_with_columns(understood.table, choices.by))
+    understood = replace(understood, table=_with_columns(understood.table, understood.data, choices.by))
     contents = understood.contents
     reasons = [*understood.reasons, describe(understood.table, contents)]
     for text in reasons: say(f'{understood.table.name}: {text}')
@@ -118,7 +118,7 @@ def _named(understood: Understood, name: str) -> Understood:
     return replace(understood, table=replace(understood.table, name=Path(name).resolve().stem))
 
 
-def _with_columns(table: Table, by: Iterable[str]) -> Table:
+def _with_columns(table: Table, data: Path, by: Iterable[str]) -> Table:
     "Return a graded table that carries the columns `by`, too, and none of `RESERVED`. Raises `AptosError`"
     if not table.graded: raise AptosError(f'{table.name}: has no grades to compare with. Name a graded table.')
     more = [column for column in by if column not in table.carried]
@@ -128,6 +128,10 @@ def _with_columns(table: Table, by: Iterable[str]) -> Table:
         if column in RESERVED: problem = 'predictions.csv has another column of this name; rename it in the CSV'
         if not table.csv: problem = 'a table without a CSV has no columns'
         if problem: raise AptosError(f'--by {column}: {problem}. Choose another column of {table.name}.')
+    if more:
+        csv = find_folder(table, data) / table.csv
+        df = read_spreadsheet(csv, header=table.header == 'yes', sheet=table.sheet)
+        for column in more: require_column(csv, df, column, 'Name one of them: --by COLUMN.')
     kept = [column for column in table.carry_columns if column not in RESERVED]
     return replace(table, carry=' | '.join([*kept, *more]))
 
@@ -141,10 +145,10 @@ def _all_images(contents: TableContents) -> pd.DataFrame:
 
 
 def _table_record(understood: Understood) -> dict:
-    "Return what tells one table from another: its name, its CSV's name, and a hash of where it lies"
+    "Return what tells one table from another: its name, its CSV's name, its grades, and a hash of where it lies"
     table = understood.table
     place = find_folder(table, understood.data).resolve() / (table.csv or table.images)
-    return dict(name=table.name, csv=Path(table.csv).name, grouped_by=table.grouped_by,
+    return dict(name=table.name, csv=Path(table.csv).name, grade=table.grade, grouped_by=table.grouped_by,
                 place=digest([os.fspath(place), table.where, *filter(None, [table.sheet])])[:12])
 
 
@@ -164,6 +168,8 @@ def check_folder(folder: Path, identity: dict, own: bool) -> None:
     if record['table']['place'] != identity['table']['place']:
         raise AptosError(f'{folder}: holds an evaluation on another table ({record["table"]["name"]}, '
                          f'{record["table"]["csv"]}), or on this one before it was moved. {where}')
+    if record['table'].get('grade', identity['table']['grade']) != identity['table']['grade']:
+        raise AptosError(f'{folder}: holds an evaluation by the grades of column {record["table"]["grade"]}. {where}')
     if own or record['model']['weights'] == identity['model']['weights']: return
     raise AptosError(f'{folder}: holds an evaluation of another model ({record["model"]["name"]}). {where}')
 
@@ -241,7 +247,8 @@ def _results(rows: pd.DataFrame, table: Table, model: ModelSpec, choices: Choice
     own = float((df.diagnosis >= REFERABLE).mean())
     prevalence = own if choices.prevalence is None else choices.prevalence
     counts = dict(_counts(rows, graded, df), missing=missing)
-    subgroups = subgroup_results(df, choices.by or table.carried)
+    called = model.decision.positive(df.score, df.grade, REFERABLE)
+    subgroups = subgroup_results(df.assign(called=called), choices.by or table.carried)
     return dict(
         counts=counts, prevalence=dict(value=prevalence, of_table=choices.prevalence is None),
         kappa=kappa_results(df), **_detection(df, model.decision), referral=_referral(df, model.decision, prevalence),
@@ -249,7 +256,15 @@ def _results(rows: pd.DataFrame, table: Table, model: ModelSpec, choices: Choice
         recall=recall_results(df), confusion=confusion_results(df), calibration=calibration_results(df),
         prediction_sets=set_results(df, model.coverage), gate=gate_results(df, by_graders), subgroups=subgroups,
         **_eyes(df, table, model), include_seen=choices.include_seen, unreadable=_errors(rows)[:20],
-        warnings=_warnings(counts, table, choices, subgroups, bool(model.eyes)))
+        warnings=[*_missing_grades(df), *_warnings(counts, table, choices, subgroups, bool(model.eyes))])
+
+
+def _missing_grades(df: pd.DataFrame) -> list[str]:
+    "Return a warning of images of the grades 0 and 1 alone, or of one grade"
+    grades = sorted(df.diagnosis.unique())
+    if grades[-1] > 1 and len(grades) > 1: return []
+    return [f'all images have grade {" or ".join(map(str, grades))}: is it a yes or no? Kappa and detection tell '
+            'nothing of the other grades']
 
 
 def _detection(df: pd.DataFrame, spec: DecisionSpec) -> dict[str, dict]:

@@ -152,8 +152,14 @@ class Grader:
                 current = following
 
     def predict(self, files: Iterable[str | Path] | str | Path) -> pd.DataFrame:
-        "Return a row (`COLUMNS`) for each image file; an unreadable one has its `error` and no grade"
-        if isinstance(files, str | Path): files = [files]
+        """Return a row (`COLUMNS`) for each image file; an unreadable or missing one has its `error` and no grade.
+
+        `files` are paths; of a folder, glob or CSV give `find_images([path])`. Raises `AptosError` for a folder.
+        """
+        files = [files] if isinstance(files, str | Path) else list(files)
+        for file in files:
+            if not isinstance(file, ImageEntry) and Path(file).is_dir():
+                raise AptosError(f'{file}: a folder. Give its images: find_images(["{file}"]).')
         parts = list(self.stream(files))
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=COLUMNS)
 

@@ -18,8 +18,9 @@ UNKNOWN = 'unknown'
 def subgroup_results(df: pd.DataFrame, columns: Iterable[str]) -> list[dict]:
     """Return a dict for each of `columns`: `column`, `note`, and `values` with metrics and differences.
 
-    `df` (score, grade, diagnosis, group and `columns`) are the evaluated images. A value `differs` in a metric if the
-    interval of its difference from the other images excludes 0, at 1 - `ALPHA` / the number of comparisons.
+    `df` (score, grade, called, diagnosis, group and `columns`) are the evaluated images; those `called` are referable
+    by the model. A value `differs` in a metric if the interval of its difference from the other images excludes 0, at
+    1 - `ALPHA` / the number of comparisons.
     """
     labels = {column: subgroup_labels(df[column]) for column in columns}
     inside = {(column, name): (label == name).to_numpy() for column, label in labels.items() for name in _names(label)}
@@ -28,7 +29,7 @@ def subgroup_results(df: pd.DataFrame, columns: Iterable[str]) -> list[dict]:
     level = 1 - ALPHA / max(tests, 1)
     results = []
     for column, label in labels.items():
-        note = '' if len(label) else f'more than {MAX_VALUES} values: no subgroups'
+        note = '' if len(label) else f'one value, or more than {MAX_VALUES}: no subgroups'
         values = [dict(name=name, **subgroup_metrics(df[inside[column, name]]),
                        **_differences(df, inside[column, name], level if (column, name) in compared else None))
                   for name in _names(label)]
@@ -43,7 +44,7 @@ def _comparisons(label: pd.Series, column: str, compared: list[tuple[str, str]])
 
 
 def subgroup_labels(values: pd.Series) -> pd.Series:
-    """Return the subgroup of each image, an ordered category; empty if a column has too many values.
+    """Return the subgroup of each image, an ordered category; empty if a column has one value or too many.
 
     More than `MAX_NUMBERS` different numbers become quartiles; an empty cell is `UNKNOWN`.
     """
@@ -51,7 +52,7 @@ def subgroup_labels(values: pd.Series) -> pd.Series:
     number = pd.to_numeric(text.where(text != ''), errors='coerce')
     if number.notna().equals(text != '') and number.nunique() > MAX_NUMBERS: text = _quartiles(number)
     counts = text.replace('', UNKNOWN).value_counts()
-    if len(counts) > MAX_VALUES: return pd.Series([], dtype='category')
+    if not 1 < len(counts) <= MAX_VALUES: return pd.Series([], dtype='category')
     order = sorted(counts.index, key=lambda o: (o == UNKNOWN, _first_number(o), -counts[o], o))
     return text.replace('', UNKNOWN).astype(pd.CategoricalDtype(order, ordered=True))
 
@@ -73,8 +74,8 @@ def _names(label: pd.Series) -> list[str]: return list(label.cat.categories)
 
 
 def subgroup_metrics(df: pd.DataFrame) -> dict:
-    "Return kappa, AUC, sensitivity and specificity of referable grades, and the mean error of a subgroup's images"
-    found = detected(df, df.grade >= REFERABLE, REFERABLE)
+    "Return a subgroup's kappa, AUC, sensitivity and specificity of the images `called` referable, and mean error"
+    found = detected(df, df.called, REFERABLE)
     return dict(images=len(df), kappa=kappa_of(df, df.grade), auc=auc_of(df, REFERABLE), **found,
                 mean_error=measure((df.score - df.diagnosis).mean(), None, len(df)))
 

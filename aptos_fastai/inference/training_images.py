@@ -7,6 +7,7 @@ import pandas as pd
 
 from aptos_fastai.common.io import AptosError, file_hash, read_record, verify_file, write_bytes
 from aptos_fastai.data.duplicates import known_bits, near_known
+from aptos_fastai.data.spreadsheet import first_few
 from aptos_fastai.run_folder import FINISHED, WEIGHTS
 
 if TYPE_CHECKING:
@@ -63,12 +64,13 @@ def _of_run(root: Path, networks: list[str]) -> Known:
     file = root / RUN_IMAGES
     if not file.is_file(): return None, OLD.format(file, 'Run `all` again')
     images, records = _read(file), _records(root, networks)
-    counts, notes, used = images.source.value_counts(), [], set()
+    counts, notes, used, foreign = images.source.value_counts(), list[str](), set[str](), dict[str, list[str]]()
     for name, record in records.items():
         tables = [entry.rpartition(':')[2] for entry in record['settings']['train']]
         used.update(tables)
-        if _is_foreign(record): notes.append(FOREIGN_WEIGHTS.format(name, record['settings']['weights']))
+        if _is_foreign(record): foreign.setdefault(record['settings']['weights'], []).append(name)
         if sum(record['images'].values()) > counts.reindex(tables).sum(): notes.append(FEWER.format(file.name, name))
+    notes += [FOREIGN_WEIGHTS.format(first_few(sorted(names)), file) for file, names in foreign.items()]
     known = images[images.source.isin(used)]
     return known[HASHES].drop_duplicates(), '; '.join(notes)
 

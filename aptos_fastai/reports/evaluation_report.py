@@ -339,7 +339,8 @@ def subgroup_section(record: dict) -> list[Table | str]:
         text = ('Marked where kappa, AUC or mean error differs from the other images: a bootstrap interval of '
                 f'{level} of the difference excludes 0.')
     return [f'{text} Subgroups of fewer than {MIN_IMAGES} images are shown, not marked. Kappa depends on the mix of '
-            f'grades, too. In parentheses: {_intervals(record)}. AUC, sensitivity and specificity: referable DR.',
+            f'grades, too. In parentheses: {_intervals(record)}. AUC: referable DR. '
+            f'Sensitivity and specificity: of {rule_text("operating_point", record)}.',
             *(_subgroup_table(o) for o in record['subgroups'])]
 
 

@@ -37,7 +37,7 @@ def graded(diagnosis, score=None, grade=None, **columns):
     grade = np.round(score) if grade is None else grade
     df = pd.DataFrame(dict(diagnosis=diagnosis, score=np.asarray(score, float), grade=np.asarray(grade, int),
                            ungradable='', group=np.arange(len(diagnosis)), grade_low=grade, grade_high=grade))
-    return df.assign(**columns)
+    return df.assign(called=df.grade >= 2).assign(**columns)
 
 
 # Closed forms
@@ -177,6 +177,14 @@ def test_another_mix_of_grades_is_no_mean_error():
     assert all('mean_error' not in o['differs'] for o in by_site['values'])
 
 
+def test_detection_in_a_subgroup_is_by_the_rule_of_the_whole():
+    "The images called referable by an operating point, not those of grades from 2 on"
+    y = np.tile(range(5), 20)
+    df = graded(y, part=np.where(np.arange(100) < 50, 'a', 'b'))
+    found = subgroup_results(df.assign(called=df.score >= 1), ['part'])[0]['values']
+    assert [(o['sensitivity']['value'], o['specificity']['value']) for o in found] == [(1, .5), (1, .5)]
+
+
 def test_small_subgroups_and_rests_are_shown_and_not_compared():
     y = np.tile(range(5), 20)
     found = subgroup_results(graded(y, part=np.where(np.arange(100) < 29, 'small', 'large')), ['part'])[0]
@@ -258,7 +266,8 @@ def test_the_record_counts_every_image(evaluation, toy):
     assert record['seen_unknown'] == ''
     model, _ = read_model(toy)
     assert record['model']['key'] == model.key and record['model']['thresholds'] == list(model.thresholds)
-    assert record['table'] | dict(place='') == dict(name='grades', csv='grades.csv', grouped_by='patients', place='')
+    assert record['table'] | dict(place='') == dict(name='grades', csv='grades.csv', grade='diagnosis',
+                                                   grouped_by='patients', place='')
     assert str(evaluation.parent) not in json.dumps(record) and record['synthetic']
     assert record['prevalence'] == dict(value=.1, of_table=False)
     assert record['gate']['rejected_of_ungradable'] == dict(value=1., images=1, reason='', interval=pytest.approx(
@@ -383,6 +392,14 @@ def test_an_evaluation_is_replaced_only_by_its_own_kind(toy_copy, clinic, tmp_pa
     shutil.copytree(clinic, tmp_path / 'other')
     args = ['evaluate', toy_copy / 'finetune_256', tmp_path / 'other/grades.csv', tmp_path / 'other/grades_images']
     expect_error(capsys, args, 'holds an evaluation on another table (grades, grades.csv)')
+    csv = clinic / 'grades.csv'
+    text = csv.read_text()
+    try:
+        pd.read_csv(csv, dtype=str, keep_default_na=False).assign(
+            other=[str(i % 5) for i in range(44)]).to_csv(csv, index=False)
+        args = ['evaluate', toy_copy / 'finetune_256', csv, clinic / 'grades_images', '--grade', 'other']
+        expect_error(capsys, args, 'holds an evaluation by the grades of column diagnosis')
+    finally: csv.write_text(text)
     (folder / 'notes.txt').write_text('mine')
     args = ['evaluate', toy_copy / 'finetune_256', clinic / 'grades.csv', clinic / 'grades_images']
     expect_error(capsys, args, 'holds files that evaluate did not write (notes.txt)')
@@ -390,7 +407,7 @@ def test_an_evaluation_is_replaced_only_by_its_own_kind(toy_copy, clinic, tmp_pa
 
 @pytest.mark.parametrize('options, words', [
     (['--prevalence', '10'], '--prevalence 10: enter a number between 0 and 1'),
-    (['--by', 'colour'], 'no column colour'),
+    (['--by', 'colour'], 'no column colour. Its columns are id_code, diagnosis, '),
     (['--by', 'eye'], '--by eye: it is not known which eye'),
     (['--by', 'score'], '--by score: predictions.csv has another column of this name')])
 def test_options_that_cannot_be(toy, clinic, tmp_path, capsys, options, words):

@@ -70,14 +70,25 @@ def test_a_name_with_a_folder_matches_that_folder_only(tmp_path):
     write(tmp_path, 'a/left.png', 'b/left.png', 'd/left.v2.png')
     found = listed(tmp_path, 'c/left.png', 'b/left.png', 'a\\left.png', 'b/left', 'd/left.v2', 'a/left.jpg')
     missing = f'no such image in {tmp_path}'
-    assert found == [missing, 'b/left.png', 'a/left.png', 'b/left.png', 'd/left.v2.png', missing]
+    assert found == [missing, 'b/left.png', 'a/left.png', 'b/left.png', 'd/left.v2.png',
+                     f'{missing}; like it is a/left.png']
 
 
 def test_a_name_with_a_suffix_does_not_match_another_suffix(tmp_path):
     write(tmp_path, 'left.png', 'x/right.jpg')
     assert listed(tmp_path, 'left.jpg', 'right.jpg', 'right') == [
-        f'no such image in {tmp_path}',
+        f'no such image in {tmp_path}; like it is left.png',
         f'no such image in {tmp_path}; x/right.jpg has this name: give it with its folder', 'x/right.jpg']
+
+
+def test_a_name_may_differ_in_case_from_its_only_file(tmp_path):
+    write(tmp_path, 'IMG_1.JPG', 'a/Eye.png', 'both.png', 'BOTH.png')
+    assert listed(tmp_path, 'img_1.jpg', 'A/eye.PNG', 'both.png', 'BOTH.png') == [
+        'IMG_1.JPG', 'a/Eye.png', 'both.png', 'BOTH.png']
+    assert listed(tmp_path, 'Both.png')[0].startswith('2 images have this name: BOTH.png, both.png')
+    (tmp_path / 't.csv').write_text('photo,eye\nimg_1.jpg,L\na/eye.png,R\n')
+    assert [str(o.path) for o in find_images([str(tmp_path / 't.csv')])] == [
+        str(tmp_path / name) for name in ('IMG_1.JPG', 'a/Eye.png')]
 
 
 def test_accents_may_be_coded_in_two_ways(tmp_path):
