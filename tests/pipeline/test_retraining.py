@@ -509,7 +509,9 @@ def test_a_file_of_initial_weights_is_compared_by_content(tmp_path, capsys):
     main(['plan', *options(tmp_path, f'stage.weights={absent}')])
     assert f'[stage.first] weights = {absent}: no such file' in capsys.readouterr().out
     for command in (['train', 'first'], ['all']):
-        with pytest.raises(SystemExit): main([*command, *options(tmp_path, f'stage.weights={absent}')])
+        args = [*command, *options(tmp_path, f'stage.weights={absent}')]
+        expect_error(capsys, args, f'first: weights: {absent}: no such file', '--replace')
+        with pytest.raises(SystemExit): main([*args, '--replace'])
         assert '[stage.first] weights = ' in (err := capsys.readouterr().err) and 'no such file' in err
     assert read_record(record)['settings']['weights'] == str(file) and weights_of(tmp_path) == before
     main(['train', 'first', *options(tmp_path, f'stage.weights={moved}')])             # records where the file is now
@@ -519,5 +521,5 @@ def test_a_file_of_initial_weights_is_compared_by_content(tmp_path, capsys):
     assert run.todo()['first'] == [0, 1]
     assert f'first: weights: {moved} has another content' in reasons(run)
     assert 'first: weights: none -> imagenet' not in reasons(run)
-    main(['train', 'first', *options(tmp_path, f'stage.weights={moved}')])
+    main(['train', 'first', *options(tmp_path, f'stage.weights={moved}'), '--replace'])
     assert before.keys() == weights_of(tmp_path).keys() and not before.items() & weights_of(tmp_path).items()
