@@ -11,7 +11,17 @@ import numpy as np
 import pandas as pd
 
 from aptos_fastai.common.console import plural
-from aptos_fastai.data.grades import BLANK, FEWEST_ROWS, read_grade, refuse_english_scale, ungradable_text
+from aptos_fastai.data.grade_columns import (
+    GRADE_NAME,
+    MOSTLY,
+    OTHER_GRADE,
+    REFERABLE_NAME,
+    SCALE_NAME,
+    UNGRADABLE,
+    WEAK_GRADE_NAME,
+    GradeColumns,
+)
+from aptos_fastai.data.grades import BLANK, read_grade
 from aptos_fastai.data.groups import EYE_PAIRS, EYES, EYES_OF_NAMES, UNKNOWN, not_eyes, patient_key, read_eyes
 from aptos_fastai.data.id_order import compare_id_orders
 from aptos_fastai.data.locate import ImageLocator, files_below, has_image_suffix, is_image, without_image_suffix
@@ -39,30 +49,19 @@ Ask = Callable[[str, list[str]], str]        # a question and its possible answe
 SAMPLE = 200                                 # rows that are searched among the images
 NEIGHBOUR_BLOCK = 10                         # ids in a group if neighbours have equal grades and patients are unknown
 ID_SHARE = .5                                # of the values of a column that name images, at least, for a candidate
-MOSTLY = .8                                  # of the values of a column that nearly has grades
 MOST_VALUES = 20                             # of a column that is carried
 ID_NAMES = (                                 # the first that a table has counts
     'id_code', 'image', 'image_id', 'file', 'filename', 'file name', 'image name', 'path', 'datei', 'dateiname', 'bild',
     'fichier', 'archivo', 'imagen', 'id', 'name')
-GRADE_NAME = re.compile(r'diagnos|retinopat|icdr|(^|[^a-z])dr([^a-z]|$)')
-WEAK_GRADE_NAME = re.compile(                # needs the values of grades, too
-    r'grade|level|label|class|stage|severity|befund|stufe|klasse|schwere|niveau|'
-    r'(^|[^a-z])(grado?s?|stade|stadi(o|um)|estadio|gravedad|gravit[éà]|classe)([^a-z]|$)')
-OTHER_GRADE = re.compile(
-    r'edema|oedema|dme|quality|gradab|risk|referable|clarity|artifact|field|glaucoma|amd|cataract|lens|hypertens|ckd|'
-    r'kidney|rop([^a-z]|$)|confidence|education|camera|visit|(^|[^a-z])(id|no|nr|number|name)([^a-z]|$)')
-REFERABLE_NAME = re.compile(r'referable|referral|binary')
 PATIENT_NAME = re.compile(r'patient|subject|person|(^|[^a-z])(pid|mrn|examination|study|participant)([^a-z]|$)')
 PART_NAME = re.compile(r'(^|[^a-z])(split|subset|usage|partition|set|fold)([^a-z]|$)')    # training and test rows
 PREDICTION_NAME = re.compile(r'predict|(^|[^a-z])(pred|score|prob)')
 NO_PATIENT = re.compile(
     r'(^|[^a-z])age([^a-z]|$)|sex|gender|site|clinic|date|name|race|ethnic|birth|dob|visit|status|eye|type|grade|level')
 PERSONAL = re.compile(r'name|initial|birth|dob|address|phone|email|mrn|ssn|comment|note')         # is never carried
-SCALE_NAME = re.compile(r'icdr')             # the international scale, which has the grades 0 to 4
 NUMBER_NAME = re.compile(r'(^|[^a-z])(id|no|nr|num|number|code|key|pid|mrn)([^a-z]|$)|id$')
 EYE_NAME = re.compile(
     r'eye|auge|œil|oeil|lateral|(^|[^a-z])(side|seite|côté|lado|lato|oculus|ojo|olho|occhio)([^a-z]|$)')
-UNGRADABLE = re.compile(r'|ungrad.*|unread.*|poor.*|bad.*|not? grad.*|n/?a|nan|none|null|u|x|5|5\.0|6|9|99|-1')
 EYE_PATTERN = r'(?i)[_\-. ]({})\d*(?:\.\w+)?$'               # of words for the eyes: left|right
 PATIENT_PATTERN = r'(?i)^(.+?)[_\-. ]+(?:{})\d*(?:\.\w+)?$'
 
@@ -200,7 +199,7 @@ class _Columns:
         elif 'header' not in keys: self._decide('header', 'no', 'the first row already names an image')
         bad = [column for column in df if '|' in column]
         if bad: raise TableError(f'{file}: column {bad[0]} has a | in its name, which separates columns. Rename it.')
-        self.df = df
+        self.df, self.grades = df, GradeColumns(file, df)
         self._use_preset()
 
     def _use_preset(self) -> None:
@@ -239,15 +238,12 @@ class _Columns:
         if graded and REFERABLE_NAME.search(self.keys.get('grade', '').casefold()):
             raise TableError(f'{self.file}: column {self.keys["grade"]} says whether an image is referable, which is '
                              'no grade of 0 to 4. Name the column of grades.')
-        for column in self._columns('grade') if graded else ():
-            if OTHER_GRADE.search(column.casefold()) and self._is_yes_or_no(column):
-                raise TableError(f'{self.file}: column {column} has only 0 and 1, which by its name are no grades of '
-                                 'retinopathy. Name the column of grades.')
+        if graded: self.grades.refuse_another_disease(self._columns('grade'))
         if graded and 'grade' not in self.keys:
             faults: list[TableError] = []
             with collected(faults):
                 self._find_grade()
-                self._refuse_without_0()
+                if 'ungradable' not in self.keys: self.grades.refuse_without_0(self._columns('grade'))
             if faults: self._raise_with_ids(faults, name, skip_missing)
         if graded and 'ungradable' not in self.keys: self._find_ungradable()
         if not {'patient', 'group', 'pairs', 'block'} & self.keys.keys(): self._find_patient()
@@ -322,27 +318,29 @@ class _Columns:
         return False
 
     def _find_grade(self) -> None:
-        others = [c for c in self._others('id', 'patient') if _looks_like_grades(self.df[c])]
+        others = [c for c in self._others('id', 'patient') if self.grades.has_grades(c)]
         possible = [c for c in others if not OTHER_GRADE.search(c.casefold())]
         named = [c for c in possible if GRADE_NAME.search(c.casefold())]
         weak = [c for c in possible if WEAK_GRADE_NAME.search(c.casefold())]
-        unnamed = [c for c in possible if self.df[c].map(read_grade).nunique() > 2]
+        unnamed = [c for c in possible if self.grades.count(c) > 2]
         if self.has_row_per_patient: return self._find_grade_of_sides(others)
         if named:                            # a second column that would do
-            least = max(3, max(map(self._grades, named)) - 1)
-            named += [c for c in weak if c not in named and self._grades(c) >= least]
-        if weak: weak += [c for c in unnamed if c not in weak and self._grades(c) > max(map(self._grades, weak))]
+            least = max(3, max(map(self.grades.count, named)) - 1)
+            named += [c for c in weak if c not in named and self.grades.count(c) >= least]
+        if weak:
+            most = max(map(self.grades.count, weak))
+            weak += [c for c in unnamed if c not in weak and self.grades.count(c) > most]
         for candidates, why in ((named, 'by its name and values'), (weak, 'by its name and values'),
                                 (unnamed, 'its values are grades')):
-            sides = _of_both_eyes(self.df, candidates)
+            sides = self.grades.filled_in_turn(candidates)
             if sides: return self._decide('grade', ' | '.join(sides), 'one of them is filled in each row')
-            if candidates is unnamed: self._refuse_nearly_grades(MOSTLY)
+            if candidates is unnamed: self.grades.refuse_nearly_grades(self._others('id', 'patient'), MOSTLY)
             if not candidates: continue
             chosen = self._choose_grade(candidates)
             rest = [c for c in others if c != chosen]
             text = f'; not {", ".join(rest)}' if rest else ''
             return self._decide('grade', chosen, why + text)
-        self._refuse_nearly_grades(0)
+        self.grades.refuse_nearly_grades(self._others('id', 'patient'), 0)
         raise TableError(f'{self.file}: no column has grades (0 to 4, I to IV, or words such as moderate). Its columns '
                          f'are {", ".join(self.df)}. Name the column: --grade COLUMN.')
 
@@ -351,59 +349,16 @@ class _Columns:
 
         Raises `TableError` if there is none.
         """
-        self._refuse_one_hot(columns)
+        self.grades.refuse_one_hot(columns)
         if len(columns) == 2 and _are_sides(*columns):
             raise TableError(f'{self.file}: {columns[0]} and {columns[1]} are grades of both eyes, but a row names one '
                              f'image ({self.keys["id"]}). Give each image a row with its own grade, or, if a row has '
                              'two images, name both columns: --id "LEFT | RIGHT".')
-        columns = [c for c in columns if not self._is_yes_or_no(c)] or columns
+        columns = self.grades.without_yes_or_no(columns)
         of_scale = [c for c in columns if SCALE_NAME.search(c.casefold())]
         chosen = self._choose('grade', of_scale if len(of_scale) == 1 else columns, 'the grade')
-        self._refuse_yes_or_no([chosen])
+        self.grades.refuse_yes_or_no([chosen])
         return chosen
-
-    def _refuse_nearly_grades(self, least: float) -> None:
-        """Raise `TableError` for the column of most grades beside other values.
-
-        Its share of grades is `least`, if its name is that of grades; another column has mostly grades.
-        """
-        columns = [c for c in self._others('id', 'patient') if not OTHER_GRADE.search(c.casefold())
-                   and not _looks_like_grades(self.df[c])]
-        shares = {c: float(np.isfinite(self.df[c].map(read_grade)).mean()) for c in columns}
-        shares = {c: share for c, share in shares.items() if share < 1 and (
-            share >= least and _is_named_as_grades(c) or share >= MOSTLY and self._grades(c) > 2)}
-        if not shares: return
-        column = max(shares, key=shares.__getitem__)
-        odd = sorted(text for text in self.df[column].unique() if np.isnan(read_grade(text)))
-        rows, shown = int(self.df[column].isin(odd).sum()), [text or BLANK for text in odd]
-        named = ungradable_text(pd.Series(odd))
-        refuse_english_scale(self.file, self.df[column])
-        advice = f'Correct them, or name those that mean ungradable: --grade "{column}" --ungradable "{named}".'
-        if rows > len(self.df) / 2: advice = 'Write them as 0 to 4 in another column, and name it: --grade COLUMN.'
-        raise TableError(f'{self.file}: column {column} has values that are no grades: {first_few(shown)} ({rows} of '
-                         f'{plural(len(self.df), "row")}). Grades are 0 to 4, I to IV or English words. {advice}')
-
-    def _grades(self, column: str) -> int:
-        "Return how many different grades a column has"
-        return self.df[column].map(read_grade).nunique()
-
-    def _is_yes_or_no(self, *columns: str) -> bool:
-        "Return whether columns have 0 and 1 alone, in enough rows to be hardly grades"
-        return {*self.df[[*columns]].map(read_grade).stack()} == {0, 1} and len(self.df) >= FEWEST_ROWS
-
-    def _refuse_yes_or_no(self, columns: list[str]) -> None:
-        "Raise `TableError` for columns of 0 and 1 alone"
-        if not self._is_yes_or_no(*columns): return
-        raise TableError(f'{self.file}: column {", ".join(columns)} has only the grades 0 and 1, so it looks like a '
-                         'yes or no (referable, any retinopathy). If they are grades, add --grade '
-                         f'"{" | ".join(columns)}".')
-
-    def _refuse_one_hot(self, columns: list[str]) -> None:
-        "Raise `TableError` for columns of 0 and 1 of which each row has the 1 in one: its place is the grade"
-        grades = self.df[columns].map(read_grade)
-        if len(columns) < 3 or not (grades.isin([0, 1]).all(axis=None) and (grades.sum(axis=1) == 1).all()): return
-        raise TableError(f'{self.file}: the columns {", ".join(columns)} have a 1 in one of them in each row. Write '
-                         'one column with the grade, 0 to 4, and name it: --grade COLUMN.')
 
     def _find_grade_of_sides(self, candidates: list[str]) -> None:
         "Find the grade of each image where a row holds two"
@@ -414,19 +369,9 @@ class _Columns:
             if not mine:
                 raise TableError(f'{self.file}: no column has the grade of {image}. Name both columns: --grade '
                                  '"LEFT | RIGHT".')
-            mine = [c for c in mine if not self._is_yes_or_no(c)] or mine
-            found.append(self._choose('grade', mine, f'the grade of {image}'))
-        self._refuse_yes_or_no(found)
+            found.append(self._choose('grade', self.grades.without_yes_or_no(mine), f'the grade of {image}'))
+        self.grades.refuse_yes_or_no(found)
         self._decide('grade', ' | '.join(found), 'one for each image of a row')
-
-    def _refuse_without_0(self) -> None:
-        "Raise `TableError` for grades without a 0, unless `ungradable` is given: their scale may begin at 1"
-        columns = list(self._columns('grade'))
-        texts = sorted(set(self.df[columns].to_numpy().ravel()) - {''})
-        if 'ungradable' in self.keys or len(self.df) < FEWEST_ROWS or any(read_grade(t) == 0 for t in texts): return
-        raise TableError(f'{self.file}: column {", ".join(columns)} has no grade 0 (it has {first_few(texts)}). If its '
-                         'scale begins at 1, write 0 to 4 of the international scale; if not, add --grade '
-                         f'"{self.keys["grade"]}".')
 
     def _find_ungradable(self) -> None:
         columns = [self.df[name] for name in self._columns('grade')]
@@ -476,19 +421,13 @@ class _Columns:
         names = [c for c in others if 1 < self.df[c].nunique() <= most and c not in COLUMNS_OF_SCORES
                  and not any(o.search(c.casefold()) for o in (PERSONAL, PREDICTION_NAME))]
         ages = [c for c in others if c.casefold() == 'age' and c not in names]
-        names = [c for c in names if not self._follows_from_grade(c)]
+        names = [c for c in names if not self.grades.give(self._columns('grade'), c)]
         if names or ages: self._decide('carry', ' | '.join(names + ages), 'few values each: subgroups')
         for c in names:
             if PART_NAME.search(c.casefold()):
                 values = first_few(sorted(self.df[c].unique()))
                 self.reasons.append(f'all rows are used, whatever their {c} ({values}); to use some alone, write them '
                                     'to another CSV')
-
-    def _follows_from_grade(self, column: str) -> bool:
-        "Return whether each grade has one value of a column, as a yes or no that was made of it: then it tells nothing"
-        grades = self.df[[*self._columns('grade')]].agg(' '.join, axis=1)
-        return len(self.df) >= 3 * grades.nunique() and self.df.groupby(grades)[column].nunique().max() == 1
-
 
 def image_shares(df: pd.DataFrame, has_image: Callable[[str], bool]) -> dict[str, float]:
     "Return which share of a sample of its values names images, for each column of mostly different values"
@@ -500,10 +439,6 @@ def image_shares(df: pd.DataFrame, has_image: Callable[[str], bool]) -> dict[str
 def id_rank(column: str) -> int:
     "Return the place of a column's name among those of ids; names that say nothing come last"
     return ID_NAMES.index(column.casefold()) if column.casefold() in ID_NAMES else len(ID_NAMES)
-
-
-def _is_named_as_grades(column: str) -> bool:
-    return bool(GRADE_NAME.search(column.casefold()) or WEAK_GRADE_NAME.search(column.casefold()))
 
 
 def sides_of(columns: Iterable[str]) -> dict[str, str]:
@@ -521,14 +456,6 @@ def sides_of(columns: Iterable[str]) -> dict[str, str]:
 
 
 def _are_sides(a: str, b: str) -> bool: return {*sides_of([a, b]).values()} == {'left', 'right'}
-
-
-def _looks_like_grades(values: pd.Series) -> bool:
-    "Return whether every value is a grade, or means ungradable, and some are grades"
-    unique = values.unique()
-    grades = [o for o in unique if np.isfinite(read_grade(o))]
-    others = [o for o in unique if np.isnan(read_grade(o))]
-    return bool(grades) and all(UNGRADABLE.fullmatch(o.casefold()) for o in others)
 
 
 def _last_words(ids: pd.Series) -> str:
@@ -563,12 +490,3 @@ def _patients_by_eye(ids: pd.Series) -> str:
     words = _last_words(ids)
     pattern = PATIENT_PATTERN.format(words)
     return pattern if words and ids.str.extract(pattern)[0].nunique() < len(ids) else ''
-
-
-def _of_both_eyes(df: pd.DataFrame, columns: Iterable[str]) -> list[str]:
-    "Return two columns of which exactly one is filled in each row; an empty list if there are none"
-    columns = list(columns)
-    for i, a in enumerate(columns):
-        for b in columns[i + 1:]:
-            if ((df[a] != '') ^ (df[b] != '')).all() and df[a].any() and df[b].any(): return [a, b]
-    return []

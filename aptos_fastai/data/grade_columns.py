@@ -1,0 +1,117 @@
+"What the columns of a CSV say of grades: which can hold them, and which only seem to."
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from aptos_fastai.common.console import plural
+from aptos_fastai.data.grades import BLANK, FEWEST_ROWS, read_grade, refuse_english_scale, ungradable_text
+from aptos_fastai.data.spreadsheet import TableError, first_few
+
+GRADE_NAME = re.compile(r'diagnos|retinopat|icdr|(^|[^a-z])dr([^a-z]|$)')
+WEAK_GRADE_NAME = re.compile(                # needs the values of grades, too
+    r'grade|level|label|class|stage|severity|befund|stufe|klasse|schwere|niveau|'
+    r'(^|[^a-z])(grado?s?|stade|stadi(o|um)|estadio|gravedad|gravit[éà]|classe)([^a-z]|$)')
+OTHER_GRADE = re.compile(
+    r'edema|oedema|dme|quality|gradab|risk|referable|clarity|artifact|field|glaucoma|amd|cataract|lens|hypertens|ckd|'
+    r'kidney|rop([^a-z]|$)|confidence|education|camera|visit|(^|[^a-z])(id|no|nr|number|name)([^a-z]|$)')
+REFERABLE_NAME = re.compile(r'referable|referral|binary')
+SCALE_NAME = re.compile(r'icdr')             # the international scale, which has the grades 0 to 4
+UNGRADABLE = re.compile(r'|ungrad.*|unread.*|poor.*|bad.*|not? grad.*|n/?a|nan|none|null|u|x|5|5\.0|6|9|99|-1')
+MOSTLY = .8                                  # of the values of a column that nearly has grades
+
+
+@dataclass(frozen=True)
+class GradeColumns:
+    "The columns of a CSV, as columns of grades"
+    file: Path
+    df: pd.DataFrame = field(repr=False)
+
+    def count(self, column: str) -> int:
+        "Return how many different grades a column has"
+        return self.df[column].map(read_grade).nunique()
+
+    def has_grades(self, column: str) -> bool:
+        "Return whether every value is a grade, or means ungradable, and some are grades"
+        unique = self.df[column].unique()
+        others = [o for o in unique if np.isnan(read_grade(o))]
+        return len(others) < len(unique) and all(UNGRADABLE.fullmatch(o.casefold()) for o in others)
+
+    def is_yes_or_no(self, *columns: str) -> bool:
+        "Return whether columns have 0 and 1 alone, in enough rows to be hardly grades"
+        return {*self.df[[*columns]].map(read_grade).stack()} == {0, 1} and len(self.df) >= FEWEST_ROWS
+
+    def without_yes_or_no(self, columns: list[str]) -> list[str]:
+        "Return those of `columns` that have more than 0 and 1; all of them if none has"
+        return [column for column in columns if not self.is_yes_or_no(column)] or columns
+
+    def filled_in_turn(self, columns: Sequence[str]) -> list[str]:
+        "Return two columns of which exactly one is filled in each row; an empty list if there are none"
+        for i, a in enumerate(columns):
+            for b in columns[i + 1:]:
+                filled = self.df[a] != '', self.df[b] != ''
+                if (filled[0] ^ filled[1]).all() and filled[0].any() and filled[1].any(): return [a, b]
+        return []
+
+    def give(self, grades: Sequence[str], column: str) -> bool:
+        "Return whether the columns `grades` give the value of `column`, as of a yes or no that was made of the grade"
+        known = self.df[[*grades]].agg(' '.join, axis=1)
+        return len(self.df) >= 3 * known.nunique() and self.df.groupby(known)[column].nunique().max() == 1
+
+    # What is hardly a column of grades raises `TableError`
+
+    def refuse_yes_or_no(self, columns: Sequence[str]) -> None:
+        "Refuse columns of 0 and 1 alone"
+        if not self.is_yes_or_no(*columns): return
+        raise TableError(f'{self.file}: column {", ".join(columns)} has only the grades 0 and 1, so it looks like a '
+                         'yes or no (referable, any retinopathy). If they are grades, add --grade '
+                         f'"{" | ".join(columns)}".')
+
+    def refuse_another_disease(self, columns: Sequence[str]) -> None:
+        "Refuse a column of 0 and 1 that is named as something else than retinopathy"
+        for column in columns:
+            if OTHER_GRADE.search(column.casefold()) and self.is_yes_or_no(column):
+                raise TableError(f'{self.file}: column {column} has only 0 and 1, which by its name are no grades of '
+                                 'retinopathy. Name the column of grades.')
+
+    def refuse_one_hot(self, columns: list[str]) -> None:
+        "Refuse columns of 0 and 1 of which each row has the 1 in one: its place is the grade"
+        grades = self.df[columns].map(read_grade)
+        if len(columns) < 3 or not (grades.isin([0, 1]).all(axis=None) and (grades.sum(axis=1) == 1).all()): return
+        raise TableError(f'{self.file}: the columns {", ".join(columns)} have a 1 in one of them in each row. Write '
+                         'one column with the grade, 0 to 4, and name it: --grade COLUMN.')
+
+    def refuse_without_0(self, columns: Sequence[str]) -> None:
+        "Refuse grades without a 0: their scale may begin at 1"
+        texts = sorted(set(self.df[[*columns]].to_numpy().ravel()) - {''})
+        if len(self.df) < FEWEST_ROWS or any(read_grade(t) == 0 for t in texts): return
+        raise TableError(f'{self.file}: column {", ".join(columns)} has no grade 0 (it has {first_few(texts)}). If its '
+                         'scale begins at 1, write 0 to 4 of the international scale; if not, add --grade '
+                         f'"{" | ".join(columns)}".')
+
+    def refuse_nearly_grades(self, columns: Sequence[str], least: float) -> None:
+        """Refuse the one of `columns` that has most grades beside other values.
+
+        Its share of grades is `least`, if its name is that of grades; another column has mostly grades.
+        """
+        columns = [c for c in columns if not OTHER_GRADE.search(c.casefold()) and not self.has_grades(c)]
+        shares = {c: float(np.isfinite(self.df[c].map(read_grade)).mean()) for c in columns}
+        shares = {c: share for c, share in shares.items() if share < 1 and (
+            share >= least and _is_named_as_grades(c) or share >= MOSTLY and self.count(c) > 2)}
+        if not shares: return
+        column = max(shares, key=shares.__getitem__)
+        odd = sorted(text for text in self.df[column].unique() if np.isnan(read_grade(text)))
+        rows, shown = int(self.df[column].isin(odd).sum()), [text or BLANK for text in odd]
+        named = ungradable_text(pd.Series(odd))
+        refuse_english_scale(self.file, self.df[column])
+        advice = f'Correct them, or name those that mean ungradable: --grade "{column}" --ungradable "{named}".'
+        if rows > len(self.df) / 2: advice = 'Write them as 0 to 4 in another column, and name it: --grade COLUMN.'
+        raise TableError(f'{self.file}: column {column} has values that are no grades: {first_few(shown)} ({rows} of '
+                         f'{plural(len(self.df), "row")}). Grades are 0 to 4, I to IV or English words. {advice}')
+
+
+def _is_named_as_grades(column: str) -> bool:
+    return bool(GRADE_NAME.search(column.casefold()) or WEAK_GRADE_NAME.search(column.casefold()))
