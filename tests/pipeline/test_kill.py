@@ -138,20 +138,20 @@ def check(rows: list[dict]):
 
 
 def test_killed_twice_and_run_again_it_ends_with_the_same(small, no_report, tmp_path, capsys):
-    "By SIGKILL within the first fold and, resumed, by Ctrl-C within the last one; never by a lucky moment"
-    options = small_options(small, 'stage.epochs=3', 'stage.freeze_epochs=1', *TRAINING)
+    "By SIGKILL within the first training and, resumed, by Ctrl-C within the last one; never by a lucky moment"
+    options = small_options(small, 'stage.folds=1', 'stage.epochs=3', 'stage.freeze_epochs=1', *TRAINING)
     main(['all', *options, '--runs', str(tmp_path / 'undisturbed')])
     runs = tmp_path / 'killed'
     log, code = kill_at_line(runs, options, 'epoch 2/4', signal.SIGKILL)
     assert code == -signal.SIGKILL and not list(runs.rglob('stage.json'))
-    log, code = kill_at_line(runs, options, 'retrain fold 1  epoch 3/4', signal.SIGINT)
-    assert [o[::2] for o in resumed_in(log)] == [('teacher fold 0', '4')]
-    assert code == 130 and 'error: stopped' in log and 'to resume' in log and len(list(runs.rglob('stage.json'))) == 3
+    log, code = kill_at_line(runs, options, 'retrain  epoch 3/4', signal.SIGINT)
+    assert [o[::2] for o in resumed_in(log)] == [('teacher', '4')]
+    assert code == 130 and 'error: stopped' in log and 'to resume' in log and len(list(runs.rglob('stage.json'))) == 1
     capsys.readouterr()
     main(['all', *options, '--runs', str(runs)])
-    assert [o[::2] for o in resumed_in(capsys.readouterr().out)] == [('retrain fold 1', '4')]
+    assert [o[::2] for o in resumed_in(capsys.readouterr().out)] == [('retrain', '4')]
     want = results(tmp_path / 'undisturbed')
-    assert len(want) == 2 + 4 * 3 and results(runs) == want and not left_over(runs)
+    assert len(want) == 2 + 2 * 3 and results(runs) == want and not left_over(runs)
 
 
 @pytest.mark.slow
