@@ -105,6 +105,14 @@ class RunOptions:
         from aptos_fastai.pipeline.graph import load_run
         return load_run(self.recipe, self.data, self.runs, self.sets or [], node, self.name)
 
+    def check_table(self, name: str) -> None:
+        "Raise `AptosError` if the recipe has no such table, before others are looked for"
+        from aptos_fastai.pipeline.other_runs import read_run_recipe
+        from aptos_fastai.recipe import check_choice, preset_files
+        recipe = read_run_recipe(self.recipe, self.runs, self.name, demo=self.data == 'demo', sets=self.sets or [])
+        advice = f'; to use the preset: [table.NAME] preset = {name}' if name in preset_files() else ''
+        check_choice(name, recipe.tables, f'{name}: no such table in {recipe.path}{advice}')
+
     def resolved(self, given: Collection[str]) -> 'RunOptions':
         "Return the options with those of the run folder, if one was named; `given` are the names of the others"
         from aptos_fastai.common.io import AptosError
@@ -412,8 +420,8 @@ def inspect(options: RunOptions,
     """
     from aptos_fastai import commands
     keys = given(id=id, grade=grade, patient=patient, eye=eye, ungradable=ungradable, sheet=sheet)
-    commands.inspect(options.load, table, count, images, options.runs, options.name, options.sets or [], ask_user(),
-                     keys)
+    commands.inspect(options.load, options.check_table, table, count, images, options.runs, options.name,
+                     options.sets or [], ask_user(), keys)
 
 
 @command

@@ -163,6 +163,7 @@ BAD_COMMANDS = {
     'label: graded table': (['label', 'finetune_256', 'aptos_train'], ['aptos_train: no such ungraded table']),
     'lr_find: no such stage': (['lr_find', 'nope'], ['nope: no such stage']),
     'inspect: no such table': (['inspect', 'nope'], ['nope: no such table', 'aptos_train']),
+    'inspect: a preset': (['inspect', 'messidor2'], ['messidor2: no such table', '[table.NAME] preset = messidor2']),
     'inspect: no such file': (['inspect', 'grades.csv', '--recipe', 'nowhere.ini'], ['grades.csv: no such file']),
     'export: run is a file': (['export', __file__], [f'{__file__}: no model here']),
     'inspect: not a number': (['inspect', 'aptos_train', 'many'], ['many']),

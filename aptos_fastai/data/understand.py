@@ -47,6 +47,8 @@ from aptos_fastai.recipe import (
 Ask = Callable[[str, list[str]], str]        # a question and its possible answers -> one of them
 
 SAMPLE = 200                                 # rows that are searched among the images
+PRESET_KEYS = (                              # of a table that is recognised as that of a preset
+    'id', 'grade', 'ungradable', 'patient', 'pairs', 'group', 'block', 'eye', 'carry', 'where', 'sheet', 'relabels')
 NEIGHBOUR_BLOCK = 10                         # ids in a group if neighbours have equal grades and patients are unknown
 ID_SHARE = .5                                # of the values of a column that name images, at least, for a candidate
 MOST_VALUES = 20                             # of a column that is carried
@@ -209,7 +211,7 @@ class _Columns:
             columns = [*preset.id_columns, *preset.grade_columns]
             if Path(preset.csv).name != self.file.name or preset.header == 'no': continue
             if not preset.graded or not set(columns) <= set(self.df): continue
-            for key in ('id', 'grade', 'ungradable', 'patient', 'pairs', 'group', 'block', 'eye', 'carry'):
+            for key in PRESET_KEYS:
                 value = getattr(preset, key)
                 if not value or key in self.keys: continue
                 if key == 'pairs' and not (self.file.parent / value).is_file(): continue

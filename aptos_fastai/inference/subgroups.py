@@ -57,6 +57,14 @@ def subgroup_labels(values: pd.Series) -> pd.Series:
     return text.replace('', UNKNOWN).astype(pd.CategoricalDtype(order, ordered=True))
 
 
+def subgroup_counts(values: pd.Series) -> dict[str, int]:
+    "Return how many images each subgroup of a column has: of one value that, of too many how many have any"
+    labels = subgroup_labels(values)
+    if len(labels): return {str(name): int(n) for name, n in labels.value_counts().items()}
+    one = values.iloc[0] or UNKNOWN if values.nunique() == 1 else f'more than {MAX_VALUES} values'
+    return {one: len(values)}
+
+
 def _quartiles(number: pd.Series) -> pd.Series:
     "Return the quartile of each number as text, 'LOWEST to HIGHEST'; '' where there is none"
     quarter = pd.qcut(number, 4, duplicates='drop')

@@ -8,6 +8,7 @@ import pandas as pd
 
 from aptos_fastai.data.groups import natural_order
 from aptos_fastai.data.store import read_square
+from aptos_fastai.inference.subgroups import subgroup_labels
 from aptos_fastai.metrics import apply_thresholds, kappa_interval, quadratic_kappa, thresholds_or_midpoints
 from aptos_fastai.recipe import parse_thresholds
 from aptos_fastai.run_folder import Run
@@ -17,7 +18,6 @@ OTHERS = 'others'
 VISUAL_CLUSTERS = 5
 ID_RANGES = 5                                # of each table
 RADIUS_STEP = .1                             # of the retina's radius / image width, which differs between cameras
-MAX_VALUES = 20                              # of a column of the tables; with more it is no subgroup
 MAX_IMAGES = 5000                            # a random sample of more validation images
 PERMUTATIONS = 200
 TABLE, CAMERA, VISUAL, ID_RANGE = 'table', 'camera', 'visual cluster', 'id range'
@@ -41,7 +41,8 @@ def cluster_results(run: Run, valid: pd.DataFrame, setting: str) -> list[dict]:
     labels = {TABLE: df.source.to_numpy(object)} if df.source.nunique() > 1 else {}
     labels |= {CAMERA: camera_labels(df), VISUAL: visual_labels(run, df), ID_RANGE: id_range_labels(df)}
     for column in run.recipe.carried:
-        if df[column].nunique() <= MAX_VALUES: labels[column] = df[column].replace('', 'unknown').to_numpy(object)
+        found = subgroup_labels(df[column])
+        if len(found): labels[column] = found.to_numpy(object)
     return [cluster_result(kind, df, label, setting) for kind, label in labels.items()]
 
 

@@ -13,6 +13,7 @@ from aptos_fastai.decisions import DecisionSpec, decision_of_record
 from aptos_fastai.inference.eyes import NO_INDEPENDENT_READING
 from aptos_fastai.inference.measures import auc_of, confusion_results, recall_results, set_results
 from aptos_fastai.inference.referral import cross_fitted_sets, decision_results, fit_decision
+from aptos_fastai.inference.subgroups import subgroup_counts
 from aptos_fastai.metrics import (
     GRADES,
     MIDPOINTS,
@@ -23,7 +24,7 @@ from aptos_fastai.metrics import (
     kappa_interval,
     quadratic_kappa,
 )
-from aptos_fastai.pipeline.clusters import MAX_VALUES, cluster_results, cluster_warnings
+from aptos_fastai.pipeline.clusters import cluster_results, cluster_warnings
 from aptos_fastai.pipeline.eyes import fit_run_eyes, fused_columns
 from aptos_fastai.pipeline.lineage import weights_warnings
 from aptos_fastai.recipe import Stage, parse_thresholds
@@ -202,7 +203,7 @@ def table_results(run: Run) -> list[dict]:
     """Return what each table holds and what it is used for.
 
     grades: images of each grade, None if ungraded; groups: number of what `grouped_by` names (patients, images …);
-    carried: for each carried column of few values how many images have each.
+    carried: for each carried column how many images have each value, number range, or too many values.
     """
     return [_table_result(run, name, frame) for name, frame in run.frames.items()]
 
@@ -211,11 +212,9 @@ def _table_result(run: Run, name: str, frame: pd.DataFrame) -> dict:
     "Return the entry of one table"
     table = run.recipe.tables[name]
     grades = [int((frame.diagnosis == grade).sum()) for grade in range(GRADES)] if table.graded else None
-    carried = {column: frame[column].replace('', 'unknown').value_counts() for column in table.carried}
     return dict(table=name, uses=table_uses(run, name), images=len(frame), grades=grades, grouped_by=table.grouped_by,
                 groups=int(frame.group.nunique()), ungradable_by_graders=run.ungradable.get(name, 0),
-                carried={column: {str(value): int(n) for value, n in counts.items()}
-                         for column, counts in carried.items() if len(counts) <= MAX_VALUES})
+                carried={column: subgroup_counts(frame[column]) for column in table.carried})
 
 
 def table_uses(run: Run, name: str) -> list[str]:

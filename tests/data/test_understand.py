@@ -1,13 +1,14 @@
 "Tables without a recipe: which column is what, and what happens where two would do."
 import datetime
 import shutil
+from dataclasses import fields
 
 import pytest
 from layouts import LAYOUTS, grade_of, write_image, write_lines
 
 from aptos_fastai.common.io import AptosError
 from aptos_fastai.data.tables import table_contents
-from aptos_fastai.data.understand import find_table, sides_of, understand_table
+from aptos_fastai.data.understand import PRESET_KEYS, find_table, sides_of, understand_table
 from aptos_fastai.recipe import Table
 
 
@@ -91,6 +92,18 @@ def test_the_column_of_the_international_scale_wins_and_a_yes_or_no_never_does(t
     csv = write_rows(tmp_path, 'image,DR_SDRG,retinopathy_level,diabetic_retinopathy', rows)
     with pytest.raises(AptosError, match='can be in 2 columns: DR_SDRG, retinopathy_level. Choose one'):
         understand_table(csv)
+
+
+def test_the_table_of_a_preset_keeps_all_its_keys(tmp_path, monkeypatch):
+    rows = [f'a{i},{i % 5},{("good", "bad")[i % 2]}' for i in range(20)]
+    csv = write_rows(tmp_path, 'image,level,quality', rows)
+    preset = Table(name='own', csv='t.csv', images='.', id='image', grade='level', where='quality = good')
+    monkeypatch.setattr('aptos_fastai.data.understand.preset_files', lambda: ['own'])
+    monkeypatch.setattr('aptos_fastai.data.understand.preset_table', lambda name: preset)
+    understood = understand_table(csv)
+    assert understood.table.where == 'quality = good' and len(understood.contents.frame) == 10
+    others = 'name', 'preset', 'csv', 'images', 'header', 'order', 'optional', 'folder'
+    assert {f.name for f in fields(Table)} == {*PRESET_KEYS, *others}
 
 
 def test_a_column_that_divides_rows_is_named(tmp_path):
