@@ -26,7 +26,7 @@ from aptos_fastai.inference.measures import (
     set_results,
 )
 from aptos_fastai.inference.model_spec import read_model
-from aptos_fastai.inference.subgroups import subgroup_labels, subgroup_results
+from aptos_fastai.inference.subgroups import subgroup_counts, subgroup_labels, subgroup_results
 from aptos_fastai.inference.training_images import BUNDLE_IMAGES, HASHES, RUN_IMAGES, training_images
 from aptos_fastai.metrics import auc, kappa_interval, quadratic_kappa
 
@@ -207,6 +207,14 @@ def test_numbers_become_quartiles_and_empty_cells_unknown():
     few = subgroup_labels(pd.Series(['2', '10', '2', '']))
     assert list(few.cat.categories) == ['2', '10', 'unknown']
     assert subgroup_results(graded([0] * 21, name=[f'n{i}' for i in range(21)]), ['name'])[0]['values'] == []
+
+
+def test_how_many_images_each_subgroup_has():
+    assert subgroup_counts(pd.Series(['A', 'B', 'A', ''])) == dict(A=2, B=1, unknown=1)
+    assert subgroup_counts(pd.Series([str(o) for o in range(20, 60)])) == {
+        '20 to 29': 10, '30 to 39': 10, '40 to 49': 10, '50 to 59': 10}
+    assert subgroup_counts(pd.Series(['A', 'A'])) == dict(A=2) and subgroup_counts(pd.Series(['', ''])) == dict(unknown=2)
+    assert subgroup_counts(pd.Series([f'n{i}' for i in range(21)])) == {'more than 20 values': 21}
 
 
 # From images to files
