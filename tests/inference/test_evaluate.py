@@ -213,7 +213,8 @@ def test_how_many_images_each_subgroup_has():
     assert subgroup_counts(pd.Series(['A', 'B', 'A', ''])) == dict(A=2, B=1, unknown=1)
     assert subgroup_counts(pd.Series([str(o) for o in range(20, 60)])) == {
         '20 to 29': 10, '30 to 39': 10, '40 to 49': 10, '50 to 59': 10}
-    assert subgroup_counts(pd.Series(['A', 'A'])) == dict(A=2) and subgroup_counts(pd.Series(['', ''])) == dict(unknown=2)
+    assert subgroup_counts(pd.Series(['A', 'A'])) == dict(A=2)
+    assert subgroup_counts(pd.Series(['', ''])) == dict(unknown=2)
     assert subgroup_counts(pd.Series([f'n{i}' for i in range(21)])) == {'more than 20 values': 21}
 
 
