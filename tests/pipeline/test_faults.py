@@ -293,7 +293,7 @@ def test_a_pickle_is_not_loaded_unless_trusted(toy, tables, small_recipe, tmp_pa
     expect_error(capsys, args, 'own.pkl: this file is a pickle', f'--trust {own}')
     main([*args, '--trust', str(own)])
     assert not capsys.readouterr().err and not trace.exists()
-    expect_error(capsys, [*args, '--set', 'stage.wd=.3'], 'is a pickle')      # trust is for one command
+    expect_error(capsys, [*args, '--set', 'stage.wd=.3', '--replace'], 'is a pickle')      # trust is for one command
 
 
 def test_an_exchanged_learner_or_checkpoint_is_not_loaded(toy_copy, no_report, tmp_path, capsys):

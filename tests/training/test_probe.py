@@ -120,12 +120,13 @@ def test_another_learning_rate_takes_the_features_from_the_store(tables, small_r
     assert out.count('features of 40 images') == out.count('features of 40 images x 8 views -> ') == 1   # for all folds
     first = features_files()
     monkeypatch.setattr(frozen, 'predict_view_features', None)
-    main(['train', 'teacher', *args_in(tables, small_recipe, tmp_path / 'runs', '--set', 'stage.lr=.05')])
+    main(['train', 'teacher', *args_in(tables, small_recipe, tmp_path / 'runs', '--set', 'stage.lr=.05'), '--replace'])
     out = capsys.readouterr().out
     assert out.count('features of 40 images') == out.count('features of 40 images x 8 views are in ') == 1
     assert features_files() == first
     monkeypatch.undo()
-    main(['train', 'teacher', *args_in(tables, small_recipe, tmp_path / 'runs', '--set', 'recipe.seed=7')])   # weights
+    main(['train', 'teacher', *args_in(tables, small_recipe, tmp_path / 'runs', '--set', 'recipe.seed=7'),
+          '--replace'])                      # weights
     assert len(features_files()) == 2
 
 
