@@ -20,6 +20,9 @@ OTHER_GRADE = re.compile(
     r'kidney|rop([^a-z]|$)|confidence|education|camera|visit|(^|[^a-z])(id|no|nr|number|name)([^a-z]|$)')
 REFERABLE_NAME = re.compile(r'referable|referral|binary')
 SCALE_NAME = re.compile(r'icdr')             # the international scale, which has the grades 0 to 4
+OTHER_SCALE = re.compile(r'sdrg|scottish|etdrs|nhs|english')
+MADE_OF_GRADE = re.compile(
+    r'binary|refer|label|grade|level|stage|sever|diagnos|retinopat|^(type|class|category)$|(^|[^a-z])dr([^a-z]|$)')
 UNGRADABLE = re.compile(r'|ungrad.*|unread.*|poor.*|bad.*|not? grad.*|n/?a|nan|none|null|u|x|5|5\.0|6|9|99|-1')
 MOSTLY = .8                                  # of the values of a column that nearly has grades
 
@@ -42,11 +45,13 @@ class GradeColumns:
 
     def is_yes_or_no(self, *columns: str) -> bool:
         "Return whether columns have 0 and 1 alone, in enough rows to be hardly grades"
-        return {*self.df[[*columns]].map(read_grade).stack()} == {0, 1} and len(self.df) >= FEWEST_ROWS
+        grades = self.df[[*columns]].map(read_grade).to_numpy(float)
+        return {*grades[np.isfinite(grades)]} == {0, 1} and len(self.df) >= FEWEST_ROWS
 
     def without_yes_or_no(self, columns: list[str]) -> list[str]:
-        "Return those of `columns` that have more than 0 and 1; all of them if none has"
-        return [column for column in columns if not self.is_yes_or_no(column)] or columns
+        "Return those of `columns` that have more than 0 and 1; all of them if none such is named as retinopathy"
+        found = [column for column in columns if not self.is_yes_or_no(column)]
+        return found if any(GRADE_NAME.search(column.casefold()) for column in found) else columns
 
     def filled_in_turn(self, columns: Sequence[str]) -> list[str]:
         "Return two columns of which exactly one is filled in each row; an empty list if there are none"
@@ -57,7 +62,8 @@ class GradeColumns:
         return []
 
     def give(self, grades: Sequence[str], column: str) -> bool:
-        "Return whether the columns `grades` give the value of `column`, as of a yes or no that was made of the grade"
+        "Return whether the columns `grades` give the value of `column`, which is named as made of the grade"
+        if not MADE_OF_GRADE.search(column.casefold()): return False
         known = self.df[[*grades]].agg(' '.join, axis=1)
         return len(self.df) >= 3 * known.nunique() and self.df.groupby(known)[column].nunique().max() == 1
 
@@ -73,15 +79,17 @@ class GradeColumns:
     def refuse_another_disease(self, columns: Sequence[str]) -> None:
         "Refuse a column of 0 and 1 that is named as something else than retinopathy"
         for column in columns:
-            if OTHER_GRADE.search(column.casefold()) and self.is_yes_or_no(column):
+            name = column.casefold()
+            if OTHER_GRADE.search(name) and not GRADE_NAME.search(name) and self.is_yes_or_no(column):
                 raise TableError(f'{self.file}: column {column} has only 0 and 1, which by its name are no grades of '
                                  'retinopathy. Name the column of grades.')
 
     def refuse_one_hot(self, columns: list[str]) -> None:
-        "Refuse columns of 0 and 1 of which each row has the 1 in one: its place is the grade"
+        "Refuse columns of 0 and 1 of which a row has the 1 in one, or none: its place is the grade"
         grades = self.df[columns].map(read_grade)
-        if len(columns) < 3 or not (grades.isin([0, 1]).all(axis=None) and (grades.sum(axis=1) == 1).all()): return
-        raise TableError(f'{self.file}: the columns {", ".join(columns)} have a 1 in one of them in each row. Write '
+        ones = grades.sum(axis=1)
+        if len(columns) < 3 or not grades.isin([0, 1]).all(axis=None) or ones.max() > 1 or ones.mean() < .5: return
+        raise TableError(f'{self.file}: the columns {", ".join(columns)} have a 1 in one of them in a row. Write '
                          'one column with the grade, 0 to 4, and name it: --grade COLUMN.')
 
     def refuse_without_0(self, columns: Sequence[str]) -> None:
@@ -106,7 +114,8 @@ class GradeColumns:
         odd = sorted(text for text in self.df[column].unique() if np.isnan(read_grade(text)))
         rows, shown = int(self.df[column].isin(odd).sum()), [text or BLANK for text in odd]
         named = ungradable_text(pd.Series(odd))
-        refuse_english_scale(self.file, self.df[column])
+        values = self.df[column]
+        refuse_english_scale(self.file, values[~values.str.casefold().str.fullmatch(UNGRADABLE)])
         advice = f'Correct them, or name those that mean ungradable: --grade "{column}" --ungradable "{named}".'
         if rows > len(self.df) / 2: advice = 'Write them as 0 to 4 in another column, and name it: --grade COLUMN.'
         raise TableError(f'{self.file}: column {column} has values that are no grades: {first_few(shown)} ({rows} of '

@@ -19,7 +19,8 @@ GRADE_WORDS = (                              # patterns of the grades 0 to 4, be
     f'(npdr )?severe{_WITHOUT_VESSELS}|iii|r3',
     f'pdr|proliferat(iv)?e( {_DISEASE})?|iv|r4')
 _NAMES_GRADE = re.compile(
-    r'(?<!\d)[0-4](?!\d)|(^|[^a-z])(mild|moderate|severe|n?pdr|proliferat\w*|retinopath\w*|r\d\w?)([^a-z]|$)')
+    r'^[0-4](?!\d)|(^|[^a-z])(mild|moderate|severe|normal|healthy|background|no signs|n?pdr|dr|i{1,3}[ab]?|iv|'
+    r'proliferat\w*|retinopath\w*|r[0-4]\w*)([^a-z]|$)')
 BLANK = 'blank'                              # in the key `ungradable`: an empty cell
 MOST_ODD = 8                                 # values that are listed to be named as ungradable
 FEWEST_ROWS = 10                             # a table with so many rows has more than one grade
@@ -82,7 +83,7 @@ def _canonical(text: str) -> str:
 
 def refuse_english_scale(csv: Path, texts: pd.Series) -> None:
     "Raise `TableError` for the grades of English screening, as R0, R3A or R2M1: its R3 is proliferative"
-    words = set(texts.str.casefold().str.replace(' ', '')) - {''}
+    words = set(texts.str.casefold().str.replace('[ /,-]', '', regex=True)) - {''}
     letters = {word for word in words if re.fullmatch(r'r\d[a-z]?(m\d[a-z]?)?(p\d)?', word)}
     if letters and letters == words and 'r4' not in letters:
         shown = first_few([word.upper() for word in sorted(letters)])
@@ -91,8 +92,9 @@ def refuse_english_scale(csv: Path, texts: pd.Series) -> None:
 
 
 def ungradable_text(texts: pd.Series) -> str:
-    "Return values for the key `ungradable`: some of `texts` that name no grade, or VALUE"
-    return ' | '.join(text or BLANK for text in texts.unique()[:MOST_ODD] if not names_grade(text)) or 'VALUE'
+    "Return values for the key `ungradable`: those of `texts` that name no grade, or VALUE for none or too many"
+    found = [text or BLANK for text in texts.unique() if not names_grade(text)]
+    return ' | '.join(found) if 0 < len(found) <= MOST_ODD else 'VALUE'
 
 
 def read_grades(csv: Path, texts: pd.Series, ids: pd.Series, table: Table) -> np.ndarray:

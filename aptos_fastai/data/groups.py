@@ -19,7 +19,7 @@ EYE_PAIRS = [tuple(pair.split('/')) for pair in (                # words for lef
     'izquierdo/derecho izquierda/derecha esquerdo/direito sinistro/destro sx/dx le/re lt/rt s/d g/d i/d e/d').split()]
 EYES = {word: eye for pair in EYE_PAIRS for word, eye in zip(pair, ('left', 'right'), strict=True)}
 LETTERS = {'s', 'd', 'g', 'i', 'e'}          # in a column they are eyes only where two of a pair are all that occurs
-AMBIGUOUS = LETTERS | {'la', 'ra', 'oe', 'oi', 'le', 're', 'lt', 'rt'}       # alone in a file's name they say nothing
+AMBIGUOUS = LETTERS | {'la', 'ra', 'oe', 'oi', 'le', 're', 'lt', 'rt', 'sx', 'dx'}   # alone in a name: nothing
 EYES_OF_NAMES = EYES.keys() - AMBIGUOUS
 EYE_NOUNS = 'eye', 'auge', 'oeil', 'œil', 'ojo', 'olho', 'occhio'
 EYE_EXAMPLES = 'L, R, left, right, OS, OD, OG, LA, RA, links, rechts, gauche, droit, izquierdo, derecho'

@@ -52,11 +52,11 @@ def has_image_suffix(name: str) -> bool:
 class ImageLocator:
     """Find the file under `root` that a table names; a name that fits no file, or several, raises `LookupError`.
 
-    A name with a folder or the suffix of an image matches exactly, or else the one file that differs in case alone; a
-    bare name matches the one file with that name without suffix, in any sub-folder. With `loose`, a name without such
-    a match may match the one file that differs from it in suffix, case or composition of accents, or that lies in a
-    sub-folder; `loosely` counts these. A relative name must lead into `within` (default: `root`), an absolute one, too,
-    if `within` is given; otherwise it may lead anywhere.
+    A name with a folder or the suffix of an image matches exactly, or else the one file whose suffix is `.JPG` for
+    `.jpg`; a bare name matches the one file with that name without suffix, in any sub-folder. With `loose`, a name
+    without such a match may match the one file that differs from it in suffix, case or composition of accents, or that
+    lies in a sub-folder; `loosely` counts these. A relative name must lead into `within` (default: `root`), an absolute
+    one, too, if `within` is given; otherwise it may lead anywhere.
     """
     def __init__(self, root: Path, loose: bool = False, within: Path | None = None):
         self.root, self.loose, self.loosely = root, loose, 0
@@ -91,23 +91,28 @@ class ImageLocator:
         return self._index(lambda o: [without_suffix(o)])
 
     @cached_property
-    def by_case(self) -> dict[str, list[str]]:
-        "A path without differences of case -> files"
-        return self._index(lambda o: [_fold(o)])
+    def by_suffix(self) -> dict[str, list[str]]:
+        "A path with its suffix in lower case -> files"
+        return self._index(lambda o: [_with_lower_suffix(o)])
 
     @cached_property
     def by_folded(self) -> dict[str, list[str]]:
         "Every end of a path, with its suffix or without, folded -> files"
         return self._index(_folded_ends)
 
+    @cached_property
+    def by_bare(self) -> dict[str, list[str]]:
+        "Every end of a path without any suffix of an image, folded -> files: left.png.jpg is left"
+        return self._index(_folded_bare_ends)
+
     def __call__(self, name: str) -> Path:
         "Return the file that `name` names"
         text = name.strip().replace('\\', '/')
         if not text: raise LookupError('the row names no image')
-        if text.startswith('/') or text[1:3] == ':/' or '://' in text: return self._absolute(name.strip(), text)
+        if text.startswith('/') or text[1:3] == ':/': return self._absolute(name.strip(), text)
         path = posixpath.normpath(text)
         if os.path.isfile(f'{self.root}/{path}'): return self._contained(path)
-        candidates = self._candidates(path) or ([] if self.loose else self.by_case.get(_fold(path), []))
+        candidates = self._candidates(path) or ([] if self.loose else self.by_suffix.get(_with_lower_suffix(path), []))
         if candidates: return self._contained(self._only(candidates))
         if self.loose: candidates = self._loose_candidates(path)
         if not candidates: raise LookupError(self._missing(path))
@@ -137,7 +142,8 @@ class ImageLocator:
         "Return the files whose folded path ends as the folded name does, with its suffix or without"
         bare = without_image_suffix(path)
         names = [path, bare, *(name.removeprefix(f'{self.root.name}/') for name in (path, bare))]
-        return next((self.by_folded[name] for name in map(_fold, names) if name in self.by_folded), [])
+        return next((index[name] for index in (self.by_folded, self.by_bare) for name in map(_fold, names)
+                     if name in index), [])
 
     def _only(self, candidates: list[str]) -> str:
         "Return the only image among files"
@@ -162,7 +168,7 @@ class ImageLocator:
         return [file for file in others if has_image_suffix(file) or is_image(self.root / file)]
 
     def _absolute(self, name: str, text: str) -> Path:
-        "Return the file of an absolute name; with `loose`, one of another computer, or a URL, may match by its end"
+        "Return the file of an absolute name; with `loose`, one of another computer may match by the end of its path"
         if os.path.isfile(name) and (self.anywhere or Path(name).resolve().is_relative_to(self.within)):
             return Path(name)
         parts = text.split('/')[1:] if self.loose else []
@@ -180,6 +186,12 @@ def without_image_suffix(path: str) -> str:
     return without_suffix(path) if has_image_suffix(path) else path
 
 
+def _with_lower_suffix(path: str) -> str:
+    "Return 'a/Left.jpg' for 'a/Left.JPG'"
+    stem = without_suffix(path)
+    return unicodedata.normalize('NFC', stem + path[len(stem):].lower())
+
+
 def _fold(text: str) -> str:
     "Return the text without differences of case and of the composition of accents"
     return unicodedata.normalize('NFC', text).casefold()
@@ -192,8 +204,12 @@ def without_suffix(path: str) -> str:
 
 
 def _folded_ends(path: str) -> Iterable[str]:
-    "Return 'left', 'left.jpg', 'a/left', 'a/left.jpg' … of a file, folded; of two suffixes of images either, or both"
+    "Return 'left', 'left.jpg', 'a/left', 'a/left.jpg' … of a file, folded"
     parts = _fold(path).split('/')
     ends = ['/'.join(parts[-n:]) for n in range(1, len(parts) + 1)]
-    bare = {without_suffix(end) for end in ends}
-    return {*ends, *bare, *map(without_image_suffix, bare)}                # left, of left.png.jpg
+    return {*ends, *map(without_suffix, ends)}
+
+
+def _folded_bare_ends(path: str) -> Iterable[str]:
+    "Return 'left', 'a/left' … of a file left.png.jpg, folded"
+    return {without_image_suffix(end) for end in _folded_ends(path)}

@@ -15,6 +15,7 @@ from aptos_fastai.data.grade_columns import (
     GRADE_NAME,
     MOSTLY,
     OTHER_GRADE,
+    OTHER_SCALE,
     REFERABLE_NAME,
     SCALE_NAME,
     UNGRADABLE,
@@ -56,8 +57,9 @@ ID_NAMES = (                                 # the first that a table has counts
     'id_code', 'image', 'image_id', 'file', 'filename', 'file name', 'image name', 'path', 'datei', 'dateiname', 'bild',
     'fichier', 'archivo', 'imagen', 'id', 'name')
 PATIENT_NAME = re.compile(r'patient|subject|person|(^|[^a-z])(pid|mrn|examination|study|participant)([^a-z]|$)')
-PART_NAME = re.compile(r'(^|[^a-z])(split|subset|usage|partition|set|fold)([^a-z]|$)')    # training and test rows
-PREDICTION_NAME = re.compile(r'predict|(^|[^a-z])(pred|score|prob)')
+PART_NAME = re.compile(                      # of training and test rows
+    r'(^|[^a-z])(split|subset|usage|partition|(data)?set|fold|is_?train|is_?test|train_test)([^a-z]|$)')
+PREDICTION_NAME = re.compile(r'(^|[^a-z])(predict(ed|ions?)?|preds?|prob(ability)?)([^a-z]|$)')
 NO_PATIENT = re.compile(
     r'(^|[^a-z])age([^a-z]|$)|sex|gender|site|clinic|date|name|race|ethnic|birth|dob|visit|status|eye|type|grade|level')
 PERSONAL = re.compile(r'name|initial|birth|dob|address|phone|email|mrn|ssn|comment|note')         # is never carried
@@ -214,7 +216,8 @@ class _Columns:
             for key in PRESET_KEYS:
                 value = getattr(preset, key)
                 if not value or key in self.keys: continue
-                if key == 'pairs' and not (self.file.parent / value).is_file(): continue
+                if key in ('pairs', 'relabels') and not (self.file.parent / value).is_file(): continue
+                if key == 'where' and value.partition('=')[0].strip() not in self.df: continue
                 self._decide(key, str(value), f'as the preset {name}')
             return
 
@@ -335,7 +338,9 @@ class _Columns:
         for candidates, why in ((named, 'by its name and values'), (weak, 'by its name and values'),
                                 (unnamed, 'its values are grades')):
             sides = self.grades.filled_in_turn(candidates)
-            if sides: return self._decide('grade', ' | '.join(sides), 'one of them is filled in each row')
+            if sides:
+                self.grades.refuse_yes_or_no(sides)
+                return self._decide('grade', ' | '.join(sides), 'one of them is filled in each row')
             if candidates is unnamed: self.grades.refuse_nearly_grades(self._others('id', 'patient'), MOSTLY)
             if not candidates: continue
             chosen = self._choose_grade(candidates)
@@ -357,8 +362,10 @@ class _Columns:
                              f'image ({self.keys["id"]}). Give each image a row with its own grade, or, if a row has '
                              'two images, name both columns: --id "LEFT | RIGHT".')
         columns = self.grades.without_yes_or_no(columns)
+        others = [c for c in columns if OTHER_SCALE.search(c.casefold())]
         of_scale = [c for c in columns if SCALE_NAME.search(c.casefold())]
-        chosen = self._choose('grade', of_scale if len(of_scale) == 1 else columns, 'the grade')
+        is_clear = len(of_scale) == 1 and len(others) == len(columns) - 1
+        chosen = self._choose('grade', of_scale if is_clear else columns, 'the grade')
         self.grades.refuse_yes_or_no([chosen])
         return chosen
 
@@ -423,13 +430,16 @@ class _Columns:
         names = [c for c in others if 1 < self.df[c].nunique() <= most and c not in COLUMNS_OF_SCORES
                  and not any(o.search(c.casefold()) for o in (PERSONAL, PREDICTION_NAME))]
         ages = [c for c in others if c.casefold() == 'age' and c not in names]
-        names = [c for c in names if not self.grades.give(self._columns('grade'), c)]
+        made = [c for c in names if self.grades.give(self._columns('grade'), c)]
+        if made: self.reasons.append(f'not carried: {", ".join(made)} (made of the grade: one value for each)')
+        names = [c for c in names if c not in made]
         if names or ages: self._decide('carry', ' | '.join(names + ages), 'few values each: subgroups')
         for c in names:
-            if PART_NAME.search(c.casefold()):
+            if PART_NAME.search(c.casefold()) and not self.keys.get('where', '').startswith(c):
                 values = first_few(sorted(self.df[c].unique()))
                 self.reasons.append(f'all rows are used, whatever their {c} ({values}); to use some alone, write them '
                                     'to another CSV')
+
 
 def image_shares(df: pd.DataFrame, has_image: Callable[[str], bool]) -> dict[str, float]:
     "Return which share of a sample of its values names images, for each column of mostly different values"

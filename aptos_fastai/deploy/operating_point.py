@@ -43,6 +43,7 @@ def write_operating_point(model: str, refer: Refer, output: str = '', graded: st
     `where`; images that the model was trained on are left out, and with `skip_missing` rows without an image. Weights,
     grades and probabilities stay as they are. Raises `AptosError` if the folder exists or no point can be chosen.
     """
+    if skip_missing and not graded: raise AptosError('--skip-missing: name the graded images with --table.')
     spec, root = read_model(model)
     if spec.eyes:
         raise AptosError(f'{model}: grades by both eyes of a patient, whose operating points are fitted by `all` only. '

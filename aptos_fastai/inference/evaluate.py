@@ -44,7 +44,7 @@ FORMAT = 2                                   # of evaluation.json
 DECIDED = [*DECISION_COLUMNS, *P_COLUMNS]
 COLUMNS = ['id_code', 'diagnosis', 'score', 'grade', *DECIDED, 'grade_low', 'grade_high', 'ungradable', 'group',
            'pixel_sha256', 'image_sha256', 'seen', 'error']
-RESERVED = {*COLUMNS, *HASHES, 'path', 'source'}               # names that no column of the table can have
+RESERVED = {*COLUMNS, *HASHES, 'path', 'source', 'called'}               # names that no column of the table can have
 FEW_IMAGES = 30                              # fewer are too few for any conclusion
 SEEN = ('{} of {} images were used to train or tune the model ({} identical, {} near copies) and are counted all the '
         'same (--include-seen): these figures are optimistic')

@@ -49,7 +49,7 @@ def subgroup_labels(values: pd.Series) -> pd.Series:
     More than `MAX_NUMBERS` different numbers become quartiles; an empty cell is `UNKNOWN`.
     """
     text = values.fillna('').astype(str).str.strip()
-    number = pd.to_numeric(text.where(text != ''), errors='coerce')
+    number = pd.to_numeric(text.where(text != ''), errors='coerce').replace([np.inf, -np.inf], np.nan)
     if number.notna().equals(text != '') and number.nunique() > MAX_NUMBERS: text = _quartiles(number)
     counts = text.replace('', UNKNOWN).value_counts()
     if not 1 < len(counts) <= MAX_VALUES: return pd.Series([], dtype='category')
@@ -58,11 +58,16 @@ def subgroup_labels(values: pd.Series) -> pd.Series:
 
 
 def subgroup_counts(values: pd.Series) -> dict[str, int]:
-    "Return how many images each subgroup of a column has: of one value that, of too many how many have any"
-    labels = subgroup_labels(values)
-    if len(labels): return {str(name): int(n) for name, n in labels.value_counts().items()}
-    one = values.iloc[0] or UNKNOWN if values.nunique() == 1 else f'more than {MAX_VALUES} values'
-    return {one: len(values)}
+    "Return how many images have each value of a column, or range of numbers; of too many values how many have any"
+    labels = values_or_subgroups(values)
+    if not len(labels): return {f'more than {MAX_VALUES} values': len(values)}
+    return {str(name): int(n) for name, n in labels.value_counts().items()}
+
+
+def values_or_subgroups(values: pd.Series) -> pd.Series:
+    "Return the value of each image if a column has few, else its `subgroup_labels`"
+    text = values.fillna('').astype(str).str.strip().replace('', UNKNOWN)
+    return text if text.nunique() <= MAX_VALUES else subgroup_labels(values)
 
 
 def _quartiles(number: pd.Series) -> pd.Series:

@@ -8,7 +8,7 @@ import pandas as pd
 
 from aptos_fastai.data.groups import natural_order
 from aptos_fastai.data.store import read_square
-from aptos_fastai.inference.subgroups import subgroup_labels
+from aptos_fastai.inference.subgroups import values_or_subgroups
 from aptos_fastai.metrics import apply_thresholds, kappa_interval, quadratic_kappa, thresholds_or_midpoints
 from aptos_fastai.recipe import parse_thresholds
 from aptos_fastai.run_folder import Run
@@ -41,7 +41,7 @@ def cluster_results(run: Run, valid: pd.DataFrame, setting: str) -> list[dict]:
     labels = {TABLE: df.source.to_numpy(object)} if df.source.nunique() > 1 else {}
     labels |= {CAMERA: camera_labels(df), VISUAL: visual_labels(run, df), ID_RANGE: id_range_labels(df)}
     for column in run.recipe.carried:
-        found = subgroup_labels(df[column])
+        found = values_or_subgroups(df[column])
         if len(found): labels[column] = found.to_numpy(object)
     return [cluster_result(kind, df, label, setting) for kind, label in labels.items()]
 

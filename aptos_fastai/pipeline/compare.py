@@ -230,8 +230,7 @@ def say_precisions(precisions: dict[str, str]) -> None:
     "Print what models were trained in, by their names, if they differ"
     if len(set(precisions.values())) < 2: return
     text = '; '.join(f'{name}: {precision or "unknown (older version)"}' for name, precision in precisions.items())
-    say(f'Trained in different precisions, which change results, too. {text}. `precision = auto` takes the faster one '
-        'of a timing: set [stage] precision for equal ones.', 'yellow')
+    say(f'Trained in different precisions ([stage] precision), which change results, too. {text}', 'yellow')
 
 
 # Two evaluations

@@ -271,7 +271,7 @@ def show_downloads(recipe: str, sets: list[str], data: Path) -> None:
     except AptosError: return                # the recipe is wrong, which is a finding already
     if not downloads: return
     archives = archives_text(data)
-    if archives: return say(f'{data}:{archives}', 'yellow')
+    if archives: say(f'{data}:{archives}', 'yellow')
     say('To download the tables from Kaggle:\n'
         '1. pip install kaggle, and save your API token as its documentation describes.\n'
         '2. Accept the rules on the page of each competition.\n'

@@ -155,9 +155,10 @@ def check_replaced(run: Run, stages: Collection[str]) -> None:
     lost = {name: [k for k in folds if run.has_changed(name, k)] for name, folds in todo.items()}
     reasons = training_reasons(run, {name: folds for name, folds in lost.items() if folds})
     if not reasons: return
+    own = f' To go on with its own settings: {COMMAND} all {shlex.quote(str(run.root))}'
     raise AptosError(f'{run.root}: finished with other settings or images ({" | ".join(reasons)}). Add --name NAME to '
-                     'train another run, which takes what has not changed, or --replace to train again here. To go on '
-                     f'with its own settings: {COMMAND} all {shlex.quote(str(run.root))}')
+                     'train another run, which takes what has not changed, or --replace (of `all`, `train`, `label`) '
+                     f'to train again here.{own if any(" -> " in reason for reason in reasons) else ""}')
 
 
 def with_prepared(run: Run) -> Run:

@@ -39,7 +39,7 @@ SETS_CONDITION = 'from the same source as the training images (cameras, clinics,
 SETS_CAUTION = ('the submitted model was trained on pseudo-labels of these test images: their prediction sets can '
                 'contain the true grade less often')
 NEARLY_EQUAL = .1                            # thresholds closer than this leave a grade that is hardly ever predicted
-SUMMARY_FORMAT = 11                          # of summary.json and scores.csv; `all` replaces older ones
+SUMMARY_FORMAT = 12                          # of summary.json and scores.csv; `all` replaces older ones
 LARGEST_ERRORS = 12                          # that summary.json and the model card name
 KEYS = ['source', 'id_code', 'diagnosis', 'fold', 'group']
 

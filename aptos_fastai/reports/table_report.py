@@ -37,6 +37,7 @@ LEGEND = ('original with the circle or ellipse found (green: fitted; orange: bou
 
 def inspect_table(run: Run, name: str, count: int) -> None:
     "`inspect TABLE [COUNT]`: write inspect/<table>.html, and its images as the contact sheet inspect/<table>.png."
+    if name not in run.frames: raise AptosError(f'{name}: this table of {run.recipe.path} is not there or not used.')
     if count < 1: raise AptosError(f'{count}: choose at least 1 image.')
     with start_run(run) as (run, bars):
         prepared = run.prepared_record(name)

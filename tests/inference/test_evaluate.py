@@ -216,6 +216,9 @@ def test_how_many_images_each_subgroup_has():
     assert subgroup_counts(pd.Series(['A', 'A'])) == dict(A=2)
     assert subgroup_counts(pd.Series(['', ''])) == dict(unknown=2)
     assert subgroup_counts(pd.Series([f'n{i}' for i in range(21)])) == {'more than 20 values': 21}
+    assert subgroup_counts(pd.Series([str(o) for o in range(15)]))['7'] == 1                # codes of sites
+    assert subgroup_counts(pd.Series(['A', 'A '])) == dict(A=2)
+    assert subgroup_counts(pd.Series(['inf', *map(str, range(30))])) == {'more than 20 values': 31}
 
 
 # From images to files
