@@ -11,12 +11,12 @@ from aptos_fastai.metrics import GRADES
 from aptos_fastai.recipe import Table
 
 _DISEASE = '(dr|(diabetic )?retinopathy)'
-_WITHOUT_VESSELS = f'( (npdr|nonproliferative( {_DISEASE})?|{_DISEASE}))?'
+_NONPROLIFERATIVE = f'( (npdr|nonproliferative( {_DISEASE})?|{_DISEASE}))?'
 GRADE_WORDS = (                              # patterns of the grades 0 to 4, beside numbers, in lower case
     f'nodr|none|normal|healthy|no( (apparent )?{_DISEASE})?|r0',
-    f'(npdr )?mild{_WITHOUT_VESSELS}|i|r1',
-    f'(npdr )?moderate{_WITHOUT_VESSELS}|ii|r2',
-    f'(npdr )?severe{_WITHOUT_VESSELS}|iii|r3',
+    f'(npdr )?mild{_NONPROLIFERATIVE}|i|r1',
+    f'(npdr )?moderate{_NONPROLIFERATIVE}|ii|r2',
+    f'(npdr )?severe{_NONPROLIFERATIVE}|iii|r3',
     f'pdr|proliferat(iv)?e( {_DISEASE})?|iv|r4')
 _NAMES_GRADE = re.compile(
     r'^[0-4](?!\d)|(^|[^a-z])(mild|moderate|severe|normal|healthy|background|no signs|n?pdr|dr|i{1,3}[ab]?|iv|'
@@ -42,7 +42,7 @@ def read_grade(text: str) -> float:
     return _number(first) if _number(first) == _named(rest) else np.nan
 
 
-def names_grade(text: str) -> bool:
+def _names_grade(text: str) -> bool:
     "Return whether a cell names a grade or has a number, so that it hardly means ungradable"
     return bool(_NAMES_GRADE.search(text.casefold()))
 
@@ -93,7 +93,7 @@ def refuse_english_scale(csv: Path, texts: pd.Series) -> None:
 
 def ungradable_text(texts: pd.Series) -> str:
     "Return values for the key `ungradable`: those of `texts` that name no grade, or VALUE for none or too many"
-    found = [text or BLANK for text in texts.unique() if not names_grade(text)]
+    found = [text or BLANK for text in texts.unique() if not _names_grade(text)]
     return ' | '.join(found) if 0 < len(found) <= MOST_ODD else 'VALUE'
 
 
