@@ -18,11 +18,13 @@ WEAK_GRADE_NAME = re.compile(                # needs the values of grades, too
 OTHER_GRADE = re.compile(
     r'edema|oedema|dme|quality|gradab|risk|referable|clarity|artifact|field|glaucoma|amd|cataract|lens|hypertens|ckd|'
     r'kidney|rop([^a-z]|$)|confidence|education|camera|visit|(^|[^a-z])(id|no|nr|number|name)([^a-z]|$)')
+PLAIN_NAME = re.compile(r'((retinopathy|retina|dr|final|true|image)[ _-]?)?(grade|level|severity|stage|label|class)s?')
+DIABETIC_NAME = re.compile(r'icdr|diabetic|(^|[^a-z])dr([^a-z]|$)')
 REFERABLE_NAME = re.compile(r'referable|referral|binary')
 SCALE_NAME = re.compile(r'icdr')             # the international scale, which has the grades 0 to 4
 OTHER_SCALE = re.compile(r'sdrg|scottish|etdrs|nhs|english')
 MADE_OF_GRADE = re.compile(
-    r'binary|refer|label|grade|level|stage|sever|diagnos|retinopat|^(type|class|category)$|(^|[^a-z])dr([^a-z]|$)')
+    r'binary|referable|referral|label|grade|level|stage|sever|diagnos|retinopat|^(type|class|category)$|(^|[^a-z])dr([^a-z]|$)')
 UNGRADABLE = re.compile(r'|ungrad.*|unread.*|poor.*|bad.*|not? grad.*|n/?a|nan|none|null|u|x|5|5\.0|6|9|99|-1')
 MOSTLY = .8                                  # of the values of a column that nearly has grades
 
@@ -49,9 +51,11 @@ class GradeColumns:
         return {*grades[np.isfinite(grades)]} == {0, 1} and len(self.df) >= FEWEST_ROWS
 
     def without_yes_or_no(self, columns: list[str]) -> list[str]:
-        "Return those of `columns` that have more than 0 and 1; all of them if none such is named as retinopathy"
+        "Return those of `columns` that have more than 0 and 1; if none is plainly named as a grade all, these first"
         found = [column for column in columns if not self.is_yes_or_no(column)]
-        return found if any(GRADE_NAME.search(column.casefold()) for column in found) else columns
+        names = [column.casefold() for column in found]
+        if any(GRADE_NAME.search(name) or PLAIN_NAME.fullmatch(name) for name in names): return found
+        return sorted(columns, key=lambda column: column not in found)
 
     def filled_in_turn(self, columns: Sequence[str]) -> list[str]:
         "Return two columns of which exactly one is filled in each row; an empty list if there are none"
@@ -80,17 +84,18 @@ class GradeColumns:
         "Refuse a column of 0 and 1 that is named as something else than retinopathy"
         for column in columns:
             name = column.casefold()
-            if OTHER_GRADE.search(name) and not GRADE_NAME.search(name) and self.is_yes_or_no(column):
+            if OTHER_GRADE.search(name) and not DIABETIC_NAME.search(name) and self.is_yes_or_no(column):
                 raise TableError(f'{self.file}: column {column} has only 0 and 1, which by its name are no grades of '
                                  'retinopathy. Name the column of grades.')
 
     def refuse_one_hot(self, columns: list[str]) -> None:
         "Refuse columns of 0 and 1 of which a row has the 1 in one, or none: its place is the grade"
         grades = self.df[columns].map(read_grade)
-        ones = grades.sum(axis=1)
-        if len(columns) < 3 or not grades.isin([0, 1]).all(axis=None) or ones.max() > 1 or ones.mean() < .5: return
-        raise TableError(f'{self.file}: the columns {", ".join(columns)} have a 1 in one of them in a row. Write '
-                         'one column with the grade, 0 to 4, and name it: --grade COLUMN.')
+        ones, are_numbered = grades.sum(axis=1), len({re.sub(r'\d', '', column) for column in columns}) == 1
+        if len(columns) < 3 or not grades.isin([0, 1]).all(axis=None) or ones.max() != 1: return
+        if ones.mean() < .5 and not are_numbered: return
+        raise TableError(f'{self.file}: the columns {", ".join(columns)} have at most one 1 in each row. Write one '
+                         'column with the grade, 0 to 4, and name it: --grade COLUMN.')
 
     def refuse_without_0(self, columns: Sequence[str]) -> None:
         "Refuse grades without a 0: their scale may begin at 1"

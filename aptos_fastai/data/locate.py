@@ -212,4 +212,4 @@ def _folded_ends(path: str) -> Iterable[str]:
 
 def _folded_bare_ends(path: str) -> Iterable[str]:
     "Return 'left', 'a/left' … of a file left.png.jpg, folded"
-    return {without_image_suffix(end) for end in _folded_ends(path)}
+    return {without_image_suffix(end) for end in _folded_ends(path)} if has_image_suffix(path) else ()

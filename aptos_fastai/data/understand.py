@@ -59,7 +59,8 @@ ID_NAMES = (                                 # the first that a table has counts
 PATIENT_NAME = re.compile(r'patient|subject|person|(^|[^a-z])(pid|mrn|examination|study|participant)([^a-z]|$)')
 PART_NAME = re.compile(                      # of training and test rows
     r'(^|[^a-z])(split|subset|usage|partition|(data)?set|fold|is_?train|is_?test|train_test)([^a-z]|$)')
-PREDICTION_NAME = re.compile(r'(^|[^a-z])(predict(ed|ions?)?|preds?|prob(ability)?)([^a-z]|$)')
+PREDICTION_NAME = re.compile(
+    r'predict(?!or)|(^|[^a-z])(preds?([^a-z]|$|class|grade|score|label)|prob(s|abilit|[^a-z]|$))|(ai|model)_?score')
 NO_PATIENT = re.compile(
     r'(^|[^a-z])age([^a-z]|$)|sex|gender|site|clinic|date|name|race|ethnic|birth|dob|visit|status|eye|type|grade|level')
 PERSONAL = re.compile(r'name|initial|birth|dob|address|phone|email|mrn|ssn|comment|note')         # is never carried
@@ -431,7 +432,7 @@ class _Columns:
                  and not any(o.search(c.casefold()) for o in (PERSONAL, PREDICTION_NAME))]
         ages = [c for c in others if c.casefold() == 'age' and c not in names]
         made = [c for c in names if self.grades.give(self._columns('grade'), c)]
-        if made: self.reasons.append(f'not carried: {", ".join(made)} (made of the grade: one value for each)')
+        if made: self.reasons.append(f'not carried: {", ".join(made)} (goes with the grade: one value for each)')
         names = [c for c in names if c not in made]
         if names or ages: self._decide('carry', ' | '.join(names + ages), 'few values each: subgroups')
         for c in names:

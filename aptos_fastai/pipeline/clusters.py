@@ -42,7 +42,7 @@ def cluster_results(run: Run, valid: pd.DataFrame, setting: str) -> list[dict]:
     labels |= {CAMERA: camera_labels(df), VISUAL: visual_labels(run, df), ID_RANGE: id_range_labels(df)}
     for column in run.recipe.carried:
         found = values_or_subgroups(df[column])
-        if len(found): labels[column] = found.to_numpy(object)
+        if found.nunique() > 1: labels[column] = found.to_numpy(object)
     return [cluster_result(kind, df, label, setting) for kind, label in labels.items()]
 
 

@@ -116,9 +116,13 @@ def test_a_column_that_divides_rows_is_named(tmp_path):
 def test_a_column_made_of_the_grade_is_no_subgroup(tmp_path):
     "But a camera that goes with the grade is the worst of shortcuts, which the report must show"
     rows = [f'a{i},{i % 5},{("no", "yes")[i % 5 > 0]},{"fm"[i % 2]},{"AB"[i % 5 > 0]}' for i in range(20)]
-    understood = understand_table(write_rows(tmp_path, 'image,level,binary,sex,camera', rows))
-    assert keys(understood, 'carry') == ('sex | camera',)
-    assert 'not carried: binary (made of the grade: one value for each)' in understood.reasons
+    for column in ('camera', 'referring_clinic'):
+        understood = understand_table(write_rows(tmp_path, f'image,level,binary,sex,{column}', rows))
+        assert keys(understood, 'carry') == (f'sex | {column}',)
+        assert 'not carried: binary (goes with the grade: one value for each)' in understood.reasons
+    rows = [f'a{i},{i % 5},{i % 3},{i % 2},{i % 4}' for i in range(20)]
+    csv = write_rows(tmp_path, 'image,level,predictedScore,probs,ai_score', rows)
+    assert keys(understand_table(csv), 'carry') == ('',)
     rows = [f'a{i},{i % 5},{i % 3},{i % 2}' for i in range(20)]
     csv = write_rows(tmp_path, 'image,level,risk_score,eye_problems', rows)
     assert keys(understand_table(csv), 'carry') == ('risk_score | eye_problems',)
@@ -134,8 +138,11 @@ def test_a_yes_or_no_with_blanks_is_one_too(tmp_path, blank):
         understand_table(csv, grade='dme')
     csv = write_rows(tmp_path, 'image,dr,dr_level', [f'a{i},{cells[i % 5]},{i % 5}' for i in range(20)])
     assert keys(understand_table(csv), 'grade') == ('dr_level',)
+    for name in ('grade', 'level', 'dr_severity'):
+        csv = write_rows(tmp_path, f'image,dr,{name}', [f'a{i},{cells[i % 5]},{i % 5}' for i in range(20)])
+        assert keys(understand_table(csv), 'grade') == (name,)
     csv = write_rows(tmp_path, 'image,retinopathy,drusen_grade', [f'a{i},{cells[i % 5]},{i % 4}' for i in range(20)])
-    with pytest.raises(AptosError, match='can be in 2 columns: retinopathy, drusen_grade'): understand_table(csv)
+    with pytest.raises(AptosError, match='can be in 2 columns: drusen_grade, retinopathy'): understand_table(csv)
     csv = write_rows(tmp_path, 'image,dr_left,dr_right', [
         f'a{i},{i % 2 if i < 10 else ""},{i % 2 if i >= 10 else ""}' for i in range(20)])
     with pytest.raises(AptosError, match='column dr_left, dr_right has only the grades 0 and 1'): understand_table(csv)
@@ -181,7 +188,7 @@ def test_short_words_for_eyes(tmp_path, words):
 
 
 def test_values_that_name_a_grade_are_not_suggested_as_ungradable(tmp_path):
-    cells = 'No signs of DR', 'mild NPDR with DME', 'healthy retina', 'lost', '2.5'
+    cells = 'No signs of DR', 'grade 2?', 'healthy retina', 'lost', '2.5'
     csv = write_rows(tmp_path, 'image,level', [f'a{i},{cells[i % 5]}' for i in range(20)])
     with pytest.raises(AptosError, match='20 of 20 rows'): understand_table(csv)
     csv = write_rows(tmp_path, 'image,level', [f'a{i},{cells[i % 5] if i < 6 else i % 5}' for i in range(20)])
@@ -190,8 +197,9 @@ def test_values_that_name_a_grade_are_not_suggested_as_ungradable(tmp_path):
 
 def test_one_column_for_each_grade_is_refused(tmp_path):
     rows = [f'a{i},{",".join(str(int(i % 5 == k)) for k in range(5))}' for i in range(20)]
-    for more in (rows, [*rows, 'b,0,0,0,0,0']):          # one image without a grade
-        with pytest.raises(AptosError, match='the columns grade_0, .*, grade_4 have a 1 in one of them in a row'):
+    healthy = [f'b{i},0,0,0,0,0' for i in range(40)]     # without a grade, or grade 0 has no column
+    for more in (rows, [*rows, *healthy]):
+        with pytest.raises(AptosError, match='the columns grade_0, .*, grade_4 have at most one 1 in each row'):
             understand_table(write_rows(tmp_path, 'image,grade_0,grade_1,grade_2,grade_3,grade_4', more))
 
 
