@@ -90,6 +90,7 @@ def test_a_table_of_ones_own_chooses(changed, toy, image_paths, tmp_path, capsys
     (['--sensitivity', '95'], ['sensitivity = 95', 'from 0.5 to 0.999']),
     (['--sensitivity', '.9', '--threshold', '1'], ['has no target']),
     (['--sensitivity', '.9', '-o', 'RUN'], ['already exists']),
+    (['--sensitivity', '.9', '--skip-missing'], ['--skip-missing: name the graded images with --table']),
     (['--sensitivity', '.9', '-o', f'{__file__}/x'], ['cannot write to this folder (this is a file)']),
     (['--sensitivity', '.9', '--table', 'nowhere.csv'], ['nowhere.csv'])])
 def test_mistakes_end_in_one_line(args, words, toy, capsys):
