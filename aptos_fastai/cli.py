@@ -46,9 +46,15 @@ def argument(name: str, text: str, **settings: Any) -> Any:
 def whole_number(text: str) -> int:
     "Return the number in `text`. Raises `BadParameter`"
     try: return int(text)
-    except ValueError:
-        name = ', but a folder. Write --images before its name' if Path(text).is_dir() else ''
-        raise typer.BadParameter(f'{text} is not a whole number{name}') from None
+    except ValueError: raise typer.BadParameter(f'{text} is not a whole number') from None
+
+
+def image_count(text: str) -> int:
+    "Return the number of images in `text`. Raises `BadParameter`, for a folder with where to write it"
+    try: return whole_number(text)
+    except typer.BadParameter as e:
+        if not Path(text).is_dir(): raise
+        raise typer.BadParameter(f'{e.message}, but a folder. Write --images before its name') from None
 
 
 def hours_above_0(text: str) -> float:
@@ -100,18 +106,10 @@ class RunOptions:
         '--trust', metavar='FILE', help="Load this pickle although its hash is not in the run's records; a pickle can "
         'run code. May be repeated.')] = None
 
-    def load(self, node: str = '') -> 'Run':
-        "Return the run; its recipe must have the stage or ensemble `node`"
+    def load(self, node: str = '', table: str = '') -> 'Run':
+        "Return the run; its recipe must have the stage or ensemble `node` and the table `table`"
         from aptos_fastai.pipeline.graph import load_run
-        return load_run(self.recipe, self.data, self.runs, self.sets or [], node, self.name)
-
-    def check_table(self, name: str) -> None:
-        "Raise `AptosError` if the recipe has no such table, before others are looked for"
-        from aptos_fastai.pipeline.other_runs import read_run_recipe
-        from aptos_fastai.recipe import check_choice, preset_files
-        recipe = read_run_recipe(self.recipe, self.runs, self.name, demo=self.data == 'demo', sets=self.sets or [])
-        advice = f'; to use the preset: [table.NAME] preset = {name}' if name in preset_files() else ''
-        check_choice(name, recipe.tables, f'{name}: no such table in {recipe.path}{advice}')
+        return load_run(self.recipe, self.data, self.runs, self.sets or [], node, self.name, table)
 
     def resolved(self, given: Collection[str]) -> 'RunOptions':
         "Return the options with those of the run folder, if one was named; `given` are the names of the others"
@@ -350,7 +348,6 @@ def configure(data: Annotated[str, typer.Option(
     python run.py configure --data ~/idrid --hours 4
     python run.py configure --data ~/idrid --hours 0.5 -o half_an_hour.ini
     """
-
     from aptos_fastai.pipeline.fit import write_configured_recipe
     write_configured_recipe(Path(data), Path(output), Path(runs), sets or [], hours)
 
@@ -406,7 +403,7 @@ def prepare(options: RunOptions) -> None:
 @command
 def inspect(options: RunOptions,
             table: Annotated[str, argument('TABLE', 'A table of the recipe, or a CSV or folder as for `fit`.')],
-            count: Annotated[int, argument('COUNT', 'How many images to show.', parser=whole_number)] = 24,
+            count: Annotated[int, argument('COUNT', 'How many images to show.', parser=image_count)] = 24,
             images: Annotated[str, typer.Option(
                 metavar='FOLDER', help="The folder of a CSV's images. Default: the folder of the CSV.")] = '',
             id: Column = '', grade: Column = '', patient: Column = '', eye: Column = '',
@@ -420,8 +417,8 @@ def inspect(options: RunOptions,
     """
     from aptos_fastai import commands
     keys = given(id=id, grade=grade, patient=patient, eye=eye, ungradable=ungradable, sheet=sheet)
-    commands.inspect(options.load, options.check_table, table, count, images, options.runs, options.name,
-                     options.sets or [], ask_user(), keys)
+    commands.inspect(options.load, table, count, images, options.runs, options.name, options.sets or [], ask_user(),
+                     keys)
 
 
 @command
@@ -790,7 +787,6 @@ def init(folder: Annotated[str, argument('FOLDER', 'The folder to write to.')] =
 
     python run.py init ~/dr
     """
-
     from aptos_fastai.common.console import say
     from aptos_fastai.recipe import write_recipes
     for file in write_recipes(Path(folder)): say(str(file))

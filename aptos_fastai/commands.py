@@ -101,17 +101,13 @@ def fit(csv: str | Path, images: str | Path = '', unlabelled: str | Path = '', *
     return as_prepared(load_run(recipe, data, runs))
 
 
-def inspect(load: Callable[[], Run], check_table: Callable[[str], None], table: str, count: int, images: str,
-            runs: str, name: str, sets: Iterable[str], ask: Ask | None, keys: dict[str, str]) -> None:
-    """Inspect a table of the recipe that `load` opens, or a CSV or folder as `fit` would train on it.
-
-    `check_table` raises `AptosError` for a name that the recipe has not.
-    """
+def inspect(load: Callable[..., Run], table: str, count: int, images: str, runs: str, name: str, sets: Iterable[str],
+            ask: Ask | None, keys: dict[str, str]) -> None:
+    "Inspect a table of the recipe that `load` opens, or a CSV or folder as `fit` would train on it"
     from aptos_fastai.reports.table_report import inspect_table
     if not Path(table).exists():
         if Path(table).name != table or Path(table).suffix: raise AptosError(f'{table}: no such file or folder.')
-        check_table(table)
-        inspect_table(load(), table, count)
+        inspect_table(load(table=table), table, count)
         return
     name = name or f'{name_of(table)}_inspect'
     recipe, data = understand_and_write(table, images, '', name, runs, sets, ask, keys)

@@ -661,6 +661,12 @@ def require_name(recipe: Recipe, name: str, names: Iterable[str]) -> str:
     return check_choice(name, known, f'{name}: no such {kind} in {recipe.path}')
 
 
+def require_table(recipe: Recipe, name: str) -> str:
+    "Return `name`. Raises `ConfigError` if the recipe has no such table, for a preset with how to use it"
+    advice = f'; to use the preset: [table.NAME] preset = {name}' if name in preset_files() else ''
+    return check_choice(name, recipe.tables, f'{name}: no such table in {recipe.path}{advice}')
+
+
 def check_choice(value: str, choices: Iterable[str], problem: str) -> str:
     "Return `value`. Raises `ConfigError` if it is none of `choices`, with a `problem` and the right names"
     known = list(choices)

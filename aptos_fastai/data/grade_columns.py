@@ -11,7 +11,8 @@ from aptos_fastai.common.console import plural
 from aptos_fastai.data.grades import BLANK, FEWEST_ROWS, read_grade, refuse_english_scale, ungradable_text
 from aptos_fastai.data.spreadsheet import TableError, first_few
 
-GRADE_NAME = re.compile(r'diagnos|retinopat|icdr|(^|[^a-z])dr([^a-z]|$)')
+_DR = r'(^|[^a-z])dr([^a-z]|$)'
+GRADE_NAME = re.compile(f'diagnos|retinopat|icdr|{_DR}')
 WEAK_GRADE_NAME = re.compile(                # needs the values of grades, too
     r'grade|level|label|class|stage|severity|befund|stufe|klasse|schwere|niveau|'
     r'(^|[^a-z])(grado?s?|stade|stadi(o|um)|estadio|gravedad|gravit[éà]|classe)([^a-z]|$)')
@@ -19,12 +20,12 @@ OTHER_GRADE = re.compile(
     r'edema|oedema|dme|quality|gradab|risk|referable|clarity|artifact|field|glaucoma|amd|cataract|lens|hypertens|ckd|'
     r'kidney|rop([^a-z]|$)|confidence|education|camera|visit|(^|[^a-z])(id|no|nr|number|name)([^a-z]|$)')
 PLAIN_NAME = re.compile(r'((retinopathy|retina|dr|final|true|image)[ _-]?)?(grade|level|severity|stage|label|class)s?')
-DIABETIC_NAME = re.compile(r'icdr|diabetic|(^|[^a-z])dr([^a-z]|$)')
+DIABETIC_NAME = re.compile(f'icdr|diabetic|{_DR}')
 REFERABLE_NAME = re.compile(r'referable|referral|binary')
 SCALE_NAME = re.compile(r'icdr')             # the international scale, which has the grades 0 to 4
 OTHER_SCALE = re.compile(r'sdrg|scottish|etdrs|nhs|english')
 MADE_OF_GRADE = re.compile(
-    r'binary|referable|referral|label|grade|level|stage|sever|diagnos|retinopat|^(type|class|category)$|(^|[^a-z])dr([^a-z]|$)')
+    f'binary|referable|referral|label|grade|level|stage|sever|diagnos|retinopat|^(type|class|category)$|{_DR}')
 UNGRADABLE = re.compile(r'|ungrad.*|unread.*|poor.*|bad.*|not? grad.*|n/?a|nan|none|null|u|x|5|5\.0|6|9|99|-1')
 MOSTLY = .8                                  # of the values of a column that nearly has grades
 

@@ -134,7 +134,7 @@ class ImageLocator:
     def _missing(self, path: str) -> str:
         "Return why a name has no file; names files of that name in sub-folders"
         found = [] if '/' in path else self.by_name.get(unicodedata.normalize('NFC', path), [])
-        like = [] if found else self._loose_candidates(path)
+        like = [] if found or self.loose else self._loose_candidates(path)       # a loose search has tried them
         where = f'; {", ".join(found[:5])} has this name: give it with its folder' if found else ''
         return f'{NO_IMAGE} in {self.root}{where}{f"; like it is {like[0]}" if len(like) == 1 else ""}'
 

@@ -324,7 +324,8 @@ class _Columns:
         return False
 
     def _find_grade(self) -> None:
-        others = [c for c in self._others('id', 'patient') if self.grades.has_grades(c)]
+        columns = self._others('id', 'patient')
+        others = [c for c in columns if self.grades.has_grades(c)]
         possible = [c for c in others if not OTHER_GRADE.search(c.casefold())]
         named = [c for c in possible if GRADE_NAME.search(c.casefold())]
         weak = [c for c in possible if WEAK_GRADE_NAME.search(c.casefold())]
@@ -342,13 +343,13 @@ class _Columns:
             if sides:
                 self.grades.refuse_yes_or_no(sides)
                 return self._decide('grade', ' | '.join(sides), 'one of them is filled in each row')
-            if candidates is unnamed: self.grades.refuse_nearly_grades(self._others('id', 'patient'), MOSTLY)
+            if candidates is unnamed: self.grades.refuse_nearly_grades(columns, MOSTLY)
             if not candidates: continue
             chosen = self._choose_grade(candidates)
             rest = [c for c in others if c != chosen]
             text = f'; not {", ".join(rest)}' if rest else ''
             return self._decide('grade', chosen, why + text)
-        self.grades.refuse_nearly_grades(self._others('id', 'patient'), 0)
+        self.grades.refuse_nearly_grades(columns, 0)
         raise TableError(f'{self.file}: no column has grades (0 to 4, I to IV, or words such as moderate). Its columns '
                          f'are {", ".join(self.df)}. Name the column: --grade COLUMN.')
 

@@ -48,7 +48,7 @@ def subgroup_labels(values: pd.Series) -> pd.Series:
 
     More than `MAX_NUMBERS` different numbers become quartiles; an empty cell is `UNKNOWN`.
     """
-    text = values.fillna('').astype(str).str.strip()
+    text = _stripped(values)
     number = pd.to_numeric(text.where(text != ''), errors='coerce').replace([np.inf, -np.inf], np.nan)
     if number.notna().equals(text != '') and number.nunique() > MAX_NUMBERS: text = _quartiles(number)
     counts = text.replace('', UNKNOWN).value_counts()
@@ -66,8 +66,11 @@ def subgroup_counts(values: pd.Series) -> dict[str, int]:
 
 def values_or_subgroups(values: pd.Series) -> pd.Series:
     "Return the value of each image if a column has few, else its `subgroup_labels`"
-    text = values.fillna('').astype(str).str.strip().replace('', UNKNOWN)
+    text = _stripped(values).replace('', UNKNOWN)
     return text if text.nunique() <= MAX_VALUES else subgroup_labels(values)
+
+
+def _stripped(values: pd.Series) -> pd.Series: return values.fillna('').astype(str).str.strip()
 
 
 def _quartiles(number: pd.Series) -> pd.Series:

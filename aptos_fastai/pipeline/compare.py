@@ -214,16 +214,18 @@ def _result(summary: dict, node: str) -> dict: return next(o for o in summary['s
 
 def _seconds(summary: dict, node: str) -> float:
     "Return how long a stage, or the members of an ensemble, took to train"
-    members = _result(summary, node).get('members') or [node]
-    return sum(_result(summary, m)['seconds'] for m in members)
+    return sum(_result(summary, m)['seconds'] for m in _members(summary, node))
+
+
+def _members(summary: dict, node: str) -> Collection[str]:
+    "Return the members of an ensemble, or the stage itself"
+    return _result(summary, node).get('members') or [node]
 
 
 def trained_in(summary: dict, nodes: Collection[str]) -> str:
     "Return the precisions that stages, and the members of ensembles, were trained in: 'bf16', 'bf16 and f32'"
-    results = {result['stage']: result for result in summary['stages']}
-    stages = {name for node in nodes for name in results.get(node, {}).get('members') or [node]}
-    found = {word for name in stages for word in results.get(name, {}).get('precision', '').split(' and ')}
-    return ' and '.join(sorted(found - {''}))
+    stages = {name for node in nodes for name in _members(summary, node)}
+    return ' and '.join(sorted({o for name in stages for o in _result(summary, name).get('precision', ())}))
 
 
 def say_precisions(precisions: dict[str, str]) -> None:

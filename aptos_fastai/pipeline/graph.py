@@ -60,7 +60,7 @@ from aptos_fastai.pipeline.summary import (
     node_decision,
     tables_text,
 )
-from aptos_fastai.recipe import MLFLOW_SERVER, ConfigError, Recipe, Stage, read_ini, require_name
+from aptos_fastai.recipe import MLFLOW_SERVER, ConfigError, Recipe, Stage, read_ini, require_name, require_table
 from aptos_fastai.run_folder import Run
 
 if TYPE_CHECKING:
@@ -73,16 +73,17 @@ OUTPUTS = ('submission.csv', 'scores.csv', 'oof.csv')     # their SHA-256 are in
 # Load and prepare a run
 
 def load_run(recipe: str | Path = 'settings.ini', data: str | Path = 'demo', runs: str | Path = 'runs',
-             sets: Iterable[str] = (), node: str = '', name: str = '') -> Run:
+             sets: Iterable[str] = (), node: str = '', name: str = '', table: str = '') -> Run:
     """Return the run of a recipe on a data folder, with its tables read and checked. `start_run` prepares the images.
 
     Writes nothing but the demo's images (`data` = 'demo'). `sets` are SECTION.KEY=VALUE; `node` is a stage or
-    ensemble that the recipe must have; the run folder is <runs>/<name>, without `name` that of the recipe. Raises
-    `AptosError` for a wrong recipe, table or folder.
+    ensemble and `table` a table that the recipe must have; the run folder is <runs>/<name>, without `name` that of the
+    recipe. Raises `AptosError` for a wrong recipe, table or folder.
     """
     demo = str(data) == 'demo'
     parsed = read_run_recipe(recipe, runs, name, demo=demo, sets=list(sets))
     if node: require_name(parsed, node, parsed.nodes)
+    if table: require_table(parsed, table)
     runs_folder = Path(runs)
     if runs_folder.exists() and not runs_folder.is_dir():
         raise AptosError(f'{runs}: is a file. Choose a folder with --runs.')

@@ -130,7 +130,7 @@ def stage_result(run: Run, name: str, valid: pd.DataFrame) -> dict:
         images=records[0]['images'], epochs=stage.freeze_epochs + stage.epochs,
         kept_epochs=[o['kept_epoch'] + 1 for o in records],
         kept_kappa=float(np.mean([o['kept_kappa'] for o in records])),
-        precision=' and '.join(sorted({o['precision'] for o in records})),
+        precision=sorted({o['precision'] for o in records}),
         seconds=sum(o['seconds'] for o in records), **kappa_result(run, name, valid))
 
 
@@ -138,9 +138,8 @@ def ensemble_result(run: Run, name: str, valid: pd.DataFrame) -> dict:
     "Return the results of an ensemble on its validation images `valid`"
     return dict(
         stage=name, tables=list(run.recipe.members(name)), arch='ensemble', size=None, folds=len(run.folds_of(name)),
-        images=dict(train=0, valid=len(valid)), epochs=None, kept_epochs=None, kept_kappa=None, precision='',
-        seconds=0,
-        **kappa_result(run, name, valid))
+        images=dict(train=0, valid=len(valid)), epochs=None, kept_epochs=None, kept_kappa=None, precision=[],
+        seconds=0, **kappa_result(run, name, valid))
 
 
 def kappa_result(run: Run, name: str, valid: pd.DataFrame) -> dict:

@@ -20,7 +20,7 @@ class Checkpoint(Callback):
     """Save a checkpoint after every epoch and resume from it.
 
     It holds the weights, the optimizer's state and the states of `history` and `ema`. `key` identifies the settings,
-    data and parents of the training: a checkpoint with another key is ignored, which is said. `callbacks.Reproducible`
+    data and parents of the training: a checkpoint with another key is ignored, with a message. `callbacks.Reproducible`
     seeds each epoch by its number, so on the CPU a resumed training is bit for bit the same as an uninterrupted one.
     """
     order = 65                               # after History
@@ -50,7 +50,7 @@ class Checkpoint(Callback):
         record = read_record(self.folder / CHECKPOINT_RECORD)
         if not record: return None
         if record['key'] != self.key:
-            say(f'  {self.folder}: its checkpoint is of other settings or images, so training starts anew', 'yellow')
+            say(f'  {self.folder}: its checkpoint is of other settings or images, so training starts over', 'yellow')
             return None
         file = self.folder / Path(record['file']).name
         try: verify_file(file, record['hash'], 'The checkpoint is ignored and the stage restarts.')

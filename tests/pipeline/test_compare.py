@@ -44,7 +44,7 @@ def test_precisions_that_differ_are_named(tmp_path, capsys, precisions, words):
     for name, precision in zip('ab', precisions, strict=True):
         write_finished_run(tmp_path / name)
         summary = read_record(tmp_path / name / 'summary.json')
-        if precision: summary['stages'][0]['precision'] = precision
+        if precision: summary['stages'][0]['precision'] = [precision]
         write_record(tmp_path / name / 'summary.json', summary)
     for command in (['runs', tmp_path], ['compare', *(tmp_path / o for o in 'ab')],
                     ['compare', f'{tmp_path / "a"}:teacher', f'{tmp_path / "b"}:teacher']):
