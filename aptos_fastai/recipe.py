@@ -295,6 +295,9 @@ class Stage:
                      choices=('kappa', 'loss', 'last'))
     tta: str = _key('none', 'test-time augmentation, mean over views: none (1), hflip (2: mirrored), rot4 (4 '
                     'rotations), d4 (8: rotations, also mirrored)', choices=('none', 'hflip', 'rot4', 'd4'))
+    label_tta: str = _key('same', 'test-time augmentation of the pseudo-labels that this stage makes; same: '
+                          'that of `tta`, whose change then trains again what learns from them',
+                          choices=('same', 'none', 'hflip', 'rot4', 'd4'))
     ema: float = _key(0., 'decay per step of an exponential moving average of the weights; 0: off', low=0, high=.99999)
     thresholds: str = _key('regularised', 'thresholds of this stage\'s grades, cross-fitted: optimal (highest kappa) '
                            'or regularised (shrunk towards 0.5 1.5 2.5 3.5, better with few images); or four '
@@ -334,6 +337,11 @@ class Stage:
     def validated_tables(self) -> list[str]:
         "Graded tables whose images validate the stage, a fold at a time"
         return [table for table in self.graded_tables if not self.validate or table in self.validate]
+
+    @property
+    def label_views(self) -> str:
+        "The test-time augmentation of its pseudo-labels"
+        return self.tta if self.label_tta == 'same' else self.label_tta
 
     @property
     def weights_file(self) -> str:

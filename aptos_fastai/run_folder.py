@@ -37,7 +37,7 @@ RESCORED = {PREDS}                           # is made again from the weights if
 # Keys of a stage that do not change its weights. `init`, `train` and `validate` enter as the fingerprints of what they
 # name, not by its names; `thresholds` and `labels` where they are used. A precision that `auto` chose counts as chosen
 NOT_IN_FINGERPRINT = {'name', 'folds', 'seed', 'seeds', 'workers', 'compile', 'track', 'init', 'train', 'validate',
-                      'thresholds', 'labels', 'tta', 'precision'}
+                      'thresholds', 'labels', 'tta', 'label_tta', 'precision'}
 # Keys that a linear probe does not use either: it trains the head alone, on features of images without augmentation
 NOT_IN_PROBES = {'layer_decay', 'lr_div', 'drop_path'}
 
@@ -167,6 +167,10 @@ class Run:
         "Return the folder of the pseudo-labels of `table` by a stage or ensemble"
         return self.root / 'labels' / node / table
 
+    def scores_file(self, stage: str, fold: int, table: str, tta: str) -> Path:
+        "Return the file of a fold's scores of a table, each kind of test-time augmentation in a file of its own"
+        return self.fold_dir(stage, fold) / f'scores_{table}_{tta}.csv'
+
     def training_part(self, stage: Stage, table: str, fold: int) -> pd.Series:
         """Return which images of a table of `train` train a fold of a stage, as a mask.
 
@@ -278,9 +282,18 @@ class Run:
         if left_out.any(): facts['left_out'] = digest(self.frames[table].id_code[left_out].tolist())
         if not teacher: return dict(facts, teacher='')
         thresholds = self.label_thresholds(teacher) if stage.labels == 'hard' else ''
-        views = [self.recipe.stages[m].tta for m in self.recipe.members(teacher)]
+        fitted = stage.labels == 'hard' or self.recipe.is_fitted(teacher)
         return dict(facts, teacher=self.fingerprint(teacher, self.parent_fold(teacher, fold)), labels=stage.labels,
-                    thresholds=thresholds, views=views)
+                    thresholds=thresholds, **self.label_views(teacher, fitted))
+
+    def label_views(self, node: str, fitted: bool) -> dict[str, list[str]]:
+        """Return the views of the networks that label: `views` of the images, `fit_views` those of validation images.
+
+        The latter count if they differ, and thresholds or weights that are `fitted` to them enter the labels.
+        """
+        stages = [self.recipe.stages[m] for m in self.recipe.members(node)]
+        views, validated = [s.label_views for s in stages], [s.tta for s in stages]
+        return dict(views=views, fit_views=validated) if fitted and views != validated else dict(views=views)
 
     def fingerprint(self, node: str, fold: int) -> str:
         "Return the SHA-256 of all that determines a fold's weights: its own inputs and those of its parents"

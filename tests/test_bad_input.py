@@ -247,7 +247,7 @@ PARENT = ['--set', 'stage.finetune_256.wd=.2', '--replace']         # reruns fin
 LAST = ['--set', 'stage.retrain_512.wd=.2', '--replace']            # reruns retrain_512 alone
 STAGE_JSON = 'finetune_256/fold0/stage.json'
 LABELS_RECORD = 'labels/finetune_256/aptos_test/provenance.json'
-SCORES_RECORD = 'finetune_256/fold0/scores_aptos_test.json'
+SCORES_RECORD = 'finetune_256/fold0/scores_aptos_test_hflip.json'
 FOLDS_HEADER = 'source,id_code,fold,digest'
 BAD_FILES = {                                # name: damage, options of `all`, words
     'stage.json edited': (lambda run: replace_first(run / STAGE_JSON, '"fold": 0', '"fold": 1'), PARENT,
@@ -274,7 +274,7 @@ BAD_FILES = {                                # name: damage, options of `all`, w
     'prepared.csv damaged': (damage_prepared_csv, PARENT, ['prepared.csv: damaged CSV', 'Delete it']),
     'label record edited': (lambda run: write(run / LABELS_RECORD, '{}'), LAST, ['provenance.json: content changed']),
     'score record edited': (lambda run: write(run / SCORES_RECORD, '{}'), LAST,
-                            ['scores_aptos_test.json: content changed']),
+                            ['scores_aptos_test_hflip.json: content changed']),
     'validation scores changed': (lambda run: flip_bit(run / 'finetune_dense/fold0/preds.csv'), LAST,
                                   ['preds.csv: content changed']),
 }

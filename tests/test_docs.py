@@ -120,7 +120,7 @@ def general_name(file):
     name = file.name
     if name.endswith('.jpg'): return '<id>.<hash>.<prep>.jpg'
     if file.parent.name == 'submissions': return '<name>.csv'
-    if name.startswith('scores_'): return f'scores_<table>{file.suffix}'
+    if name.startswith('scores_'): return f'scores_<table>_<tta>{file.suffix}'
     return name
 
 

@@ -10,24 +10,36 @@ import pandas as pd
 from aptos_fastai.common.console import plural
 from aptos_fastai.data.grades import BLANK, FEWEST_ROWS, read_grade, refuse_english_scale, ungradable_text
 from aptos_fastai.data.spreadsheet import TableError, first_few
+from aptos_fastai.metrics import GRADES
 
 _DR = r'(^|[^a-z])dr([^a-z]|$)'
-GRADE_NAME = re.compile(f'diagnos|retinopat|icdr|{_DR}')
+DR_NAME = re.compile(f'retinopat|icdr|{_DR}')
+GRADE_NAME = re.compile(f'diagnos|{DR_NAME.pattern}')
 WEAK_GRADE_NAME = re.compile(                # needs the values of grades, too
     r'grade|level|label|class|stage|severity|befund|stufe|klasse|schwere|niveau|'
     r'(^|[^a-z])(grado?s?|stade|stadi(o|um)|estadio|gravedad|gravit[éà]|classe)([^a-z]|$)')
+OTHER_DISEASE = re.compile(
+    r'edema|oedema|dme|quality|gradab|referable|clarity|artifact|glaucoma|amd|cataract|hypertens|ckd|kidney|'
+    r'(^|[^a-z])rop([^a-z]|$)')
 OTHER_GRADE = re.compile(
-    r'edema|oedema|dme|quality|gradab|risk|referable|clarity|artifact|field|glaucoma|amd|cataract|lens|hypertens|ckd|'
-    r'kidney|rop([^a-z]|$)|confidence|education|camera|visit|(^|[^a-z])(id|no|nr|number|name)([^a-z]|$)')
-PLAIN_NAME = re.compile(r'((retinopathy|retina|dr|final|true|image)[ _-]?)?(grade|level|severity|stage|label|class)s?')
-DIABETIC_NAME = re.compile(f'icdr|diabetic|{_DR}')
+    OTHER_DISEASE.pattern + '|risk|field|lens|confidence|education|camera|visit|'
+    r'(^|[^a-z])(id|no|nr|number|name)([^a-z]|$)')
+PREDICTION_NAME = re.compile(
+    r'predict(?!or)|y_hat|softmax|logits?([^a-z]|$)|(^|[^a-z])(preds?([^a-z]|$|class|grade|score|label)|'
+    r'prob(s|abilit|[^a-z]|$)|(ai|model)[ _-]?(score|grade|output|result|confidence))')
+PLAIN_NAME = re.compile(
+    r'((retinopathy|retina|dr|final|true|image)[ _-]?)?(grade|level|severity|stage|label|class|diagnosis)s?')
 REFERABLE_NAME = re.compile(r'referable|referral|binary')
 SCALE_NAME = re.compile(r'icdr')             # the international scale, which has the grades 0 to 4
 OTHER_SCALE = re.compile(r'sdrg|scottish|etdrs|nhs|english')
 MADE_OF_GRADE = re.compile(
-    f'binary|referable|referral|label|grade|level|stage|sever|diagnos|retinopat|^(type|class|category)$|{_DR}')
+    'binary|refer|label|grade|level|stage|sever|diagnos|retinopat|^(type|class|category)$|'
+    '(^|[^a-z])(any|vt|st|np|r|p)?dr([^a-z]|$)')
+PLACE_NAME = re.compile(                     # may go with the grade, and is no grade
+    'clinic|klinik|site|hospital|cent(er|re|rum)|ward|practice|camera|kamera|device|scanner|doctor|physician|country')
 UNGRADABLE = re.compile(r'|ungrad.*|unread.*|poor.*|bad.*|not? grad.*|n/?a|nan|none|null|u|x|5|5\.0|6|9|99|-1')
 MOSTLY = .8                                  # of the values of a column that nearly has grades
+AGREE = .95                                  # of the rows in which a yes or no is that of a grade from some grade on
 
 
 @dataclass(frozen=True)
@@ -52,11 +64,20 @@ class GradeColumns:
         return {*grades[np.isfinite(grades)]} == {0, 1} and len(self.df) >= FEWEST_ROWS
 
     def without_yes_or_no(self, columns: list[str]) -> list[str]:
-        "Return those of `columns` that have more than 0 and 1; if none is plainly named as a grade all, these first"
+        """Return those of `columns` that have more than 0 and 1, if one of them plainly is of retinopathy; else all.
+
+        That is by its name, or because the columns of 0 and 1 say whether it has reached some grade.
+        """
         found = [column for column in columns if not self.is_yes_or_no(column)]
-        names = [column.casefold() for column in found]
-        if any(GRADE_NAME.search(name) or PLAIN_NAME.fullmatch(name) for name in names): return found
-        return sorted(columns, key=lambda column: column not in found)
+        rest = [column for column in columns if column not in found]
+        if any(DR_NAME.search(column.casefold()) or PLAIN_NAME.fullmatch(column.casefold())
+               and all(self._is_threshold(o, column) for o in rest) for column in found): return found
+        return columns
+
+    def _is_threshold(self, yes_or_no: str, column: str) -> bool:
+        "Return whether a yes or no is that of reaching some grade of a column, in nearly all rows that have both"
+        both = self.df[[yes_or_no, column]].map(read_grade).dropna()
+        return any((both[yes_or_no] == (both[column] >= grade)).mean() >= AGREE for grade in range(1, GRADES))
 
     def filled_in_turn(self, columns: Sequence[str]) -> list[str]:
         "Return two columns of which exactly one is filled in each row; an empty list if there are none"
@@ -68,7 +89,8 @@ class GradeColumns:
 
     def give(self, grades: Sequence[str], column: str) -> bool:
         "Return whether the columns `grades` give the value of `column`, which is named as made of the grade"
-        if not MADE_OF_GRADE.search(column.casefold()): return False
+        name = column.casefold()
+        if PLACE_NAME.search(name) or not MADE_OF_GRADE.search(name): return False
         known = self.df[[*grades]].agg(' '.join, axis=1)
         return len(self.df) >= 3 * known.nunique() and self.df.groupby(known)[column].nunique().max() == 1
 
@@ -84,17 +106,16 @@ class GradeColumns:
     def refuse_another_disease(self, columns: Sequence[str]) -> None:
         "Refuse a column of 0 and 1 that is named as something else than retinopathy"
         for column in columns:
-            name = column.casefold()
-            if OTHER_GRADE.search(name) and not DIABETIC_NAME.search(name) and self.is_yes_or_no(column):
+            if OTHER_DISEASE.search(column.casefold()) and self.is_yes_or_no(column):
                 raise TableError(f'{self.file}: column {column} has only 0 and 1, which by its name are no grades of '
                                  'retinopathy. Name the column of grades.')
 
     def refuse_one_hot(self, columns: list[str]) -> None:
-        "Refuse columns of 0 and 1 of which a row has the 1 in one, or none: its place is the grade"
+        "Refuse columns of 0 and 1, of several grades, of which a row has the 1 in one, or none: its place is the grade"
         grades = self.df[columns].map(read_grade)
-        ones, are_numbered = grades.sum(axis=1), len({re.sub(r'\d', '', column) for column in columns}) == 1
+        ones = grades.sum(axis=1)
         if len(columns) < 3 or not grades.isin([0, 1]).all(axis=None) or ones.max() != 1: return
-        if ones.mean() < .5 and not are_numbered: return
+        if ones.mean() < .5 and not _name_all_grades(columns): return
         raise TableError(f'{self.file}: the columns {", ".join(columns)} have at most one 1 in each row. Write one '
                          'column with the grade, 0 to 4, and name it: --grade COLUMN.')
 
@@ -126,6 +147,13 @@ class GradeColumns:
         if rows > len(self.df) / 2: advice = 'Write them as 0 to 4 in another column, and name it: --grade COLUMN.'
         raise TableError(f'{self.file}: column {column} has values that are no grades: {first_few(shown)} ({rows} of '
                          f'{plural(len(self.df), "row")}). Grades are 0 to 4, I to IV or English words. {advice}')
+
+
+def _name_all_grades(columns: Sequence[str]) -> bool:
+    "Return whether columns are named as the grades 1 to 4 by numbers, or as 1 to 3 by words: mild, dr_mild, grade II"
+    ends = [re.sub(r'^.*[^a-z0-9](?=.)|^[a-z]+(?=\d)', '', column.casefold()) for column in columns]
+    grades = {read_grade(text) for text in (*columns, *ends)}
+    return {1, 2, 3} <= grades and (4 in grades or not any(end.isdigit() for end in ends))
 
 
 def _is_named_as_grades(column: str) -> bool:

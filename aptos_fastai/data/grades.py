@@ -20,7 +20,9 @@ GRADE_WORDS = (                              # patterns of the grades 0 to 4, be
     f'pdr|proliferat(iv)?e( {_DISEASE})?|iv|r4')
 _NAMES_GRADE = re.compile(
     r'^[0-4](?!\d)|(^|[^a-z])((grade|level|stage|class|dr|g)[ _]?[0-4]\w?|r[0-4]\w*|i{1,3}[ab]?|iv|mild|moderate|'
-    r'severe|minimal|normal|healthy|background|no signs|n?pdr|dr|abnormal\w*|proliferat\w*|retinopath\w*)([^a-z]|$)')
+    r'severe|minimal|normal|healthy|background|no signs|n?pdr|dr|abnormal\w*|proliferat\w*|retinopath\w*|mod|sev|prp|'
+    r'laser\w*|etdrs|leicht\w*|mittel\w*|schwer\w*|leve|lieve|l[ée]g[èe]re?|moderad\w*|mod[ée]r\w*|grave)([^a-z]|$)|'
+    r'[0-4](?!\d)|^\d\d$')
 BLANK = 'blank'                              # in the key `ungradable`: an empty cell
 MOST_ODD = 8                                 # values that are listed to be named as ungradable
 FEWEST_ROWS = 10                             # a table with so many rows has more than one grade

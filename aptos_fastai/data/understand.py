@@ -16,6 +16,7 @@ from aptos_fastai.data.grade_columns import (
     MOSTLY,
     OTHER_GRADE,
     OTHER_SCALE,
+    PREDICTION_NAME,
     REFERABLE_NAME,
     SCALE_NAME,
     UNGRADABLE,
@@ -59,8 +60,6 @@ ID_NAMES = (                                 # the first that a table has counts
 PATIENT_NAME = re.compile(r'patient|subject|person|(^|[^a-z])(pid|mrn|examination|study|participant)([^a-z]|$)')
 PART_NAME = re.compile(                      # of training and test rows
     r'(^|[^a-z])(split|subset|usage|partition|(data)?set|fold|is_?train|is_?test|train_test)([^a-z]|$)')
-PREDICTION_NAME = re.compile(
-    r'predict(?!or)|(^|[^a-z])(preds?([^a-z]|$|class|grade|score|label)|prob(s|abilit|[^a-z]|$))|(ai|model)_?score')
 NO_PATIENT = re.compile(
     r'(^|[^a-z])age([^a-z]|$)|sex|gender|site|clinic|date|name|race|ethnic|birth|dob|visit|status|eye|type|grade|level')
 PERSONAL = re.compile(r'name|initial|birth|dob|address|phone|email|mrn|ssn|comment|note')         # is never carried
@@ -269,7 +268,7 @@ class _Columns:
         if len(columns) == 1: return columns[0]
         if self.ask: return self.ask(f'{self.file.name}: which column is {what}?', columns)
         raise TableError(f'{self.file}: {what} can be in {len(columns)} columns: {", ".join(columns)}. Choose one: '
-                         f'--{key} "{columns[0]}".')
+                         f'--{key} COLUMN.')
 
     def _columns(self, key: str) -> tuple[str, ...]:
         "Return the columns that a key names"
@@ -326,7 +325,8 @@ class _Columns:
     def _find_grade(self) -> None:
         columns = self._others('id', 'patient')
         others = [c for c in columns if self.grades.has_grades(c)]
-        possible = [c for c in others if not OTHER_GRADE.search(c.casefold())]
+        possible = [c for c in others
+                    if not OTHER_GRADE.search(c.casefold()) and not PREDICTION_NAME.search(c.casefold())]
         named = [c for c in possible if GRADE_NAME.search(c.casefold())]
         weak = [c for c in possible if WEAK_GRADE_NAME.search(c.casefold())]
         unnamed = [c for c in possible if self.grades.count(c) > 2]
@@ -350,6 +350,7 @@ class _Columns:
             text = f'; not {", ".join(rest)}' if rest else ''
             return self._decide('grade', chosen, why + text)
         self.grades.refuse_nearly_grades(columns, 0)
+        self.grades.refuse_one_hot([c for c in others if c not in self.df.columns[self.df.nunique() > 2]])
         raise TableError(f'{self.file}: no column has grades (0 to 4, I to IV, or words such as moderate). Its columns '
                          f'are {", ".join(self.df)}. Name the column: --grade COLUMN.')
 

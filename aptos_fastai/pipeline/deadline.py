@@ -114,7 +114,7 @@ class Deadline:
         "Return the expected seconds to score the tables that a stage scores, in the folds that have not done so"
         tables = tables_scored_by(run.recipe, stage)
         folds = [k for k in run.folds_of(stage)
-                 if not all((run.fold_dir(stage, k) / f'scores_{table}.csv').is_file() for table in tables)]
+                 if not all(run.scores_file(stage, k, table, tta).is_file() for table, tta in tables)]
         return stage_cost(run, stage, folds, self.measured).scoring * self.correction(stage) if folds else 0.
 
     def correction(self, stage: str) -> float:

@@ -118,11 +118,13 @@ def measured_networks(run: Run) -> dict:
     return measured
 
 
-def tables_scored_by(recipe: Recipe, stage: str) -> set[str]:
-    "Return the ungraded tables that a stage scores, for pseudo-labels or the submission"
-    pairs = {(teacher, name) for s in recipe.stages.values() for teacher, name in s.sources if teacher}
-    if recipe.submit.table: pairs |= {(node, recipe.submit.table) for node in submitted_nodes(recipe)}
-    return {name for node, name in pairs if stage in recipe.members(node)}
+def tables_scored_by(recipe: Recipe, stage: str) -> set[tuple[str, str]]:
+    "Return the ungraded tables that a stage scores, each with the views: for pseudo-labels, or for the submission"
+    labelled = {(teacher, name) for s in recipe.stages.values() for teacher, name in s.sources if teacher}
+    submitted = {(node, recipe.submit.table) for node in submitted_nodes(recipe)} if recipe.submit.table else set()
+    s = recipe.stages[stage]
+    return {(name, tta) for pairs, tta in ((labelled, s.label_views), (submitted, s.tta)) for node, name in pairs
+            if stage in recipe.members(node)}
 
 
 def image_seconds(run: Run, stage: Stage, measured: dict) -> ImageSeconds:
@@ -174,21 +176,22 @@ def stage_cost(run: Run, name: str, folds: list[int], measured: dict) -> StageCo
     """
     from aptos_fastai.inference.views import VIEWS
     from aptos_fastai.pipeline.stage import DISTANCE_IMAGES
-    stage, views = run.recipe.stages[name], VIEWS[run.recipe.stages[name].tta]
+    stage = run.recipe.stages[name]
     speed, load = measured_speed(stage, measured), image_seconds(run, stage, measured).load
     train = valid = 0
     for _, source in stage.sources:
         train += int(run.training_part(stage, source, folds[0]).sum())
         if source in stage.graded_tables: valid += int(run.validation_part(stage, source, folds[0]).sum())
-    scored = sum(len(run.frames[t]) for t in tables_scored_by(run.recipe, name))
-    score = with_loading(views * speed.score, stage, load)
+    def score_seconds(tta: str) -> float: return with_loading(VIEWS[tta] * speed.score, stage, load)
+    scoring = sum(len(run.frames[table]) * score_seconds(tta) for table, tta in tables_scored_by(run.recipe, name))
+    score = score_seconds(stage.tta)
     if stage.epochs:
         epoch = train * with_loading(speed.train, stage, load) + valid * with_loading(speed.validate, stage, load)
         distances = min(train, DISTANCE_IMAGES) * with_loading(speed.score, stage, load)
         training = len(folds) * ((stage.epochs + stage.freeze_epochs) * epoch + valid * score + distances)
     else: training = score * sum(len(run.frames[t]) for _, t in stage.sources) * (0 in folds)
     training += FOLD_SECONDS * len(folds)
-    return StageCost(train, valid, training, len(folds) * scored * score, len(folds) * speed.parameters * 8.)
+    return StageCost(train, valid, training, len(folds) * scoring, len(folds) * speed.parameters * 8.)
 
 
 def plan_cost(run: Run, todo: dict[str, list[int]], outdated: Collection[str] = (),

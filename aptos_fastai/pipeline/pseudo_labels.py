@@ -13,7 +13,7 @@ FILES = dict(soft='soft_pseudo_label.csv', hard='hard_pseudo_label.csv')
 
 def _inputs_digest(run: Run, node: str, table: str) -> str:
     "Return the SHA-256 of what labels are made from: weights, images, thresholds and views"
-    tta = [run.recipe.stages[m].tta for m in run.recipe.members(node)]
+    tta = [run.recipe.stages[m].label_views for m in run.recipe.members(node)]
     weights = [run.member_weights(node, without=k) for k in run.folds_of(node)]
     return digest([run.weight_hashes(node), weights, run.table_hashes[table], run.label_thresholds(node), tta])
 
@@ -37,7 +37,7 @@ def write_labels(run: Run, node: str, table: str, bars: Bars) -> None:
     """
     folder, how = run.label_dir(node, table), run.label_thresholds(node)
     members = {k: run.member_weights(node, without=k) for k in run.folds_of(node)}
-    scores = {k: fold_scores(run, members[k], table, k, bars) for k in members}
+    scores = {k: fold_scores(run, members[k], table, k, bars, labels=True) for k in members}
     mean = np.mean([o.score for o in scores.values()], 0)
     soft = {f'fold{k}': o.score for k, o in scores.items()}
     hard = {f'fold{k}': apply_thresholds(o.score, run.thresholds(node, how, without=k)) for k, o in scores.items()}

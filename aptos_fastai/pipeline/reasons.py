@@ -112,9 +112,16 @@ def _changed_sources(run: Run, name: str, record: dict, new: dict) -> list[str]:
         if was != entry and before['ids'] != now['ids']: lines.append(f'train: {was} -> {entry}')
         else: lines += _changed_table(run, entry.rpartition(':')[2], before, now)
         if before['teacher'] != now['teacher'] and was != entry: lines.append(f'labels of {was} -> {entry}')
-        labels = {key: now[key] for key in ('labels', 'thresholds', 'views') if key in now and key in before}
-        lines += [f'pseudo-labels {entry}, {line}' for line in changed_keys(before, labels)]
+        if before['teacher'] and now['teacher']:
+            labels = changed_keys(_label_facts(before, now), _label_facts(now, before))
+            lines += [f'pseudo-labels {entry}, {line}' for line in labels]
     return list(dict.fromkeys(lines))
+
+
+def _label_facts(facts: dict, other: dict) -> dict:
+    "Return what determines pseudo-labels besides the networks; `fit_views` are by default the `views`"
+    found = {key: facts[key] for key in ('labels', 'thresholds', 'views')}
+    return dict(found, fit_views=facts.get('fit_views', facts['views'])) if 'fit_views' in {*facts, *other} else found
 
 
 def _changed_table(run: Run, table: str, old: dict, new: dict) -> list[str]:

@@ -83,19 +83,22 @@ def read_exported(run: Run, stage: str, fold: int) -> Learner:
     return load_exported(run.verified_file(stage, fold, EXPORT))
 
 
-def stage_scores(run: Run, stage: str, table: str, fold: int, bars: Bars) -> pd.DataFrame:
+def stage_scores(run: Run, stage: str, table: str, fold: int, bars: Bars, labels: bool = False) -> pd.DataFrame:
     """Return id_code, score, score_sd (over views) and feature_distance of a table by one fold of a stage.
 
-    They are read from the fold's folder if they were made with the same weights and images, else predicted and saved.
+    The views are those of `tta`, or for pseudo-`labels` those of `label_tta`. The scores are read from the fold's
+    folder if they were made with the same weights, images and views, else predicted and saved.
     """
-    tta, folder = run.recipe.stages[stage].tta, run.fold_dir(stage, fold)
-    csv, note = folder / f'scores_{table}.csv', folder / f'scores_{table}.json'
+    s = run.recipe.stages[stage]
+    tta = s.label_views if labels else s.tta
+    csv = run.scores_file(stage, fold, table, tta)
+    note = csv.with_suffix('.json')
     network = [file_hash(run.verified_file(stage, fold, file)) for file in (WEIGHTS, FEATURES)]
     key = digest([*network, run.table_hashes[table], tta])
     old = read_record(note)
     up_to_date = old and old['key'] == key and csv.is_file() and file_hash(csv) == old['sha256']
     if not up_to_date:
-        scores, distances = run_on_all_ranks(score_images, bars, run, stage, fold, run.frames[table], table)
+        scores, distances = run_on_all_ranks(score_images, bars, run, stage, fold, run.frames[table], table, tta)
         ids = run.frames[table].id_code
         write_csv(csv, pd.DataFrame(dict(id_code=ids, score=scores.mean(1), score_sd=scores.std(1),
                                          feature_distance=distances)))
@@ -103,26 +106,30 @@ def stage_scores(run: Run, stage: str, table: str, fold: int, bars: Bars) -> pd.
     return pd.read_csv(csv, dtype=dict(id_code=str))
 
 
-def score_images(bars: Bars, run: Run, stage: str, fold: int, frame: pd.DataFrame,
-                 what: str) -> tuple[np.ndarray, np.ndarray]:
+def score_images(bars: Bars, run: Run, stage: str, fold: int, frame: pd.DataFrame, what: str,
+                 tta: str) -> tuple[np.ndarray, np.ndarray]:
     "Return the scores (n, views) and feature distances (n,) of images by a finished fold; every process calls this"
     distance = FeatureDistance.from_bytes(run.verified_file(stage, fold, FEATURES).read_bytes())
     learn = read_exported(run, stage, fold)
     if torch.cuda.is_available(): learn.dls.cuda()
     with bars(f'{stage} fold {fold}  scoring {what}', len(frame), 'images') as bar:
-        return predict_views(learn, frame, run.recipe.stages[stage].tta, bar, distance)
+        return predict_views(learn, frame, tta, bar, distance)
 
 
 def validation_scores(run: Run, name: str, fold: int, bars: Bars) -> pd.DataFrame:
     "Return preds.csv of a finished fold, as its training wrote it, by its exported network and the stage's views"
-    valid = run.validation_images(name, fold)
-    scores, distances = run_on_all_ranks(score_images, bars, run, name, fold, valid, 'validation images')
+    valid, tta = run.validation_images(name, fold), run.recipe.stages[name].tta
+    scores, distances = run_on_all_ranks(score_images, bars, run, name, fold, valid, 'validation images', tta)
     return valid.assign(score=scores.mean(1), fold=fold, feature_distance=distances)[PREDS_COLUMNS]
 
 
-def fold_scores(run: Run, members: dict[str, float], table: str, fold: int, bars: Bars) -> pd.DataFrame:
-    "Return the scores of a table by one fold of a stage or ensemble, of which `members` are `Run.member_weights`"
-    return pool([(w, stage_scores(run, m, table, fold, bars)) for m, w in members.items()])
+def fold_scores(run: Run, members: dict[str, float], table: str, fold: int, bars: Bars,
+                labels: bool = False) -> pd.DataFrame:
+    """Return the scores of a table by one fold of a stage or ensemble, of which `members` are `Run.member_weights`.
+
+    See `stage_scores` for `labels`.
+    """
+    return pool([(w, stage_scores(run, m, table, fold, bars, labels)) for m, w in members.items()])
 
 
 def node_scores(run: Run, node: str, table: str, bars: Bars) -> pd.DataFrame:

@@ -116,12 +116,15 @@ def test_a_column_that_divides_rows_is_named(tmp_path):
 def test_a_column_made_of_the_grade_is_no_subgroup(tmp_path):
     "But a camera that goes with the grade is the worst of shortcuts, which the report must show"
     rows = [f'a{i},{i % 5},{("no", "yes")[i % 5 > 0]},{"fm"[i % 2]},{"AB"[i % 5 > 0]}' for i in range(20)]
-    for column in ('camera', 'referring_clinic'):
+    for column in ('camera', 'referring_clinic', 'referral_site', 'site_label', 'hospital_level'):
         understood = understand_table(write_rows(tmp_path, f'image,level,binary,sex,{column}', rows))
         assert keys(understood, 'carry') == (f'sex | {column}',)
         assert 'not carried: binary (goes with the grade: one value for each)' in understood.reasons
-    rows = [f'a{i},{i % 5},{i % 3},{i % 2},{i % 4}' for i in range(20)]
-    csv = write_rows(tmp_path, 'image,level,predictedScore,probs,ai_score', rows)
+    for column in ('refer', 'referred', 'vtdr', 'dr_yes'):
+        csv = write_rows(tmp_path, f'image,level,{column}', [f'a{i},{i % 5},{int(i % 5 > 1)}' for i in range(20)])
+        assert keys(understand_table(csv), 'carry') == ('',)
+    rows = [f'a{i},{i % 5},{i % 3},{i % 2},{i % 4},{i % 3}' for i in range(20)]
+    csv = write_rows(tmp_path, 'image,level,predictedScore,probs,ai_score,Model output', rows)
     assert keys(understand_table(csv), 'carry') == ('',)
     rows = [f'a{i},{i % 5},{i % 3},{i % 2}' for i in range(20)]
     csv = write_rows(tmp_path, 'image,level,risk_score,eye_problems', rows)
@@ -130,7 +133,7 @@ def test_a_column_made_of_the_grade_is_no_subgroup(tmp_path):
 
 @pytest.mark.parametrize('blank', ['', 'ungradable'])
 def test_a_yes_or_no_with_blanks_is_one_too(tmp_path, blank):
-    cells = ['0', '1', '1', '0', blank]
+    cells = ['0', '1', '1', '1', blank]
     csv = write_rows(tmp_path, 'image,retinopathy,dme', [f'a{i},{cells[i % 5]},{cells[i % 5]}' for i in range(20)])
     with pytest.raises(AptosError, match='column retinopathy has only the grades 0 and 1'): understand_table(csv)
     assert understand_table(csv, grade='retinopathy').table.grade == 'retinopathy'
@@ -142,10 +145,40 @@ def test_a_yes_or_no_with_blanks_is_one_too(tmp_path, blank):
         csv = write_rows(tmp_path, f'image,dr,{name}', [f'a{i},{cells[i % 5]},{i % 5}' for i in range(20)])
         assert keys(understand_table(csv), 'grade') == (name,)
     csv = write_rows(tmp_path, 'image,retinopathy,drusen_grade', [f'a{i},{cells[i % 5]},{i % 4}' for i in range(20)])
-    with pytest.raises(AptosError, match='can be in 2 columns: drusen_grade, retinopathy'): understand_table(csv)
+    with pytest.raises(AptosError, match='can be in 2 columns: retinopathy, drusen_grade. Choose one: --grade COLUMN'):
+        understand_table(csv)
     csv = write_rows(tmp_path, 'image,dr_left,dr_right', [
         f'a{i},{i % 2 if i < 10 else ""},{i % 2 if i >= 10 else ""}' for i in range(20)])
     with pytest.raises(AptosError, match='column dr_left, dr_right has only the grades 0 and 1'): understand_table(csv)
+
+
+@pytest.mark.parametrize('name', ['label', 'class', 'stage', 'image_label', 'diagnosis', 'grade'])
+def test_a_column_that_contradicts_the_yes_or_no_is_not_taken_unasked(tmp_path, name):
+    "0 normal, 1 retinopathy, 2 glaucoma, 3 cataract; then the grades of the same yes or no, with one error"
+    disease = write_rows(tmp_path, f'image,dr,{name}', [f'a{i},{int(i % 4 == 1)},{i % 4}' for i in range(20)])
+    with pytest.raises(AptosError, match=f'can be in 2 columns: dr, {name}'): understand_table(disease)
+    grade = write_rows(tmp_path, f'image,dr,{name}', [f'a{i},{int(i % 5 > 1 or i == 0)},{i % 5}' for i in range(20)])
+    assert keys(understand_table(grade), 'grade') == (name,)
+
+
+@pytest.mark.parametrize('name', ['dr_pred', 'predicted_dr_grade', 'AI grade', 'y_hat'])
+def test_predictions_are_no_grades(tmp_path, name):
+    rows = [f'a{i},{int(i % 5 > 1)},{i % 5}' for i in range(20)]
+    with pytest.raises(AptosError, match='column dr has only the grades 0 and 1'):
+        understand_table(write_rows(tmp_path, f'image,dr,{name}', rows))
+    csv = write_rows(tmp_path, f'image,{name}', [f'a{i},{i % 5}' for i in range(20)])
+    with pytest.raises(AptosError, match='no column has grades'): understand_table(csv)
+    assert understand_table(csv, grade=name).table.grade == name
+
+
+def test_names_of_other_diseases_are_refused_only_where_they_are_of_diseases(tmp_path):
+    rows = [f'a{i},{i % 2}' for i in range(20)]
+    for name in ('diabetic_macular_edema', 'glaucoma', 'dr_quality'):
+        with pytest.raises(AptosError, match=f'column {name} has only 0 and 1, which by its name'):
+            understand_table(write_rows(tmp_path, f'image,{name}', rows), grade=name)
+    for name in ('Retinopathy risk', 'Diagnosis visit 1', 'Retinopathy (camera 1)'):
+        understood = understand_table(write_rows(tmp_path, f'image,{name}', rows), grade=name)
+        assert understood.table.grade == name
 
 
 def test_the_grade_of_one_reader_does_not_win_by_its_scale(tmp_path):
@@ -188,10 +221,10 @@ def test_short_words_for_eyes(tmp_path, words):
 
 
 def test_values_that_name_a_grade_are_not_suggested_as_ungradable(tmp_path):
-    cells = 'No signs of DR', 'grade 2?', 'healthy retina', 'lost', '2.5'
-    csv = write_rows(tmp_path, 'image,level', [f'a{i},{cells[i % 5]}' for i in range(20)])
+    cells = 'No signs of DR', 'grade 2?', 'healthy retina', 'lost', '2.5', '>2', 'L3', 'sev', '53', 'PRP done', 'leicht'
+    csv = write_rows(tmp_path, 'image,level', [f'a{i},{cells[i % 11]}' for i in range(20)])
     with pytest.raises(AptosError, match='20 of 20 rows'): understand_table(csv)
-    csv = write_rows(tmp_path, 'image,level', [f'a{i},{cells[i % 5] if i < 6 else i % 5}' for i in range(20)])
+    csv = write_rows(tmp_path, 'image,level', [f'a{i},{cells[i] if i < 11 else i % 5}' for i in range(24)])
     with pytest.raises(AptosError, match='--ungradable "lost"[.]'): understand_table(csv)
 
 
@@ -201,6 +234,21 @@ def test_one_column_for_each_grade_is_refused(tmp_path):
     for more in (rows, [*rows, *healthy]):
         with pytest.raises(AptosError, match='the columns grade_0, .*, grade_4 have at most one 1 in each row'):
             understand_table(write_rows(tmp_path, 'image,grade_0,grade_1,grade_2,grade_3,grade_4', more))
+
+
+@pytest.mark.parametrize('names', ['no_dr,mild_npdr,moderate_npdr,severe_npdr,pdr', 'none,mild,moderate,severe,pdr',
+                                   'dr_none,dr_mild,dr_moderate,dr_severe,dr_pdr',
+                                   'grade 0,grade I,grade II,grade III,grade IV'])
+def test_one_column_for_each_grade_in_words_is_refused(tmp_path, names):
+    rows = [f'a{i},{",".join(str(int(i % 9 == k)) for k in range(5))}' for i in range(36)]
+    with pytest.raises(AptosError, match='have at most one 1 in each row'):
+        understand_table(write_rows(tmp_path, f'image,{names}', rows))
+
+
+def test_three_readers_who_are_never_positive_together_are_not_columns_of_grades(tmp_path):
+    rows = [f'a{i},{int(i == 1)},{int(i == 5)},{int(i == 7)}' for i in range(20)]
+    with pytest.raises(AptosError, match='can be in 3 columns'):
+        understand_table(write_rows(tmp_path, 'image,label_1,label_2,label_3', rows))
 
 
 def test_letters_for_diseases_are_no_grades_of_the_two_eyes(tmp_path):
@@ -362,7 +410,7 @@ def test_class_folders(tmp_path):
 def test_two_columns_that_would_do(tmp_path):
     csv = write_rows(tmp_path, 'image,grade_1,grade_2', [f'a{i},{grade_of(i)},{grade_of(i + 50)}' for i in range(20)])
     with pytest.raises(AptosError) as e: understand_table(csv)
-    assert 'the grade can be in 2 columns: grade_1, grade_2. Choose one: --grade "grade_1".' in str(e.value)
+    assert 'the grade can be in 2 columns: grade_1, grade_2. Choose one: --grade COLUMN.' in str(e.value)
     assert keys(understand_table(csv, ask=lambda question, answers: answers[1]), 'grade') == ('grade_2',)
     assert keys(understand_table(csv, grade='grade_2'), 'grade') == ('grade_2',)
 

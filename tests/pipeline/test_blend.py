@@ -258,7 +258,7 @@ def test_the_model_uses_the_weights_of_all_folds(finished):
     assert stored.blend.to_numpy() == pytest.approx(nested.to_numpy())
     files = run.frames['test'].set_index('id_code').path[scores.id_code].tolist()
     assert load_grader(root).predict(files).score.to_numpy() == pytest.approx(scores.blend.to_numpy(), abs=1e-3)
-    parts = {m: np.mean([pd.read_csv(root / f'{m}/fold{k}/scores_test.csv').score for k in range(2)], 0)
+    parts = {m: np.mean([pd.read_csv(root / f'{m}/fold{k}/scores_test_none.csv').score for k in range(2)], 0)
              for m in weights}
     assert scores.blend.to_numpy() == pytest.approx(sum(w * parts[m] for m, w in weights.items()), abs=1e-6)
 
@@ -270,7 +270,7 @@ def test_labels_of_a_fold_are_by_weights_without_it(finished):
     for k in range(2):
         weights = run.member_weights('blend', without=k)
         assert provenance['members'][k] == weights
-        expected = sum(w * pd.read_csv(root / f'{m}/fold{k}/scores_test.csv').score for m, w in weights.items())
+        expected = sum(w * pd.read_csv(root / f'{m}/fold{k}/scores_test_none.csv').score for m, w in weights.items())
         assert labels[f'fold{k}'].to_numpy() == pytest.approx(expected.to_numpy(), abs=1e-6)
     assert set(read_record(root / 'student/fold0/stage.json')['parents']) == {
         'first', 'second', 'first/fold1', 'second/fold1'}

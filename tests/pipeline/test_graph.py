@@ -214,7 +214,8 @@ def test_folds_of_a_student_learn_from_the_same_folds_of_the_teacher(small):
     for k in (0, 1):
         record = read_json(root / f'retrain/fold{k}/stage.json')
         assert record['parents']['teacher'] == weights_sha256(root / f'teacher/fold{k}')
-        assert np.allclose(pd.read_csv(root / f'teacher/fold{k}/scores_test.csv').score, labels[f'fold{k}'], atol=1e-6)
+        scores = pd.read_csv(root / f'teacher/fold{k}/scores_test_hflip.csv').score
+        assert np.allclose(scores, labels[f'fold{k}'], atol=1e-6)
 
 
 def test_a_grader_of_several_folds_gives_the_sets_of_its_run(small):
@@ -314,7 +315,7 @@ from fastai.vision.all import PILImage, load_learner
 torch.set_num_threads(1)
 learn = load_learner(r"{fold / 'learner.pkl'}")
 folder = r"{next(toy.parent.glob('demo-*/aptos*/test_images'))}"
-ids = pd.read_csv(r"{fold / 'scores_aptos_test.csv'}", dtype=dict(id_code=str)).id_code
+ids = pd.read_csv(r"{fold / 'scores_aptos_test_hflip.csv'}", dtype=dict(id_code=str)).id_code
 dl = learn.dls.test_dl(pd.DataFrame(dict(stored=[f"{{folder}}/{{i}}.png" for i in ids])))
 with learn.no_bar(): preds = learn.get_preds(dl=dl)[0]
 file = f"{{folder}}/{{ids[0]}}.png"

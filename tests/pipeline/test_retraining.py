@@ -109,7 +109,8 @@ NO_TRAINING = [
     ['stage.workers=1'], ['stage.precision=auto'], ['stage.thresholds=optimal'], ['stage.track=tensorboard'],
     ['recipe.owner=Someone', 'recipe.contact=a@b.c'], ['submit.thresholds=0.5 1.5 2.5 3.5'], ['gate.reject=.1'],
     ['stage.labels=hard', 'stage.second.labels=soft'], ['refer.sensitivity=.8'], ['stage.second.tta=d4'],
-    ['stage.folds=1'], ['ensemble.both.weights=1 2']]
+    ['stage.tta=hflip', 'stage.label_tta=none'], ['stage.second.label_tta=d4'], ['stage.folds=1'],
+    ['ensemble.both.weights=1 2']]
 
 
 @pytest.mark.parametrize('keys', NO_TRAINING, ids=lambda keys: keys[0])
@@ -129,6 +130,7 @@ TRAINING = {
     'stage.second.size=48': ['second: size: 32 -> 48'],
     'stage.second.init=': ['second: init: first -> (empty)'],
     'stage.first.tta=hflip': ['second: pseudo-labels first:test, views: none -> hflip'],
+    'stage.first.label_tta=hflip': ['second: pseudo-labels first:test, views: none -> hflip'],
     'stage.folds=3': ['first fold 2, second fold 2: never trained'],
     'augment.rotate=10': ['first: [augment] rotate: 180.0 -> 10.0',
                           'second: [augment] rotate: 180.0 -> 10.0; first is trained again'],
@@ -142,6 +144,14 @@ TRAINING = {
 @pytest.mark.parametrize('key', TRAINING)
 def test_plan_says_which_key_makes_a_stage_train(finished, key):
     assert reasons(open_run(finished, key)) == TRAINING[key]
+
+
+def test_thresholds_of_hard_labels_depend_on_the_views_of_validation_images(finished):
+    keys = ['stage.second.labels=hard', 'stage.label_tta=none']
+    hard, views = (open_run(finished, *keys, *more) for more in ([], ['stage.tta=hflip']))
+    assert hard.fingerprint('second', 0) != views.fingerprint('second', 0)
+    assert reasons(views)[0].endswith('pseudo-labels first:test, fit_views: none -> hflip')
+    assert 'fit_views' not in hard.inputs('second', 0)['train'][1]             # as runs of older versions have it
 
 
 def test_nothing_is_trained_of_a_run_that_was_never_started(finished, tmp_path):
@@ -182,6 +192,21 @@ def test_views_of_a_teacher_change_the_labels_and_train_its_student(copied):
     assert changed == {'second/fold0', 'second/fold1'}
     new = read_labels(open_run(copied, key), 'first', 'test', 'soft')
     assert (old.diagnosis - new.diagnosis).abs().max() > 0
+
+
+def test_labels_keep_their_own_views(copied, capsys):
+    "With `label_tta`, other views of all stages score the images again, and change neither labels nor weights"
+    keys, before = ['stage.tta=hflip', 'stage.label_tta=none'], weights_of(copied)
+    old = read_labels(open_run(copied), 'first', 'test', 'soft')
+    fold = copied / 'runs/recipe/first/fold0'
+    labelled = (fold / 'scores_test_none.csv').read_bytes()
+    main(['all', *options(copied, *keys)])
+    assert weights_of(copied) == before and outputs_up_to_date(open_run(copied, *keys))
+    assert capsys.readouterr().out.count('scored again, with tta = hflip') == 4
+    assert read_labels(open_run(copied, *keys), 'first', 'test', 'soft').equals(old)
+    assert (fold / 'scores_test_none.csv').read_bytes() == labelled
+    submitted = pd.read_csv(fold / 'scores_test_hflip.csv')
+    assert (submitted.score - old.fold0).abs().max() > 1e-6 and (submitted.score_sd > 0).any()
 
 
 @pytest.mark.parametrize('finished_by_all', [True, False])
