@@ -62,7 +62,12 @@ PART_NAME = re.compile(                      # of training and test rows
     r'(^|[^a-z])(split|subset|usage|partition|(data)?set|fold|is_?train|is_?test|train_test)([^a-z]|$)')
 NO_PATIENT = re.compile(
     r'(^|[^a-z])age([^a-z]|$)|sex|gender|site|clinic|date|name|race|ethnic|birth|dob|visit|status|eye|type|grade|level')
-PERSONAL = re.compile(r'name|initial|birth|dob|address|phone|email|mrn|ssn|comment|note')         # is never carried
+PERSONAL = re.compile(                       # is never carried
+    r'name|initial|birth|dob|address|adress|phone|e-?mail|mrn|ssn|comment|note|nom([^a-z]|$)|nombre|apellid|cognome|alias|'
+    r'geb(oren|urt|\W)|naiss|nascita|nacim|nascim|(^|[^a-z])(yob|tel|fax|handy|mobile|plz|zip|nhs|nif|cpf|user|kin)([^a-z]|$)|'
+    r'telef|post.?(code|al)|stra(ss|ß)e|street|guardian|passport|insur|versich|remark|observa|bemerk|anmerk|kommentar|'
+    r'notiz|physician|doctor|arzt|ärzt|m[eé]d(ec|ico)|nurse|schwester|untersucher|examiner|operator|photograph(er|$)|'
+    r'technician')
 NUMBER_NAME = re.compile(r'(^|[^a-z])(id|no|nr|num|number|code|key|pid|mrn)([^a-z]|$)|id$')
 EYE_NAME = re.compile(
     r'eye|auge|œil|oeil|lateral|(^|[^a-z])(side|seite|côté|lado|lato|oculus|ojo|olho|occhio)([^a-z]|$)')
@@ -436,7 +441,7 @@ class _Columns:
         made = [c for c in names if self.grades.give(self._columns('grade'), c)]
         if made: self.reasons.append(f'not carried: {", ".join(made)} (goes with the grade: one value for each)')
         names = [c for c in names if c not in made]
-        if names or ages: self._decide('carry', ' | '.join(names + ages), 'few values each: subgroups')
+        if names or ages: self._decide('carry', ' | '.join(names + ages), 'few values each: subgroups of the reports')
         for c in names:
             if PART_NAME.search(c.casefold()) and not self.keys.get('where', '').startswith(c):
                 values = first_few(sorted(self.df[c].unique()))

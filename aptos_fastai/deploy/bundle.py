@@ -12,9 +12,10 @@ from torch import nn
 import aptos_fastai
 from aptos_fastai.common.console import Bars, say
 from aptos_fastai.common.io import AptosError, file_hash, read_record, verify_file, write_bytes, write_csv, write_record
+from aptos_fastai.common.privacy import LEAVE_OUT, patient_data
 from aptos_fastai.deploy.parity import ParityImages, compare_backends, parity_images, show_parity
 from aptos_fastai.inference.backends import PACKAGES, changed_text
-from aptos_fastai.inference.deidentify import without_ids, without_values
+from aptos_fastai.inference.deidentify import record_without_people, without_ids, without_values
 from aptos_fastai.inference.grader import Grader
 from aptos_fastai.inference.measures import EVALUATION, EVALUATIONS, is_of_model
 from aptos_fastai.inference.model_spec import BUNDLE, MemberSpec, ModelSpec, copy_members, read_model
@@ -60,10 +61,13 @@ def write_onnx(net: nn.Module, member: MemberSpec, file: Path) -> None:
     batch = torch.export.Dim('n', min=1, max=4096)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')      # of the exporter about its own parts
-        torch.onnx.export(
-            NetOfSquares(net.float().cpu(), member).eval(), (squares,), file, input_names=['squares'],
-            output_names=['score', 'features'], dynamic_shapes=({0: batch},), dynamo=True, external_data=False,
-            verbose=False)
+        program = torch.onnx.export(
+            NetOfSquares(net.float().cpu(), member).eval(), (squares,), input_names=['squares'],
+            output_names=['score', 'features'], dynamic_shapes=({0: batch},), dynamo=True, verbose=False)
+    assert program is not None
+    for part in (program.model, program.model.graph, *program.model.graph): part.metadata_props.clear()
+    for node in program.model.graph: node.doc_string = None    # paths of the source that traced it
+    program.save(file, external_data=False)
 
 
 def lineage(root: Path, member: MemberSpec) -> dict:
@@ -108,7 +112,7 @@ def export_run(path: str, parity: int | None = None, deidentify: bool = False) -
     shutil.rmtree(temp, ignore_errors=True)
     try:
         images = parity_images(root, model, parity or 0)
-        copy_evaluations(Path(path), out, temp)
+        copy_evaluations(Path(path), out, temp, deidentify)
         compared = build_bundle(model, root, temp, images, validation_scores(path), deidentify=deidentify)
         shutil.rmtree(out, ignore_errors=True)
         temp.rename(out)
@@ -116,6 +120,9 @@ def export_run(path: str, parity: int | None = None, deidentify: bool = False) -
     show_parity(compared, images)
     megabytes = sum(f.stat().st_size for f in out.iterdir()) / 1e6
     say(f'networks: {len(model.members)}, {megabytes:.0f} MB -> {out}: {BUNDLE}, weights, ONNX, MODEL_CARD.md')
+    holds = f'MODEL_CARD.md and {BUNDLE} name the largest errors by their ids, and values of carried columns'
+    clean = 'de-identified: no ids of images and no values of carried columns'
+    say(f'{out}: {clean}' if deidentify else patient_data(out, holds, LEAVE_OUT), 'dim')
 
 
 def build_bundle(model: ModelSpec, root: Path, folder: Path, images: ParityImages, scores: pd.DataFrame,
@@ -215,9 +222,15 @@ def _evaluation_row(record: dict) -> dict:
                 **{name: measure_text(value) for name, value in found.items()})
 
 
-def copy_evaluations(run: Path, old_bundle: Path, folder: Path) -> None:
-    "Copy a run's evaluation.json files into a bundle, and all that was written to its older bundle's evaluations"
-    if (old_bundle / EVALUATIONS).is_dir(): shutil.copytree(old_bundle / EVALUATIONS, folder / EVALUATIONS)
-    for file in (run / EVALUATIONS).glob(f'*/{EVALUATION}'):
+def copy_evaluations(run: Path, old_bundle: Path, folder: Path, deidentify: bool = False) -> None:
+    """Copy a run's evaluation.json files into a bundle, and all that was written to its older bundle's evaluations.
+
+    With `deidentify` the records alone are copied, without what names people.
+    """
+    if not deidentify and (old_bundle / EVALUATIONS).is_dir():
+        shutil.copytree(old_bundle / EVALUATIONS, folder / EVALUATIONS)
+    for file in (f for source in (old_bundle, run) for f in (source / EVALUATIONS).glob(f'*/{EVALUATION}')):
         copied = folder / EVALUATIONS / file.parent.name / EVALUATION
-        if not copied.exists(): write_bytes(copied, file.read_bytes())
+        if copied.exists(): continue
+        if not deidentify: write_bytes(copied, file.read_bytes())
+        elif record := read_record(file): write_record(copied, record_without_people(record))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from aptos_fastai.inference.subgroups import UNKNOWN
+from aptos_fastai.inference.subgroups import TOO_MANY, UNKNOWN
 
 if TYPE_CHECKING:                            # the modules that these are of import PyTorch
     from aptos_fastai.inference.evaluate import Evaluation
@@ -39,18 +39,25 @@ def without_people(evaluation: 'Evaluation') -> 'Evaluation':
     Ids become numbers behind a hash of the table's place, so that `compare` matches images of the same table only.
     Values of subgroups are numbered: 'site 1', 'site 2', …; 'unknown' stays.
     """
-    from aptos_fastai.inference.evaluate import COLUMNS, subgroup_warning
+    from aptos_fastai.inference.evaluate import COLUMNS
     rows = without_names(evaluation.predictions[COLUMNS], 'id_code')
     rows = rows.assign(id_code=evaluation.record['table']['place'][:6] + '-' + rows.id_code,
                        group=pseudonyms(rows.group, 'G'))
-    before = evaluation.record['subgroups']
+    record = record_without_people(evaluation.record)
+    return replace(evaluation, record=record, predictions=rows, reasons=[], missing=[])
+
+
+def record_without_people(record: dict) -> dict:
+    "Return the record of an evaluation without file names, and with numbered subgroups: see `without_people`"
+    from aptos_fastai.inference.evaluate import subgroup_warning
+    if record.get('notes') == [NOTE]: return record
+    before = record['subgroups']
     after = [dict(o, values=_numbered(o['values'], o['column'])) for o in before]
     texts = {subgroup_warning(old['column'], a): subgroup_warning(old['column'], b)
              for old, new in zip(before, after, strict=True)
              for a, b in zip(old['values'], new['values'], strict=True)}
-    warnings = [texts.get(text, text) for text in evaluation.record['warnings']]
-    record = dict(evaluation.record, unreadable=[], notes=[NOTE], subgroups=after, warnings=warnings)
-    return replace(evaluation, record=record, predictions=rows, reasons=[], missing=[])
+    warnings = [texts.get(text, text) for text in record['warnings']]
+    return dict(record, unreadable=[], notes=[NOTE], subgroups=after, warnings=warnings)
 
 
 def without_ids(summary: dict) -> dict:
@@ -64,9 +71,17 @@ def without_ids(summary: dict) -> dict:
 def without_values(summary: dict) -> dict:
     "Return `without_ids` of a run's summary in which values of the columns that tables carry are numbered: 'site 1'"
     summary = without_ids(summary)
-    clusters = [o if o['kind'] in (*NAMED, ID_RANGE) else dict(o, clusters=_numbered(o['clusters'], o['kind']))
-                for o in summary['clusters']]
-    return dict(summary, clusters=clusters)
+    of_columns = [o for o in summary['clusters'] if o['kind'] not in (*NAMED, ID_RANGE)]
+    found = {o['kind']: [c['name'] for c in o['clusters']] for o in of_columns}
+    for column, counts in (item for o in summary['tables'] for item in o['carried'].items()):
+        found[column] = list(dict.fromkeys([*found.get(column, []), *counts]))
+    new = {column: {name: name if name in (UNKNOWN, TOO_MANY) else f'{column} {i}' for i, name in enumerate(names, 1)}
+           for column, names in found.items()}
+    clusters = [o if o not in of_columns else dict(o, clusters=[
+        dict(c, name=new[o['kind']][c['name']]) for c in o['clusters']]) for o in summary['clusters']]
+    tables = [dict(o, carried={column: {new[column][name]: n for name, n in counts.items()}
+                               for column, counts in o['carried'].items()}) for o in summary['tables']]
+    return dict(summary, clusters=clusters, tables=tables)
 
 
 def _numbered(groups: list[dict], noun: str) -> list[dict]:

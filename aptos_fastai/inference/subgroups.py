@@ -10,6 +10,7 @@ from aptos_fastai.metrics import DIFFERENCES, REFERABLE, subgroup_differences
 MIN_IMAGES = 30                              # of a subgroup, and of the other images, that are compared
 MIN_OF_CLASS = 10                            # referable and other images on both sides, for a comparison of AUC
 MAX_VALUES = 20                              # of a column; with more it gives no subgroups
+TOO_MANY = f'more than {MAX_VALUES} values'
 MAX_NUMBERS = 10                             # different numbers in a column; more become quartiles
 ALPHA = .05                                  # of all comparisons together (Bonferroni)
 UNKNOWN = 'unknown'
@@ -60,7 +61,7 @@ def subgroup_labels(values: pd.Series) -> pd.Series:
 def subgroup_counts(values: pd.Series) -> dict[str, int]:
     "Return how many images have each value of a column, or range of numbers; of too many values how many have any"
     labels = values_or_subgroups(values)
-    if not len(labels): return {f'more than {MAX_VALUES} values': len(values)}
+    if not len(labels): return {TOO_MANY: len(values)}
     return {str(name): int(n) for name, n in labels.value_counts().items()}
 
 

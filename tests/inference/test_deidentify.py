@@ -18,6 +18,7 @@ from aptos_fastai.inference import deidentify
 from aptos_fastai.inference.deidentify import pseudonyms, without_ids, without_names, without_people, without_values
 from aptos_fastai.inference.evaluate import COLUMNS, Evaluation
 from aptos_fastai.inference.grader import Grader
+from aptos_fastai.inference.subgroups import TOO_MANY
 from aptos_fastai.pipeline import clusters
 from aptos_fastai.pipeline.compare import matched
 from aptos_fastai.reports import shortcuts
@@ -205,8 +206,12 @@ def test_values_of_carried_columns_are_numbered_in_a_bundle():
     def clusters(kind, *names): return dict(kind=kind, clusters=[dict(name=name) for name in names])
     summary = dict(largest_errors=[dict(id_code='a', diagnosis=1)], clusters=[
         clusters('site', 'Zwiesel', 'unknown', 'Grafenau'), clusters('camera', '384 x 256, radius 0.5'),
-        clusters('id range', 'a to c')])
+        clusters('id range', 'a to c')], tables=[
+        dict(table='t', carried=dict(site={'Grafenau': 9, 'Zwiesel': 5, 'Lost': 1, 'unknown': 2},
+                                     nurse={TOO_MANY: 3}))])
     changed = without_values(summary)
+    assert changed['tables'] == [dict(table='t', carried=dict(
+        site={'site 3': 9, 'site 1': 5, 'site 4': 1, 'unknown': 2}, nurse={TOO_MANY: 3}))]
     assert [[c['name'] for c in o['clusters']] for o in changed['clusters']] == [
         ['site 1', 'unknown', 'site 3'], ['384 x 256, radius 0.5'], ['range 1']]
     assert changed['largest_errors'] == [dict(id_code='', diagnosis=1)]

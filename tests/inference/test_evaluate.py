@@ -519,6 +519,23 @@ def test_export_takes_in_training_images_and_evaluations(exported):
     assert 'stale' not in card and '* Optimistic' not in card
 
 
+def test_evaluations_of_a_de_identified_bundle_name_nobody(exported, toy, clinic, tmp_path_factory, tmp_path, capsys):
+    runs = tmp_path / 'runs'
+    shutil.copytree(exported.parent, runs)
+    run = runs / exported.name
+    evaluate(run / 'bundle', clinic, '--by', 'site', '-o', run / 'bundle/evaluations/later')
+    named = {'"name": "A"', 'bad: '}
+    assert all(word in (run / 'bundle/evaluations/later/evaluation.json').read_text() for word in named)
+    capsys.readouterr()
+    with onnx_of(toy_bundle(toy, tmp_path_factory)): main(['export', str(run), '--parity', '4', '--deidentify'])
+    assert 'de-identified: no ids' in ' '.join(capsys.readouterr().out.split())
+    files = [f for f in (run / 'bundle/evaluations').rglob('*') if f.is_file()]
+    assert sorted(f.parent.name for f in files) == ['grades', 'later', 'stale']
+    assert {f.name for f in files} == {'evaluation.json'}
+    for f in files: assert not [word for word in named if word in f.read_text()], f
+    assert '| grades | 40 |' in (run / 'bundle/MODEL_CARD.md').read_text()
+
+
 def test_a_bundle_knows_its_training_images_and_its_card_takes_an_evaluation_in(exported, clinic, tmp_path, capsys):
     shutil.copytree(exported / 'bundle', tmp_path / 'bundle')
     bundle = tmp_path / 'bundle'
