@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from aptos_fastai.common.io import read_record
 from aptos_fastai.pipeline.graph import load_run, start_run, train_nodes
-from aptos_fastai.recipe import require_name
+from aptos_fastai.recipe.check import require_name
 from aptos_fastai.run_folder import RecordError, Run
 
 if TYPE_CHECKING:

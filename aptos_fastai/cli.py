@@ -655,7 +655,7 @@ def operating_point(model: Model,
     python run.py operating_point runs/one_table/bundle --specificity 0.9 --table clinic.csv --images photos/
     """
     from aptos_fastai.deploy.operating_point import write_operating_point
-    from aptos_fastai.recipe import parse_refer
+    from aptos_fastai.recipe.read import parse_refer
     refer = parse_refer(given(sensitivity=sensitivity, specificity=specificity, threshold=threshold))
     keys = given(id=id, grade=grade, patient=patient, eye=eye, ungradable=ungradable, sheet=sheet)
     write_operating_point(model, refer, output, table, skip_missing, images=images, recipe=recipe, data=data,
@@ -788,7 +788,7 @@ def init(folder: Annotated[str, argument('FOLDER', 'The folder to write to.')] =
     python run.py init ~/dr
     """
     from aptos_fastai.common.console import say
-    from aptos_fastai.recipe import write_recipes
+    from aptos_fastai.recipe.files import write_recipes
     for file in write_recipes(Path(folder)): say(str(file))
 
 

@@ -43,7 +43,10 @@ from aptos_fastai.pipeline.refresh import refresh_folds
 from aptos_fastai.pipeline.run_recipe import RECIPE, check_name, check_same_model
 from aptos_fastai.pipeline.share import with_shared
 from aptos_fastai.pipeline.summary import SYNTHETIC, oof_table, show_summary, stage_kappa_text, summarise
-from aptos_fastai.recipe import NAMED_SECTIONS, SECTIONS, TUNE_HELP, Recipe, read_recipe, require_name
+from aptos_fastai.recipe.check import require_name
+from aptos_fastai.recipe.graph import Recipe
+from aptos_fastai.recipe.read import read_recipe
+from aptos_fastai.recipe.sections import NAMED_SECTIONS, SECTIONS, TUNE_HELP
 from aptos_fastai.run_folder import Run
 
 if TYPE_CHECKING:

@@ -22,7 +22,10 @@ from aptos_fastai.metrics import (
     thresholds_or_midpoints,
     upper_quantile,
 )
-from aptos_fastai.recipe import FITTED, Recipe, Stage, check_fold, parse_thresholds, require_name
+from aptos_fastai.recipe.check import require_name
+from aptos_fastai.recipe.graph import Recipe
+from aptos_fastai.recipe.sections import FITTED, Stage, parse_thresholds
+from aptos_fastai.recipe.values import check_fold
 
 FINISHED = 'stage.json'                      # a fold's record, written last: its presence means finished
 EXPORT = 'learner.pkl'

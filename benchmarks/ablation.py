@@ -39,7 +39,9 @@ from aptos_fastai.pipeline.graph import load_run, start_run
 from aptos_fastai.pipeline.scores import predict_views
 from aptos_fastai.pipeline.stage import fit_stage, optional_callbacks, training_frame
 from aptos_fastai.pipeline.summary import difference_text, interval_text
-from aptos_fastai.recipe import Recipe, Stage, read_recipe
+from aptos_fastai.recipe.graph import Recipe
+from aptos_fastai.recipe.read import read_recipe
+from aptos_fastai.recipe.sections import Stage
 from aptos_fastai.run_folder import Run
 from aptos_fastai.training.callbacks import History, Reproducible
 from aptos_fastai.training.loaders import get_dls

@@ -21,7 +21,8 @@ from aptos_fastai.common.console import format_duration, say, table
 from aptos_fastai.common.io import read_record, write_record
 from aptos_fastai.metrics import PUBLISHED_THRESHOLDS, kappa_interval, paired_interval, quadratic_kappa
 from aptos_fastai.pipeline.summary import difference_text, interval_text
-from aptos_fastai.recipe import Recipe, read_recipe
+from aptos_fastai.recipe.graph import Recipe
+from aptos_fastai.recipe.read import read_recipe
 from recipes import VARIANTS, out_of_fold, run_command, training_seconds_of
 
 STAGE = 'teacher'

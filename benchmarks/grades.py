@@ -24,7 +24,8 @@ from aptos_fastai.inference.gate import FeatureDistance, gate_rules
 from aptos_fastai.metrics import MIDPOINTS, GradeThresholds, apply_thresholds, kappa_interval, quadratic_kappa
 from aptos_fastai.pipeline.run_gate import gate_result
 from aptos_fastai.pipeline.summary import oof_table, summarise
-from aptos_fastai.recipe import Stage, read_recipe
+from aptos_fastai.recipe.read import read_recipe
+from aptos_fastai.recipe.sections import Stage
 from aptos_fastai.reports.run_report import write_report
 from aptos_fastai.run_folder import FEATURES, HISTORY, PREDS, WEIGHTS, Run
 from aptos_fastai.training.networks import create_model

@@ -24,7 +24,7 @@ from aptos_fastai.data.decode import decode
 from aptos_fastai.data.demo import write_demo
 from aptos_fastai.data.retina import Prep, crop_square, find_retina, prepare
 from aptos_fastai.data.store import jpeg_hash, read_square
-from aptos_fastai.recipe import Augment
+from aptos_fastai.recipe.sections import Augment
 from aptos_fastai.training.loaders import FundusAugment
 
 PREP, AUGMENT = Prep(size=512), Augment(mode='image')

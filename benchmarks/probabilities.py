@@ -21,7 +21,7 @@ from aptos_fastai.decisions import Probabilities, cross_fitted_probabilities
 from aptos_fastai.inference.measures import detection
 from aptos_fastai.inference.referral import cross_fitted_referred, cross_fitted_sets, fit_decision
 from aptos_fastai.metrics import GRADES, bootstrap, stratified_group_parts
-from aptos_fastai.recipe import Refer
+from aptos_fastai.recipe.sections import Refer
 from aptos_fastai.reports.parts import measure_text
 
 

@@ -23,7 +23,7 @@ def read_and_fold_tables(n: int, folder: Path) -> float:
     "Time read_tables, add_folds and write_folds, then add_folds from the file; the images are empty files."
     from aptos_fastai.data.folds import add_folds, write_folds
     from aptos_fastai.data.tables import read_tables
-    from aptos_fastai.recipe import read_recipe
+    from aptos_fastai.recipe.read import read_recipe
     recipe, rng = read_recipe(ROOT / 'recipes/one_table.ini'), np.random.default_rng(0)
     for name, m in (('train', n), ('test', 100)):
         images = folder / f'{name}_images'
@@ -64,7 +64,7 @@ def score_table(n: int, folder: Path) -> float:
 
     from aptos_fastai.data.retina import Prep
     from aptos_fastai.pipeline.scores import predict_scores
-    from aptos_fastai.recipe import Augment, Stage
+    from aptos_fastai.recipe.sections import Augment, Stage
     from aptos_fastai.training import loaders
     from aptos_fastai.training.model import get_learner
     loaders.read_square = lambda *_: np.zeros((32, 32, 3), np.uint8)

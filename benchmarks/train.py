@@ -83,7 +83,7 @@ def our_learner(folder: Path, stage):
     from aptos_fastai.common.console import Bars
     from aptos_fastai.data.retina import Prep
     from aptos_fastai.data.store import prepare_table
-    from aptos_fastai.recipe import Augment
+    from aptos_fastai.recipe.sections import Augment
     from aptos_fastai.training.loaders import get_dls
     from aptos_fastai.training.model import body_stats, get_learner
     from aptos_fastai.training.precision import precision_of
@@ -161,7 +161,7 @@ WAYS = {'published': train_published, 'ours': train_ours, 'bare loop': train_bar
 
 def run_way(way: str, folder: str, arch: str, size: str, bs: str) -> dict:
     from aptos_fastai.common.console import console
-    from aptos_fastai.recipe import Stage
+    from aptos_fastai.recipe.sections import Stage
     console.quiet = True
     stage = Stage('benchmark', ('t',), arch=arch, size=int(size), bs=int(bs), weights='none', epochs=EPOCHS,
                   keep='last')

@@ -34,7 +34,7 @@ VARIANTS = {
 def network(arch: str, size: int, channels_last: bool):
     import torch
 
-    from aptos_fastai.recipe import Stage
+    from aptos_fastai.recipe.sections import Stage
     from aptos_fastai.training.model import stage_model
     model = stage_model(Stage('benchmark', ('t',), arch=arch, size=size, weights='none'))
     return model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

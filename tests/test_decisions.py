@@ -26,7 +26,8 @@ from aptos_fastai.decisions import (
 )
 from aptos_fastai.inference.referral import decision_results, fit_decision, fit_points
 from aptos_fastai.metrics import PredictionSets, bootstrap, stratified_group_parts, wilson_interval
-from aptos_fastai.recipe import ConfigError, Refer, read_recipe
+from aptos_fastai.recipe.read import read_recipe
+from aptos_fastai.recipe.sections import ConfigError, Refer
 
 
 def scored(n: int, seed: int = 0, images_a_patient: int = 1) -> pd.DataFrame:

@@ -11,7 +11,7 @@ from conftest import ROOT
 from aptos_fastai.cli import main
 from aptos_fastai.common.io import read_record
 from aptos_fastai.inference.grader import COLUMNS
-from aptos_fastai.recipe import read_recipe
+from aptos_fastai.recipe.read import read_recipe
 
 DOCS = ROOT / 'docs'
 PAGES = [*(ROOT / f'{name}.md' for name in ('README', 'CONTRIBUTING', 'ROADMAP', 'SECURITY', 'CODE_OF_CONDUCT')),

@@ -6,7 +6,8 @@ from conftest import ROOT, expect_error
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aptos_fastai.recipe import OLD_KEYS, ConfigError, changed, parse_thresholds, read_recipe
+from aptos_fastai.recipe.read import changed, read_recipe
+from aptos_fastai.recipe.sections import OLD_KEYS, ConfigError, parse_thresholds
 
 SETTINGS = ROOT / 'settings.ini'
 PUBLISHED = ROOT / 'recipes/published.ini'

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 import aptos_fastai
 from aptos_fastai.cli import main
-from aptos_fastai.recipe import preset_files, shipped_folder
+from aptos_fastai.recipe.files import preset_files, shipped_folder
 
 PYPROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))
 WORKFLOWS = sorted((ROOT / '.github/workflows').glob('*.yml'))

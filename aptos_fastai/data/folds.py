@@ -7,7 +7,7 @@ import pandas as pd
 
 from aptos_fastai.common.io import changed_message, digest, write_bytes
 from aptos_fastai.data.spreadsheet import TableError
-from aptos_fastai.recipe import Recipe
+from aptos_fastai.recipe.graph import Recipe
 
 FOLDS = ['source', 'id_code', 'fold', 'digest']       # columns of folds.csv
 

@@ -8,7 +8,7 @@ import pandas as pd
 
 from aptos_fastai.data.spreadsheet import TableError, count, first_few
 from aptos_fastai.metrics import GRADES
-from aptos_fastai.recipe import Table
+from aptos_fastai.recipe.sections import Table
 
 _DISEASE = '(dr|(diabetic )?retinopathy)'
 _NONPROLIFERATIVE = f'( (npdr|nonproliferative( {_DISEASE})?|{_DISEASE}))?'

@@ -9,7 +9,7 @@ import pandas as pd
 from aptos_fastai.common.console import plural
 from aptos_fastai.data.locate import without_image_suffix
 from aptos_fastai.data.spreadsheet import TableError, count, first_few, read_spreadsheet
-from aptos_fastai.recipe import Table
+from aptos_fastai.recipe.sections import Table
 
 ROW = '(row)'                                # column: which row of the CSV held an image
 WHOLE_NUMBER = r'^(\d+)[.,]0+$'              # 17.0, as spreadsheets write 17

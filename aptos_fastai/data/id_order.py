@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 
 from aptos_fastai.data.groups import natural_order
-from aptos_fastai.recipe import Table
+from aptos_fastai.recipe.sections import Table
 
 DRAWS = 1_000                                # permutations
 MOST_IMAGES = 50_000                         # of a larger table, this many neighbouring images are tested

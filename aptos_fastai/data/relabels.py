@@ -17,7 +17,7 @@ from aptos_fastai.common.io import file_hash, write_bytes
 from aptos_fastai.data.grades import read_grade
 from aptos_fastai.data.spreadsheet import TableError, count, first_few, read_spreadsheet, require_column
 from aptos_fastai.decisions import UNGRADABLE
-from aptos_fastai.recipe import Table
+from aptos_fastai.recipe.sections import Table
 
 RELABELS = 'relabels.csv'
 COLUMNS = ['table', 'id_code', 'original', 'grade', 'reviewer', 'time', 'shown_label', 'note']

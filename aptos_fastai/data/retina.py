@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from aptos_fastai.data.decode import MAX_PIXELS, ImageError, box_mean, decode, decode_jpeg, reduction
-from aptos_fastai.recipe import Recipe
+from aptos_fastai.recipe.graph import Recipe
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import pandas as pd
 
 from aptos_fastai.common.console import plural, say
 from aptos_fastai.common.io import AptosError
-from aptos_fastai.recipe import did_you_mean
+from aptos_fastai.recipe.values import did_you_mean
 
 SEPARATORS = ',;\t'                          # in this order where several are equally good; then spaces
 SNIFFED_ROWS = 200

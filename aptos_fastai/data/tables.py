@@ -24,7 +24,9 @@ from aptos_fastai.data.spreadsheet import (
     require_column,
 )
 from aptos_fastai.metrics import GRADES
-from aptos_fastai.recipe import Recipe, Table
+from aptos_fastai.recipe.graph import Recipe
+from aptos_fastai.recipe.sections import Table
+from aptos_fastai.recipe.smaller import without_tables
 
 PATIENT_OF_EYE = 'patient_of_eye'            # column: the group as read; that of duplicates becomes one for all of them
 MISSING_IMAGES = 'missing_images.csv'        # ids without an image that were left out, where results are written
@@ -91,7 +93,7 @@ def with_present_tables(recipe: Recipe, data: Path) -> tuple[Recipe, str]:
     "Return the recipe without its optional tables of which `data` has neither CSV nor images; and a text that says so"
     missing = [t for t in recipe.used_tables if t.optional == 'yes' and not _is_there(t, data)]
     if not missing: return recipe, ''
-    smaller = recipe.without([t.name for t in missing])
+    smaller = without_tables(recipe, [t.name for t in missing])
     what = ', '.join(f'{t.csv} and {t.images}' if t.csv else t.images for t in missing)
     lost = [name for name in recipe.order if name not in smaller.nodes]
     without = f', without {", ".join(lost)}' if lost else ''

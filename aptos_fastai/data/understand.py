@@ -36,15 +36,9 @@ from aptos_fastai.data.spreadsheet import (
     require_column,
 )
 from aptos_fastai.data.tables import TableContents, is_class_folder, table_contents
-from aptos_fastai.recipe import (
-    COLUMNS_OF_SCORES,
-    Table,
-    parse_table,
-    preset_files,
-    preset_table,
-    read_recipe,
-    split_names,
-)
+from aptos_fastai.recipe.files import preset_files
+from aptos_fastai.recipe.read import parse_table, preset_table, read_recipe
+from aptos_fastai.recipe.sections import COLUMNS_OF_SCORES, Table, split_names
 
 Ask = Callable[[str, list[str]], str]        # a question and its possible answers -> one of them
 

@@ -18,7 +18,7 @@ from aptos_fastai.inference.model_spec import BUNDLE, ModelSpec, read_model
 from aptos_fastai.inference.referral import fit_points
 from aptos_fastai.inference.validation_scores import validation_scores
 from aptos_fastai.metrics import stratified_group_parts
-from aptos_fastai.recipe import Refer
+from aptos_fastai.recipe.sections import Refer
 from aptos_fastai.reports.evaluation_report import evaluated
 from aptos_fastai.reports.parts import measure_text
 

@@ -38,7 +38,7 @@ from aptos_fastai.inference.model_spec import ModelSpec
 from aptos_fastai.inference.subgroups import subgroup_results
 from aptos_fastai.inference.training_images import HASHES, IDENTICAL, NEAR_COPY, SeenImages, training_images
 from aptos_fastai.metrics import REFERABLE, apply_thresholds
-from aptos_fastai.recipe import Table
+from aptos_fastai.recipe.sections import Table
 
 FORMAT = 2                                   # of evaluation.json
 DECIDED = [*DECISION_COLUMNS, *P_COLUMNS]

@@ -24,7 +24,7 @@ from aptos_fastai.metrics import (
     paired_interval,
     thresholds_or_midpoints,
 )
-from aptos_fastai.recipe import Refer, parse_thresholds
+from aptos_fastai.recipe.sections import Refer, parse_thresholds
 
 OTHER_EYE = dict(left='right', right='left')
 NO_INDEPENDENT_READING = 'a fused grade depends on the other eye, too: it is no independent reading of the eye'

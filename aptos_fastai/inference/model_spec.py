@@ -23,7 +23,7 @@ from aptos_fastai.metrics import (
     thresholds_or_midpoints,
     upper_quantile,
 )
-from aptos_fastai.recipe import Refer, parse_thresholds
+from aptos_fastai.recipe.sections import Refer, parse_thresholds
 from aptos_fastai.run_folder import FEATURES, FINISHED, PREDS, WEIGHTS, training_keys
 from aptos_fastai.training.model import body_stats
 from aptos_fastai.training.networks import create_model

@@ -16,7 +16,7 @@ from aptos_fastai.decisions import (
 )
 from aptos_fastai.inference.measures import detection, probability_results, proportion
 from aptos_fastai.metrics import GRADES, REFERABLE, SIGHT_THREATENING, PredictionSets
-from aptos_fastai.recipe import Refer
+from aptos_fastai.recipe.sections import Refer
 
 
 def fit_decision(refer: Refer, df: pd.DataFrame, parts: np.ndarray, chosen_on: str,

@@ -10,7 +10,7 @@ from aptos_fastai.data.groups import natural_order
 from aptos_fastai.data.store import read_square
 from aptos_fastai.inference.subgroups import values_or_subgroups
 from aptos_fastai.metrics import apply_thresholds, kappa_interval, quadratic_kappa, thresholds_or_midpoints
-from aptos_fastai.recipe import parse_thresholds
+from aptos_fastai.recipe.sections import parse_thresholds
 from aptos_fastai.run_folder import Run
 
 MIN_IMAGES = 30                              # of a cluster; smaller ones are merged into OTHERS

@@ -21,7 +21,9 @@ from aptos_fastai.pipeline.deadline import enough_hours
 from aptos_fastai.pipeline.graph import load_run
 from aptos_fastai.pipeline.plan import measured_speed, plan_cost, report_seconds, speed_key
 from aptos_fastai.pipeline.run_recipe import keep_sections, parsed, section_and_key, sets_applied
-from aptos_fastai.recipe import Ini, Recipe, Stage
+from aptos_fastai.recipe.graph import Recipe
+from aptos_fastai.recipe.sections import Ini, Stage
+from aptos_fastai.recipe.smaller import postpone_stages
 from aptos_fastai.run_folder import Run
 
 Value = tuple[str, str]                      # the value of a key, and why
@@ -345,7 +347,7 @@ def without_students(ini: Ini, file: Path) -> Ini:
     "Return the sections without the stages that learn pseudo-labels"
     with parsed(ini, file) as recipe:
         students = [name for name, s in recipe.stages.items() if any(teacher for teacher, _ in s.sources)]
-        return keep_sections(ini, recipe.without_stages(students))
+        return keep_sections(ini, postpone_stages(recipe, students))
 
 
 def unused_sets(sets: Iterable[str], ini: Ini, chosen: Ini) -> list[str]:

@@ -10,7 +10,7 @@ from aptos_fastai.common.io import AptosError
 from aptos_fastai.pipeline.eyes import MIN_PATIENTS, without_stages
 from aptos_fastai.pipeline.graph import check_run, submitted_nodes
 from aptos_fastai.pipeline.plan import preparing_seconds, report_seconds, stage_cost, tables_scored_by
-from aptos_fastai.recipe import Recipe
+from aptos_fastai.recipe.graph import Recipe
 from aptos_fastai.run_folder import Run
 
 LATE = 1.05                                  # a stage starts if it is expected to end after this part of the hours

@@ -25,7 +25,10 @@ from aptos_fastai.data.spreadsheet import TableError, first_few
 from aptos_fastai.data.store import resized_warning
 from aptos_fastai.data.tables import archives_text, describe, table_contents, with_present_tables
 from aptos_fastai.pipeline.other_runs import read_run_recipe
-from aptos_fastai.recipe import Recipe, Stage, read_recipe, shipped_folder
+from aptos_fastai.recipe.files import shipped_folder
+from aptos_fastai.recipe.graph import Recipe
+from aptos_fastai.recipe.read import read_recipe
+from aptos_fastai.recipe.sections import Stage
 
 if TYPE_CHECKING:
     from aptos_fastai.training.weight_files import Loaded

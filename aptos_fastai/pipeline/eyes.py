@@ -8,7 +8,8 @@ import pandas as pd
 from aptos_fastai.common.io import digest
 from aptos_fastai.data.tables import PATIENT_OF_EYE
 from aptos_fastai.inference.eyes import EyesSpec, cross_fitted, fellow_scores, fit_eyes
-from aptos_fastai.recipe import ConfigError
+from aptos_fastai.recipe.sections import ConfigError
+from aptos_fastai.recipe.smaller import postpone_stages
 from aptos_fastai.run_folder import Run
 
 MIN_PATIENTS = 30                            # with both eyes among the validation images; fewer fit no fusion
@@ -40,8 +41,8 @@ def patients_with_both(run: Run) -> int:
 
 
 def without_stages(run: Run, names: Iterable[str]) -> Run:
-    "Return the run without some stages (`Recipe.without_stages`); its eyes are single if too few patients have both"
-    smaller = replace(run, recipe=run.recipe.without_stages(names))
+    "Return the run without some stages (`postpone_stages`); its eyes are single if too few patients have both"
+    smaller = replace(run, recipe=postpone_stages(run.recipe, names))
     if smaller.recipe.submit.eyes != 'fused' or patients_with_both(smaller) >= MIN_PATIENTS: return smaller
     return replace(smaller, recipe=smaller.recipe.with_single_eyes())
 

@@ -21,7 +21,7 @@ from aptos_fastai.data.store import column_of
 from aptos_fastai.inference.gate import FeatureDistance
 from aptos_fastai.inference.views import VIEWS
 from aptos_fastai.pipeline.scores import predict_view_features
-from aptos_fastai.recipe import Stage
+from aptos_fastai.recipe.sections import Stage
 from aptos_fastai.run_folder import Run
 from aptos_fastai.training.precision import Autocast
 from aptos_fastai.training.probe import FeatureRows, feature_dls, probe_learner

@@ -13,7 +13,10 @@ from aptos_fastai.pipeline.configure import configure, configured_hours, unused_
 from aptos_fastai.pipeline.deadline import Deadline
 from aptos_fastai.pipeline.graph import check_same_data
 from aptos_fastai.pipeline.run_recipe import commented_text, keep_sections, parsed, section_and_key, sets_applied
-from aptos_fastai.recipe import Ini, Table, read_ini, read_recipe, shipped_folder
+from aptos_fastai.recipe.files import read_ini, shipped_folder
+from aptos_fastai.recipe.read import read_recipe
+from aptos_fastai.recipe.sections import Ini, Table
+from aptos_fastai.recipe.smaller import without_tables
 
 BASE = 'recipes/one_table.ini'
 GRADED, UNGRADED = 'train', 'test'           # tables of `BASE`
@@ -72,7 +75,7 @@ def base_sections(missing: Iterable[str]) -> Ini:
     base = shipped_folder() / BASE
     recipe = read_recipe(base)
     missing = list(missing)
-    return keep_sections(read_ini(base), recipe.without(missing)) if missing else read_ini(base)
+    return keep_sections(read_ini(base), without_tables(recipe, missing)) if missing else read_ini(base)
 
 
 def is_continued(file: Path, ini: Ini, sets: Sequence[str], hours: float) -> bool:

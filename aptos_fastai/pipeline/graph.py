@@ -60,7 +60,10 @@ from aptos_fastai.pipeline.summary import (
     node_decision,
     tables_text,
 )
-from aptos_fastai.recipe import MLFLOW_SERVER, ConfigError, Recipe, Stage, read_ini, require_name, require_table
+from aptos_fastai.recipe.check import require_name, require_table
+from aptos_fastai.recipe.files import read_ini
+from aptos_fastai.recipe.graph import Recipe
+from aptos_fastai.recipe.sections import MLFLOW_SERVER, ConfigError, Stage
 from aptos_fastai.run_folder import Run
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from aptos_fastai.common.console import say
 from aptos_fastai.common.io import AptosError
 from aptos_fastai.data.spreadsheet import first_few
 from aptos_fastai.inference.training_images import SeenImages, images_of_weights
-from aptos_fastai.recipe import Stage
+from aptos_fastai.recipe.sections import Stage
 from aptos_fastai.run_folder import Run
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from aptos_fastai.common.console import say
 from aptos_fastai.inference.explain import heatmap_layer, hires_cam
-from aptos_fastai.recipe import Stage
+from aptos_fastai.recipe.sections import Stage
 from aptos_fastai.training.networks import build_without_values, create_model, has_signed_maps
 from aptos_fastai.training.weights import STAGE_BODY, WeightsError, load_stage_weights
 

@@ -13,7 +13,10 @@ from aptos_fastai.common.io import AptosError, read_record
 from aptos_fastai.pipeline.reasons import OLDER, fold_reasons
 from aptos_fastai.pipeline.run_recipe import RECIPE, of_demo
 from aptos_fastai.pipeline.share import has_weights_of
-from aptos_fastai.recipe import ConfigError, Ensemble, Parts, Recipe, Stage, Table, did_you_mean, read_recipe, run_name
+from aptos_fastai.recipe.graph import Recipe
+from aptos_fastai.recipe.read import read_recipe, run_name
+from aptos_fastai.recipe.sections import ConfigError, Ensemble, Parts, Stage, Table
+from aptos_fastai.recipe.values import did_you_mean
 from aptos_fastai.run_folder import FINISHED, Run
 
 

@@ -27,7 +27,10 @@ from aptos_fastai.pipeline.other_runs import check_other_runs
 from aptos_fastai.pipeline.reasons import training_reasons
 from aptos_fastai.pipeline.share import shared_lines, with_shared
 from aptos_fastai.pipeline.summary import tables_text
-from aptos_fastai.recipe import Recipe, Stage, read_recipe
+from aptos_fastai.recipe.graph import Recipe
+from aptos_fastai.recipe.read import read_recipe
+from aptos_fastai.recipe.sections import Stage
+from aptos_fastai.recipe.smaller import without_tables
 from aptos_fastai.run_folder import Run
 
 BYTES_PER_PIXEL = .28                        # of a stored JPEG: 74 kB at 512 px, quality 95, 4:4:4 (measured on IDRiD)
@@ -260,7 +263,7 @@ def hypothetical_run(recipe: Recipe, images: str) -> Run:
     try: counts = {name: int(n) for name, n in (pair.split('=') for pair in images.split())}
     except ValueError: raise AptosError(f'--images "{images}": write TABLE=NUMBER TABLE=NUMBER') from None
     optional = {t.name for t in recipe.used_tables if t.optional == 'yes'} - set(counts)
-    if optional: recipe = recipe.without(optional)
+    if optional: recipe = without_tables(recipe, optional)
     names = [t.name for t in recipe.used_tables]
     if set(counts) != set(names) or min(counts.values()) < 1:
         wanted = ' '.join(f'{n}=N' for n in names)

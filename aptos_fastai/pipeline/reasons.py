@@ -4,7 +4,7 @@ from typing import Any
 
 from aptos_fastai.common.console import plural
 from aptos_fastai.common.io import digest, read_record
-from aptos_fastai.recipe import Stage
+from aptos_fastai.recipe.sections import Stage
 from aptos_fastai.run_folder import RESCORED, WEIGHTS, Run, training_settings
 
 NEVER = 'never trained'

@@ -13,7 +13,8 @@ from aptos_fastai.pipeline.fit import BASE
 from aptos_fastai.pipeline.other_runs import read_run_recipe
 from aptos_fastai.pipeline.run_recipe import RECIPE, of_demo
 from aptos_fastai.pipeline.summary import OUT_OF_FOLD, SYNTHETIC, by_value, interval_text, validated
-from aptos_fastai.recipe import Ini, read_ini, shipped_folder
+from aptos_fastai.recipe.files import read_ini, shipped_folder
+from aptos_fastai.recipe.sections import Ini
 from aptos_fastai.run_folder import FINISHED
 
 if TYPE_CHECKING:

@@ -8,7 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from aptos_fastai.common.io import AptosError, read_record, write_bytes
-from aptos_fastai.recipe import ConfigError, Ini, Recipe, Stage, override, read_ini, read_recipe
+from aptos_fastai.recipe.files import read_ini
+from aptos_fastai.recipe.graph import Recipe
+from aptos_fastai.recipe.read import override, read_recipe
+from aptos_fastai.recipe.sections import ConfigError, Ini, Stage
 from aptos_fastai.run_folder import Run
 
 RECIPE = 'recipe.ini'

@@ -29,7 +29,9 @@ from aptos_fastai.pipeline.features import FrozenFeatures, frozen_features, prob
 from aptos_fastai.pipeline.lineage import seen_by_weights, training_images
 from aptos_fastai.pipeline.pseudo_labels import read_labels
 from aptos_fastai.pipeline.scores import PREDS_COLUMNS, predict_features, predict_views, read_exported
-from aptos_fastai.recipe import MLFLOW_SERVER, Stage, check_fold, require_name
+from aptos_fastai.recipe.check import require_name
+from aptos_fastai.recipe.sections import MLFLOW_SERVER, Stage
+from aptos_fastai.recipe.values import check_fold
 from aptos_fastai.run_folder import EXPORT, FEATURES, FINISHED, FOLD_FILES, HISTORY, PREDS, WEIGHTS, Run
 from aptos_fastai.training.callbacks import (
     AccumulateGradients,

@@ -27,7 +27,7 @@ from aptos_fastai.metrics import (
 from aptos_fastai.pipeline.clusters import cluster_results, cluster_warnings
 from aptos_fastai.pipeline.eyes import fit_run_eyes, fused_columns
 from aptos_fastai.pipeline.lineage import weights_warnings
-from aptos_fastai.recipe import Stage, parse_thresholds
+from aptos_fastai.recipe.sections import Stage, parse_thresholds
 from aptos_fastai.run_folder import Run
 
 SYNTHETIC = 'SYNTHETIC DEMO: generated images, no patient data; results have no clinical meaning'

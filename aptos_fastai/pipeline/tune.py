@@ -29,7 +29,10 @@ from aptos_fastai.pipeline.summary import (
     out_of_fold_grades,
     threshold_setting,
 )
-from aptos_fastai.recipe import ConfigError, Range, Recipe, changed, key_text, parse_key
+from aptos_fastai.recipe.graph import Recipe
+from aptos_fastai.recipe.read import changed, key_text
+from aptos_fastai.recipe.sections import ConfigError, Range
+from aptos_fastai.recipe.values import parse_key
 from aptos_fastai.run_folder import EXPORT, FEATURES, WEIGHTS, Run
 from aptos_fastai.training.callbacks import TrainingDiverged
 

@@ -11,7 +11,7 @@ from aptos_fastai.decisions import LEVELS
 from aptos_fastai.inference.model_spec import ModelSpec
 from aptos_fastai.metrics import GRADE_NAMES, GRADES, REFERABLE, SIGHT_THREATENING, proportion_interval
 from aptos_fastai.pipeline.summary import OUT_OF_FOLD, SETS_CONDITION, eyes_rows
-from aptos_fastai.recipe import parse_thresholds
+from aptos_fastai.recipe.sections import parse_thresholds
 from aptos_fastai.reports.html import render
 from aptos_fastai.reports.parts import chosen_for, cluster_kappa, measure_text, percent, set_rows, thresholds_text
 from aptos_fastai.reports.referral_report import level_text

@@ -5,7 +5,7 @@ from aptos_fastai.common.console import Bars, format_duration
 from aptos_fastai.data.duplicates import duplicates_table
 from aptos_fastai.metrics import GRADES
 from aptos_fastai.pipeline.summary import EPOCH_CHOSEN, all_warnings, by_value, interval_text, mean_text, tables_text
-from aptos_fastai.recipe import General, Stage, parse_thresholds
+from aptos_fastai.recipe.sections import General, Stage, parse_thresholds
 from aptos_fastai.reports import plots
 from aptos_fastai.reports.html import Figure, Table
 from aptos_fastai.reports.parts import figure, thresholds_text

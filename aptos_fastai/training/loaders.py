@@ -45,7 +45,7 @@ from aptos_fastai.common.distributed import cores, rank, world_size
 from aptos_fastai.common.io import AptosError
 from aptos_fastai.data.retina import Prep
 from aptos_fastai.data.store import column_of, read_square
-from aptos_fastai.recipe import Augment, Stage
+from aptos_fastai.recipe.sections import Augment, Stage
 
 
 class PreparedImage(PILImage):

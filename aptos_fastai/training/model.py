@@ -11,7 +11,8 @@ from fastai.vision.all import AccumMetric, DataLoaders, Learner, imagenet_stats
 from torch import Tensor, nn
 
 from aptos_fastai.metrics import MIDPOINTS, ScoreKappa
-from aptos_fastai.recipe import Stage, check_choice, parse_thresholds
+from aptos_fastai.recipe.sections import Stage, parse_thresholds
+from aptos_fastai.recipe.values import check_choice
 from aptos_fastai.training.networks import create_model
 from aptos_fastai.training.optimizer import check_optimizer, create_optimizer, model_layers
 from aptos_fastai.training.outputs import GradeLoss, outputs

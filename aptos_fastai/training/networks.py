@@ -8,7 +8,7 @@ import torch
 from fastai.vision.all import Module
 from torch import Tensor, nn
 
-from aptos_fastai.recipe import check_choice
+from aptos_fastai.recipe.values import check_choice
 from aptos_fastai.training.outputs import outputs
 from aptos_fastai.training.weights import WeightsError, check_arch
 

@@ -18,7 +18,7 @@ from timm.models import group_parameters
 from torch import nn
 
 from aptos_fastai.common.io import AptosError
-from aptos_fastai.recipe import Stage
+from aptos_fastai.recipe.sections import Stage
 
 FASTAI = {f.__name__.lower(): f for f in (fastai.optimizer.Lamb, fastai.optimizer.Larc, fastai.optimizer.QHAdam)}
 RMSPROP = torch.optim.RMSprop, timm.optim.RMSpropTF          # their `alpha` is adam's second beta; another's is not

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from aptos_fastai.common.console import plural, say
 from aptos_fastai.common.io import AptosError, read_record, write_record
-from aptos_fastai.recipe import Stage
+from aptos_fastai.recipe.sections import Stage
 from aptos_fastai.training.model import keep_freed_memory, stage_model
 from aptos_fastai.training.optimizer import create_optimizer, model_layers
 

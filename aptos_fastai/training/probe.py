@@ -11,7 +11,7 @@ from fastai.learner import Learner
 from torch import nn
 
 from aptos_fastai.common.distributed import world_size
-from aptos_fastai.recipe import Stage
+from aptos_fastai.recipe.sections import Stage
 from aptos_fastai.training.model import model_learner
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from aptos_fastai.common.console import say
 from aptos_fastai.common.io import file_hash, is_trusted, read_record
-from aptos_fastai.recipe import WEIGHT_SOURCES, Stage
+from aptos_fastai.recipe.sections import WEIGHT_SOURCES, Stage
 from aptos_fastai.training.weight_files import (
     Loaded,
     WeightsError,

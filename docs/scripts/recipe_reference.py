@@ -1,8 +1,8 @@
-"""Write docs/recipe.md from the dataclasses of aptos_fastai/recipe.py: python docs/scripts/recipe_reference.py."""
+"""Write docs/recipe.md from the dataclasses of aptos_fastai/recipe/sections.py: python docs/scripts/recipe_reference.py."""
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 
-from aptos_fastai.recipe import NAMED_SECTIONS, SECTIONS
+from aptos_fastai.recipe.sections import NAMED_SECTIONS, SECTIONS
 
 PAGE = Path(__file__).parents[1] / 'recipe.md'
 
@@ -10,7 +10,7 @@ INTRO = """\
 # Recipe reference
 
 A recipe is an INI file. Its sections are tables, stages and ensembles; together they form a graph.
-This page is generated from `aptos_fastai/recipe.py`; `python run.py keys` prints the same list.
+This page is generated from `aptos_fastai/recipe/sections.py`; `python run.py keys` prints the same list.
 
 - `[stage]` holds the defaults of every `[stage.NAME]`.
 - `[demo.stage]` and `[demo.stage.NAME]` override stage keys when the recipe runs on the demo.

@@ -25,7 +25,7 @@ from aptos_fastai.data.folds import add_folds
 from aptos_fastai.data.retina import Prep, crop_square, find_retina, perceptual_hash, prepare
 from aptos_fastai.data.store import jpeg_hash
 from aptos_fastai.pipeline.stage import training_frame
-from aptos_fastai.recipe import read_recipe
+from aptos_fastai.recipe.read import read_recipe
 from aptos_fastai.run_folder import Run
 
 

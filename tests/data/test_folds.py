@@ -8,7 +8,7 @@ from aptos_fastai.data.demo import write_demo
 from aptos_fastai.data.folds import add_folds, make_folds, write_folds
 from aptos_fastai.data.spreadsheet import TableError
 from aptos_fastai.data.tables import read_tables
-from aptos_fastai.recipe import read_recipe
+from aptos_fastai.recipe.read import read_recipe
 
 
 def test_folds_are_stratified_grouped_and_deterministic():

@@ -5,7 +5,7 @@ import pytest
 
 from aptos_fastai.data.id_order import compare_id_orders, compare_neighbours, id_order_text
 from aptos_fastai.data.tables import read_table
-from aptos_fastai.recipe import Table
+from aptos_fastai.recipe.sections import Table
 
 TABLE = Table('train', 'train.csv', 'train_images', grade='diagnosis')
 

@@ -37,7 +37,8 @@ from aptos_fastai.data.tables import (
     table_contents,
     with_present_tables,
 )
-from aptos_fastai.recipe import Table, read_recipe
+from aptos_fastai.recipe.read import read_recipe
+from aptos_fastai.recipe.sections import Table
 
 IDS = ['NA', 'None', '000123', '1e5', 'true', 'a b', 'ü1']
 GRADES = [0, 1, 2, 3, 4, 2, 1]

@@ -8,7 +8,9 @@ from layouts import LAYOUTS, grade_of, write_lines
 
 from aptos_fastai.data.spreadsheet import TableError
 from aptos_fastai.data.tables import read_order, table_contents
-from aptos_fastai.recipe import ConfigError, preset_files, preset_table, read_recipe
+from aptos_fastai.recipe.files import preset_files
+from aptos_fastai.recipe.read import preset_table, read_recipe
+from aptos_fastai.recipe.sections import ConfigError
 
 FOUND = {                                    # preset -> its layout, images, groups, ungradable images
     'aptos2019': ('aptos2019', 60, 60, 0),

@@ -15,7 +15,8 @@ from aptos_fastai.data.relabels import (
 from aptos_fastai.data.spreadsheet import TableError
 from aptos_fastai.data.tables import table_contents
 from aptos_fastai.pipeline.graph import load_run
-from aptos_fastai.recipe import ConfigError, parse_table, read_recipe
+from aptos_fastai.recipe.read import parse_table, read_recipe
+from aptos_fastai.recipe.sections import ConfigError
 
 HEADER = ','.join(COLUMNS) + '\n'
 

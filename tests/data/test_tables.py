@@ -12,7 +12,8 @@ from aptos_fastai.data.folds import make_folds
 from aptos_fastai.data.groups import natural_order
 from aptos_fastai.data.spreadsheet import TableError
 from aptos_fastai.data.tables import read_order, read_table, read_tables, table_contents
-from aptos_fastai.recipe import Table, read_recipe
+from aptos_fastai.recipe.read import read_recipe
+from aptos_fastai.recipe.sections import Table
 
 TRAIN = Table('train', 'train.csv', 'train_images', grade='diagnosis')
 

@@ -9,7 +9,7 @@ from layouts import LAYOUTS, grade_of, write_image, write_lines
 from aptos_fastai.common.io import AptosError
 from aptos_fastai.data.tables import table_contents
 from aptos_fastai.data.understand import PRESET_KEYS, find_table, sides_of, understand_table
-from aptos_fastai.recipe import Table
+from aptos_fastai.recipe.sections import Table
 
 
 def keys(understood, *names): return tuple(getattr(understood.table, name) for name in names)

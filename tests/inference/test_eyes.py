@@ -17,7 +17,7 @@ from aptos_fastai.inference.eyes import (
     fit_eyes,
 )
 from aptos_fastai.metrics import GRADE_NAMES, apply_thresholds
-from aptos_fastai.recipe import Refer
+from aptos_fastai.recipe.sections import Refer
 
 FIXED = '0.5 1.5 2.5 3.5'
 

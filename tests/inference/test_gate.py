@@ -36,7 +36,7 @@ from aptos_fastai.inference.gate import (
 from aptos_fastai.inference.grader import load_grader
 from aptos_fastai.inference.model_spec import read_model
 from aptos_fastai.metrics import GRADE_NAMES, upper_quantile
-from aptos_fastai.recipe import read_recipe
+from aptos_fastai.recipe.read import read_recipe
 
 GOOD = dict(how='circle', flags='', red_green=.7, green_blue=1.)
 

@@ -27,7 +27,7 @@ from aptos_fastai.inference.model_spec import (
 )
 from aptos_fastai.inference.referral import fit_decision
 from aptos_fastai.metrics import MIDPOINTS, PredictionSets, stratified_group_parts, thresholds_or_midpoints
-from aptos_fastai.recipe import Refer, Stage
+from aptos_fastai.recipe.sections import Refer, Stage
 from aptos_fastai.training.networks import create_model
 
 MEMBER = MemberSpec('w', 'a', 'test_resnet', 'gem', 32, 'none', (0., 0., 0.), (1., 1., 1.), 1.)

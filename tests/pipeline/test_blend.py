@@ -17,7 +17,9 @@ from aptos_fastai.pipeline.graph import load_run
 from aptos_fastai.pipeline.pseudo_labels import read_labels
 from aptos_fastai.pipeline.reasons import training_reasons
 from aptos_fastai.pipeline.summary import epoch_warnings, out_of_fold_grades
-from aptos_fastai.recipe import ConfigError, read_recipe
+from aptos_fastai.recipe.read import read_recipe
+from aptos_fastai.recipe.sections import ConfigError
+from aptos_fastai.recipe.smaller import without_tables
 from aptos_fastai.run_folder import FINISHED, FOLD_FILES, PREDS, WEIGHTS, Run
 
 RECIPE = '''
@@ -219,7 +221,7 @@ def test_seeds_and_lost_members(tmp_path):
     assert not recipe.is_fitted('second') and not recipe.is_fitted('first')
     sets = ['table.more.images=more', 'table.more.grade=folder', 'stage.third.train=train more',
             'stage.third.validate=train', 'ensemble.blend.members=first third second']
-    smaller = recipe_of(tmp_path, *sets).without(['more'])
+    smaller = without_tables(recipe_of(tmp_path, *sets), ['more'])
     assert smaller.is_fitted('blend') and list(smaller.members('blend')) == ['first', 'second']
 
 

@@ -13,7 +13,7 @@ from aptos_fastai.pipeline import plan
 from aptos_fastai.pipeline.configure import PROBE, PSEUDO, WHOLE, Ladder, Step, climb, values
 from aptos_fastai.pipeline.deadline import Deadline
 from aptos_fastai.pipeline.fit import GRADED, UNGRADED, write_fit_recipe
-from aptos_fastai.recipe import read_recipe
+from aptos_fastai.recipe.read import read_recipe
 from aptos_fastai.training.precision import StepSeconds
 
 

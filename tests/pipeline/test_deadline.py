@@ -14,7 +14,9 @@ from aptos_fastai.inference.grader import load_grader
 from aptos_fastai.pipeline import plan, stage
 from aptos_fastai.pipeline.deadline import LATE, Deadline, enough_hours, goals
 from aptos_fastai.pipeline.graph import load_run, outputs_up_to_date
-from aptos_fastai.recipe import ConfigError, read_recipe
+from aptos_fastai.recipe.read import read_recipe
+from aptos_fastai.recipe.sections import ConfigError
+from aptos_fastai.recipe.smaller import postpone_stages
 
 LEFT_OUT = 'left out for lack of time'
 
@@ -195,14 +197,14 @@ def test_time_counts_from_the_start_of_the_command(fake):
 
 def test_without_stages_another_submitted_one_takes_the_place_of_the_final_one():
     recipe = read_recipe(ROOT / 'settings.ini', sets=['submit.final=retrain_512'])
-    smaller = recipe.without_stages(['retrain_512'])
+    smaller = postpone_stages(recipe, ['retrain_512'])
     assert (smaller.submit.final, smaller.postponed) == ('ensemble', ['retrain_512'])
     assert smaller.used_tables == recipe.used_tables and smaller.prepared_sizes == recipe.prepared_sizes
-    smaller = smaller.without_stages(['pretrain_256', 'pretrain_512'])
+    smaller = postpone_stages(smaller, ['pretrain_256', 'pretrain_512'])
     assert smaller.submit.final == 'finetune_dense' and smaller.prepared_sizes == recipe.prepared_sizes
     assert set(smaller.stages) == {'pretrain_dense', 'finetune_dense'}
-    with pytest.raises(ConfigError, match='no model is left'): smaller.without_stages(['pretrain_dense'])
-    assert recipe.without_stages([]) is recipe
+    with pytest.raises(ConfigError, match='no model is left'): postpone_stages(smaller, ['pretrain_dense'])
+    assert postpone_stages(recipe, []) is recipe
 
 
 @pytest.mark.parametrize('weights, lost, final, members', [
@@ -213,7 +215,7 @@ def test_an_ensemble_is_lost_if_the_weights_that_are_left_are_0(weights, lost, f
     names = 'abc'[:len(weights.split())]
     sets = [*(f'stage.{name}.train=train' for name in names), f'ensemble.e.members={" ".join(names)}',
             f'ensemble.e.weights={weights}', 'submit.final=e', 'submit.also=teacher']
-    smaller = read_recipe(ROOT / 'recipes/one_table.ini', sets=sets).without_stages([lost])
+    smaller = postpone_stages(read_recipe(ROOT / 'recipes/one_table.ini', sets=sets), [lost])
     assert smaller.submit.final == final and ('e' in smaller.ensembles) == bool(members)
     if members: assert smaller.members('e') == members
 
@@ -221,7 +223,7 @@ def test_an_ensemble_is_lost_if_the_weights_that_are_left_are_0(weights, lost, f
 def test_seeds_are_left_out_one_by_one(tmp_path):
     recipe = read_recipe(ROOT / 'recipes/one_table.ini', sets=['stage.teacher.seeds=2'])
     assert goals(recipe) == ['teacher_seed1', 'teacher_seed2', 'retrain']
-    smaller = recipe.without_stages(['teacher_seed2'])
+    smaller = postpone_stages(recipe, ['teacher_seed2'])
     assert set(smaller.stages) == {'teacher_seed1'} and smaller.submit.final == 'teacher_seed1'
 
 
@@ -230,9 +232,9 @@ def test_a_smaller_model_whose_tables_name_no_eyes_is_not_fused():
     sets = [*eyes, 'table.other.csv=o.csv', 'table.other.grade=diagnosis', 'stage.big.train=other',
             'submit.final=big', 'submit.also=teacher', 'submit.eyes=fused']
     recipe = read_recipe(ROOT / 'recipes/one_table.ini', sets=sets)
-    smaller = recipe.without_stages(['big'])
+    smaller = postpone_stages(recipe, ['big'])
     assert (recipe.submit.eyes, smaller.submit.final, smaller.submit.eyes) == ('fused', 'teacher', 'single')
-    assert recipe.without_stages(['retrain']).submit.eyes == 'fused'
+    assert postpone_stages(recipe, ['retrain']).submit.eyes == 'fused'
 
 
 @pytest.mark.parametrize('lost, members', [
@@ -245,8 +247,8 @@ def test_the_weight_of_a_lost_seed_goes_to_the_other_seeds_of_its_stage(lost, me
     sets = ['stage.x.train=train', 'stage.x.seeds=2', 'stage.y.train=train', 'stage.y.seeds=3',
             'ensemble.e.members=x y', 'submit.final=e']
     recipe = read_recipe(ROOT / 'recipes/one_table.ini', sets=sets)
-    at_once, one_by_one = recipe.without_stages(lost.split()), recipe
-    for name in lost.split(): one_by_one = one_by_one.without_stages([name])
+    at_once, one_by_one = postpone_stages(recipe, lost.split()), recipe
+    for name in lost.split(): one_by_one = postpone_stages(one_by_one, [name])
     for smaller in (at_once, one_by_one): assert smaller.members('e') == pytest.approx(members)
 
 
@@ -255,4 +257,4 @@ def test_images_that_a_stage_may_not_see_stay_the_same_without_its_child():
             'stage.teacher.init=pre', 'table.other.csv=o.csv', 'table.other.grade=diagnosis', 'submit.also=pre retrain']
     recipe = read_recipe(ROOT / 'recipes/one_table.ini', sets=sets)
     assert recipe.held_out_tables('pre') == ['train']
-    assert recipe.without_stages(['teacher']).held_out_tables('pre') == ['train']
+    assert postpone_stages(recipe, ['teacher']).held_out_tables('pre') == ['train']

@@ -12,7 +12,9 @@ from aptos_fastai import fit
 from aptos_fastai.cli import main
 from aptos_fastai.pipeline.graph import load_run, start_run
 from aptos_fastai.pipeline.stage import training_frame
-from aptos_fastai.recipe import ConfigError, read_recipe
+from aptos_fastai.recipe.read import read_recipe
+from aptos_fastai.recipe.sections import ConfigError
+from aptos_fastai.recipe.smaller import without_tables
 from aptos_fastai.run_folder import Run
 
 SMALL = ['stage.arch=test_resnet', 'stage.weights=none', 'stage.size=32', 'stage.folds=2', 'stage.epochs=1',
@@ -160,12 +162,12 @@ def test_a_test_table_of_another_case_is_an_error(tables, small_recipe, tmp_path
 
 def test_a_recipe_without_tables_that_are_missing():
     recipe = read_recipe(ROOT / 'recipes/one_table.ini')
-    smaller = recipe.without(['test'])
+    smaller = without_tables(recipe, ['test'])
     assert (list(smaller.stages), list(smaller.ensembles), smaller.order) == (['teacher'], [], ('teacher',))
     assert (smaller.submit.final, smaller.submit.also, smaller.submit.table) == ('teacher', (), '')
     with pytest.raises(ConfigError, match='final = retrain: needs test, which --data lacks'):
-        read_recipe(ROOT / 'recipes/one_table.ini', sets=['submit.final=retrain']).without(['test'])
-    settings = read_recipe(ROOT / 'settings.ini', sets=['submit.final=ensemble']).without(['aptos_test'])
+        without_tables(read_recipe(ROOT / 'recipes/one_table.ini', sets=['submit.final=retrain']), ['test'])
+    settings = without_tables(read_recipe(ROOT / 'settings.ini', sets=['submit.final=ensemble']), ['aptos_test'])
     assert 'retrain_512' not in settings.stages and list(settings.ensembles) == ['ensemble', 'blend']
 
 

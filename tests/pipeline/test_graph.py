@@ -420,7 +420,7 @@ def test_plan_for_hypothetical_tables(small_recipe, tmp_path, monkeypatch, capsy
         return dict.fromkeys(precisions, 1.), dict.fromkeys([*precisions, 'f32'], .1), 1000
     monkeypatch.setattr('aptos_fastai.training.precision.step_seconds', one_second)
     from aptos_fastai.pipeline.plan import FOLD_SECONDS, hypothetical_run, plan_cost
-    from aptos_fastai.recipe import read_recipe
+    from aptos_fastai.recipe.read import read_recipe
     plans = []
     for n in (100, 1000):
         run = hypothetical_run(read_recipe(small_recipe), f'train={n} test={n // 10}')

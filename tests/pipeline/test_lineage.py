@@ -10,7 +10,8 @@ from aptos_fastai.cli import main
 from aptos_fastai.common.io import AptosError
 from aptos_fastai.pipeline.graph import load_run, start_run
 from aptos_fastai.pipeline.lineage import check_lineage
-from aptos_fastai.recipe import ConfigError, read_recipe
+from aptos_fastai.recipe.read import read_recipe
+from aptos_fastai.recipe.sections import ConfigError
 from aptos_fastai.run_folder import Run
 
 RECIPE = '''

@@ -19,7 +19,7 @@ from aptos_fastai.pipeline.graph import load_run, outputs_up_to_date
 from aptos_fastai.pipeline.network_check import check_init
 from aptos_fastai.pipeline.pseudo_labels import read_labels
 from aptos_fastai.pipeline.reasons import training_reasons
-from aptos_fastai.recipe import Stage
+from aptos_fastai.recipe.sections import Stage
 from aptos_fastai.run_folder import WEIGHTS, hash_once
 
 pytestmark = pytest.mark.usefixtures('no_report')

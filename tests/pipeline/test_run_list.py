@@ -10,7 +10,7 @@ from aptos_fastai.cli import main
 from aptos_fastai.common.io import file_hash, read_record, write_record
 from aptos_fastai.pipeline.run_list import UNKNOWN_KEYS, changed_keys, changed_of, changed_text
 from aptos_fastai.pipeline.run_recipe import ini_text
-from aptos_fastai.recipe import read_recipe
+from aptos_fastai.recipe.read import read_recipe
 
 Y = np.arange(60) % 5
 

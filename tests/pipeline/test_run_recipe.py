@@ -9,7 +9,7 @@ from aptos_fastai.cli import main
 from aptos_fastai.common.io import AptosError, read_record, write_bytes, write_record
 from aptos_fastai.pipeline.graph import check_run, load_run, start_run
 from aptos_fastai.pipeline.run_recipe import check_name, ini_text, merged_sets, options_of
-from aptos_fastai.recipe import read_recipe
+from aptos_fastai.recipe.read import read_recipe
 
 SETS = ['stage.lr=0.02', 'stage.teacher.bs=4', 'recipe.owner=A; B = 50 % # c']
 

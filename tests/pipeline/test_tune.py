@@ -12,7 +12,7 @@ pytest.importorskip('optuna')
 from aptos_fastai.cli import main
 from aptos_fastai.common.io import read_record, write_bytes
 from aptos_fastai.pipeline import tune
-from aptos_fastai.recipe import changed, read_recipe
+from aptos_fastai.recipe.read import changed, read_recipe
 from aptos_fastai.training.callbacks import TrainingDiverged
 
 RECIPE = """

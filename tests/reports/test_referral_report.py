@@ -6,7 +6,7 @@ import pytest
 from aptos_fastai.decisions import DecisionSpec
 from aptos_fastai.inference.referral import fit_points
 from aptos_fastai.metrics import GRADES
-from aptos_fastai.recipe import Refer
+from aptos_fastai.recipe.sections import Refer
 from aptos_fastai.reports import colours, plots
 from aptos_fastai.reports.referral_report import (
     THRESHOLDS,

@@ -9,7 +9,7 @@ from fastai.torch_core import TensorImage, set_seed
 
 from aptos_fastai.common.console import Bars
 from aptos_fastai.data.retina import Prep
-from aptos_fastai.recipe import Augment, Stage
+from aptos_fastai.recipe.sections import Augment, Stage
 from aptos_fastai.training.callbacks import CHECK_EVERY, History, ShowProgress, TrainingDiverged
 from aptos_fastai.training.loaders import ToDevice, get_dls, leave_copy_to_transform
 from aptos_fastai.training.model import get_learner

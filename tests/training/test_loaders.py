@@ -30,7 +30,7 @@ from aptos_fastai.data.store import prepare_table
 from aptos_fastai.inference.views import views
 from aptos_fastai.pipeline.scores import predict_scores
 from aptos_fastai.pipeline.stage import fit_stage
-from aptos_fastai.recipe import Augment, Stage
+from aptos_fastai.recipe.sections import Augment, Stage
 from aptos_fastai.training import loaders
 from aptos_fastai.training.callbacks import History, Reproducible
 from aptos_fastai.training.loaders import (

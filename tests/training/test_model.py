@@ -11,7 +11,7 @@ from fastai.learner import Learner
 from torch import nn
 
 from aptos_fastai.metrics import MIDPOINTS, fit_thresholds, quadratic_kappa
-from aptos_fastai.recipe import Stage, parse_thresholds
+from aptos_fastai.recipe.sections import Stage, parse_thresholds
 from aptos_fastai.training import networks
 from aptos_fastai.training.model import QuadraticKappa, get_learner
 from aptos_fastai.training.networks import GeM, create_model

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from aptos_fastai.pipeline import network_check
-from aptos_fastai.recipe import Stage
+from aptos_fastai.recipe.sections import Stage
 from aptos_fastai.training.networks import (
     TimmBody,
     as_maps,

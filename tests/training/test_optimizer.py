@@ -20,7 +20,8 @@ from torch import nn
 
 from aptos_fastai.common.io import AptosError
 from aptos_fastai.pipeline.stage import fit_stage, optional_callbacks
-from aptos_fastai.recipe import ConfigError, Stage, read_recipe
+from aptos_fastai.recipe.read import read_recipe
+from aptos_fastai.recipe.sections import ConfigError, Stage
 from aptos_fastai.training.callbacks import AccumulateGradients, LossScaling
 from aptos_fastai.training.model import check_optimization, get_learner
 from aptos_fastai.training.networks import create_model

@@ -12,7 +12,7 @@ from sklearn.metrics import log_loss
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from aptos_fastai.recipe import Stage
+from aptos_fastai.recipe.sections import Stage
 from aptos_fastai.training.networks import heads
 from aptos_fastai.training.outputs import GradeLoss, class_loss, class_score, corn_loss, corn_score, outputs
 

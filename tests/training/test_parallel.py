@@ -14,7 +14,7 @@ from aptos_fastai.cli import main
 from aptos_fastai.common import distributed
 from aptos_fastai.pipeline.graph import check_run, load_run
 from aptos_fastai.pipeline.scores import predict_scores, read_exported
-from aptos_fastai.recipe import ConfigError
+from aptos_fastai.recipe.sections import ConfigError
 
 pytest.importorskip('accelerate', reason='the extra `parallel`')
 PROGRAM = '''

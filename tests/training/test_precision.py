@@ -13,7 +13,7 @@ from torch import nn
 
 from aptos_fastai.cli import main
 from aptos_fastai.data.retina import Prep
-from aptos_fastai.recipe import Augment, Stage
+from aptos_fastai.recipe.sections import Augment, Stage
 from aptos_fastai.training import callbacks, precision
 from aptos_fastai.training.callbacks import History
 from aptos_fastai.training.loaders import get_dls

@@ -17,7 +17,7 @@ from aptos_fastai.pipeline import features as frozen
 from aptos_fastai.pipeline.graph import load_run
 from aptos_fastai.pipeline.scores import predict_features, predict_views, read_exported
 from aptos_fastai.pipeline.stage import find_rates, fit_stage, stage_learner
-from aptos_fastai.recipe import Stage
+from aptos_fastai.recipe.sections import Stage
 from aptos_fastai.run_folder import Run
 from aptos_fastai.training import checkpoint
 from aptos_fastai.training.callbacks import FrozenBody, History, Reproducible

@@ -27,7 +27,8 @@ from aptos_fastai.common.io import file_hash, read_record, write_record
 from aptos_fastai.inference.model_spec import read_model
 from aptos_fastai.pipeline.graph import load_run
 from aptos_fastai.pipeline.scores import read_exported
-from aptos_fastai.recipe import ConfigError, Stage, read_recipe
+from aptos_fastai.recipe.read import read_recipe
+from aptos_fastai.recipe.sections import ConfigError, Stage
 from aptos_fastai.training.networks import create_model
 from aptos_fastai.training.weight_files import check_modality, fit_tensors, read_checkpoint
 from aptos_fastai.training.weights import (

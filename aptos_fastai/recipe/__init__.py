@@ -1,0 +1,1 @@
+"The recipe: settings.ini as checked, frozen dataclasses. Imports no PyTorch."
