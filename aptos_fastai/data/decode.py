@@ -216,7 +216,8 @@ def decode(data: bytes, min_side: int = 0, max_pixels: int = MAX_PIXELS, *,
             with BUDGET.pixels(im.width * im.height):
                 return _decode_opened(im, data, fmt, reduction(min(im.size), min_side), fast_jpeg), im.size
     except ImageError: raise
-    except UnidentifiedImageError: raise ImageError('cannot be decoded: unknown image format') from None
+    except UnidentifiedImageError:
+        raise ImageError(f'cannot be decoded: {"unknown image format" if data else "empty file"}') from None
     except Exception as e:   # Pillow's plugins raise anything from SyntaxError to struct.error on damaged files
         raise ImageError(f'cannot be decoded ({type(e).__name__}: {e})') from None
 

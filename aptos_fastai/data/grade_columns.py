@@ -94,6 +94,32 @@ class GradeColumns:
         known = self.df[[*grades]].agg(' '.join, axis=1)
         return len(self.df) >= 3 * known.nunique() and self.df.groupby(known)[column].nunique().max() == 1
 
+    def other_code(self, column: str, others: Sequence[str]) -> str:
+        """Say which of `others` has names of grades that `column` numbers otherwise, with examples; or an empty text.
+
+        So it is if names are numbered as in the alphabet, which some libraries do.
+        """
+        for other in others:
+            texts = self.df[other].str
+            if not texts.contains(r'[^\W\d_]{4}').any() or texts.contains(r'\d').any(): continue
+            pairs = self.df[[column, other]].drop_duplicates()
+            grades = pairs.map(read_grade)
+            known = grades.dropna().drop_duplicates()
+            if len(known) < 3 or known.nunique().min() < len(known) or (known[column] == known[other]).all(): continue
+            rows = pairs.loc[known.index][known[column] != known[other]]
+            return f'{other} numbers the grades otherwise: ' + first_few(
+                [f'{a} is {b}' for a, b in zip(rows[other], rows[column], strict=True)])
+        return ''
+
+    def other_folder(self, column: str, folders: pd.Series) -> str:
+        "Return how many images lie in `folders` named by another grade than their own, with examples, or an empty text"
+        named, grades = folders.map(read_grade), self.df.loc[folders.index, column].map(read_grade)
+        wrong = named.notna() & grades.notna() & (named != grades)
+        if named.nunique() < 3 or not wrong.any(): return ''
+        pairs = pd.DataFrame(dict(folder=folders, grade=self.df[column]))[wrong].drop_duplicates()
+        shown = first_few([f'grade {grade} in {folder}/' for folder, grade in pairs.itertuples(index=False)])
+        return f'{wrong.sum()} of {plural(len(folders), "image")} lie in a folder of another grade: {shown}'
+
     # What is hardly a column of grades raises `TableError`
 
     def refuse_yes_or_no(self, columns: Sequence[str]) -> None:
@@ -118,6 +144,11 @@ class GradeColumns:
         if ones.mean() < .5 and not _name_all_grades(columns): return
         raise TableError(f'{self.file}: the columns {", ".join(columns)} have at most one 1 in each row. Write one '
                          'column with the grade, 0 to 4, and name it: --grade COLUMN.')
+
+    def refuse_one_of_several(self, column: str) -> None:
+        "Refuse a column of 0 and 1 that is one of those named by a grade, of which a row has a 1 in one"
+        named = [c for c in self.df if {*self.df[c].map(read_grade)} <= {0, 1} and _name_grade(c)]
+        if column in named: self.refuse_one_hot(named)
 
     def refuse_without_0(self, columns: Sequence[str]) -> None:
         "Refuse grades without a 0: their scale may begin at 1"
@@ -151,9 +182,18 @@ class GradeColumns:
 
 def _name_all_grades(columns: Sequence[str]) -> bool:
     "Return whether columns are named as the grades 1 to 4 by numbers, or as 1 to 3 by words: mild, dr_mild, grade II"
-    ends = [re.sub(r'^.*[^a-z0-9](?=.)|^[a-z]+(?=\d)', '', column.casefold()) for column in columns]
-    grades = {read_grade(text) for text in (*columns, *ends)}
-    return {1, 2, 3} <= grades and (4 in grades or not any(end.isdigit() for end in ends))
+    grades = {read_grade(text) for column in columns for text in (column, _end(column))}
+    return {1, 2, 3} <= grades and (4 in grades or not any(_end(column).isdigit() for column in columns))
+
+
+def _name_grade(column: str) -> bool:
+    "Return whether the name of a column is that of a grade in words"
+    return any(np.isfinite(read_grade(text)) for text in (column, _end(column))) and not _end(column).isdigit()
+
+
+def _end(column: str) -> str:
+    "Return the last word of the name of a column, or its number: mild of dr_mild, 1 of label1"
+    return re.sub(r'^.*[^a-z0-9](?=.)|^[a-z]+(?=\d)', '', column.casefold())
 
 
 def _is_named_as_grades(column: str) -> bool:

@@ -49,11 +49,19 @@ def compare_id_orders(frame: pd.DataFrame, seed: int) -> list[NeighbourTest]:
 
     Takes one image of each group (patient, block): neighbours inside a group share a fold already.
     """
+    frame = frame.assign(id_code=_without_class_folders(frame))
     natural = frame.iloc[natural_order(frame.id_code)].drop_duplicates('group')
     if len(natural) < 20: return []
     by_ending = natural.iloc[np.argsort(natural.id_code.str[::-1].to_numpy(), kind='stable')]
     return [compare_neighbours(order, rows.diagnosis.to_numpy(), seed)
             for order, rows in zip(ORDERS, (natural, by_ending), strict=True)]
+
+
+def _without_class_folders(frame: pd.DataFrame) -> pd.Series:
+    "Return the ids without their folders, if each folder holds images of one grade alone: these are the grades"
+    folder, _, name = (frame.id_code.str.rpartition('/')[i] for i in range(3))
+    of_one_grade = folder.nunique() > 1 and frame.groupby(folder).diagnosis.nunique().max() == 1
+    return name if of_one_grade and (folder != '').all() else frame.id_code
 
 
 def id_order_text(tests: list[NeighbourTest], table: Table) -> str:

@@ -226,7 +226,9 @@ def _sheets(file: Path, data: bytes) -> list[Sheet]:
     try:
         book = openpyxl.load_workbook(io.BytesIO(data), data_only=True)
         return [_sheet(o) for o in book.worksheets]
-    except Exception as e: raise TableError(f'{file}: not a readable workbook ({e}). Save it as CSV.') from None
+    except Exception as e:
+        advice = 'Unpack it, if it is an archive.' if file.suffix.lower() == '.zip' else 'Save it as CSV.'
+        raise TableError(f'{file}: not a readable workbook ({e}). {advice}') from None
 
 
 def _sheet(worksheet: Any) -> Sheet:

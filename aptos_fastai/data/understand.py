@@ -57,11 +57,11 @@ PART_NAME = re.compile(                      # of training and test rows
 NO_PATIENT = re.compile(
     r'(^|[^a-z])age([^a-z]|$)|sex|gender|site|clinic|date|name|race|ethnic|birth|dob|visit|status|eye|type|grade|level')
 PERSONAL = re.compile(                       # is never carried
-    r'name|initial|birth|dob|address|adress|phone|e-?mail|mrn|ssn|comment|note|nom([^a-z]|$)|nombre|apellid|cognome|alias|'
-    r'geb(oren|urt|\W)|naiss|nascita|nacim|nascim|(^|[^a-z])(yob|tel|fax|handy|mobile|plz|zip|nhs|nif|cpf|user|kin)([^a-z]|$)|'
-    r'telef|post.?(code|al)|stra(ss|ß)e|street|guardian|passport|insur|versich|remark|observa|bemerk|anmerk|kommentar|'
-    r'notiz|physician|doctor|arzt|ärzt|m[eé]d(ec|ico)|nurse|schwester|untersucher|examiner|operator|photograph(er|$)|'
-    r'technician')
+    r'name|initial|birth|dob|address|adress|phone|e-?mail|mrn|ssn|comment|note|nom([^a-z]|$)|nombre|apellid|cognome|'
+    r'alias|geb(oren|urt|\W)|naiss|nascita|nacim|nascim|'
+    r'(^|[^a-z])(yob|tel|fax|handy|mobile|plz|zip|nhs|nif|cpf|user|kin)([^a-z]|$)|telef|post.?(code|al)|stra(ss|ß)e|'
+    r'street|guardian|passport|insur|versich|remark|observa|bemerk|anmerk|kommentar|notiz|physician|doctor|arzt|ärzt|'
+    r'm[eé]d(ec|ico)|nurse|schwester|untersucher|examiner|operator|photograph(er|$)|technician')
 NUMBER_NAME = re.compile(r'(^|[^a-z])(id|no|nr|num|number|code|key|pid|mrn)([^a-z]|$)|id$')
 EYE_NAME = re.compile(
     r'eye|auge|œil|oeil|lateral|(^|[^a-z])(side|seite|côté|lado|lato|oculus|ojo|olho|occhio)([^a-z]|$)')
@@ -237,12 +237,14 @@ class _Columns:
         for key in ('id', 'patient', *(['grade'] if graded else [])):
             for column in self._columns(key):
                 require_column(self.file, self.df, column, f'Choose one of them: --{key} COLUMN.')
-        self.reasons += [f'{key}: {self.keys[key]} (given)' for key in self.given if key not in ('csv', 'images')]
+        self.reasons += [f'{key}: {self.keys[key] or "none"} (given)' for key in self.given if key not in ('csv', 'images')]
         if 'id' not in self.keys: self._find_id()
         if graded and REFERABLE_NAME.search(self.keys.get('grade', '').casefold()):
             raise TableError(f'{self.file}: column {self.keys["grade"]} says whether an image is referable, which is '
                              'no grade of 0 to 4. Name the column of grades.')
-        if graded: self.grades.refuse_another_disease(self._columns('grade'))
+        if graded:
+            self.grades.refuse_another_disease(self._columns('grade'))
+            for column in self._columns('grade'): self.grades.refuse_one_of_several(column)
         if graded and 'grade' not in self.keys:
             faults: list[TableError] = []
             with collected(faults):
@@ -250,6 +252,7 @@ class _Columns:
                 if 'ungradable' not in self.keys: self.grades.refuse_without_0(self._columns('grade'))
             if faults: self._raise_with_ids(faults, name, skip_missing)
         if graded and 'ungradable' not in self.keys: self._find_ungradable()
+        if graded and not self.has_row_per_patient and len(self._columns('grade')) == 1: self._compare_grades()
         if not {'patient', 'group', 'pairs', 'block'} & self.keys.keys(): self._find_patient()
         if 'eye' not in self.keys: self._find_eye()
         if graded and 'carry' not in self.keys: self._find_carried()
@@ -364,6 +367,7 @@ class _Columns:
                              f'image ({self.keys["id"]}). Give each image a row with its own grade, or, if a row has '
                              'two images, name both columns: --id "LEFT | RIGHT".')
         columns = self.grades.without_yes_or_no(columns)
+        for column in columns: self.grades.refuse_one_of_several(column)
         others = [c for c in columns if OTHER_SCALE.search(c.casefold())]
         of_scale = [c for c in columns if SCALE_NAME.search(c.casefold())]
         is_clear = len(of_scale) == 1 and len(others) == len(columns) - 1
@@ -383,6 +387,19 @@ class _Columns:
             found.append(self._choose('grade', self.grades.without_yes_or_no(mine), f'the grade of {image}'))
         self.grades.refuse_yes_or_no(found)
         self._decide('grade', ' | '.join(found), 'one for each image of a row')
+
+    def _compare_grades(self) -> None:
+        "Refuse grades that another column or the folders of the images contradict; if they were `given`, say so"
+        column, = self._columns('grade')
+        others = [c for c in self._others('id', 'grade', 'patient') if self.grades.has_grades(c)]
+        folders = {}
+        for i, name in self.df[self.keys['id']].items():
+            with suppress(LookupError): folders[i] = self.locator(name).parent.name
+        in_folder = self.grades.other_folder(column, pd.Series(folders, dtype=str))
+        for text in filter(None, (self.grades.other_code(column, others), in_folder)):
+            if 'grade' in self.given: self.reasons.append(f'grade: CHECK {column}: {text}')
+            else: raise TableError(f'{self.file}: column {column} may not hold the grades: {text}. Correct it, or name '
+                                   'the column that holds them: --grade COLUMN.')
 
     def _find_ungradable(self) -> None:
         columns = [self.df[name] for name in self._columns('grade')]
@@ -439,8 +456,8 @@ class _Columns:
         for c in names:
             if PART_NAME.search(c.casefold()) and not self.keys.get('where', '').startswith(c):
                 values = first_few(sorted(self.df[c].unique()))
-                self.reasons.append(f'all rows are used, whatever their {c} ({values}); to use some alone, write them '
-                                    'to another CSV')
+                self.reasons.append(f'all rows are used, whatever their {c} ({values}); to use some alone: --set '
+                                    f'"table.train.where={c} = VALUE"')
 
 
 def image_shares(df: pd.DataFrame, has_image: Callable[[str], bool]) -> dict[str, float]:

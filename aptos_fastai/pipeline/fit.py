@@ -8,7 +8,7 @@ from aptos_fastai.common.console import say
 from aptos_fastai.common.io import AptosError, check_output_file, write_bytes
 from aptos_fastai.common.program import COMMAND
 from aptos_fastai.data.tables import only_folder, with_present_tables
-from aptos_fastai.data.understand import Ask, Understood, relative, understand_table
+from aptos_fastai.data.understand import PRESET_KEYS, Ask, Understood, relative, understand_table
 from aptos_fastai.pipeline.configure import configure, configured_hours, unused_sets
 from aptos_fastai.pipeline.deadline import Deadline
 from aptos_fastai.pipeline.graph import check_same_data
@@ -20,12 +20,15 @@ from aptos_fastai.recipe.smaller import without_tables
 
 BASE = 'recipes/one_table.ini'
 GRADED, UNGRADED = 'train', 'test'           # tables of `BASE`
+KEYS_OF_TABLE = (*PRESET_KEYS, 'header')     # that --set may give; the others follow from the arguments of `fit`
 
 
 def understand_tables(csv: str | Path, images: str | Path, unlabelled: str | Path, ask: Ask | None,
                       keys: dict[str, str], sets: Iterable[str] = ()) -> dict[str, Understood]:
     "Return the graded table of a CSV and its images, and the ungraded one of a CSV or folder `unlabelled`, if given"
-    skip = sets_applied({}, sets).get('images', {}).get('skip_unreadable') == 'yes'
+    own = sets_applied({}, sets)
+    skip = own.get('images', {}).get('skip_unreadable') == 'yes'
+    keys = {key: value for key, value in own.get(f'table.{GRADED}', {}).items() if key in KEYS_OF_TABLE} | keys
     tables = {GRADED: understand_table(csv, images, name=GRADED, graded=True, ask=ask, skip_missing=skip, **keys)}
     if str(unlabelled) and Path(unlabelled).resolve() == Path(images or csv).resolve():
         raise AptosError(f'{unlabelled}: is the folder of the graded images. Name a folder of other images, or none.')

@@ -1,4 +1,4 @@
-"""Write docs/recipe.md from the dataclasses of aptos_fastai/recipe/sections.py: python docs/scripts/recipe_reference.py."""
+"""Write docs/recipe.md from aptos_fastai/recipe/sections.py: python docs/scripts/recipe_reference.py."""
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 

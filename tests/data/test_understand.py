@@ -3,10 +3,12 @@ import datetime
 import shutil
 from dataclasses import fields
 
+import numpy as np
 import pytest
 from layouts import LAYOUTS, grade_of, write_image, write_lines
 
 from aptos_fastai.common.io import AptosError
+from aptos_fastai.data.id_order import compare_id_orders
 from aptos_fastai.data.tables import table_contents
 from aptos_fastai.data.understand import PRESET_KEYS, find_table, sides_of, understand_table
 from aptos_fastai.recipe.sections import Table
@@ -243,6 +245,63 @@ def test_one_column_for_each_grade_in_words_is_refused(tmp_path, names):
     rows = [f'a{i},{",".join(str(int(i % 9 == k)) for k in range(5))}' for i in range(36)]
     with pytest.raises(AptosError, match='have at most one 1 in each row'):
         understand_table(write_rows(tmp_path, f'image,{names}', rows))
+
+
+def test_one_of_the_columns_for_each_grade_is_no_grade_though_it_is_named(tmp_path):
+    names = 'No_DR,Mild,Moderate,Severe,Proliferate_DR'
+    csv = write_rows(tmp_path, f'image,{names}', [f'a{i},{",".join(str(int(i % 5 == k)) for k in range(5))}'
+                                                  for i in range(40)])
+    for more in ({}, dict(grade='Proliferate_DR')):
+        with pytest.raises(AptosError, match='No_DR, .*, Proliferate_DR have at most one 1 in each row'):
+            understand_table(csv, **more)
+    csv = write_rows(tmp_path, f'image,level,{names}', [
+        f'a{i},{i % 5},{",".join(str(int(i % 5 == k)) for k in range(5))}' for i in range(40)])
+    assert keys(understand_table(csv), 'grade') == ('level',)
+
+
+NAMES = 'No_DR', 'Mild', 'Moderate', 'Severe', 'Proliferate_DR'
+
+
+@pytest.mark.parametrize('index, name', [('class_idx', 'class_name'), ('label', 'label_name'), ('diagnosis', 'name')])
+def test_names_of_grades_that_are_numbered_as_in_the_alphabet_are_refused(tmp_path, index, name):
+    number = {word: k for k, word in enumerate(sorted(NAMES))}
+    csv = write_rows(tmp_path, f'image,{name},{index}', [
+        f'a{i},{NAMES[i % 5]},{number[NAMES[i % 5]]}' for i in range(20)])
+    with pytest.raises(AptosError, match=f'column {index} may not hold .* {name} numbers the grades otherwise: '
+                       'No_DR is 2, Mild is 0'):
+        understand_table(csv)
+    understood = understand_table(csv, grade=name)
+    assert understood.contents.frame.diagnosis.tolist() == [i % 5 for i in range(20)]
+    assert any(f'CHECK {index}' in reason for reason in understand_table(csv, grade=index).reasons)
+    csv = write_rows(tmp_path, f'image,{name},{index}', [f'a{i},{NAMES[i % 5]},{i % 5}' for i in range(20)])
+    assert keys(understand_table(csv), 'grade')[0] in (index, name)
+
+
+def test_images_in_folders_of_other_grades_are_refused(tmp_path):
+    rows = []
+    for i in range(20):
+        folder = tmp_path / 'images' / NAMES[i % 5]
+        folder.mkdir(parents=True, exist_ok=True)
+        write_image(folder / f'a{i}.png', i)
+        rows.append(f'a{i},{i % 5}')
+    right, wrong = tmp_path / 'right.csv', tmp_path / 'wrong.csv'
+    write_lines(right, ['image,level', *rows])
+    write_lines(wrong, ['image,level', *rows[:-1], 'a19,1'])
+    assert keys(understand_table(right, tmp_path / 'images'), 'grade') == ('level',)
+    text = '1 of 20 images lie in a folder of another grade: grade 1 in Proliferate_DR/'
+    with pytest.raises(AptosError, match=text): understand_table(wrong, tmp_path / 'images')
+    assert any(text in reason for reason in understand_table(wrong, tmp_path / 'images', grade='level').reasons)
+
+
+def test_names_in_class_folders_are_not_related_to_the_grade_by_their_folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        folder = tmp_path / 'images' / NAMES[i % 5]
+        folder.mkdir(parents=True, exist_ok=True)
+        write_image(folder / f'{rng.integers(1 << 40):x}.png', i)
+    understood = understand_table(tmp_path / 'images')
+    assert not [t for t in compare_id_orders(understood.contents.frame, 0) if t.is_related]
+    assert understood.contents.frame.diagnosis.value_counts().tolist() == [12] * 5
 
 
 def test_three_readers_who_are_never_positive_together_are_not_columns_of_grades(tmp_path):

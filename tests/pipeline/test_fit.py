@@ -10,6 +10,7 @@ from layouts import LAYOUTS
 
 from aptos_fastai import fit
 from aptos_fastai.cli import main
+from aptos_fastai.commands import understand_and_write
 from aptos_fastai.pipeline.graph import load_run, start_run
 from aptos_fastai.pipeline.stage import training_frame
 from aptos_fastai.recipe.read import read_recipe
@@ -42,6 +43,19 @@ def test_fit_needs_no_recipe_and_its_run_grades(fitted):
     oof = pd.read_csv(run.folder / 'oof.csv', dtype=str)
     assert len(oof) == 59 and set(oof.Camera) == {'Topcon', 'Canon'} and oof.group.nunique() == 30
     assert not (run.folder / 'submission.csv').exists() and (run.folder / 'report.html').is_file()
+
+
+@pytest.mark.parametrize('sets, expected', [
+    (['table.train.carry=Camera'], dict(carry='Camera')), (['table.train.carry='], dict(carry='')),
+    ([r'table.train.group=^(.+)_', 'table.train.carry='], dict(group='^(.+)_', block=0, patient='')),
+    (['table.train.where=Camera = Topcon'], dict(where='Camera = Topcon'))])
+def test_keys_of_the_table_may_be_set_before_the_rest_is_found(tmp_path, capsys, sets, expected):
+    root = LAYOUTS['clinic_excel'](tmp_path)
+    recipe, _ = understand_and_write(root / 'labels.xlsx', root / 'photos', '', '', tmp_path / 'r', sets, None, {})
+    table = read_recipe(recipe).tables['train']
+    assert {key: getattr(table, key) for key in expected} == expected
+    key = sets[0].partition('=')[0].rpartition('.')[2]
+    assert f'train: {key}: {expected[key] or "none"} (given)' in ' '.join(capsys.readouterr().out.split())
 
 
 def test_the_recipe_of_fit_can_be_run_again(fitted, capsys):
