@@ -10,12 +10,22 @@ import cv2
 import numpy as np
 import pandas as pd
 
+from aptos_fastai.common.console import say
 from aptos_fastai.data.decode import ImageError
 from aptos_fastai.data.retina import Prep
 from aptos_fastai.data.store import read_square
 
 NEAR = 84                                    # differing bits of 576; measured in `data.retina.perceptual_hash`
 NEIGHBOURS = 128                             # rows that `near_pairs` compares each row with
+WORDS = 36                                   # 16-bit words of a hash
+
+# Mirrored copies and quarter turns: whether rows and columns are swapped, rows reversed, columns reversed. The third
+# quarter turn is the first one seen from the other image
+TURNS = ((False, False, True), (False, True, False), (False, True, True), (True, False, False), (True, True, True),
+         (True, False, True))
+NEAR_TURNED = 60                             # differing bits of the turned hash: 40 in copies, 130 in others of IDRiD
+WORDS_TURNED = 12                            # compared words: a pair at 40 bits shares one with probability .99
+MOST_TURNED = 100_000                        # images; among more, turned copies are not searched
 
 # The second look at a pair, measured by benchmarks/duplicates.py
 LOOK_SIDE = 128                              # side of the registered images, pixels
@@ -28,17 +38,19 @@ MAX_STRETCH = .05                            # of the registration: the largest 
 Edges = list[tuple[np.ndarray, np.ndarray]]  # arrays of rows (from, to)
 
 
-def near_pairs(bits: np.ndarray, near: int = NEAR) -> list[tuple[int, int]]:
+def near_pairs(bits: np.ndarray, near: int = NEAR, n_words: int = WORDS) -> list[tuple[int, int]]:
     """Return the pairs of rows of `bits` (n x bytes, uint8, all different) that differ in at most `near` bits.
 
     Compares only rows that share one of their 36 16-bit words: a pair at 58 bits shares one with probability .999,
     a pair at 84 bits with .95. Rows that share a word are sorted by the two words after it, and each is compared with
     the next `NEIGHBOURS`: all of them up to about 40,000 images. The work stays linear for a million images, where it
-    finds .82 of the pairs at 58 bits and .99 of those at 40 (simulated with words of 500 values).
+    finds .82 of the pairs at 58 bits and .99 of those at 40 (simulated with words of 500 values). `n_words` are the
+    words that are compared, evenly spread.
     """
     words, longs = bits.view(np.uint16).T, bits.view(np.uint64)
     found: set[tuple[int, int]] = set()
-    for k, word in enumerate(words):
+    for k in range(0, len(words), len(words) // n_words):
+        word = words[k]
         second, third = words[(k + 1) % len(words)], words[(k + 2) % len(words)]
         order = np.lexsort((third, second, word))
         for step in range(1, min(len(word), NEIGHBOURS + 1)):
@@ -102,6 +114,36 @@ def _similar_hashes(hashes: pd.Series) -> Edges:
     return [(rows[_first_row_with_key(hashes.iloc[rows])], rows), (first[pairs[:, 0]], first[pairs[:, 1]])]
 
 
+def _turned_copies(hashes: pd.Series, turn: tuple[bool, bool, bool]) -> Edges:
+    "Return the edges from rows to those that have nearly the same perceptual hash once they are turned"
+    unique = hashes.drop_duplicates()
+    bits = _bits(unique)
+    unique, bits = unique[bits.any(1)], bits[bits.any(1)]
+    pairs = near_pairs(np.concatenate([bits, turned_bits(bits, turn)]), NEAR_TURNED, WORDS_TURNED)
+    n, first = len(bits), unique.index.to_numpy()
+    edges = np.array([(i, j - n) for i, j in pairs if i < n <= j and i != j - n], int).reshape(-1, 2)
+    return [(first[edges[:, 0]], first[edges[:, 1]])]
+
+
+def turned_bits(bits: np.ndarray, turn: tuple[bool, bool, bool]) -> np.ndarray:
+    """Return the bits (n, 72) that the perceptual hashes of the turned images have, nearly.
+
+    An image that is mirrored has the same frequencies, those of odd order with the other sign.
+    """
+    swapped, *reversed_axes = turn
+    signs = np.unpackbits(bits, axis=1).reshape(-1, 24, 24)
+    if swapped: signs = signs.transpose(0, 2, 1)
+    odd = np.arange(1, 25) % 2 == 1
+    rows, columns = (odd & is_reversed for is_reversed in reversed_axes)
+    return np.packbits((signs ^ (rows[:, None] ^ columns)).reshape(len(bits), -1), axis=1)
+
+
+def turned(a: np.ndarray, turn: tuple[bool, bool, bool]) -> np.ndarray:
+    "Return a square with rows and columns swapped, then rows and columns reversed, as `turn` says"
+    swapped, rows, columns = turn
+    return np.ascontiguousarray((a.T if swapped else a)[::-1 if rows else 1, ::-1 if columns else 1])
+
+
 # The second look
 
 @lru_cache(1)
@@ -134,8 +176,8 @@ def is_same_image(a: np.ndarray, b: np.ndarray) -> bool:
     return bool(is_small and correlation >= MIN_CORRELATION)
 
 
-def _confirm(df: pd.DataFrame, edges: Edges, prep: Prep) -> Edges:
-    """Return the `edges` between rows whose prepared images `is_same_image` finds equal.
+def _confirm(df: pd.DataFrame, edges: Edges, prep: Prep, turn: tuple[bool, bool, bool] = (False,) * 3) -> Edges:
+    """Return the `edges` between rows whose prepared images, the second one turned, `is_same_image` finds equal.
 
     A pair with an image that is not in the store, or that was changed there, counts as equal: the image is prepared
     before anything uses it, or stops the run.
@@ -143,7 +185,7 @@ def _confirm(df: pd.DataFrame, edges: Edges, prep: Prep) -> Edges:
     read: Callable[[str], np.ndarray] = lru_cache(4096)(partial(_read_texture, prep=prep))
 
     def confirmed(i: int, j: int) -> bool:
-        try: return is_same_image(read(df.stored.iat[i]), read(df.stored.iat[j]))
+        try: return is_same_image(read(df.stored.iat[i]), turned(read(df.stored.iat[j]), turn))
         except ImageError: return True
 
     pixels, kept = pd.factorize(df.pixel_sha256)[0], []
@@ -163,8 +205,9 @@ def _read_texture(path: str, prep: Prep) -> np.ndarray:
 def group_duplicates(frames: dict[str, pd.DataFrame], prep: Prep | None = None) -> dict[str, pd.DataFrame]:
     """Add a column `duplicate_group` to prepared `frames` and merge the groups of duplicates.
 
-    `duplicate_group` is equal for copies of an image, in whichever table: equal pixels, or a near perceptual hash that
-    a second look at the images prepared with `prep` confirms; without `prep` the hash alone decides.
+    `duplicate_group` is equal for copies of an image, in whichever table: equal pixels, or a near perceptual hash, also
+    mirrored or after quarter turns, that a second look at the images prepared with `prep` confirms; without `prep` the
+    hash alone decides.
     Groups that share a duplicate become one `group`, so that neither a patient nor an image is on both sides of a fold.
     """
     df = pd.concat(frames.values(), ignore_index=True)
@@ -172,6 +215,10 @@ def group_duplicates(frames: dict[str, pd.DataFrame], prep: Prep | None = None) 
     same_pixels = _first_row_with_key(df.pixel_sha256), rows
     similar = _similar_hashes(df.perceptual_hash)
     if prep: similar = _confirm(df, similar, prep)
+    for turn in TURNS if len(df) <= MOST_TURNED else ():
+        copies = _turned_copies(df.perceptual_hash, turn)
+        similar += _confirm(df, copies, prep, turn) if prep else copies
+    if len(df) > MOST_TURNED: say(f'{len(df)} images: mirrored and rotated copies are not searched', 'yellow')
     duplicate_group = _first_row_connected(len(df), [same_pixels, *similar])
     same_group = _first_row_with_key(df.group), rows
     first = _first_row_connected(len(df), [(duplicate_group, rows), same_group])

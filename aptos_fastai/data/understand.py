@@ -237,7 +237,8 @@ class _Columns:
         for key in ('id', 'patient', *(['grade'] if graded else [])):
             for column in self._columns(key):
                 require_column(self.file, self.df, column, f'Choose one of them: --{key} COLUMN.')
-        self.reasons += [f'{key}: {self.keys[key] or "none"} (given)' for key in self.given if key not in ('csv', 'images')]
+        self.reasons += [f'{key}: {self.keys[key] or "none"} (given)' for key in self.given
+                         if key not in ('csv', 'images')]
         if 'id' not in self.keys: self._find_id()
         if graded and REFERABLE_NAME.search(self.keys.get('grade', '').casefold()):
             raise TableError(f'{self.file}: column {self.keys["grade"]} says whether an image is referable, which is '

@@ -12,6 +12,7 @@ from aptos_fastai.cli import main
 from aptos_fastai.data.decode import decode
 from aptos_fastai.data.duplicates import (
     NEAR,
+    TURNS,
     duplicates_table,
     group_duplicates,
     is_same_image,
@@ -20,6 +21,8 @@ from aptos_fastai.data.duplicates import (
     near_pairs,
     resolve_conflicts,
     texture,
+    turned,
+    turned_bits,
 )
 from aptos_fastai.data.folds import add_folds
 from aptos_fastai.data.retina import Prep, crop_square, find_retina, perceptual_hash, prepare
@@ -116,6 +119,61 @@ def test_near_hashes_of_different_images_are_no_duplicates(tmp_path):
     out = group_duplicates(dict(a=df), prep)['a']
     assert out.duplicate_group.tolist() == [0, 0, 2, 0]       # the missing image is prepared again before it is used
     assert out.group.tolist() == ['a:a', 'a:a', 'a:c', 'a:a']
+
+
+QUARTERS = [lambda a: np.rot90(a, 1), lambda a: np.rot90(a, 2), lambda a: np.rot90(a, 3)]
+MIRRORED = [lambda a: a[:, ::-1], lambda a: a[::-1], lambda a: a.transpose(1, 0, 2),
+            lambda a: np.rot90(a, 2).transpose(1, 0, 2)]
+
+
+def turned_frame(tmp_path, images, prep):
+    "Return the prepared table of images, each a group of its own"
+    rows = []
+    for i, im in enumerate(images):
+        jpeg, found = prepare(cv2.imencode('.png', np.ascontiguousarray(im))[1].tobytes(), prep)
+        file = tmp_path / f'{i}.{jpeg_hash(jpeg)}{prep.suffix}'
+        file.write_bytes(jpeg)
+        rows.append((str(i), 0., found['pixel_sha256'], found['perceptual_hash'], f'a:{i}', str(file)))
+    columns = ['id_code', 'diagnosis', 'pixel_sha256', 'perceptual_hash', 'group', 'stored']
+    return pd.DataFrame(rows, columns=columns).assign(source='a')
+
+
+def test_mirrored_and_rotated_copies_share_a_group_and_other_images_do_not(tmp_path):
+    "As in tables that were balanced by turned copies; the copies are smaller and encoded again, too"
+    rng, prep = np.random.default_rng(0), Prep(size=256)
+    first, other = fundus(rng, 400, 3), fundus(rng, 400, 3)
+    turns = [*QUARTERS, *MIRRORED]
+    images = [first, *(reencode_smaller(np.ascontiguousarray(turn(first))) for turn in turns), other]
+    out = group_duplicates(dict(a=turned_frame(tmp_path, images, prep)), prep)['a']
+    assert out.duplicate_group.tolist() == [0] * 8 + [8] and out.group.tolist() == ['a:0'] * 8 + ['a:8']
+
+
+def test_turned_copies_are_confirmed_by_the_turned_image(tmp_path):
+    "A hash as of a mirrored copy is not enough"
+    rng, prep = np.random.default_rng(0), Prep(size=256)
+    df = turned_frame(tmp_path, [fundus(rng, 400, 1), fundus(rng, 400, 2)], prep)
+    bits = np.frombuffer(base64.b64decode(df.perceptual_hash[0]), np.uint8)[None]
+    df.loc[1, 'perceptual_hash'] = base64.b64encode(turned_bits(bits, TURNS[0]).tobytes()).decode()
+    assert group_duplicates(dict(a=df))['a'].duplicate_group.tolist() == [0, 0]
+    assert group_duplicates(dict(a=df), prep)['a'].duplicate_group.tolist() == [0, 1]
+
+
+def test_among_too_many_images_turned_copies_are_not_searched_and_that_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(duplicates_module, 'MOST_TURNED', 1)
+    rng, prep = np.random.default_rng(0), Prep(size=256)
+    first = fundus(rng, 400, 1)
+    df = turned_frame(tmp_path, [first, first[:, ::-1]], prep)
+    assert group_duplicates(dict(a=df), prep)['a'].duplicate_group.tolist() == [0, 1]
+    assert '2 images: mirrored and rotated copies are not searched' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('turn', TURNS)
+def test_bits_of_a_turned_image_are_those_of_its_hash(turn):
+    sq = crop_square(im := fundus(np.random.default_rng(0), 400, 2), find_retina(im), Prep(size=128))
+    bits, of_turned = (np.frombuffer(base64.b64decode(perceptual_hash(o)), np.uint8)[None] for o in (
+        sq, np.stack([turned(sq[..., k], turn) for k in range(3)], -1)))
+    assert np.bitwise_count(turned_bits(bits, turn) ^ of_turned).sum() <= 20
+    assert np.bitwise_count(bits ^ of_turned).sum() > NEAR
 
 
 def stored_jpeg(im, prep):
