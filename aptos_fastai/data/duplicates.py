@@ -24,8 +24,8 @@ WORDS = 36                                   # 16-bit words of a hash
 TURNS = ((False, False, True), (False, True, False), (False, True, True), (True, False, False), (True, True, True),
          (True, False, True))
 NEAR_TURNED = 60                             # differing bits of the turned hash: 40 in copies, 130 in others of IDRiD
-WORDS_TURNED = 12                            # compared words: a pair at 40 bits shares one with probability .99
-MOST_TURNED = 100_000                        # images; among more, turned copies are not searched
+WORDS_TURNED = 9                             # compared words: a pair at 40 bits shares one with probability .96
+MOST_TURNED = 50_000                         # images; among more, turned copies are not searched
 
 # The second look at a pair, measured by benchmarks/duplicates.py
 LOOK_SIDE = 128                              # side of the registered images, pixels

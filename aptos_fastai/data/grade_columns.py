@@ -38,8 +38,10 @@ MADE_OF_GRADE = re.compile(
 PLACE_NAME = re.compile(                     # may go with the grade, and is no grade
     'clinic|klinik|site|hospital|cent(er|re|rum)|ward|practice|camera|kamera|device|scanner|doctor|physician|country')
 UNGRADABLE = re.compile(r'|ungrad.*|unread.*|poor.*|bad.*|not? grad.*|n/?a|nan|none|null|u|x|5|5\.0|6|9|99|-1')
+WORD = r'^(?![ivIV]+$).*[^\W\d_]{2}'           # text with a word, no Roman number
 MOSTLY = .8                                  # of the values of a column that nearly has grades
-AGREE = .95                                  # of the rows in which a yes or no is that of a grade from some grade on
+MOSTLY_OTHER = .4                            # of the names of grades whose number is another one
+AGREE = .9                                   # of the rows in which a yes or no is that of a grade from some grade on
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,11 @@ class GradeColumns:
         return columns
 
     def _is_threshold(self, yes_or_no: str, column: str) -> bool:
-        "Return whether a yes or no is that of reaching some grade of a column, in nearly all rows that have both"
+        "Return whether a yes or no is that of reaching some grade of a column, in nearly all rows with yes and with no"
         both = self.df[[yes_or_no, column]].map(read_grade).dropna()
-        return any((both[yes_or_no] == (both[column] >= grade)).mean() >= AGREE for grade in range(1, GRADES))
+        yes = both[yes_or_no] == 1
+        agree = [((both[column] >= grade) == yes).groupby(yes).mean().min() for grade in range(1, GRADES)]
+        return max(agree) >= AGREE
 
     def filled_in_turn(self, columns: Sequence[str]) -> list[str]:
         "Return two columns of which exactly one is filled in each row; an empty list if there are none"
@@ -100,25 +104,29 @@ class GradeColumns:
         So it is if names are numbered as in the alphabet, which some libraries do.
         """
         for other in others:
-            texts = self.df[other].str
-            if not texts.contains(r'[^\W\d_]{4}').any() or texts.contains(r'\d').any(): continue
-            pairs = self.df[[column, other]].drop_duplicates()
-            grades = pairs.map(read_grade)
-            known = grades.dropna().drop_duplicates()
-            if len(known) < 3 or known.nunique().min() < len(known) or (known[column] == known[other]).all(): continue
-            rows = pairs.loc[known.index][known[column] != known[other]]
+            named = self.df[self.df[other].str.contains(WORD) & self.df[other].map(read_grade).notna()]
+            usual = named[column].groupby(named[other]).agg(lambda o: o.mode()[0])     # text of each name
+            numbers, names = usual.map(read_grade), usual.index.map(read_grade)
+            codes = pd.Series(numbers.to_numpy(), names).dropna().groupby(level=0).first()
+            others_differ = (codes != codes.index).mean() if len(codes) else 0
+            if len(codes) < 3 or codes.nunique() < len(codes) or others_differ < MOSTLY_OTHER: continue
             return f'{other} numbers the grades otherwise: ' + first_few(
-                [f'{a} is {b}' for a, b in zip(rows[other], rows[column], strict=True)])
+                [f'{name} is {usual[name]}' for name in usual.index if read_grade(name) != read_grade(usual[name])])
         return ''
 
-    def other_folder(self, column: str, folders: pd.Series) -> str:
-        "Return how many images lie in `folders` named by another grade than their own, with examples, or an empty text"
-        named, grades = folders.map(read_grade), self.df.loc[folders.index, column].map(read_grade)
+    def other_folder(self, column: str, folders: pd.Series) -> tuple[str, float]:
+        """Say how many images lie in `folders` named by another grade than their own, with examples, and their share.
+
+        Numbers are no names: such folders can be patients, cameras or parts.
+        """
+        named = folders.map(read_grade).where(folders.str.contains(WORD))
+        grades = self.df.loc[folders.index, column].map(read_grade)
         wrong = named.notna() & grades.notna() & (named != grades)
-        if named.nunique() < 3 or not wrong.any(): return ''
+        if named.nunique() < 3 or named.notna().mean() < MOSTLY or not wrong.any(): return '', 0.
         pairs = pd.DataFrame(dict(folder=folders, grade=self.df[column]))[wrong].drop_duplicates()
         shown = first_few([f'grade {grade} in {folder}/' for folder, grade in pairs.itertuples(index=False)])
-        return f'{wrong.sum()} of {plural(len(folders), "image")} lie in a folder of another grade: {shown}'
+        text = f'{wrong.sum()} of {plural(len(folders), "image")} lie in a folder of another grade: {shown}'
+        return text, float(wrong.mean())
 
     # What is hardly a column of grades raises `TableError`
 
@@ -147,7 +155,7 @@ class GradeColumns:
 
     def refuse_one_of_several(self, column: str) -> None:
         "Refuse a column of 0 and 1 that is one of those named by a grade, of which a row has a 1 in one"
-        named = [c for c in self.df if {*self.df[c].map(read_grade)} <= {0, 1} and _name_grade(c)]
+        named = [c for c in self.df if _name_grade(c) and {*map(read_grade, self.df[c].unique())} <= {0, 1}]
         if column in named: self.refuse_one_hot(named)
 
     def refuse_without_0(self, columns: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from aptos_fastai.data.grades import read_grade
 from aptos_fastai.data.groups import natural_order
 from aptos_fastai.recipe.sections import Table
 
@@ -58,10 +59,10 @@ def compare_id_orders(frame: pd.DataFrame, seed: int) -> list[NeighbourTest]:
 
 
 def _without_class_folders(frame: pd.DataFrame) -> pd.Series:
-    "Return the ids without their folders, if each folder holds images of one grade alone: these are the grades"
+    "Return the ids without their folders, if each folder is named by the grade of its images"
     folder, _, name = (frame.id_code.str.rpartition('/')[i] for i in range(3))
-    of_one_grade = folder.nunique() > 1 and frame.groupby(folder).diagnosis.nunique().max() == 1
-    return name if of_one_grade and (folder != '').all() else frame.id_code
+    named = folder.str.rpartition('/')[2].map(read_grade)
+    return name if (named == frame.diagnosis).all() else frame.id_code
 
 
 def id_order_text(tests: list[NeighbourTest], table: Table) -> str:

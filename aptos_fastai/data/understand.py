@@ -43,6 +43,8 @@ from aptos_fastai.recipe.sections import COLUMNS_OF_SCORES, Table, split_names
 Ask = Callable[[str, list[str]], str]        # a question and its possible answers -> one of them
 
 SAMPLE = 200                                 # rows that are searched among the images
+MOST_LOCATED = 5_000                         # rows whose folders are compared with their grades
+RARE = .05                                   # of the images may lie in a folder of another grade: it is only said
 PRESET_KEYS = (                              # of a table that is recognised as that of a preset
     'id', 'grade', 'ungradable', 'patient', 'pairs', 'group', 'block', 'eye', 'carry', 'where', 'sheet', 'relabels')
 NEIGHBOUR_BLOCK = 10                         # ids in a group if neighbours have equal grades and patients are unknown
@@ -57,9 +59,12 @@ PART_NAME = re.compile(                      # of training and test rows
 NO_PATIENT = re.compile(
     r'(^|[^a-z])age([^a-z]|$)|sex|gender|site|clinic|date|name|race|ethnic|birth|dob|visit|status|eye|type|grade|level')
 PERSONAL = re.compile(                       # is never carried
-    r'name|initial|birth|dob|address|adress|phone|e-?mail|mrn|ssn|comment|note|nom([^a-z]|$)|nombre|apellid|cognome|'
-    r'alias|geb(oren|urt|\W)|naiss|nascita|nacim|nascim|'
-    r'(^|[^a-z])(yob|tel|fax|handy|mobile|plz|zip|nhs|nif|cpf|user|kin)([^a-z]|$)|telef|post.?(code|al)|stra(ss|ß)e|'
+    r'(?<!device.)(?<!camera.)(?<!hospital.)(?<!clinic.)(?<!site.)name|initial|birth|dob|address|adress|'
+    r'(^|[^a-z])(tele)?phone|e-?mail|mrn|ssn|comment|note|nom([^a-z]|$)|nombre|apellid|cognome|grader|graded.?by|'
+    r'reader|annotat|befunder|auswerter|sachbearb|surgeon|consultant|ophthalmolog|optometri|oftalm|wohnort|village|'
+    r'alias|(^|[^a-z])geb(oren|urt|dat|[^a-z]|$)|naiss|nascita|nacim|nascim|'
+    r'(^|[^a-z])(yob|tel|fax|handy|mobile$|plz|city|town|zip|nhs|nif|cpf|user|kin)([^a-z]|$)|'
+    r'telef|post.?(code|al)|stra(ss|ß)e|'
     r'street|guardian|passport|insur|versich|remark|observa|bemerk|anmerk|kommentar|notiz|physician|doctor|arzt|ärzt|'
     r'm[eé]d(ec|ico)|nurse|schwester|untersucher|examiner|operator|photograph(er|$)|technician')
 NUMBER_NAME = re.compile(r'(^|[^a-z])(id|no|nr|num|number|code|key|pid|mrn)([^a-z]|$)|id$')
@@ -381,7 +386,8 @@ class _Columns:
         found = []
         sides, grades = sides_of(self._columns('id')), sides_of(candidates)
         for image in self._columns('id'):
-            mine = [c for c in candidates if grades[c] == sides[image] and not OTHER_GRADE.search(c.casefold())]
+            mine = [c for c in candidates if grades[c] == sides[image]
+                    and not any(o.search(c.casefold()) for o in (OTHER_GRADE, PREDICTION_NAME))]
             if not mine:
                 raise TableError(f'{self.file}: no column has the grade of {image}. Name both columns: --grade '
                                  '"LEFT | RIGHT".')
@@ -394,11 +400,13 @@ class _Columns:
         column, = self._columns('grade')
         others = [c for c in self._others('id', 'grade', 'patient') if self.grades.has_grades(c)]
         folders = {}
-        for i, name in self.df[self.keys['id']].items():
+        rows = np.unique(np.linspace(0, len(self.df) - 1, MOST_LOCATED).astype(int))
+        for i, name in self.df[self.keys['id']].iloc[rows].items():
             with suppress(LookupError): folders[i] = self.locator(name).parent.name
-        in_folder = self.grades.other_folder(column, pd.Series(folders, dtype=str))
-        for text in filter(None, (self.grades.other_code(column, others), in_folder)):
-            if 'grade' in self.given: self.reasons.append(f'grade: CHECK {column}: {text}')
+        in_folder, share = self.grades.other_folder(column, pd.Series(folders, dtype=str))
+        for text, is_rare in ((self.grades.other_code(column, others), False), (in_folder, share < RARE)):
+            if not text: continue
+            if 'grade' in self.given or is_rare: self.reasons.append(f'grade: CHECK {column}: {text}')
             else: raise TableError(f'{self.file}: column {column} may not hold the grades: {text}. Correct it, or name '
                                    'the column that holds them: --grade COLUMN.')
 

@@ -71,7 +71,8 @@ def without_ids(summary: dict) -> dict:
 def without_values(summary: dict) -> dict:
     "Return `without_ids` of a run's summary in which values of the columns that tables carry are numbered: 'site 1'"
     summary = without_ids(summary)
-    of_columns = [o for o in summary['clusters'] if o['kind'] not in (*NAMED, ID_RANGE)]
+    carried = {column for o in summary['tables'] for column in o['carried']}
+    of_columns = [o for o in summary['clusters'] if o['kind'] in carried or o['kind'] not in (*NAMED, ID_RANGE)]
     found = {o['kind']: [c['name'] for c in o['clusters']] for o in of_columns}
     for column, counts in (item for o in summary['tables'] for item in o['carried'].items()):
         found[column] = list(dict.fromkeys([*found.get(column, []), *counts]))

@@ -136,6 +136,7 @@ def table_keys(understood: Understood, data: Path) -> dict[str, str]:
 
 
 def _keys(text: str) -> list[str]:
-    "Return the lines of a recipe that say something: no comments, no keys without a value"
-    return [line for line in text.splitlines() if not line.startswith('#') and not line.rstrip().endswith('=')]
+    "Return the lines of a recipe that say something: no comments, no keys without a value, no `label_tta` like `tta`"
+    lines = [line for line in text.splitlines() if not line.startswith('#') and not line.rstrip().endswith('=')]
+    return [line for line in lines if line.removeprefix('label_') not in lines or not line.startswith('label_tta')]
 

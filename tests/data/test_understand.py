@@ -4,6 +4,7 @@ import shutil
 from dataclasses import fields
 
 import numpy as np
+import pandas as pd
 import pytest
 from layouts import LAYOUTS, grade_of, write_image, write_lines
 
@@ -268,7 +269,7 @@ def test_names_of_grades_that_are_numbered_as_in_the_alphabet_are_refused(tmp_pa
     csv = write_rows(tmp_path, f'image,{name},{index}', [
         f'a{i},{NAMES[i % 5]},{number[NAMES[i % 5]]}' for i in range(20)])
     with pytest.raises(AptosError, match=f'column {index} may not hold .* {name} numbers the grades otherwise: '
-                       'No_DR is 2, Mild is 0'):
+                       'Mild is 0, Moderate is 1, No_DR is 2'):
         understand_table(csv)
     understood = understand_table(csv, grade=name)
     assert understood.contents.frame.diagnosis.tolist() == [i % 5 for i in range(20)]
@@ -291,6 +292,43 @@ def test_images_in_folders_of_other_grades_are_refused(tmp_path):
     text = '1 of 20 images lie in a folder of another grade: grade 1 in Proliferate_DR/'
     with pytest.raises(AptosError, match=text): understand_table(wrong, tmp_path / 'images')
     assert any(text in reason for reason in understand_table(wrong, tmp_path / 'images', grade='level').reasons)
+
+
+def test_one_wrong_row_does_not_hide_other_numbers_of_names(tmp_path):
+    number = {word: k for k, word in enumerate(sorted(NAMES))}
+    rows = [f'a{i},{NAMES[i % 5]},{number[NAMES[i % 5]] if i != 7 else 0}' for i in range(30)]
+    with pytest.raises(AptosError, match='class_name numbers the grades otherwise'):
+        understand_table(write_rows(tmp_path, 'image,class_name,class_idx', rows))
+    rows = [f'a{i},{NAMES[i % 5]},{i % 5 if i % 7 else (i + 1) % 5}' for i in range(30)]
+    csv = write_rows(tmp_path, 'image,reader_2,level', rows)       # another reader, who differs at times
+    assert keys(understand_table(csv, grade='level'), 'grade') == ('level',)
+    assert not [o for o in understand_table(csv, grade='level').reasons if 'CHECK' in o]
+
+
+def test_folders_that_are_numbers_are_no_grades_and_few_errors_are_only_named(tmp_path):
+    for i in range(60):
+        for folder in (f'{i // 2}', NAMES[i % 5]):
+            (tmp_path / 'images' / folder).mkdir(parents=True, exist_ok=True)
+    for i in range(60): write_image(tmp_path / f'images/{i // 2}/a{i}.png', i)
+    write_lines(tmp_path / 't.csv', ['image,level', *(f'a{i},{i % 5}' for i in range(60))])
+    assert not [o for o in understand_table(tmp_path / 't.csv', tmp_path / 'images').reasons if 'CHECK' in o]
+    for i in range(60):
+        (tmp_path / f'images/{i // 2}/a{i}.png').rename(tmp_path / 'images' / NAMES[i % 5] / f'a{i}.png')
+    write_lines(tmp_path / 't.csv', ['image,level', *(f'a{i},{i % 5 if i else 3}' for i in range(60))])
+    reasons = understand_table(tmp_path / 't.csv', tmp_path / 'images').reasons
+    assert any('CHECK level: 1 of 60 images lie in a folder of another grade: grade 3 in No_DR/' in o for o in reasons)
+
+
+def test_a_rare_yes_is_not_the_grade_of_a_rare_class(tmp_path):
+    rows = [f'a{i},{int(i in (3, 9))},{4 if i == 5 else i % 4}' for i in range(60)]
+    with pytest.raises(AptosError, match='can be in 2 columns: dr, class'):
+        understand_table(write_rows(tmp_path, 'image,dr,class', rows))
+
+
+def test_patients_folders_of_one_grade_each_stay_part_of_the_ids(tmp_path):
+    frame = pd.DataFrame(dict(id_code=[f'P{i // 2:03}/{i}.png' for i in range(80)], group=[f'g{i}' for i in range(80)],
+                              diagnosis=np.random.default_rng(0).integers(0, 5, 40).repeat(2)))
+    assert any(test.is_related for test in compare_id_orders(frame, 0))
 
 
 def test_names_in_class_folders_are_not_related_to_the_grade_by_their_folder(tmp_path):

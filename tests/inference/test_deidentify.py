@@ -201,6 +201,14 @@ def test_deidentified_evaluations_of_one_table_can_be_compared_and_those_of_two_
     assert len(matched(deidentified('one-table', [0, 1, 1]), deidentified('another', [0, 1, 1]))) == 0
 
 
+def test_a_carried_column_called_camera_is_numbered_too():
+    summary = dict(clusters=[dict(kind='camera', clusters=[dict(name='Dr. Huber')])],
+                   tables=[dict(table='t', carried=dict(camera={'Dr. Huber': 3}))])
+    changed = without_values(summary)
+    assert changed['clusters'][0]['clusters'] == [dict(name='camera 1')]
+    assert changed['tables'][0]['carried'] == dict(camera={'camera 1': 3})
+
+
 def test_values_of_carried_columns_are_numbered_in_a_bundle():
     "The names of tables, cameras and visual clusters say nothing of people and stay"
     def clusters(kind, *names): return dict(kind=kind, clusters=[dict(name=name) for name in names])

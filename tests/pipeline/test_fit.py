@@ -11,6 +11,7 @@ from layouts import LAYOUTS
 from aptos_fastai import fit
 from aptos_fastai.cli import main
 from aptos_fastai.commands import understand_and_write
+from aptos_fastai.common.io import AptosError
 from aptos_fastai.pipeline.graph import load_run, start_run
 from aptos_fastai.pipeline.stage import training_frame
 from aptos_fastai.recipe.read import read_recipe
@@ -80,6 +81,20 @@ def test_fit_trains_on_unlabelled_images_too(no_report, tmp_path, capsys):
     summary = json.loads((tmp_path / 'r/a/summary.json').read_text())
     assert [o['stage'] for o in summary['stages']] == ['teacher', 'retrain', 'both']
     assert len(pd.read_csv(tmp_path / 'r/a/submission.csv')) == 20
+
+
+def test_fit_goes_on_with_the_recipe_of_an_older_version(tmp_path, capsys):
+    root = LAYOUTS['clinic_excel'](tmp_path)
+    args = (root / 'labels.xlsx', root / 'photos', '', '', tmp_path / 'r', [], None, {})
+    recipe, _ = understand_and_write(*args)
+    text = recipe.read_text()
+    assert 'label_tta = d4' in text
+    recipe.write_text(text.replace('label_tta = d4\n', ''))
+    (recipe.parent / 'teacher/fold0').mkdir(parents=True)
+    understand_and_write(*args)
+    assert f'goes on with {recipe}' in capsys.readouterr().out.replace('\n', '')
+    recipe.write_text(text.replace('label_tta = d4', 'label_tta = none'))
+    with pytest.raises(AptosError, match='an earlier fit wrote another recipe'): understand_and_write(*args)
 
 
 def test_fit_refuses_before_it_writes(tmp_path, capsys):
