@@ -14,7 +14,7 @@ WORKDIR /src
 COPY pyproject.toml README.md LICENSE settings.ini constraints.txt ./
 COPY recipes recipes/
 COPY aptos_fastai aptos_fastai/
-RUN /venv/bin/pip install -q --no-cache-dir -c constraints.txt ".[serve]"
+RUN /venv/bin/pip install -q --no-cache-dir -c constraints.txt ".[serve,dicom]"
 
 FROM python:3.11-slim
 COPY --from=build /venv /venv

@@ -7,7 +7,9 @@ On the same network, weights and folds, for each seed of folds and training:
   It trains on as many images as teacher and retrain do;
 - 'answer': the mean of teacher and retrain, by thresholds fitted on the other folds;
 - 'teacher': half the time; it learns from no soft labels;
-- 'half the epochs': the answer of teacher and retrain with half the epochs each.
+- 'half the epochs': the answer of teacher and retrain with half the epochs each;
+- 'probe teaches': the answer with a linear probe as teacher, which trains in a minute, and 10 epochs of retrain: half
+  the time.
 
 Times are those of training and validation, all on one machine. What is there already is not trained again. Differences
 are paired on the same images; the table takes the mean of kappa over the seeds, with a bootstrap that draws images and
@@ -37,6 +39,8 @@ from recipes import RECIPE, VARIANTS, out_of_fold, run_command, training_seconds
 
 BOOTSTRAPS = 2000
 EPOCHS = 12                                  # of a stage of one_table.ini, one of them of the head alone
+PROBE_TEACHES = ['stage.teacher.epochs=0', 'stage.teacher.freeze_epochs=30', 'stage.teacher.lr=1e-2',
+                 'stage.teacher.lr_div=1', 'stage.teacher.loss=cross_entropy', 'stage.retrain.epochs=9']
 Scores = tuple[pd.DataFrame, float]          # out of fold, and the seconds that they took
 
 
@@ -106,6 +110,7 @@ def results_of(seed: int, args: argparse.Namespace) -> dict[str, tuple[np.ndarra
     "Train what is missing of a seed; return the grades of each with the seconds that it took, and the true grades"
     (teacher, t), (retrain, r) = (train(stage, 'ours', seed, args) for stage in ('teacher', 'retrain'))
     halves = [train(stage, 'half', seed, args, [f'stage.epochs={EPOCHS // 2 - 1}']) for stage in ('teacher', 'retrain')]
+    probe = [train(stage, 'probe', seed, args, PROBE_TEACHES) for stage in ('teacher', 'retrain')]
     published, published_time = train('teacher', 'published', seed, args, VARIANTS['published recipe'].sets)
     if not published.fold.equals(teacher.fold): raise SystemExit('The folds of the two recipes differ.')
     n, soft = len(teacher) * (args.splits - 1), args.ungraded * args.splits
@@ -117,6 +122,8 @@ def results_of(seed: int, args: argparse.Namespace) -> dict[str, tuple[np.ndarra
         'retrain': (retrain, t + r, None),
         'half the epochs': (teacher.assign(score=np.mean([o.score for o, _ in halves], axis=0)),
                             sum(seconds for _, seconds in halves), None),
+        'probe teaches': (teacher.assign(score=np.mean([o.score for o, _ in probe], axis=0)),
+                          sum(seconds for _, seconds in probe), None),
         'published': (published, published_time, PUBLISHED_THRESHOLDS),
         'published, fitted thresholds': (published, published_time, None),
         'student': (by_student, student_time, MIDPOINTS),

@@ -1,4 +1,5 @@
 "The request log of `serve --log FILE`: one line of JSON for each request, never an image."
+import errno
 import json
 import os
 from http import HTTPStatus
@@ -19,16 +20,19 @@ class RequestLog:
     """Append a line for each request of `/api/predict` to a file. Raises `AptosError` if it cannot be written.
 
     Only its owner may read it, also if it is there already; where that cannot be set, a line says so. A line is written
-    at once, so that several servers may share a file.
+    at once, so that several servers may share a file. A file that was moved away or deleted is begun again.
     """
     def __init__(self, file: str, names: bool = False):
-        self.file, self.names = Path(file), names
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-        try: self._fd = os.open(self.file, flags, 0o600)
+        self.file, self.names, self._is_torn = Path(file), names, False
+        try: self._open()
         except OSError as e:
             raise AptosError(f'--log {file}: cannot write this file ({e.strerror}). Choose another one.') from None
+
+    def _open(self) -> None:
+        "Open the file, for its owner alone. Raises `OSError`"
+        self._fd = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         if make_private(self._fd): return
-        say(f'warning: --log {file}: others may read this file, and that cannot be changed. Choose another one.',
+        say(f'warning: --log {self.file}: others may read this file, and that cannot be changed. Choose another one.',
             'yellow')
 
     def describe(self) -> str:
@@ -42,8 +46,15 @@ class RequestLog:
         return f'times and, for each image, {names}SHA-256, grade, decision and score, but no image'
 
     def write(self, audit: dict, status: int, seconds: float, rows: list[dict]) -> None:
-        "Append the line of a request. Raises `OSError`"
-        os.write(self._fd, (json.dumps(self.record(audit, status, seconds, rows)) + '\n').encode())
+        "Append the line of a request. Raises `OSError`, also if only a part of it fits on the disk"
+        if not self.file.exists() or not os.path.samestat(os.fstat(self._fd), self.file.stat()):
+            old = self._fd
+            self._open()
+            os.close(old)
+        line = ('\n' * self._is_torn + json.dumps(self.record(audit, status, seconds, rows)) + '\n').encode()
+        written = os.write(self._fd, line)
+        self._is_torn = written < len(line)
+        if self._is_torn: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def record(self, audit: dict, status: int, seconds: float, rows: list[dict]) -> dict:
         "Return what is logged of a request: `audit` of its grader, HTTP status, duration, its rows"

@@ -1,7 +1,7 @@
 "Serve a local web page and a JSON endpoint that grade images and keep none."
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ from aptos_fastai.deploy.web import (
     run_server,
     server_url,
     trusted_hosts,
-    with_counted_body,
+    with_seen_body,
 )
 from aptos_fastai.inference.audit import audit_record
 from aptos_fastai.inference.grader import Grader, load_grader
@@ -39,11 +39,13 @@ from aptos_fastai.reports.html import render
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
-    from starlette.datastructures import UploadFile
+    from starlette.datastructures import FormData, UploadFile
     from starlette.requests import Request
     from starlette.responses import Response
 
 PACKAGES = 'starlette', 'uvicorn', 'python_multipart'
+HEATMAP = {value: i < 4 for i, value in enumerate(('1', 'true', 'yes', 'on', '0', 'false', 'no', 'off', ''))}
+END_BYTES = 1_000                            # of a request that are searched for the end of the form
 LOG_FAILED = 'the request log cannot be written ({}); the grades are withheld'
 
 
@@ -53,23 +55,53 @@ def uploads_length(request: 'Request') -> int:
     return content_length(request, limit * MEGABYTE, f'{about.MAX_IMAGES} images of {about.MAX_MEGABYTES} MB')
 
 
-async def read_uploads(request: 'Request') -> tuple[list[tuple[str, bytes]], bool]:
-    "Return (name, bytes) of each file of a request, and whether it asks for heat maps. Raises `RequestError`"
+async def read_uploads(request: 'Request', count: Callable[[int], None]) -> tuple[list[tuple[str, bytes]], bool]:
+    """Return (name, bytes) of each file of a request, and whether it asks for heat maps. Raises `RequestError`.
+
+    `count` is called with the number of bytes of each part that arrives.
+    """
     from starlette.datastructures import UploadFile
     from starlette.exceptions import HTTPException
     if not request.headers.get('content-type', '').startswith('multipart/form-data'):
         raise RequestError(415, 'send the images as multipart/form-data, field `files`')
+    if request.query_params: raise RequestError(400, 'parameters in the address are not used: send fields of the form')
+    end = bytearray()
+
+    def see(part: bytes) -> None:
+        count(len(part))
+        end.extend(part)
+        del end[:-END_BYTES]
     try:
-        async with request.form(max_files=about.MAX_IMAGES, max_fields=10) as form:
+        async with with_seen_body(request, see).form(max_files=about.MAX_IMAGES, max_fields=10) as form:
             files = [f for f in form.getlist('files') if isinstance(f, UploadFile)]
             if not files: raise RequestError(400, 'no image in the field `files`')
+            check_complete(request.headers['content-type'], bytes(end))
+            check_fields(form)
             for f in files:
                 if (f.size or 0) > about.MAX_MEGABYTES * MEGABYTE:
                     raise RequestError(413, f'{_file_name(f)} is larger than {about.MAX_MEGABYTES} MB')
             uploads = [(_file_name(f), await f.read()) for f in files]
-            return uploads, form.get('heatmap', '') in ('1', 'true', 'yes', 'on')
-    except HTTPException as e: raise RequestError(400, e.detail) from None
+            return uploads, HEATMAP[str(form.get('heatmap', ''))]
+    except HTTPException as e: raise RequestError(413 if 'Too many' in e.detail else 400, e.detail) from None
     except ValueError: raise RequestError(400, 'the charset of Content-Type does not fit: send UTF-8') from None
+
+
+def check_complete(content_type: str, end: bytes) -> None:
+    "Raise `RequestError` if a body, of which `end` are the last bytes, lacks the boundary that ends the form"
+    from python_multipart.multipart import parse_options_header
+    boundary = parse_options_header(content_type)[1].get(b'boundary', b'')
+    if b'--' + boundary + b'--' not in end: 
+        raise RequestError(400, 'the request ends before the form does: send it again')
+
+
+def check_fields(form: 'FormData') -> None:
+    "Raise `RequestError` for fields that are not used, so that nothing that was sent is passed over"
+    from starlette.datastructures import UploadFile
+    other = sorted({name for name, value in form.multi_items() if name not in ('files', 'heatmap')
+                    or isinstance(value, UploadFile) != (name == 'files')})
+    if other: raise RequestError(400, f'not used: {", ".join(other)[:200]}. Send the images as `files`, and `heatmap`')
+    if form.get('heatmap', '') not in HEATMAP:
+        raise RequestError(400, f'heatmap: send one of {", ".join(filter(None, HEATMAP))}')
 
 
 def _file_name(upload: 'UploadFile') -> str:
@@ -143,7 +175,7 @@ class Pages:
     async def graded_rows(self, request: 'Request') -> list[dict]:
         "Return the rows of the images of a request. Raises `RequestError`"
         with self.queue.admit(uploads_length(request)) as admission:
-            uploads, heatmap = await read_uploads(with_counted_body(request, admission.add_bytes))
+            uploads, heatmap = await read_uploads(request, admission.add_bytes)
             admission.count_images(len(uploads))
             return await asyncio.gather(*(self.queue.grade(name, data, heatmap) for name, data in uploads))
 

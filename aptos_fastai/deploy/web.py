@@ -179,11 +179,11 @@ def own_url(request: 'Request') -> str:
     return f'{request.base_url}{prefix}/' if PREFIX.fullmatch(prefix) else str(request.base_url)
 
 
-def with_counted_body(request: 'Request', count: Callable[[int], None]) -> 'Request':
-    "Return a request that calls `count` with the number of bytes of each part of its body that arrives"
+def with_seen_body(request: 'Request', see: Callable[[bytes], None]) -> 'Request':
+    "Return a request that calls `see` with each part of its body that arrives"
     async def receive() -> 'Message':
         message = await request.receive()
-        count(len(message.get('body', b'')))
+        see(message.get('body', b''))
         return message
     return type(request)(request.scope, receive)
 

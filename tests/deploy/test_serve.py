@@ -29,6 +29,7 @@ from aptos_fastai.decisions import OperatingPoint
 from aptos_fastai.deploy import about, batching, pairing, serve, web
 from aptos_fastai.deploy.openapi import openapi_document
 from aptos_fastai.deploy.request_log import RequestLog
+from aptos_fastai.inference.audit import audit_record
 from aptos_fastai.inference.explain import explain_image
 from aptos_fastai.inference.grader import COLUMNS, load_grader
 from aptos_fastai.inference.patients import COLUMNS as PATIENT_COLUMNS
@@ -95,7 +96,7 @@ def test_unreadable_files_are_rows_with_their_error(server_url, image_paths, tmp
 def test_requests_out_of_bounds_are_refused(server_url, image_paths, monkeypatch):
     url = server_url + '/api/predict'
     too_many = post_images(server_url, *image_paths[:1] * (about.MAX_IMAGES + 1))
-    assert too_many.status_code == 400 and 'Too many files' in too_many.json()['error']
+    assert too_many.status_code == 413 and 'Too many files' in too_many.json()['error']
     assert httpx.post(url, content=b'x', headers={'content-type': 'text/plain'}).status_code == 415
     assert post_images(server_url).status_code == 415
     assert httpx.post(url, content=iter([b'x'])).status_code == 411
@@ -103,6 +104,29 @@ def test_requests_out_of_bounds_are_refused(server_url, image_paths, monkeypatch
     monkeypatch.setattr(about, 'MAX_MEGABYTES', 1e-5)
     too_large = post_images(server_url, image_paths[0])
     assert too_large.status_code == 413 and 'MB' in too_large.json()['error']
+
+
+@pytest.mark.parametrize('fields, address, words', [
+    (dict(prevalence='0.05'), '', 'not used: prevalence'), (dict(heatmap='banana'), '', 'heatmap: send one of 1, true'),
+    (dict(files='text'), '', 'not used: files'), ({}, '?heatmap=1', 'parameters in the address are not used')])
+def test_what_is_sent_and_not_used_is_refused(server_url, image_paths, fields, address, words):
+    url = server_url + '/api/predict' + address
+    reply = httpx.post(url, files=[upload(image_paths[0])], data=fields, timeout=60)
+    assert reply.status_code == 400 and words in reply.json()['error']
+    reply = httpx.post(server_url + '/api/predict', files=[upload(image_paths[0]), ('file', ('b.png', b'x'))])
+    assert reply.status_code == 400 and 'not used: file.' in reply.json()['error']
+
+
+@pytest.mark.parametrize('end, status', [(b'\r\n--B--\r\n', 200), (b'\r\n--B--', 200), (b'\r\n--B', 400), (b'', 400)])
+def test_a_form_that_is_cut_off_gives_no_partial_answer(server_url, image_paths, end, status):
+    image = Path(image_paths[0]).read_bytes()
+    part = b'--B\r\nContent-Disposition: form-data; name="files"; filename="%s.png"\r\n\r\n'
+    body = part % b'a' + image + b'\r\n' + part % b'b' + image + end
+    reply = httpx.post(server_url + '/api/predict', content=body, timeout=60,
+                       headers={'content-type': 'multipart/form-data; boundary=B'})
+    assert reply.status_code == status
+    if status == 200: assert [o['file'] for o in reply.json()['rows']] == ['a.png', 'b.png']
+    else: assert 'the request ends before the form does' in reply.json()['error']
 
 
 def test_a_decompression_bomb_is_refused(server_url, tmp_path, monkeypatch):
@@ -572,6 +596,38 @@ def test_no_grade_leaves_without_its_line_in_the_log(toy, image_paths, tmp_path,
     with served(serve.get_app(load_grader(toy), ['localhost'], log)) as client:
         reply = client.post('/api/predict', files=[upload(image_paths[0])])
     assert reply.status_code == 500 and 'No space left' in reply.json()['error'] and 'rows' not in reply.json()
+
+
+def write_line(log, toy): log.write(audit_record(load_grader(toy)), 200, 1., [])
+
+
+def test_a_log_that_was_moved_away_is_begun_again(toy, tmp_path):
+    file = tmp_path / 'log.jsonl'
+    log = RequestLog(str(file))
+    write_line(log, toy)
+    file.rename(tmp_path / 'log.1')
+    write_line(log, toy)
+    file.unlink()
+    for _ in range(2): write_line(log, toy)
+    assert len((tmp_path / 'log.1').read_text().splitlines()) == 1
+    assert len(file.read_text().splitlines()) == 2 and stat.S_IMODE(file.stat().st_mode) == 0o600
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(OSError): write_line(log, toy)
+    file.rmdir()
+    write_line(log, toy)
+    assert len(file.read_text().splitlines()) == 1
+
+
+def test_a_line_of_which_a_part_fits_on_the_disk_is_an_error_and_the_next_one_is_whole(toy, tmp_path, monkeypatch):
+    file, write = tmp_path / 'log.jsonl', os.write
+    log = RequestLog(str(file))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'write', lambda fd, data: write(fd, data[:20]))
+        with pytest.raises(OSError, match='No space left'): write_line(log, toy)
+    write_line(log, toy)
+    torn, whole = file.read_text().splitlines()
+    assert len(torn) == 20 and json.loads(whole)['status'] == 200
 
 
 def test_a_log_that_cannot_be_written_stops_the_server_at_its_start(toy, tmp_path, capsys):
