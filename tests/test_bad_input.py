@@ -118,7 +118,7 @@ def encode(extension, side):
 PNG, JPEG = encode('.png', 8), encode('.jpg', 64)
 UNKNOWN, TRUNCATED, DAMAGED = 'unknown image format', 'the file is truncated', 'cannot be decoded'
 BAD_IMAGES = {
-    'empty': (b'', UNKNOWN),
+    'empty': (b'', 'empty file'),
     'text': (b'dear doctor', UNKNOWN),
     'html': (b'<html>404 Not Found</html>', UNKNOWN),
     'zip': (b'PK\x03\x04' + b'\0' * 40, UNKNOWN),
