@@ -25,6 +25,7 @@ TURNS = ((False, False, True), (False, True, False), (False, True, True), (True,
          (True, False, True))
 NEAR_TURNED = 60                             # differing bits of the turned hash: 40 in copies, 130 in others of IDRiD
 WORDS_TURNED = 9                             # compared words: a pair at 40 bits shares one with probability .96
+NEIGHBOURS_TURNED = 32
 MOST_TURNED = 50_000                         # images; among more, turned copies are not searched
 
 # The second look at a pair, measured by benchmarks/duplicates.py
@@ -38,14 +39,15 @@ MAX_STRETCH = .05                            # of the registration: the largest 
 Edges = list[tuple[np.ndarray, np.ndarray]]  # arrays of rows (from, to)
 
 
-def near_pairs(bits: np.ndarray, near: int = NEAR, n_words: int = WORDS) -> list[tuple[int, int]]:
+def near_pairs(bits: np.ndarray, near: int = NEAR, n_words: int = WORDS,
+               neighbours: int = NEIGHBOURS) -> list[tuple[int, int]]:
     """Return the pairs of rows of `bits` (n x bytes, uint8, all different) that differ in at most `near` bits.
 
     Compares only rows that share one of their 36 16-bit words: a pair at 58 bits shares one with probability .999,
     a pair at 84 bits with .95. Rows that share a word are sorted by the two words after it, and each is compared with
-    the next `NEIGHBOURS`: all of them up to about 40,000 images. The work stays linear for a million images, where it
-    finds .82 of the pairs at 58 bits and .99 of those at 40 (simulated with words of 500 values). `n_words` are the
-    words that are compared, evenly spread.
+    the next `neighbours`: of 128, all of them up to about 40,000 images. The work stays linear for a million images,
+    where it finds .82 of the pairs at 58 bits and .99 of those at 40 (simulated with words of 500 values). Of the words
+    `n_words` are compared, evenly spread.
     """
     words, longs = bits.view(np.uint16).T, bits.view(np.uint64)
     found: set[tuple[int, int]] = set()
@@ -53,7 +55,7 @@ def near_pairs(bits: np.ndarray, near: int = NEAR, n_words: int = WORDS) -> list
         word = words[k]
         second, third = words[(k + 1) % len(words)], words[(k + 2) % len(words)]
         order = np.lexsort((third, second, word))
-        for step in range(1, min(len(word), NEIGHBOURS + 1)):
+        for step in range(1, min(len(word), neighbours + 1)):
             i, j = order[:-step], order[step:]
             shared = word[i] == word[j]
             if not shared.any(): break
@@ -119,7 +121,7 @@ def _turned_copies(hashes: pd.Series, turn: tuple[bool, bool, bool]) -> Edges:
     unique = hashes.drop_duplicates()
     bits = _bits(unique)
     unique, bits = unique[bits.any(1)], bits[bits.any(1)]
-    pairs = near_pairs(np.concatenate([bits, turned_bits(bits, turn)]), NEAR_TURNED, WORDS_TURNED)
+    pairs = near_pairs(np.concatenate([bits, turned_bits(bits, turn)]), NEAR_TURNED, WORDS_TURNED, NEIGHBOURS_TURNED)
     n, first = len(bits), unique.index.to_numpy()
     edges = np.array([(i, j - n) for i, j in pairs if i < n <= j and i != j - n], int).reshape(-1, 2)
     return [(first[edges[:, 0]], first[edges[:, 1]])]

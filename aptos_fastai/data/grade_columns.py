@@ -40,7 +40,7 @@ PLACE_NAME = re.compile(                     # may go with the grade, and is no 
 UNGRADABLE = re.compile(r'|ungrad.*|unread.*|poor.*|bad.*|not? grad.*|n/?a|nan|none|null|u|x|5|5\.0|6|9|99|-1')
 WORD = r'^(?![ivIV]+$).*[^\W\d_]{2}'           # text with a word, no Roman number
 MOSTLY = .8                                  # of the values of a column that nearly has grades
-MOSTLY_OTHER = .4                            # of the names of grades whose number is another one
+DIFFER = .2                                  # of the rows whose number is another one than that of the name
 AGREE = .9                                   # of the rows in which a yes or no is that of a grade from some grade on
 
 
@@ -104,29 +104,35 @@ class GradeColumns:
         So it is if names are numbered as in the alphabet, which some libraries do.
         """
         for other in others:
-            named = self.df[self.df[other].str.contains(WORD) & self.df[other].map(read_grade).notna()]
-            usual = named[column].groupby(named[other]).agg(lambda o: o.mode()[0])     # text of each name
-            numbers, names = usual.map(read_grade), usual.index.map(read_grade)
-            codes = pd.Series(numbers.to_numpy(), names).dropna().groupby(level=0).first()
-            others_differ = (codes != codes.index).mean() if len(codes) else 0
-            if len(codes) < 3 or codes.nunique() < len(codes) or others_differ < MOSTLY_OTHER: continue
-            return f'{other} numbers the grades otherwise: ' + first_few(
+            title = other.casefold().removesuffix('name')
+            if OTHER_GRADE.search(title) or PREDICTION_NAME.search(title): continue
+            rows = self.df[[column, other]][self.df[other].str.contains(WORD)]
+            grades = rows.map(read_grade)
+            rows = rows[grades.notna().all(axis=1)]
+            if len(rows) < len(self.df) / 2 or grades[other].nunique() < 3: continue
+            usual = rows[column].groupby(rows[other]).agg(lambda o: o.mode()[0])       # text of each name
+            is_code = (rows[column] == rows[other].map(usual)).mean() >= AGREE
+            differ = (grades.loc[rows.index, column] != grades.loc[rows.index, other]).mean() > DIFFER
+            if is_code and differ: return f'{other} numbers the grades otherwise: ' + first_few(
                 [f'{name} is {usual[name]}' for name in usual.index if read_grade(name) != read_grade(usual[name])])
         return ''
 
     def other_folder(self, column: str, folders: pd.Series) -> tuple[str, float]:
         """Say how many images lie in `folders` named by another grade than their own, with examples, and their share.
 
-        Numbers are no names: such folders can be patients, cameras or parts.
+        Folders called by numbers can be patients, cameras or parts: they count if one of them is 0, with a share of 0.
         """
-        named = folders.map(read_grade).where(folders.str.contains(WORD))
+        are_words = not folders.str.fullmatch('[0-4]').any()
+        if not are_words and not (folders == '0').any(): return '', 0.
+        named = folders.map(read_grade).where(folders.str.contains(WORD if are_words else '^[0-4]$'))
         grades = self.df.loc[folders.index, column].map(read_grade)
         wrong = named.notna() & grades.notna() & (named != grades)
         if named.nunique() < 3 or named.notna().mean() < MOSTLY or not wrong.any(): return '', 0.
-        pairs = pd.DataFrame(dict(folder=folders, grade=self.df[column]))[wrong].drop_duplicates()
+        pairs = pd.DataFrame(dict(folder=folders, grade=self.df.loc[folders.index, column]))[wrong].drop_duplicates()
         shown = first_few([f'grade {grade} in {folder}/' for folder, grade in pairs.itertuples(index=False)])
-        text = f'{wrong.sum()} of {plural(len(folders), "image")} lie in a folder of another grade: {shown}'
-        return text, float(wrong.mean())
+        n = f'{len(folders)} of {len(self.df)}' if len(folders) < len(self.df) else len(folders)
+        text = f'{wrong.sum()} of {n} images lie in a folder of another grade: {shown}'
+        return text, float(wrong.mean()) if are_words else 0.
 
     # What is hardly a column of grades raises `TableError`
 

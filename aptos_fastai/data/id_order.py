@@ -6,11 +6,13 @@ import pandas as pd
 
 from aptos_fastai.data.grades import read_grade
 from aptos_fastai.data.groups import natural_order
+from aptos_fastai.metrics import GRADES
 from aptos_fastai.recipe.sections import Table
 
 DRAWS = 1_000                                # permutations
 MOST_IMAGES = 50_000                         # of a larger table, this many neighbouring images are tested
 MAX_P = .01                                  # a warning needs a p-value of at most this …
+CLASS_FOLDERS = .95                          # of the images lie in folders of their grade, if these are of classes
 MIN_EXCESS = .03                             # … and at least this share of neighbours more than by chance
 ORDERS = {
     'neighbouring ids': 'in natural order (2 before 10)',
@@ -59,10 +61,11 @@ def compare_id_orders(frame: pd.DataFrame, seed: int) -> list[NeighbourTest]:
 
 
 def _without_class_folders(frame: pd.DataFrame) -> pd.Series:
-    "Return the ids without their folders, if each folder is named by the grade of its images"
+    "Return the ids without their folders, if these are the grades: named so, or few that have one grade each"
     folder, _, name = (frame.id_code.str.rpartition('/')[i] for i in range(3))
     named = folder.str.rpartition('/')[2].map(read_grade)
-    return name if (named == frame.diagnosis).all() else frame.id_code
+    of_one_grade = 1 < folder.nunique() <= GRADES and frame.groupby(folder).diagnosis.nunique().max() == 1
+    return name if of_one_grade or (named == frame.diagnosis).mean() >= CLASS_FOLDERS else frame.id_code
 
 
 def id_order_text(tests: list[NeighbourTest], table: Table) -> str:

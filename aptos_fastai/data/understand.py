@@ -59,12 +59,12 @@ PART_NAME = re.compile(                      # of training and test rows
 NO_PATIENT = re.compile(
     r'(^|[^a-z])age([^a-z]|$)|sex|gender|site|clinic|date|name|race|ethnic|birth|dob|visit|status|eye|type|grade|level')
 PERSONAL = re.compile(                       # is never carried
-    r'(?<!device.)(?<!camera.)(?<!hospital.)(?<!clinic.)(?<!site.)name|initial|birth|dob|address|adress|'
-    r'(^|[^a-z])(tele)?phone|e-?mail|mrn|ssn|comment|note|nom([^a-z]|$)|nombre|apellid|cognome|grader|graded.?by|'
-    r'reader|annotat|befunder|auswerter|sachbearb|surgeon|consultant|ophthalmolog|optometri|oftalm|wohnort|village|'
-    r'alias|(^|[^a-z])geb(oren|urt|dat|[^a-z]|$)|naiss|nascita|nacim|nascim|'
-    r'(^|[^a-z])(yob|tel|fax|handy|mobile$|plz|city|town|zip|nhs|nif|cpf|user|kin)([^a-z]|$)|'
-    r'telef|post.?(code|al)|stra(ss|ß)e|'
+    r'(?<!device.)(?<!camera.)(?<!hospital.)(?<!clinic.)(?<!site.)name|initial|birth|dob|address|adress|e-?mail|mrn|ssn|'
+    r'(?<!smart)phone|mobile(?!.?(unit|camera))|comment|note|nom([^a-z]|$)|nombre|apellid|cognome|alias|wohnort|village|'
+    r'(^|[^a-z])((grad|labell?|read|review|tak)(ed|en)?.by|grader|reader|rater|reviewer|assessor|annotator|clinician)s?'
+    r'([^a-z]|$)|adjudicator|screener|technologist|gutachter|lecteur|befunder|auswerter|sachbearb|surgeon|consultant|'
+    r'ophthalmolog|optometri|oftalm|geb(oren|urt)|(^|[^a-z]|pat)geb(dat|[^a-z]|$)|naiss|nascita|nacim|nascim|'
+    r'(^|[^a-z])(yob|tel|fax|handy|plz|city|town|zip|nhs|nif|cpf|user|kin)([^a-z]|$)|telef|post.?(code|al)|stra(ss|ß)e|'
     r'street|guardian|passport|insur|versich|remark|observa|bemerk|anmerk|kommentar|notiz|physician|doctor|arzt|ärzt|'
     r'm[eé]d(ec|ico)|nurse|schwester|untersucher|examiner|operator|photograph(er|$)|technician')
 NUMBER_NAME = re.compile(r'(^|[^a-z])(id|no|nr|num|number|code|key|pid|mrn)([^a-z]|$)|id$')

@@ -23,7 +23,7 @@ class RequestLog:
     at once, so that several servers may share a file. A file that was moved away or deleted is begun again.
     """
     def __init__(self, file: str, names: bool = False):
-        self.file, self.names, self._is_torn = Path(file), names, False
+        self.file, self.names = Path(file), names
         try: self._open()
         except OSError as e:
             raise AptosError(f'--log {file}: cannot write this file ({e.strerror}). Choose another one.') from None
@@ -31,6 +31,7 @@ class RequestLog:
     def _open(self) -> None:
         "Open the file, for its owner alone. Raises `OSError`"
         self._fd = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        self._is_torn = False
         if make_private(self._fd): return
         say(f'warning: --log {self.file}: others may read this file, and that cannot be changed. Choose another one.',
             'yellow')
@@ -47,7 +48,7 @@ class RequestLog:
 
     def write(self, audit: dict, status: int, seconds: float, rows: list[dict]) -> None:
         "Append the line of a request. Raises `OSError`, also if only a part of it fits on the disk"
-        if not self.file.exists() or not os.path.samestat(os.fstat(self._fd), self.file.stat()):
+        if self._was_moved():
             old = self._fd
             self._open()
             os.close(old)
@@ -55,6 +56,11 @@ class RequestLog:
         written = os.write(self._fd, line)
         self._is_torn = written < len(line)
         if self._is_torn: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _was_moved(self) -> bool:
+        "Return whether another file, or none, has the name of the log"
+        try: return not os.path.samestat(os.fstat(self._fd), os.stat(self.file))
+        except FileNotFoundError: return True
 
     def record(self, audit: dict, status: int, seconds: float, rows: list[dict]) -> dict:
         "Return what is logged of a request: `audit` of its grader, HTTP status, duration, its rows"

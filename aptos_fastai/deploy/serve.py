@@ -81,7 +81,7 @@ async def read_uploads(request: 'Request', count: Callable[[int], None]) -> tupl
                 if (f.size or 0) > about.MAX_MEGABYTES * MEGABYTE:
                     raise RequestError(413, f'{_file_name(f)} is larger than {about.MAX_MEGABYTES} MB')
             uploads = [(_file_name(f), await f.read()) for f in files]
-            return uploads, HEATMAP[str(form.get('heatmap', ''))]
+            return uploads, HEATMAP[str(form.get('heatmap', '')).casefold()]
     except HTTPException as e: raise RequestError(413 if 'Too many' in e.detail else 400, e.detail) from None
     except ValueError: raise RequestError(400, 'the charset of Content-Type does not fit: send UTF-8') from None
 
@@ -100,7 +100,7 @@ def check_fields(form: 'FormData') -> None:
     other = sorted({name for name, value in form.multi_items() if name not in ('files', 'heatmap')
                     or isinstance(value, UploadFile) != (name == 'files')})
     if other: raise RequestError(400, f'not used: {", ".join(other)[:200]}. Send the images as `files`, and `heatmap`')
-    if form.get('heatmap', '') not in HEATMAP:
+    if str(form.get('heatmap', '')).casefold() not in HEATMAP:
         raise RequestError(400, f'heatmap: send one of {", ".join(filter(None, HEATMAP))}')
 
 

@@ -207,14 +207,13 @@ def test_near_pairs_equal_a_comparison_of_all_pairs():
     assert set(found) == expected
 
 
-def test_near_pairs_among_many_rows_that_share_words(monkeypatch):
+def test_near_pairs_among_many_rows_that_share_words():
     "All rows share words, so each is compared with its neighbours alone; near copies are still found."
     rng = np.random.default_rng(0)
     words = rng.integers(0, 1 << 16, (3000, 36), dtype=np.uint16)
     words[:, ::4] = 7                         # as in dark corners
     words[1500:1530] = words[:30] ^ (np.arange(36) % 9 == 5).astype(np.uint16)
-    monkeypatch.setattr(duplicates_module, 'NEIGHBOURS', 3)
-    assert near_pairs(words.view(np.uint8)) == [(i, 1500 + i) for i in range(30)]
+    assert near_pairs(words.view(np.uint8), neighbours=3) == [(i, 1500 + i) for i in range(30)]
 
 
 # Groups

@@ -299,10 +299,41 @@ def test_one_wrong_row_does_not_hide_other_numbers_of_names(tmp_path):
     rows = [f'a{i},{NAMES[i % 5]},{number[NAMES[i % 5]] if i != 7 else 0}' for i in range(30)]
     with pytest.raises(AptosError, match='class_name numbers the grades otherwise'):
         understand_table(write_rows(tmp_path, 'image,class_name,class_idx', rows))
+    alphabetical = [f'a{i},{NAMES[i % 5]},{0 if i == 3 else number[NAMES[i % 5]]}' for i in range(30)]
+    with pytest.raises(AptosError, match='class_name numbers the grades otherwise'):        # not one to one
+        understand_table(write_rows(tmp_path, 'image,class_name,class_idx', alphabetical))
     rows = [f'a{i},{NAMES[i % 5]},{i % 5 if i % 7 else (i + 1) % 5}' for i in range(30)]
     csv = write_rows(tmp_path, 'image,reader_2,level', rows)       # another reader, who differs at times
     assert keys(understand_table(csv, grade='level'), 'grade') == ('level',)
     assert not [o for o in understand_table(csv, grade='level').reasons if 'CHECK' in o]
+
+
+@pytest.mark.parametrize('name', ['dme_severity', 'predicted_class', 'last_visit'])
+def test_names_of_something_else_do_not_contradict_the_grade(tmp_path, name):
+    rows = [f'a{i},{i % 5},{NAMES[(i + 1 if i % 3 else i) % 5]}' for i in range(60)]
+    assert keys(understand_table(write_rows(tmp_path, f'image,level,{name}', rows)), 'grade') == ('level',)
+
+
+def test_folders_are_compared_where_images_are_missing_too(tmp_path):
+    for i in range(40):
+        folder = tmp_path / 'images' / NAMES[i % 5]
+        folder.mkdir(parents=True, exist_ok=True)
+        if i != 7: write_image(folder / f'a{i}.png', i)
+    write_lines(tmp_path / 't.csv', ['image,level', *(f'a{i},{i % 5 if i else 2}' for i in range(40))])
+    reasons = ' '.join(understand_table(tmp_path / 't.csv', tmp_path / 'images', skip_missing=True).reasons)
+    assert 'CHECK level: 1 of 39 of 40 images lie in a folder of another grade: grade 2 in No_DR/' in reasons
+
+
+@pytest.mark.parametrize('folders, checked', [('01234', True), ('1234', False)])
+def test_folders_called_0_to_4_that_contradict_the_grades_are_named(tmp_path, folders, checked):
+    for i in range(40):
+        folder = tmp_path / 'images' / folders[i % len(folders)]
+        folder.mkdir(parents=True, exist_ok=True)
+        write_image(folder / f'a{i}.png', i)
+    write_lines(tmp_path / 't.csv', ['image,level', *(f'a{i},{(i + 1) % 5}' for i in range(40))])
+    understood = understand_table(tmp_path / 't.csv', tmp_path / 'images')
+    assert keys(understood, 'grade') == ('level',)
+    assert any('CHECK level: 40 of 40' in o for o in understood.reasons) == checked
 
 
 def test_folders_that_are_numbers_are_no_grades_and_few_errors_are_only_named(tmp_path):
