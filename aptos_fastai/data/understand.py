@@ -58,15 +58,17 @@ PART_NAME = re.compile(                      # of training and test rows
     r'(^|[^a-z])(split|subset|usage|partition|(data)?set|fold|is_?train|is_?test|train_test)([^a-z]|$)')
 NO_PATIENT = re.compile(
     r'(^|[^a-z])age([^a-z]|$)|sex|gender|site|clinic|date|name|race|ethnic|birth|dob|visit|status|eye|type|grade|level')
-PERSONAL = re.compile(                       # is never carried
-    r'(?<!device.)(?<!camera.)(?<!hospital.)(?<!clinic.)(?<!site.)name|initial|birth|dob|address|adress|e-?mail|mrn|ssn|'
-    r'(?<!smart)phone|mobile(?!.?(unit|camera))|comment|note|nom([^a-z]|$)|nombre|apellid|cognome|alias|wohnort|village|'
-    r'(^|[^a-z])((grad|labell?|read|review|tak)(ed|en)?.by|grader|reader|rater|reviewer|assessor|annotator|clinician)s?'
-    r'([^a-z]|$)|adjudicator|screener|technologist|gutachter|lecteur|befunder|auswerter|sachbearb|surgeon|consultant|'
-    r'ophthalmolog|optometri|oftalm|geb(oren|urt)|(^|[^a-z]|pat)geb(dat|[^a-z]|$)|naiss|nascita|nacim|nascim|'
-    r'(^|[^a-z])(yob|tel|fax|handy|plz|city|town|zip|nhs|nif|cpf|user|kin)([^a-z]|$)|telef|post.?(code|al)|stra(ss|ß)e|'
-    r'street|guardian|passport|insur|versich|remark|observa|bemerk|anmerk|kommentar|notiz|physician|doctor|arzt|ärzt|'
-    r'm[eé]d(ec|ico)|nurse|schwester|untersucher|examiner|operator|photograph(er|$)|technician')
+PERSONAL = re.compile('|'.join((              # is never carried: names, births, addresses, numbers, texts, staff
+    r'(?<!device.)(?<!camera.)(?<!hospital.)(?<!clinic.)(?<!site.)name|initial|alias|nom([^a-z]|$)|nombre|apellid',
+    r'cognome|birth|dob|(^|[^a-z])yob([^a-z]|$)|geb(oren|urt)|(^|[^a-z]|pat)geb(dat|[^a-z]|$)|naiss|nascita',
+    r'nacim|nascim|address|adress|stra(ss|ß)e|street|wohnort|village|post.?(code|al)',
+    r'(^|[^a-z])(plz|city|town|zip|tel|fax|handy|nhs|nif|cpf|user|kin)([^a-z]|$)',
+    r'e-?mail|(?<!smart)phone|telef|mobile(?!.?(unit|camera))|mrn|ssn|passport|insur|versich|guardian',
+    r'comment|note|remark|observa|bemerk|anmerk|kommentar|notiz',
+    r'(^|[^a-z])((grad|labell?|read|review|tak)(ed|en)?.by|grader|reader|rater|reviewer|assessor)s?([^a-z]|$)',
+    r'(^|[^a-z])(annotator|clinician)s?([^a-z]|$)|adjudicator|screener|technologist|gutachter|lecteur|befunder',
+    r'auswerter|sachbearb|physician|doctor|arzt|ärzt|m[eé]d(ec|ico)|surgeon|consultant|ophthalmolog|optometri',
+    r'oftalm|nurse|schwester|untersucher|examiner|operator|photograph(er|$)|technician')))
 NUMBER_NAME = re.compile(r'(^|[^a-z])(id|no|nr|num|number|code|key|pid|mrn)([^a-z]|$)|id$')
 EYE_NAME = re.compile(
     r'eye|auge|œil|oeil|lateral|(^|[^a-z])(side|seite|côté|lado|lato|oculus|ojo|olho|occhio)([^a-z]|$)')

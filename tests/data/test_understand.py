@@ -116,6 +116,19 @@ def test_a_column_that_divides_rows_is_named(tmp_path):
     assert any('all rows are used, whatever their split (test, train)' in reason for reason in understood.reasons)
 
 
+@pytest.mark.parametrize('name, is_carried', [
+    *((name, False) for name in (
+        'Remarks', 'Kommentar', 'Geb.-Dat.', 'Geb_Jahr', 'Date de naissance', 'YOB', 'Referring doctor', 'Hausarzt',
+        'Tel.', 'mobile_no', 'HomePhone', 'E-Mail', 'PLZ', 'Prenom', 'Next of kin', 'Graded_by', 'reader', 'Gutachter',
+        'NHS')),
+    *((name, True) for name in (
+        'Sex', 'Camera', 'device_name', 'mobile_unit', 'smartphone', 'Diabetes type', 'Insulin', 'Country',
+        'Department', 'annotation_quality', 'upgrader', 'Gebrauch', 'Ethnicity', 'Smoker'))])
+def test_columns_that_may_name_people_are_not_carried(tmp_path, name, is_carried):
+    csv = write_rows(tmp_path, f'image,level,{name}', [f'a{i},{i % 5},{"xyz"[i % 3]}' for i in range(20)])
+    assert keys(understand_table(csv), 'carry') == (name if is_carried else '',)
+
+
 def test_a_column_made_of_the_grade_is_no_subgroup(tmp_path):
     "But a camera that goes with the grade is the worst of shortcuts, which the report must show"
     rows = [f'a{i},{i % 5},{("no", "yes")[i % 5 > 0]},{"fm"[i % 2]},{"AB"[i % 5 > 0]}' for i in range(20)]
