@@ -8,10 +8,16 @@ For each number of minutes, on the same folds and images:
   same time (more than its 30 where there is time), and its own thresholds; then by thresholds fitted on other folds.
 
 The time of the published recipe is that of training and validation alone. What is there already is not trained again.
+
+With --together the two run at the same time, each on half of the cores.
 """
 import argparse
+import os
 import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -26,6 +32,7 @@ from aptos_fastai.recipe.read import read_recipe
 from recipes import VARIANTS, out_of_fold, run_command, training_seconds_of
 
 STAGE = 'teacher'
+R = TypeVar('R')
 
 
 def fit(minutes: float, args: argparse.Namespace) -> tuple[Path, float]:
@@ -55,16 +62,43 @@ def seconds_of_an_epoch(folder: Path) -> float:
     return float(pd.read_csv(folder / 'fold0/history.csv').seconds.iloc[-1])
 
 
+def published_for(seconds: float, minutes: float, root: Path, args: argparse.Namespace) -> tuple[Path, int]:
+    "Train the published recipe for some seconds as `fit` in `root` chose; return its folder and epochs"
+    recipe = read_recipe(root / 'recipe.ini')
+    folds = recipe.folds_of(recipe.submit.final)
+    timed = published(f'two_epochs_{minutes:g}', 2, 1, recipe, args)
+    epochs = max(1, round(seconds / folds / seconds_of_an_epoch(timed)))
+    return published(f'published_{minutes:g}', epochs, folds, recipe, args), epochs
+
+
+def both(minutes: float, args: argparse.Namespace) -> tuple[tuple[Path, float], tuple[Path, int]]:
+    "Return what `fit` and `published_for` return, run at the same time, each on half of the cores"
+    cores = sorted(os.sched_getaffinity(0))
+    with ThreadPoolExecutor() as pool:
+        fitting = pool.submit(on_cores, cores[::2], fit, minutes, args)
+        root = args.runs / f'fit_{minutes:g}'
+        while not (root / STAGE / 'fold0').exists() and not fitting.done(): time.sleep(1)
+        training = pool.submit(on_cores, cores[1::2], published_for, minutes * 60, minutes, root, args)
+        return fitting.result(), training.result()
+
+
+def on_cores(cores: Iterable[int], function: Callable[..., R], *args: object) -> R:
+    "Call a function; the processes that it starts have these cores only"
+    os.sched_setaffinity(0, cores)      # of this thread, and of what it starts
+    return function(*args)
+
+
 def results(minutes: float, args: argparse.Namespace) -> list[list[str]]:
     "Train what is missing for some minutes; return the rows of the table"
-    root, seconds = fit(minutes, args)
+    if args.together:
+        (root, seconds), (folder, epochs) = both(minutes, args)
+    else:
+        root, seconds = fit(minutes, args)
+        folder, epochs = published_for(seconds, minutes, root, args)
     recipe = read_recipe(root / 'recipe.ini')
     answer = recipe.submit.final
     ours = pd.read_csv(root / 'oof.csv', dtype=dict(id_code=str)).dropna(subset=answer)
     folds = recipe.folds_of(answer)
-    timed = published(f'two_epochs_{minutes:g}', 2, 1, recipe, args)
-    epochs = max(1, round(seconds / folds / seconds_of_an_epoch(timed)))
-    folder = published(f'published_{minutes:g}', epochs, folds, recipe, args)
     theirs = out_of_fold(folder).set_index('id_code').loc[ours.id_code].reset_index()
     if not np.array_equal(theirs.fold, ours.fold): raise SystemExit('The folds of the two recipes differ.')
     stage = recipe.stages[STAGE]
@@ -100,5 +134,6 @@ if __name__ == '__main__':
     p.add_argument('--data', type=Path, required=True, help='folder of train.csv, train_images/ and test_images/')
     p.add_argument('--minutes', type=lambda text: [float(o) for o in text.split(',')], default=[10.], metavar='M,...')
     p.add_argument('--seed', type=int, default=1, help='of folds and training')
+    p.add_argument('--together', action='store_true', help='run both at the same time, each on half of the cores')
     p.add_argument('--runs', type=Path, default=Path('runs/budget'), help='folder for the runs')
     main(p.parse_args())
