@@ -60,6 +60,13 @@ class GradeColumns:
         others = [o for o in unique if np.isnan(read_grade(o))]
         return len(others) < len(unique) and all(UNGRADABLE.fullmatch(o.casefold()) for o in others)
 
+    def named_as_grades(self, columns: Sequence[str]) -> list[str]:
+        "Return the columns that by name and values hold grades of retinopathy, more than two"
+        names = {c: c.casefold() for c in columns}
+        return [c for c, name in names.items() if (GRADE_NAME.search(name) or WEAK_GRADE_NAME.search(name))
+                and not OTHER_GRADE.search(name) and not PREDICTION_NAME.search(name)
+                and self.has_grades(c) and self.count(c) > 2]
+
     def is_yes_or_no(self, *columns: str) -> bool:
         "Return whether columns have 0 and 1 alone, in enough rows to be hardly grades"
         grades = self.df[[*columns]].map(read_grade).to_numpy(float)

@@ -9,6 +9,7 @@ import pandas as pd
 
 from aptos_fastai.common.console import plural, say
 from aptos_fastai.data.dicom import TAGGED, with_tags
+from aptos_fastai.data.grade_columns import GradeColumns
 from aptos_fastai.data.grades import grade_texts, is_ungradable, read_grade, read_grades
 from aptos_fastai.data.groups import ROW, eye_note, eyes, find_groups, patients_text, shared_patients
 from aptos_fastai.data.locate import NO_IMAGE, ImageLocator, files_below, is_image, without_suffix
@@ -151,6 +152,7 @@ def table_contents(table: Table, data: Path, skip_missing: bool = False) -> Tabl
         paths = [path for path, is_absent in zip(paths, absent, strict=True) if not is_absent]
     frame, notes_of_patients = _frame(csv, df, texts if table.graded else None, paths, table, faults)
     notes += [*notes_of_patients, *_image_notes(locator, n, table)]
+    if not table.graded and table.csv: notes += _unused_grades(csv, df, table)
     if not table.graded: return TableContents(frame, notes, missing=lost)
     if table.relabels:
         frame, ungradable_now, note = apply_relabels(frame, table, folder)
@@ -356,6 +358,14 @@ def _image_notes(locator: ImageLocator, n: int, table: Table) -> list[str]:
         folders = f' (folders {first_few(unused)})' if set(unused) != {'.'} else ''
         notes.append(f'{plural(unused.total(), "image")} in {locator.root} without a row{folders}')
     return notes
+
+
+def _unused_grades(csv: Path, df: pd.DataFrame, table: Table) -> list[str]:
+    "Return a note if an ungraded table has a column of grades"
+    columns = [c for c in df if c not in (table.id, ROW, *table.carry_columns)]
+    found = GradeColumns(csv, df).named_as_grades(columns)
+    return [f'its grades (column {", ".join(found)}) are not used: the recipe takes this table as ungraded. To measure a '
+            f'model on them: evaluate MODEL {csv}'] if found else []
 
 
 def _missing_images(csv: Path, n: int, missing: list[str], root: Path) -> str:

@@ -193,6 +193,17 @@ def test_two_rows_of_one_file_are_refused_and_unnamed_images_counted(tmp_path):
     assert notes[1] == 'no image has grade 0, 2, 3, 4: these images can neither teach nor test it'
 
 
+def test_grades_of_an_ungraded_table_are_named(tmp_path):
+    write_images(tmp_path / 'images', [f'x{i}.png' for i in range(4)])
+    (tmp_path / 't.csv').write_text('id_code,Level,dme,predicted_grade\nx0,0,0,1\nx1,1,2,1\nx2,4,1,2\nx3,0,1,0\n')
+    ungraded = table(grade='')
+    note, = table_contents(ungraded, tmp_path).notes
+    assert note.startswith('its grades (column Level) are not used') and f'evaluate MODEL {tmp_path / "t.csv"}' in note
+    assert table_contents(table(grade='', carry='Level'), tmp_path).notes == []
+    (tmp_path / 't.csv').write_text('id_code,diagnosis\n' + ''.join(f'x{i},0\n' for i in range(4)))
+    assert table_contents(ungraded, tmp_path).notes == []          # a sample submission
+
+
 @pytest.mark.parametrize('names', [['0', '1', '2', '3', '4'], ['No_DR', 'Mild', 'Moderate', 'Severe', 'Proliferate_DR'],
                                    ['0 - No DR', '1_mild', '2-Moderate', 'grade3', 'PDR']])
 def test_folders_named_by_grade_are_a_table(tmp_path, names):
