@@ -36,6 +36,8 @@ RESIZED = .03                                # warn of a table with a larger fra
 STORED_NAME = re.compile(r'\.[0-9a-f]{16}\.(retina|none)-(pad|squash)[a-z-]*-\d+-q\d+\.jpg$')
 ALL_SQUARES = 20                             # images of one square size look resized, ...
 NO_CIRCLE = .2                               # ... if no circle was found in a larger fraction of them
+NO_COLOUR = .1                               # log ratios of channels below it: photographs of IDRiD have .21 and more
+COLOURLESS = .2                              # warn of a table with a larger fraction of such images
 
 
 def jpeg_hash(data: bytes) -> str:
@@ -128,6 +130,24 @@ def resized_warning(records: pd.DataFrame) -> str:
             f'look resized. {advice}')
 
 
+def colour_warning(records: pd.DataFrame) -> str:
+    """Return a warning if many images of a table have hardly any colour; empty if they have.
+
+    So are copies that were filtered (image minus its blur, plus grey: Graham 2015) and images in shades of grey.
+    `records` has the columns how, flags, red_green and green_blue of prepared.csv; dark images do not count.
+    """
+    df = records[(records.how != '') & ~records['flags'].str.contains('dark')]
+    grey = int((df[['red_green', 'green_blue']].abs().max(axis=1) < NO_COLOUR).sum())
+    if grey <= COLOURLESS * len(df): return ''
+    return (f'{grey} of {len(df)} images have hardly any colour: they look filtered, or are grey. Use the photographs '
+            'if you can: a model of filtered images grades only images that were filtered in the same way.')
+
+
+def image_warnings(records: pd.DataFrame) -> list[str]:
+    "Return what to warn of in the images of a table, by its rows of prepared.csv: that they look resized, or filtered"
+    return [warning for warning in (resized_warning(records), colour_warning(records)) if warning]
+
+
 Known = dict[str, dict]                      # id -> its row of a prepared.csv
 
 
@@ -190,8 +210,7 @@ def prepare_table(frame: pd.DataFrame, store: Path, prep: Prep, bars: Bars, *, s
     for folder in folders.values(): remove_stale_temp_files(folder)      # only old ones: other runs may be writing here
     records = _prepare_rows(frame, folders, bars)
     _check_unreadable(records[prep], frame.source.iloc[0], folders[prep], skip_unreadable)
-    warning = resized_warning(records[prep])
-    if warning: say(f'{frame.source.iloc[0]}: {warning}', 'yellow')
+    for warning in image_warnings(records[prep]): say(f'{frame.source.iloc[0]}: {warning}', 'yellow')
     return _with_stored(frame, folders, records)
 
 

@@ -364,8 +364,8 @@ def _unused_grades(csv: Path, df: pd.DataFrame, table: Table) -> list[str]:
     "Return a note if an ungraded table has a column of grades"
     columns = [c for c in df if c not in (table.id, ROW, *table.carry_columns)]
     found = GradeColumns(csv, df).named_as_grades(columns)
-    return [f'its grades (column {", ".join(found)}) are not used: the recipe takes this table as ungraded. To measure a '
-            f'model on them: evaluate MODEL {csv}'] if found else []
+    return [f'its grades (column {", ".join(found)}) are not used: the recipe takes this table as ungraded. To measure '
+            f'a model on them: evaluate MODEL {csv}'] if found else []
 
 
 def _missing_images(csv: Path, n: int, missing: list[str], root: Path) -> str:

@@ -22,7 +22,7 @@ from aptos_fastai.data.groups import shared_patients
 from aptos_fastai.data.id_order import compare_id_orders, id_order_text
 from aptos_fastai.data.retina import Prep, get_prep, prepare
 from aptos_fastai.data.spreadsheet import TableError, first_few
-from aptos_fastai.data.store import resized_warning
+from aptos_fastai.data.store import image_warnings
 from aptos_fastai.data.tables import archives_text, describe, table_contents, with_present_tables
 from aptos_fastai.pipeline.other_runs import read_run_recipe
 from aptos_fastai.recipe.files import shipped_folder
@@ -133,8 +133,7 @@ def check_images(recipe: Recipe, frame: pd.DataFrame, every_image: bool) -> Iter
     stops = recipe.images.skip_unreadable == 'no' or len(bad) == len(frame)
     if bad: yield f'images of {name}', f'{part}, {len(bad)} unreadable: {first_few(bad)}{advice}', not stops and WARNING
     else: yield f'images of {name}', f'{part}{advice}', True
-    warning = resized_warning(found[found.error == ''])
-    if warning: yield f'images of {name}', warning, WARNING
+    for warning in image_warnings(found[found.error == '']): yield f'images of {name}', warning, WARNING
 
 
 def _image_record(path: str, prep: Prep) -> dict:

@@ -16,7 +16,7 @@ from aptos_fastai.data.groups import patients_text
 from aptos_fastai.data.id_order import ORDERS, compare_id_orders, id_order_text
 from aptos_fastai.data.retina import Circle
 from aptos_fastai.data.spreadsheet import first_few
-from aptos_fastai.data.store import read_square, resized_warning
+from aptos_fastai.data.store import colour_warning, read_square, resized_warning
 from aptos_fastai.data.tables import describe, table_contents
 from aptos_fastai.metrics import GRADE_NAMES, GRADES
 from aptos_fastai.pipeline.graph import start_run
@@ -126,8 +126,7 @@ def _original_with_circle(row: Any) -> np.ndarray:
 def table_sections(run: Run, name: str, df: pd.DataFrame) -> list[Section]:
     "Return the counts of grades, sizes, circles, quality flags and duplicates of a table."
     df = df.assign(size=df.width.astype(str) + ' x ' + df.height.astype(str))
-    warning = resized_warning(df)
-    sizes: list[Table | Figure | str] = [f'Warning: {warning}'] if warning else []
+    sizes: list[Table | Figure | str] = _warning(resized_warning(df))
     sizes.append(Table(['original, pixels', 'images', 'proportion'], count_rows(df, 'size')))
     sections = []
     if run.recipe.tables[name].graded:
@@ -136,12 +135,16 @@ def table_sections(run: Run, name: str, df: pd.DataFrame) -> list[Section]:
         sections.append(id_order_section(run, name, df))
     flags = df['flags'].str.split().explode().dropna().value_counts()
     flag_rows = [[flag, int(n), Bar(n / len(df))] for flag, n in flags.items()] or [['none', len(df), Bar(1)]]
+    flagged = Table(['flag', 'images', 'proportion'], flag_rows)
     found = Table(['method', 'images', 'proportion'], count_rows(df, 'how'),
                   'circle: a fitted circle, or an ellipse that is made a circle again; box: the bounding box of the '
                   'bright part; whole: no retina found, so the whole image is used')
     return [*sections, Section('Image sizes', sizes), Section('Retina detection', [found]),
-            Section('Quality flags', [Table(['flag', 'images', 'proportion'], flag_rows)]),
+            Section('Quality flags', [*_warning(colour_warning(df)), flagged]),
             Section('Duplicate images', [duplicate_sets(run, name)])]
+
+
+def _warning(text: str) -> list[Table | Figure | str]: return [f'Warning: {text}'] if text else []
 
 
 def id_order_section(run: Run, name: str, df: pd.DataFrame) -> Section:

@@ -14,6 +14,8 @@ from aptos_fastai.common.console import Bars
 from aptos_fastai.data.decode import ImageError
 from aptos_fastai.data.retina import Prep, prepare_sizes
 from aptos_fastai.data.store import (
+    colour_warning,
+    image_warnings,
     missing_images,
     prepare_table,
     read_prepared,
@@ -82,8 +84,19 @@ def test_images_of_an_earlier_version_are_prepared_again(frame, tmp_path):
     assert (prepared_csv(frame, tmp_path / 'store').stretch == 1).all()
 
 
-def records(n=40, width=512, height=512, how='circle', flags=''):
-    return pd.DataFrame(dict(width=width, height=height, how=how, flags=[flags] * n))
+def records(n=40, width=512, height=512, how='circle', flags='', red_green=.7, green_blue=.9):
+    return pd.DataFrame(dict(width=width, height=height, how=how, flags=[flags] * n, red_green=red_green,
+                             green_blue=green_blue))
+
+
+def test_filtered_and_grey_images_are_warned_of():
+    def warning(*parts): return colour_warning(pd.concat(parts))
+    grey, dark = records(10, red_green=.05, green_blue=-.02), records(10, flags='dark', red_green=0., green_blue=0.)
+    assert warning(records()) == warning(records(), grey) == warning(records(10), dark) == warning(dark) == ''
+    assert warning(records(30), grey, dark).startswith('10 of 40 images have hardly any colour: they look filtered')
+    assert warning(records(40, red_green=.02, green_blue=.3)) == ''
+    both = image_warnings(pd.concat([grey, records(10, how='box', green_blue=.02, red_green=0.)]))
+    assert [text[:6] for text in both] == ['All 20', '20 of ']
 
 
 def test_resized_tables_are_warned_of():
