@@ -57,6 +57,7 @@ class PreparedImage(PILImage):
 
 class ReadRetina(Transform):
     "Read the prepared square of an image at `size` pixels; prepare it first if the path is an original"
+    input_types = str, Path                  # what `learn.predict` and `dls.test_dl` accept
     def __init__(self, prep: Prep, size: int): self.prep, self.size = prep, size
 
     def encodes(self, path):
@@ -434,5 +435,18 @@ def show_results(x: TensorImage, y: Tensor, samples, outs, ctxs=None, max_n=6, n
     if ctxs is None: ctxs = get_grid(n, nrows=nrows, ncols=ncols, figsize=figsize)
     for ax, sample, out in zip(ctxs, samples[:n], outs[:n], strict=False):
         image, grade = sample[:2]
-        image.show(ctx=ax, title=f'grade {float(grade):.0f}, score {np.ravel(out[0])[0]:.2f}', **kwargs)
+        image.show(ctx=ax, title=_title(grade, out), **kwargs)
     return ctxs
+
+
+@dispatch
+def plot_top_losses(x: TensorImage, y: Tensor, samples, outs, raws, losses, nrows=None, ncols=None, figsize=None,
+                    **kwargs):
+    "Show images with their grade, score and loss, for `Interpretation`. fastai has no method for regression on images"
+    ctxs = get_grid(len(samples), nrows=nrows, ncols=ncols, figsize=figsize)
+    for ax, sample, out, loss in zip(ctxs, samples, outs, losses, strict=False):
+        sample[0].show(ctx=ax, title=f'{_title(sample[1], out)}\nloss {float(loss):.2f}', **kwargs)
+
+
+def _title(grade: float, out: Sequence) -> str:
+    return f'grade {float(grade):.0f}, score {torch.as_tensor(out[0]).flatten()[0].item():.2f}'

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,6 +19,7 @@ from conftest import (
     stage_options,
     toy_args,
 )
+from fastai.vision.all import Interpretation
 from safetensors.torch import load_file
 
 from aptos_fastai.cli import main
@@ -29,7 +31,7 @@ from aptos_fastai.inference.model_spec import read_model
 from aptos_fastai.metrics import apply_thresholds
 from aptos_fastai.pipeline.graph import load_run
 from aptos_fastai.pipeline.pseudo_labels import read_labels
-from aptos_fastai.pipeline.stage import training_frame
+from aptos_fastai.pipeline.stage import stage_learner, training_frame
 from aptos_fastai.pipeline.summary import kappa_result, out_of_fold_grades
 from aptos_fastai.run_folder import WEIGHTS, RecordError
 
@@ -306,12 +308,28 @@ def test_the_moving_average_is_validated_and_kept(small, small_copy):
 
 # Exported learners
 
+@pytest.mark.filterwarnings('ignore:__array__ implementation')       # of PyTorch's tensors that matplotlib draws
+def test_fastai_shows_results_and_the_largest_losses(toy):
+    learn = stage_learner(open_toy_run(toy), 'finetune_256')
+    with learn.no_bar():
+        learn.show_results(max_n=2)
+        found = Interpretation.from_learner(learn)
+        found.plot_top_losses(2)
+    losses, rows = found.top_losses(2)
+    titles = [ax.get_title() for number in plt.get_fignums()[-2:] for ax in plt.figure(number).axes]
+    plt.close('all')
+    grades = learn.dls.valid_ds.items.diagnosis.iloc[rows.tolist()]
+    assert len(titles) == 4 and all(title.startswith('grade ') for title in titles)
+    assert [title.partition(',')[0] for title in titles[2:]] == [f'grade {grade:.0f}' for grade in grades]
+    assert [title.rpartition(' ')[2] for title in titles[2:]] == [f'{loss:.2f}' for loss in losses.tolist()]
+
+
 def test_an_exported_learner_predicts_in_a_fresh_process(toy):
     "On original images, with nothing but the package, it gives the scores of the run"
     fold = toy / 'finetune_256/fold0'
     code = f'''
 import pandas as pd, torch
-from fastai.vision.all import PILImage, load_learner
+from fastai.vision.all import Path, PILImage, load_learner
 torch.set_num_threads(1)
 learn = load_learner(r"{fold / 'learner.pkl'}")
 folder = r"{next(toy.parent.glob('demo-*/aptos*/test_images'))}"
@@ -320,7 +338,7 @@ dl = learn.dls.test_dl(pd.DataFrame(dict(stored=[f"{{folder}}/{{i}}.png" for i i
 with learn.no_bar(): preds = learn.get_preds(dl=dl)[0]
 file = f"{{folder}}/{{ids[0]}}.png"
 with learn.no_bar():
-    assert abs(float(learn.predict(file)[2]) - float(preds[0])) < 1e-3
+    for path in file, Path(file): assert abs(float(learn.predict(path)[2]) - float(preds[0])) < 1e-3
     try: learn.predict(PILImage.create(file))           # nobody has cropped it
     except AssertionError: pass
     else: raise SystemExit("an opened image is accepted")
