@@ -21,9 +21,8 @@ WEAK_GRADE_NAME = re.compile(                # needs the values of grades, too
 OTHER_DISEASE = re.compile(
     r'edema|oedema|dme|quality|gradab|referable|clarity|artifact|glaucoma|amd|cataract|hypertens|ckd|kidney|'
     r'(^|[^a-z])rop([^a-z]|$)')
-OTHER_GRADE = re.compile(
-    OTHER_DISEASE.pattern + '|risk|field|lens|confidence|education|camera|visit|'
-    r'(^|[^a-z])(id|no|nr|number|name)([^a-z]|$)')
+OTHER_THING = re.compile(OTHER_DISEASE.pattern + '|risk|field|lens|confidence|education|camera|visit')
+OTHER_GRADE = re.compile(OTHER_THING.pattern + r'|(^|[^a-z])(id|no|nr|number|name)([^a-z]|$)')
 PREDICTION_NAME = re.compile(
     r'predict(?!or)|y_hat|softmax|logits?([^a-z]|$)|(^|[^a-z])(preds?([^a-z]|$|class|grade|score|label)|'
     r'prob(s|abilit|[^a-z]|$)|(ai|model)[ _-]?(score|grade|output|result|confidence))')
@@ -40,7 +39,7 @@ PLACE_NAME = re.compile(                     # may go with the grade, and is no 
 UNGRADABLE = re.compile(r'|ungrad.*|unread.*|poor.*|bad.*|not? grad.*|n/?a|nan|none|null|u|x|5|5\.0|6|9|99|-1')
 WORD = r'^(?![ivIV]+$).*[^\W\d_]{2}'           # text with a word, no Roman number
 MOSTLY = .8                                  # of the values of a column that nearly has grades
-DIFFER = .2                                  # of the rows whose number is another one than that of the name
+FEWEST_NAMED = 3                             # rows of a name that has another number, at least
 AGREE = .9                                   # of the rows in which a yes or no is that of a grade from some grade on
 
 
@@ -108,20 +107,20 @@ class GradeColumns:
     def other_code(self, column: str, others: Sequence[str]) -> str:
         """Say which of `others` has names of grades that `column` numbers otherwise, with examples; or an empty text.
 
-        So it is if names are numbered as in the alphabet, which some libraries do.
+        So it is if names are numbered as in the alphabet, which some libraries do, or two of them are swapped. A second
+        reader seldom gives all images of a grade the same other grade.
         """
         for other in others:
-            title = other.casefold().removesuffix('name')
-            if OTHER_GRADE.search(title) or PREDICTION_NAME.search(title): continue
+            if OTHER_THING.search(other.casefold()) or PREDICTION_NAME.search(other.casefold()): continue
             rows = self.df[[column, other]][self.df[other].str.contains(WORD)]
-            grades = rows.map(read_grade)
-            rows = rows[grades.notna().all(axis=1)]
-            if len(rows) < len(self.df) / 2 or grades[other].nunique() < 3: continue
+            rows = rows[rows.map(read_grade).notna().all(axis=1)]
+            if rows[other].map(read_grade).nunique() < 3: continue
             usual = rows[column].groupby(rows[other]).agg(lambda o: o.mode()[0])       # text of each name
-            is_code = (rows[column] == rows[other].map(usual)).mean() >= AGREE
-            differ = (grades.loc[rows.index, column] != grades.loc[rows.index, other]).mean() > DIFFER
-            if is_code and differ: return f'{other} numbers the grades otherwise: ' + first_few(
-                [f'{name} is {usual[name]}' for name in usual.index if read_grade(name) != read_grade(usual[name])])
+            is_usual = rows[column] == rows[other].map(usual)
+            of_name = is_usual.groupby(rows[other]).agg(['size', 'mean'])
+            codes = usual[(of_name['size'] >= FEWEST_NAMED) & (of_name['mean'] >= AGREE)]
+            wrong = [f'{name} is {code}' for name, code in codes.items() if read_grade(name) != read_grade(code)]
+            if wrong and is_usual.mean() >= AGREE: return f'{other} numbers the grades otherwise: {first_few(wrong)}'
         return ''
 
     def other_folder(self, column: str, folders: pd.Series) -> tuple[str, float]:
@@ -129,7 +128,7 @@ class GradeColumns:
 
         Folders called by numbers can be patients, cameras or parts: they count if one of them is 0, with a share of 0.
         """
-        are_words = not folders.str.fullmatch('[0-4]').any()
+        are_words = folders.str.fullmatch('[0-4]').mean() < .5
         if not are_words and not (folders == '0').any(): return '', 0.
         named = folders.map(read_grade).where(folders.str.contains(WORD if are_words else '^[0-4]$'))
         grades = self.df.loc[folders.index, column].map(read_grade)
@@ -137,8 +136,8 @@ class GradeColumns:
         if named.nunique() < 3 or named.notna().mean() < MOSTLY or not wrong.any(): return '', 0.
         pairs = pd.DataFrame(dict(folder=folders, grade=self.df.loc[folders.index, column]))[wrong].drop_duplicates()
         shown = first_few([f'grade {grade} in {folder}/' for folder, grade in pairs.itertuples(index=False)])
-        n = f'{len(folders)} of {len(self.df)}' if len(folders) < len(self.df) else len(folders)
-        text = f'{wrong.sum()} of {n} images lie in a folder of another grade: {shown}'
+        found = ' that were found' if len(folders) < len(self.df) else ''
+        text = f'{wrong.sum()} of {len(folders)} images{found} lie in a folder of another grade: {shown}'
         return text, float(wrong.mean()) if are_words else 0.
 
     # What is hardly a column of grades raises `TableError`

@@ -6,7 +6,6 @@ import pandas as pd
 
 from aptos_fastai.data.grades import read_grade
 from aptos_fastai.data.groups import natural_order
-from aptos_fastai.metrics import GRADES
 from aptos_fastai.recipe.sections import Table
 
 DRAWS = 1_000                                # permutations
@@ -61,11 +60,10 @@ def compare_id_orders(frame: pd.DataFrame, seed: int) -> list[NeighbourTest]:
 
 
 def _without_class_folders(frame: pd.DataFrame) -> pd.Series:
-    "Return the ids without their folders, if these are the grades: named so, or few that have one grade each"
+    "Return the ids without their folders, if these are named by the grades"
     folder, _, name = (frame.id_code.str.rpartition('/')[i] for i in range(3))
     named = folder.str.rpartition('/')[2].map(read_grade)
-    of_one_grade = 1 < folder.nunique() <= GRADES and frame.groupby(folder).diagnosis.nunique().max() == 1
-    return name if of_one_grade or (named == frame.diagnosis).mean() >= CLASS_FOLDERS else frame.id_code
+    return name if (named == frame.diagnosis).mean() >= CLASS_FOLDERS else frame.id_code
 
 
 def id_order_text(tests: list[NeighbourTest], table: Table) -> str:

@@ -1,6 +1,7 @@
 "Understand a table without a recipe: which column is the id, the grade, the patient and the eye, and why."
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -50,25 +51,31 @@ PRESET_KEYS = (                              # of a table that is recognised as 
 NEIGHBOUR_BLOCK = 10                         # ids in a group if neighbours have equal grades and patients are unknown
 ID_SHARE = .5                                # of the values of a column that name images, at least, for a candidate
 MOST_VALUES = 20                             # of a column that is carried
+MOST_IMAGES = 10                             # of a patient, mostly: with more a column may be something else
 ID_NAMES = (                                 # the first that a table has counts
     'id_code', 'image', 'image_id', 'file', 'filename', 'file name', 'image name', 'path', 'datei', 'dateiname', 'bild',
     'fichier', 'archivo', 'imagen', 'id', 'name')
-PATIENT_NAME = re.compile(r'patient|subject|person|(^|[^a-z])(pid|mrn|examination|study|participant)([^a-z]|$)')
+PATIENT_NAME = re.compile(                   # of `plain` names, as all below
+    r'patient|paciente|paziente|pacjent|пациент|患者|病人|subject|person(?!nel)|uhid|hospital.?(no|nr|num|id)|'
+    r'(^|[^a-z])(pid|mrn|examination|study|participant|pat|pat.?nr|fall.?(nr|nummer)|case.?(id|no|nr|number))([^a-z]|$)')
 PART_NAME = re.compile(                      # of training and test rows
     r'(^|[^a-z])(split|subset|usage|partition|(data)?set|fold|is_?train|is_?test|train_test)([^a-z]|$)')
 NO_PATIENT = re.compile(
-    r'(^|[^a-z])age([^a-z]|$)|sex|gender|site|clinic|date|name|race|ethnic|birth|dob|visit|status|eye|type|grade|level')
+    r'(^|[^a-z])age([^a-z]|$)|sex|gender|site|clinic|date|name|race|ethnic|birth|dob|visit|status|eye|type|grade|level|'
+    r'bmi|smok|weight|height|diabet|consent')
 PERSONAL = re.compile('|'.join((              # is never carried: names, births, addresses, numbers, texts, staff
-    r'(?<!device.)(?<!camera.)(?<!hospital.)(?<!clinic.)(?<!site.)name|initial|alias|nom([^a-z]|$)|nombre|apellid',
-    r'cognome|birth|dob|(^|[^a-z])yob([^a-z]|$)|geb(oren|urt)|(^|[^a-z]|pat)geb(dat|[^a-z]|$)|naiss|nascita',
-    r'nacim|nascim|address|adress|stra(ss|ß)e|street|wohnort|village|post.?(code|al)',
-    r'(^|[^a-z])(plz|city|town|zip|tel|fax|handy|nhs|nif|cpf|user|kin)([^a-z]|$)',
-    r'e-?mail|(?<!smart)phone|telef|mobile(?!.?(unit|camera))|mrn|ssn|passport|insur|versich|guardian',
-    r'comment|note|remark|observa|bemerk|anmerk|kommentar|notiz',
-    r'(^|[^a-z])((grad|labell?|read|review|tak)(ed|en)?.by|grader|reader|rater|reviewer|assessor)s?([^a-z]|$)',
-    r'(^|[^a-z])(annotator|clinician)s?([^a-z]|$)|adjudicator|screener|technologist|gutachter|lecteur|befunder',
-    r'auswerter|sachbearb|physician|doctor|arzt|ärzt|m[eé]d(ec|ico)|surgeon|consultant|ophthalmolog|optometri',
-    r'oftalm|nurse|schwester|untersucher|examiner|operator|photograph(er|$)|technician')))
+    r'(?<!device.)(?<!camera.)(?<!hospital.)(?<!clinic.)(?<!site.)(?<!center.)(?<!centre.)name|initial|alias|apellid',
+    r'nom(e|bre)?([^a-z]|$)|cognome|surnom|sobrenome|nazwisk|p[rř][ií]jmen|jm[eé]no|фио|фамил|имя|姓名|名前|paciente',
+    r'paziente|pacjent|пациент|患者|病人|^pat(ient)?$|birth|dob|d\.o\.b|yob|jahrgang|geb(oren|urt)|naiss|nascita',
+    r'(^|[^a-z]|pat)geb(dat|[^a-z]|$)|nacim|nascim|nac([^a-z]|$)|urodz|出生|address|adress|anschrift|direcci|indirizz',
+    r'endere[cç]|stra(ss|ß)e|street|wohnort|village|post.?(code|al)|zip|stadt([^a-z]|$)',
+    r'(^|[^a-z])(plz|city|town|ort|ville|ciudad|cidade|citt[aà]|miasto|tel|fax|handy|nhs|nif|cpf|user|kin)([^a-z]|$)',
+    r'e.?mail|(?<!smart)(?<!i)(?<!i_)phone|telef|mobile(?!.?(unit|camera|device|clinic|van))|mrn|ssn|passport|insur|versich',
+    r'guardian|comment|note|remark|observa|bemerk|anmerk|kommentar|notiz|(grad|label|annotat|read)[a-z]*by([^a-z]|$)',
+    r'(^|[^a-z])(by|von|par|durch)$|(^|[^a-z])(grader|reader|rater|reviewer|assessor)s?([^a-z]|$)|annotat(or|eur)',
+    r'(^|[^a-z])clinicians?([^a-z]|$)|adjudicator|screener(?!.?type)|technologist|gutachter|lecteur|befunder|auswerter',
+    r'sachbearb|behandler|zuweiser|physician|doctor|arzt|ärzt|m[eé]d(ec|ico)|lekarz|врач|医生|医師|surgeon|consultant',
+    r'ophthalmolog|optometri|oftalm|nurse|schwester|untersucher|examiner|operator|operador|photograph(er|$)|techni[ck]i')))
 NUMBER_NAME = re.compile(r'(^|[^a-z])(id|no|nr|num|number|code|key|pid|mrn)([^a-z]|$)|id$')
 EYE_NAME = re.compile(
     r'eye|auge|œil|oeil|lateral|(^|[^a-z])(side|seite|côté|lado|lato|oculus|ojo|olho|occhio)([^a-z]|$)')
@@ -424,21 +431,34 @@ class _Columns:
         self._decide('ungradable', shown, f'{rows} without a grade{each}; to change: --ungradable')
 
     def _find_patient(self) -> None:
-        named = [c for c in self._others('id', 'grade') if PATIENT_NAME.search(c.casefold())]
-        columns = [c for c in named if self.df[c].nunique() > 1 and not NO_PATIENT.search(c.casefold())]
-        columns = [c for c in columns if NUMBER_NAME.search(c.casefold())] or columns
+        named = [c for c in self._others('id', 'grade') if PATIENT_NAME.search(plain(c))]
+        columns = [c for c in named if self.df[c].nunique() > 1 and not NO_PATIENT.search(plain(c))]
+        columns = [c for c in columns if NUMBER_NAME.search(plain(c))] or columns
         by_eye = '' if self.has_row_per_patient else _patients_by_eye(self.df[self.keys['id']])
         if by_eye: columns = [c for c in columns if self.df[c].nunique() < len(self.df)]
         if columns:
             column = self._choose('patient', columns, 'the patient')
             n = self.df[column][~self.df[column].str.casefold().isin(UNKNOWN)].map(patient_key).nunique()
-            self._decide('patient', column, f'by its name; {plural(n, "patient")} of {plural(len(self.df), "image")}')
+            noun = 'row' if self.has_row_per_patient else 'image'
+            few = '; CHECK whether so few are right, else --patient COLUMN' if n * MOST_IMAGES < len(self.df) else ''
+            text = f'by its name; {plural(n, "patient")} of {plural(len(self.df), noun)}{few}'
+            self._decide('patient', column, text)
             return
         if self.has_row_per_patient: return self.reasons.append('patient: a row of the CSV')
         if by_eye:
             ids = self.df[self.keys['id']]
             self._decide('group', by_eye, f'every id ends in the eye: {first_few(ids[:2])}')
-        else: self.reasons.append(f'patient: unknown (no column; {_why_no_patients(self.df[self.keys["id"]])})')
+        else:
+            why = _why_no_patients(self.df[self.keys['id']])
+            maybe = [c for c in self._others('id', 'grade') if self._may_be_patients(c)]
+            hint = f'; {" or ".join(maybe)} may be the patient: if so, --patient COLUMN' if maybe else ''
+            self.reasons.append(f'patient: unknown (no column; {why}{hint})')
+
+    def _may_be_patients(self, column: str) -> bool:
+        "Return whether most values of a column are those of several rows, as numbers of patients are, but of few"
+        rows = self.df[column][~self.df[column].str.casefold().isin(UNKNOWN)].value_counts()
+        return len(rows) > MOST_VALUES and 2 <= rows.median() <= rows.max() <= MOST_IMAGES \
+            and not NO_PATIENT.search(plain(column))
 
     def _find_eye(self) -> None:
         if self.has_row_per_patient: return
@@ -455,10 +475,14 @@ class _Columns:
     def _find_carried(self) -> None:
         "Carry further columns of few values: subgroups of the report. Others may name people, and stay where they are"
         others = self._others('id', 'grade', 'patient', 'eye')
-        patients = self.df[self.keys['patient']].nunique() if self.keys.get('patient') else len(self.df)
+        patients = self.df[self.keys['patient']].nunique() if self.keys.get('patient') else len(self.df) // 3
         most = min(MOST_VALUES, max(patients, 4) // 2)       # with more, a column tells patients apart
         names = [c for c in others if 1 < self.df[c].nunique() <= most and c not in COLUMNS_OF_SCORES
-                 and not any(o.search(c.casefold()) for o in (PERSONAL, PREDICTION_NAME))]
+                 and not PREDICTION_NAME.search(c.casefold())]
+        people = [c for c in names if PERSONAL.search(plain(c))]
+        if people: self.reasons.append(f'not carried: {", ".join(people)} (may name people; to carry columns all the '
+                                       'same: --set "table.train.carry=COLUMN | COLUMN")')
+        names = [c for c in names if c not in people]
         ages = [c for c in others if c.casefold() == 'age' and c not in names]
         made = [c for c in names if self.grades.give(self._columns('grade'), c)]
         if made: self.reasons.append(f'not carried: {", ".join(made)} (goes with the grade: one value for each)')
@@ -469,6 +493,12 @@ class _Columns:
                 values = first_few(sorted(self.df[c].unique()))
                 self.reasons.append(f'all rows are used, whatever their {c} ({values}); to use some alone: --set '
                                     f'"table.train.where={c} = VALUE"')
+
+
+def plain(column: str) -> str:
+    "Return the name of a column in lower case, with accents as one letter and 'GraderID' as 'grader_id'"
+    parts = re.sub(r'(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])', '_', unicodedata.normalize('NFC', column))
+    return parts.casefold()
 
 
 def image_shares(df: pd.DataFrame, has_image: Callable[[str], bool]) -> dict[str, float]:

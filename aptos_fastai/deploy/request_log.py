@@ -30,8 +30,7 @@ class RequestLog:
 
     def _open(self) -> None:
         "Open the file, for its owner alone. Raises `OSError`"
-        self._fd = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        self._is_torn = False
+        self._fd = os.open(self.file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
         if make_private(self._fd): return
         say(f'warning: --log {self.file}: others may read this file, and that cannot be changed. Choose another one.',
             'yellow')
@@ -52,10 +51,13 @@ class RequestLog:
             old = self._fd
             self._open()
             os.close(old)
-        line = ('\n' * self._is_torn + json.dumps(self.record(audit, status, seconds, rows)) + '\n').encode()
-        written = os.write(self._fd, line)
-        self._is_torn = written < len(line)
-        if self._is_torn: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        line = ('\n' * self._is_torn() + json.dumps(self.record(audit, status, seconds, rows)) + '\n').encode()
+        if os.write(self._fd, line) < len(line): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _is_torn(self) -> bool:
+        "Return whether the last line, of this server or another, has no end"
+        size = os.fstat(self._fd).st_size
+        return size > 0 and os.pread(self._fd, 1, size - 1) != b'\n'
 
     def _was_moved(self) -> bool:
         "Return whether another file, or none, has the name of the log"

@@ -100,6 +100,7 @@ def check_fields(form: 'FormData') -> None:
     other = sorted({name for name, value in form.multi_items() if name not in ('files', 'heatmap')
                     or isinstance(value, UploadFile) != (name == 'files')})
     if other: raise RequestError(400, f'not used: {", ".join(other)[:200]}. Send the images as `files`, and `heatmap`')
+    if len(form.getlist('heatmap')) > 1: raise RequestError(400, 'heatmap: send it once')
     if str(form.get('heatmap', '')).casefold() not in HEATMAP:
         raise RequestError(400, f'heatmap: send one of {", ".join(filter(None, HEATMAP))}')
 

@@ -1,6 +1,8 @@
 "Tables without a recipe: which column is what, and what happens where two would do."
 import datetime
+import re
 import shutil
+import unicodedata
 from dataclasses import fields
 
 import numpy as np
@@ -120,13 +122,40 @@ def test_a_column_that_divides_rows_is_named(tmp_path):
     *((name, False) for name in (
         'Remarks', 'Kommentar', 'Geb.-Dat.', 'Geb_Jahr', 'Date de naissance', 'YOB', 'Referring doctor', 'Hausarzt',
         'Tel.', 'mobile_no', 'HomePhone', 'E-Mail', 'PLZ', 'Prenom', 'Next of kin', 'Graded_by', 'reader', 'Gutachter',
-        'NHS')),
+        'NHS', 'annotated_by', 'GraderID', 'gradedby', 'DRGrader', 'Diagnosed by', 'Befundet von', 'Médecin',
+        unicodedata.normalize('NFD', 'Médecin'), 'Nome', '姓名', 'Stadt', 'ZipCode', 'UserID', 'Behandler')),
     *((name, True) for name in (
         'Sex', 'Camera', 'device_name', 'mobile_unit', 'smartphone', 'Diabetes type', 'Insulin', 'Country',
-        'Department', 'annotation_quality', 'upgrader', 'Gebrauch', 'Ethnicity', 'Smoker'))])
+        'Department', 'annotation_quality', 'upgrader', 'Gebrauch', 'Ethnicity', 'Smoker', 'iPhone model',
+        'mobile_device', 'CenterName', 'Sport'))])
 def test_columns_that_may_name_people_are_not_carried(tmp_path, name, is_carried):
     csv = write_rows(tmp_path, f'image,level,{name}', [f'a{i},{i % 5},{"xyz"[i % 3]}' for i in range(20)])
-    assert keys(understand_table(csv), 'carry') == (name if is_carried else '',)
+    understood = understand_table(csv)
+    assert keys(understood, 'carry') == (name if is_carried else '',)
+    assert is_carried != any(o.startswith(f'not carried: {name} (may name people') for o in understood.reasons)
+
+
+def test_values_of_few_rows_are_not_carried(tmp_path):
+    "They may be names of patients, in whatever language"
+    rows = [f'a{i},{i % 5},{"abcdefghijklmnopqrst"[i // 2]},{"xy"[i % 2]}' for i in range(40)]
+    assert keys(understand_table(write_rows(tmp_path, 'image,level,Ονομα,camera', rows)), 'carry') == ('camera',)
+
+
+@pytest.mark.parametrize('name', ['Paciente', 'PatNr', 'Pat.-Nr.', 'Pat_ID', 'Fallnummer', 'UHID', 'case_id', '患者ID',
+                                  'Hospital No'])
+def test_names_of_patients(tmp_path, name):
+    csv = write_rows(tmp_path, f'image,level,{name}', [f'a{i},{i % 5},{1000 + i // 2}' for i in range(40)])
+    assert keys(understand_table(csv), 'patient') == (name,)
+
+
+def test_columns_that_may_be_patients_are_named(tmp_path):
+    rows = [f'a{i},{i % 5},K{i // 2},{i // 2},{i % 3}' for i in range(60)]
+    understood = understand_table(write_rows(tmp_path, 'image,level,Kennung,patient_bmi,camera', rows))
+    assert keys(understood, 'patient') == ('',)
+    assert any('; Kennung may be the patient: if so, --patient COLUMN' in reason for reason in understood.reasons)
+    rows = [f'a{i},{i % 5},{i % 4}' for i in range(60)]
+    understood = understand_table(write_rows(tmp_path, 'image,level,Study', rows))
+    assert any('4 patients of 60 images; CHECK whether so few' in reason for reason in understood.reasons)
 
 
 def test_a_column_made_of_the_grade_is_no_subgroup(tmp_path):
@@ -323,8 +352,35 @@ def test_one_wrong_row_does_not_hide_other_numbers_of_names(tmp_path):
 
 @pytest.mark.parametrize('name', ['dme_severity', 'predicted_class', 'last_visit'])
 def test_names_of_something_else_do_not_contradict_the_grade(tmp_path, name):
-    rows = [f'a{i},{i % 5},{NAMES[(i + 1 if i % 3 else i) % 5]}' for i in range(60)]
+    rows = [f'a{i},{i % 5},{NAMES[(i + 1) % 5]}' for i in range(60)]
     assert keys(understand_table(write_rows(tmp_path, f'image,level,{name}', rows)), 'grade') == ('level',)
+    with pytest.raises(AptosError, match='name_of_class numbers the grades otherwise: Mild is 0'):
+        understand_table(write_rows(tmp_path, 'image,level,name_of_class', rows))
+
+
+@pytest.mark.parametrize('title', ['class_name', 'label_name_en', 'Diagnosis name (English)'])
+def test_two_rare_names_that_are_swapped_are_refused(tmp_path, title):
+    grades = [*[0] * 49, *[1] * 10, *[2] * 27, *[3] * 6, *[4] * 8]
+    rows = [f'a{i},{NAMES[g]},{(0, 1, 2, 4, 3)[g]}' for i, g in enumerate(grades)]
+    text = 'numbers the grades otherwise: .*Severe is 4'
+    csv = write_rows(tmp_path, f'image,{title},class_idx', rows)
+    with pytest.raises(AptosError, match=text): understand_table(csv, id='image')
+    assert any(re.search(text, o) for o in understand_table(csv, id='image', grade='class_idx').reasons)
+    rows = [row if i % 5 < 2 else f'a{i},,{g}' for i, (row, g) in enumerate(zip(rows, grades, strict=True))]
+    with pytest.raises(AptosError, match=text):                            # most rows have no name
+        understand_table(write_rows(tmp_path, f'image,{title},class_idx', rows), id='image')
+    rows = [f'a{i},{NAMES[g]},{4 if i == 91 else g}' for i, g in enumerate(grades)]          # one error is no code
+    assert keys(understand_table(write_rows(tmp_path, f'image,{title},class_idx', rows), grade='class_idx'), 'grade')
+
+
+def test_one_numbered_folder_does_not_hide_names_of_other_grades(tmp_path):
+    for i in range(40):
+        folder = tmp_path / 'images' / (NAMES[(i + 1) % 5] if i else '1')
+        folder.mkdir(parents=True, exist_ok=True)
+        write_image(folder / f'a{i}.png', i)
+    write_lines(tmp_path / 't.csv', ['image,level', *(f'a{i},{i % 5}' for i in range(40))])
+    with pytest.raises(AptosError, match='39 of 40 images lie in a folder of another grade'):
+        understand_table(tmp_path / 't.csv', tmp_path / 'images')
 
 
 def test_folders_are_compared_where_images_are_missing_too(tmp_path):
@@ -334,7 +390,7 @@ def test_folders_are_compared_where_images_are_missing_too(tmp_path):
         if i != 7: write_image(folder / f'a{i}.png', i)
     write_lines(tmp_path / 't.csv', ['image,level', *(f'a{i},{i % 5 if i else 2}' for i in range(40))])
     reasons = ' '.join(understand_table(tmp_path / 't.csv', tmp_path / 'images', skip_missing=True).reasons)
-    assert 'CHECK level: 1 of 39 of 40 images lie in a folder of another grade: grade 2 in No_DR/' in reasons
+    assert 'CHECK level: 1 of 39 images that were found lie in a folder of another grade: grade 2 in No_DR/' in reasons
 
 
 @pytest.mark.parametrize('folders, checked', [('01234', True), ('1234', False)])

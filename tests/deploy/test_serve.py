@@ -108,6 +108,7 @@ def test_requests_out_of_bounds_are_refused(server_url, image_paths, monkeypatch
 
 @pytest.mark.parametrize('fields, address, words', [
     (dict(prevalence='0.05'), '', 'not used: prevalence'), (dict(heatmap='banana'), '', 'heatmap: send one of 1, true'),
+    (dict(heatmap=['1', '0']), '', 'heatmap: send it once'),
     (dict(files='text'), '', 'not used: files'), ({}, '?heatmap=1', 'parameters in the address are not used')])
 def test_what_is_sent_and_not_used_is_refused(server_url, image_paths, fields, address, words):
     url = server_url + '/api/predict' + address
@@ -628,6 +629,10 @@ def test_a_line_of_which_a_part_fits_on_the_disk_is_an_error_and_the_next_one_is
     write_line(log, toy)
     torn, whole = file.read_text().splitlines()
     assert len(torn) == 20 and json.loads(whole)['status'] == 200
+    with file.open('a') as f: f.write('{"time"')                            # of another server, or before a restart
+    write_line(log, toy)
+    write_line(RequestLog(str(file)), toy)
+    assert [json.loads(line)['status'] for line in file.read_text().splitlines()[3:]] == [200, 200]
 
 
 def test_a_log_that_cannot_be_written_stops_the_server_at_its_start(toy, tmp_path, capsys):
