@@ -100,10 +100,10 @@ def test_tables_in_a_sub_folder_are_found(machine, tables, tmp_path, capsys):
 
 
 def test_more_hours_choose_more_and_are_used(configured, tables, tmp_path):
-    "From a probe to several trainings with pseudo-labels; never more than the hours, and mostly 85 % of them"
+    "From a probe to several trainings with pseudo-labels; never more than 90 % of the hours, and mostly 80 %"
     recipes = {hours: configured(hours)[0] for hours in (.1, .3, 1., 2., 5.)}
     shares = [seconds_of(o, tables, tmp_path) / 3600 / hours for hours, o in recipes.items()]
-    assert max(shares) <= .95 and all(share > .85 for share in shares[1:]), shares
+    assert max(shares) <= .9 and all(share > .8 for share in shares[1:]), shares
     probe, small, teacher, *_, large = recipes.values()
     assert [o.stages['teacher'].epochs > 0 for o in recipes.values()] == [False, True, True, True, True]
     assert probe.stages['teacher'].loss == 'cross_entropy' and probe.submit.final == 'teacher'
